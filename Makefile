@@ -1,0 +1,44 @@
+# Each target makes its own environment when needed; `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check format proto clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml deploy/constraints.txt
+	@echo "Installing into $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint deploy/constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint deploy/constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Train a base model and five adapters, serve them in one batch, swap one while it streams
+	@$(BIN)/python -m turret_demo
+
+test: $(READY)  ## Run the test suite
+	@$(BIN)/python -m pytest --numprocesses 2 --quiet
+
+check: $(READY)  ## Lint, types, layers, protocol, container files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/buf lint proto
+	@$(BIN)/hadolint deploy/Containerfile
+
+format: $(READY)  ## Format the code
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+proto: $(READY)  ## Generate the stubs from proto/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto \
+	  --grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/turret/v1/*.proto
+
+clean:  ## Remove the environment and what the demo made
+	rm -rf $(VENV) .demo

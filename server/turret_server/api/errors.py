@@ -1,0 +1,99 @@
+"""Errors become gRPC statuses with google.rpc.ErrorInfo here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from turret_adapters.errors import AdapterError
+from turret_server.errors import InvalidRequestError, TurretError
+
+log = logging.getLogger(__name__)
+
+_DOMAIN = "turret"
+
+
+def to_status(error: TurretError | AdapterError) -> status_pb2.Status:
+    detail = any_pb2.Any()
+    metadata = error.metadata if isinstance(error, TurretError) else {}
+    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=str(error), details=[detail])
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    if isinstance(error, TurretError | AdapterError):
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    log.exception("a call failed", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+
+
+class _Undecodable:
+    """Stands in for a request whose bytes are no message, so that the handler can say so."""
+
+
+def _decode_or_mark(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
+    def decode(data: bytes) -> Message | _Undecodable:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Undecodable()
+
+    return decode
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler of this project's services; health and reflection answer for themselves."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/turret."):
+            return handler
+        decode = _decode_or_mark(handler.request_deserializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _guard_stream(handler.unary_stream), decode, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(handler.unary_unary), decode, handler.response_serializer
+        )
+
+
+def _check_decoded(request: Message | _Undecodable) -> None:
+    if isinstance(request, _Undecodable):
+        raise InvalidRequestError(
+            "the request is no valid protobuf message of this method; strings must be valid UTF-8"
+        )
+
+
+def _guard_unary(method: Callable[..., Any]) -> Callable[..., Any]:
+    async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            _check_decoded(request)
+            return await method(request, context)
+        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
+            await _abort(context, error)
+
+    return guarded
+
+
+def _guard_stream(method: Callable[..., Any]) -> Callable[..., Any]:
+    async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            _check_decoded(request)
+            async for response in method(request, context):
+                yield response
+        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
+            await _abort(context, error)
+
+    return guarded

@@ -1,0 +1,165 @@
+"""InferenceService: from a call to the engine and back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from turret.v1 import inference_pb2, inference_pb2_grpc
+from turret_adapters.registry import AdapterRegistry
+from turret_adapters.spec import AdapterSpec
+from turret_server.api.metrics import RequestMetrics
+from turret_server.api.text import TextCodec, TextStream
+from turret_server.api.validation import check_stop, check_token_ids, sampling_params
+from turret_server.engine.loop import Engine
+from turret_server.engine.request import FinishReason, Output, Request
+from turret_server.errors import InvalidRequestError
+
+_FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What of the base model a request is checked against."""
+
+    vocab_size: int
+    max_context: int
+    stop_token_ids: frozenset[int]
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        registry: AdapterRegistry,
+        codec: TextCodec,
+        model: ModelInfo,
+        metrics: RequestMetrics,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._codec = codec
+        self._model = model
+        self._metrics = metrics
+        self._request_ids = itertools.count(1)
+
+    async def Generate(  # noqa: N802 (gRPC's)
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.GenerateResponse:
+        response = inference_pb2.GenerateResponse()
+        async with aclosing(self._generate(request, context)) as pieces:
+            async for piece in pieces:
+                response.text += piece.text
+                response.token_ids.extend(piece.token_ids)
+                last = piece
+        response.finish_reason = last.finish_reason
+        response.usage.CopyFrom(last.usage)
+        response.revision = last.revision
+        return response
+
+    async def GenerateStream(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        async with aclosing(self._generate(request, context)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        """Every answer ends here in one of three ways: finished, failed, or cancelled from outside."""
+        with self._metrics.request() as record:
+            stop = check_stop(request)
+            token_ids = await self._token_ids(request)
+            adapter = self._acquire(request.adapter, context) if request.adapter else None
+            outputs: asyncio.Queue[Output] = asyncio.Queue()
+            running = self._request(request, token_ids, adapter, context, outputs)
+            self._engine.submit(running)
+            context.add_done_callback(lambda _: self._engine.cancel(running.request_id))
+            record.submitted(len(token_ids))
+            async for piece in self._pieces(running, stop, outputs):
+                record.tokens(len(piece.token_ids), piece.usage.cached_tokens)
+                yield piece
+
+    def _acquire(self, name: str, context: grpc.aio.ServicerContext[Any, Any]) -> AdapterSpec:
+        """The name's revision, kept until the call is over, however it ends."""
+        adapter = self._registry.acquire(name)
+        context.add_done_callback(lambda _: self._registry.release(name, adapter))
+        return adapter
+
+    async def _token_ids(self, request: inference_pb2.GenerateRequest) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                # A long text takes a while, and other streams go on meanwhile.
+                token_ids = await asyncio.to_thread(self._codec.encode, request.text)
+            case "token_ids":
+                token_ids = list(request.token_ids.ids)
+            case _:
+                raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
+        return check_token_ids(token_ids, self._model.vocab_size)
+
+    def _request(
+        self,
+        request: inference_pb2.GenerateRequest,
+        token_ids: list[int],
+        adapter: AdapterSpec | None,
+        context: grpc.aio.ServicerContext[Any, Any],
+        outputs: asyncio.Queue[Output],
+    ) -> Request:
+        loop = asyncio.get_running_loop()
+        num_virtual = adapter.num_virtual_tokens if adapter else 0
+        remaining = context.time_remaining()
+        return Request(
+            request_id=next(self._request_ids),
+            prompt_token_ids=tuple(token_ids),
+            adapter=adapter,
+            sampling=sampling_params(
+                request,
+                num_context=len(token_ids) + num_virtual,
+                max_context=self._model.max_context,
+            ),
+            stop_token_ids=self._model.stop_token_ids,
+            deadline=None if remaining is None else time.monotonic() + remaining,
+            sink=lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output),
+        )
+
+    async def _pieces(
+        self, running: Request, stop: list[str], outputs: asyncio.Queue[Output]
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        text = TextStream(self._codec, stop)
+        num_generated = 0
+        while True:
+            output = await outputs.get()
+            if output.error:
+                raise output.error
+            assert output.token_id is not None, "only an error or a cancellation ends without a token"
+            num_generated += 1
+            piece = inference_pb2.GenerateStreamResponse(
+                text=text.push(output.token_id),
+                token_ids=[output.token_id],
+                revision=running.adapter.revision if running.adapter else "",
+            )
+            reason = output.finish_reason
+            if reason:
+                piece.text += text.finish()
+            if text.stopped:
+                reason = FinishReason.STOP
+            if reason:
+                piece.finish_reason = _FINISH_REASONS[reason]
+                piece.usage.prompt_tokens = len(running.prompt_token_ids)
+                piece.usage.cached_tokens = output.cached_tokens
+                piece.usage.generated_tokens = num_generated
+            yield piece
+            if reason:
+                return

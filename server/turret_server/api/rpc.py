@@ -1,0 +1,66 @@
+"""The gRPC server: this project's two services, the standard health service, and reflection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from turret_server.errors import ConfigError
+
+_SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """
+    Raises:
+        ConfigError: it is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"expected an address as HOST:PORT, such as 127.0.0.1:50051; found {address!r}")
+    return host, int(port)
+
+
+class RpcServer:
+    def __init__(
+        self,
+        inference: inference_pb2_grpc.InferenceServiceServicer,
+        adapters: adapters_pb2_grpc.AdapterServiceServicer,
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+    ) -> None:
+        # Two servers on one port would share its calls between them, in silence.
+        self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+        )
+
+    async def start(self, address: str) -> int:
+        """Open the port and report healthy; returns the port, which the system chose if it was 0.
+
+        Raises:
+            ConfigError: the port cannot be opened.
+        """
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"--listen {address}: the port cannot be opened; is another server on it?") from error
+        await self._server.start()
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Report NOT_SERVING, refuse new calls, and let running ones finish for `grace` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)

@@ -1,0 +1,119 @@
+"""What a stranger sends, checked field by field before anything is done with it."""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+
+from turret.v1 import inference_pb2
+from turret_server.engine.request import SamplingParams
+from turret_server.errors import InvalidRequestError, PromptTooLongError
+
+_DEFAULT_MAX_TOKENS = 256
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_LENGTH = 256
+_MAX_TEMPERATURE = 100.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: str) -> str:
+    """
+    Raises:
+        InvalidRequestError: the name is none that an adapter can have.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidRequestError(
+            "an adapter's name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter or a "
+            f"digit; found {name[:140]!r}",
+            field="name",
+        )
+    return name
+
+
+def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
+    """
+    Raises:
+        InvalidRequestError: there are none, or one is not in the vocabulary.
+    """
+    if not token_ids:
+        raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
+    largest = max(token_ids)
+    if largest >= vocab_size:
+        raise InvalidRequestError(
+            f"token ids go up to {vocab_size - 1} in this model; found {largest}", field="token_ids"
+        )
+    return token_ids
+
+
+def check_stop(request: inference_pb2.GenerateRequest) -> list[str]:
+    """
+    Raises:
+        InvalidRequestError: too many stop strings, or one that is empty or too long.
+    """
+    if len(request.stop) > _MAX_STOP_STRINGS:
+        raise InvalidRequestError(
+            f"at most {_MAX_STOP_STRINGS} stop strings; found {len(request.stop)}", field="stop"
+        )
+    for stop in request.stop:
+        if not 0 < len(stop) <= _MAX_STOP_LENGTH:
+            raise InvalidRequestError(
+                f"a stop string has 1 to {_MAX_STOP_LENGTH} characters; found {len(stop)}", field="stop"
+            )
+    return list(request.stop)
+
+
+def sampling_params(
+    request: inference_pb2.GenerateRequest, *, num_context: int, max_context: int
+) -> SamplingParams:
+    """Check the sampling fields. `num_context` counts the prompt's tokens and the adapter's virtual ones.
+
+    Raises:
+        InvalidRequestError: a value out of its range.
+        PromptTooLongError: the tokens to generate do not fit into what the context leaves.
+    """
+    return SamplingParams(
+        max_tokens=_max_tokens(request, num_context, max_context),
+        temperature=_in_range(request, "temperature", 0.0, _MAX_TEMPERATURE),
+        top_p=_top_p(request),
+        top_k=_top_k(request),
+        seed=request.seed if request.HasField("seed") else secrets.randbits(64),
+    )
+
+
+def _max_tokens(request: inference_pb2.GenerateRequest, num_context: int, max_context: int) -> int:
+    room = max_context - num_context
+    if request.HasField("max_tokens") and request.max_tokens < 1:
+        raise InvalidRequestError(f"max_tokens is at least 1; found {request.max_tokens}", field="max_tokens")
+    wanted = request.max_tokens if request.HasField("max_tokens") else 1
+    if wanted > room:
+        raise PromptTooLongError(
+            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_context} and "
+            f"{wanted} are to be generated",
+            max_context=max_context,
+            prompt_tokens=num_context,
+            max_tokens=wanted,
+        )
+    return request.max_tokens if request.HasField("max_tokens") else min(_DEFAULT_MAX_TOKENS, room)
+
+
+def _in_range(request: inference_pb2.GenerateRequest, field: str, low: float, high: float) -> float:
+    value: float = getattr(request, field)
+    if not (math.isfinite(value) and low <= value <= high):
+        raise InvalidRequestError(f"{field} is a number from {low:g} to {high:g}; found {value}", field=field)
+    return value
+
+
+def _top_p(request: inference_pb2.GenerateRequest) -> float:
+    if not request.HasField("top_p"):
+        return 1.0
+    value = _in_range(request, "top_p", 0.0, 1.0)
+    if value == 0.0:
+        raise InvalidRequestError("top_p is above 0; for greedy set temperature to 0", field="top_p")
+    return value
+
+
+def _top_k(request: inference_pb2.GenerateRequest) -> int:
+    if request.top_k < 0:
+        raise InvalidRequestError(f"top_k is 0 (all) or more; found {request.top_k}", field="top_k")
+    return request.top_k

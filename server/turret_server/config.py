@@ -1,0 +1,34 @@
+"""Settings of a server, checked once here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def default_cache() -> Path:
+    """Where quantised weights are kept: `$XDG_CACHE_HOME/turret`, or `~/.cache/turret`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turret"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """What `turret serve` is started with.
+
+    `memory` is the arena's size in bytes ("2GiB"), a fraction of the device's free memory ("0.5"),
+    or None for a default that suits the device.
+    """
+
+    model: str
+    adapters: Path | None = None
+    listen: str = "127.0.0.1:50051"
+    metrics: str | None = "127.0.0.1:9090"
+    device: str = "auto"
+    dtype: str = "auto"
+    memory: str | None = None
+    max_batch_tokens: int = 512
+    max_batch_requests: int = 64
+    max_queue: int = 1024
+    cache: Path = field(default_factory=default_cache)
+    log_level: str = "info"

@@ -1,0 +1,247 @@
+"""The engine's thread: take in what arrived, plan a step, run it, hand out what came of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from turret_adapters.spec import AdapterSpec
+from turret_server.engine.pages import PagePool
+from turret_server.engine.prefix_cache import PrefixCache
+from turret_server.engine.request import Request
+from turret_server.engine.residency import AdapterMemory, Residency
+from turret_server.engine.scheduler import Limits, Scheduler
+from turret_server.engine.sequence import Sequence
+from turret_server.engine.step import Step, StepResult
+from turret_server.errors import (
+    AdapterTooLargeError,
+    GenerationFailedError,
+    QueueFullError,
+    RequestTooLargeError,
+    ShuttingDownError,
+)
+
+log = logging.getLogger(__name__)
+
+# How long the thread sleeps at most while requests wait for their adapters: deadlines are looked at then.
+_IDLE_SECONDS = 0.05
+
+
+class Runner(Protocol):
+    """The device's side of a step."""
+
+    def run(self, step: Step) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """How the engine stands after a step, and what the step was; None where nothing was computed."""
+
+    step: Step | None
+    seconds: float
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    pages: dict[str, int]
+
+
+class Engine:
+    """Owns scheduler and pages. Every public method may be called from any thread.
+
+    Raises nothing on its own thread: a step that fails ends the requests in it, and the engine goes on.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        memory: AdapterMemory,
+        num_pages: int,
+        page_elements: int,
+        block_size: int,
+        limits: Limits,
+        max_queue: int,
+        on_stats: Callable[[EngineStats], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        pool = PagePool(num_pages)
+        cache = PrefixCache(pool)
+        residency = Residency(
+            pool=pool, memory=memory, page_elements=page_elements, block_size=block_size, post=self._post
+        )
+        self._scheduler = Scheduler(
+            pool=pool, cache=cache, residency=residency, limits=limits, block_size=block_size
+        )
+        self._runner = runner
+        self._max_queue = max_queue
+        self._on_stats = on_stats
+        self._clock = clock
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_arriving = 0
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the requests that are left with UNAVAILABLE, then the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its sink gets every token and exactly one end.
+
+        Raises:
+            QueueFullError: as many requests wait as may.
+            RequestTooLargeError: it could never fit, even alone.
+            ShuttingDownError: the engine stops.
+        """
+        sequence = Sequence.of(request)
+        self._check_fits(sequence)
+        with self._wake:
+            if self._stopping:
+                raise ShuttingDownError("the server is shutting down; send the request to another")
+            if self._num_arriving + len(self._scheduler.waiting) >= self._max_queue:
+                raise QueueFullError(
+                    f"{self._max_queue} requests are waiting already; try again later",
+                    max_queue=self._max_queue,
+                )
+            self._num_arriving += 1
+        self._post(lambda: self._arrive(sequence))
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next step; its sink gets CANCELLED unless it has ended already."""
+        self._post(lambda: self._scheduler.cancel(request_id))
+
+    def prefetch(self, spec: AdapterSpec) -> None:
+        """Make an adapter resident if there is room, before a request asks for it.
+
+        Raises:
+            AdapterTooLargeError: it could never be resident.
+        """
+        residency, pool = self._scheduler.residency, self._scheduler.pool
+        needed = residency.num_pages(spec)
+        if needed >= pool.num_pages:
+            raise AdapterTooLargeError(
+                f"the adapter takes {needed} pages and leaves none of the arena's {pool.num_pages} "
+                "for requests; start the server with more --memory",
+                adapter_pages=needed,
+                arena_pages=pool.num_pages,
+            )
+        self._post(lambda: residency.ensure(spec))
+
+    def drop(self, revision: str) -> None:
+        """Free a revision that no request will name again."""
+        self._post(lambda: self._scheduler.residency.drop(revision))
+
+    def is_resident(self, revision: str) -> bool:
+        resident = self._scheduler.residency.get(revision)
+        return resident is not None and resident.ready
+
+    def num_pages(self, spec: AdapterSpec) -> int:
+        """Pages that an adapter takes when resident."""
+        return self._scheduler.residency.num_pages(spec)
+
+    def check_integrity(self) -> None:
+        """Prove between two steps that no page is lost.
+
+        Raises:
+            AssertionError: the books do not add up.
+        """
+        failures: list[AssertionError] = []
+        done = threading.Event()
+
+        def check() -> None:
+            try:
+                self._scheduler.check_integrity()
+            except AssertionError as error:
+                failures.append(error)
+            finally:
+                done.set()
+
+        self._post(check)
+        done.wait()
+        if failures:
+            raise failures[0]
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        needed, available = self._scheduler.num_pages(sequence), self._scheduler.pool.num_pages
+        if needed > available:
+            raise RequestTooLargeError(
+                f"prompt, tokens to generate and adapter take {needed} pages, but the arena has {available}; "
+                "ask for fewer tokens or start the server with more --memory",
+                needed_pages=needed,
+                arena_pages=available,
+            )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _arrive(self, sequence: Sequence) -> None:
+        with self._wake:
+            self._num_arriving -= 1
+        self._scheduler.add(sequence)
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._take_in()
+            step = self._scheduler.schedule(self._clock())
+            started = self._clock()
+            if step is not None:
+                self._run(step)
+            self._on_stats(self._stats(step, self._clock() - started))
+            if step is None:
+                self._sleep()
+        self._take_in()
+        for sequence in list(self._scheduler.sequences):
+            self._scheduler.fail(sequence, ShuttingDownError("the server stopped before the request finished"))
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _run(self, step: Step) -> None:
+        try:
+            result = self._runner.run(step)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(step.sequences))
+            reason = f"{type(error).__name__}: {error}"
+            result = StepResult(token_ids={}, errors={part.sequence_id: reason for part in step.sequences})
+        self._scheduler.update(step, result)
+
+    def _sleep(self) -> None:
+        with self._wake:
+            if not self._inbox and not self._stopping:
+                busy = self._scheduler.waiting or self._scheduler.running
+                self._wake.wait(timeout=_IDLE_SECONDS if busy else None)
+
+    def _stats(self, step: Step | None, seconds: float) -> EngineStats:
+        scheduler = self._scheduler
+        residents = list(scheduler.residency)
+        pages = {
+            "lora": sum(len(resident.slab_pages) for resident in residents),
+            "prefix": sum(len(resident.prefix_pages) for resident in residents),
+            "cache": scheduler.cache.num_idle,
+            "free": scheduler.pool.num_free,
+        }
+        pages["sequence"] = scheduler.pool.num_pages - sum(pages.values())
+        return EngineStats(
+            step=step,
+            seconds=seconds,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_preempted=scheduler.num_preempted,
+            pages=pages,
+        )

@@ -1,0 +1,72 @@
+"""The arena's pages: who holds which, and proof that none is lost.
+
+A page is free or has holders; a holder is whoever has it in a list (a sequence's block table, the prefix
+cache, an adapter). The pool counts holders and knows nothing else of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+
+class PagePool:
+    """`num_pages` pages of the arena, handed out by number."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+        self._reclaimers: list[Callable[[int], None]] = []
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def add_reclaimer(self, reclaim: Callable[[int], None]) -> None:
+        """When pages run out, `reclaim(n)` is asked to release n that nobody needs now, in the order added."""
+        self._reclaimers.append(reclaim)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Take `count` free pages, or None (and take none) when even reclaiming does not free so many."""
+        for reclaim in self._reclaimers:
+            missing = count - len(self._free)
+            if missing <= 0:
+                break
+            reclaim(missing)
+        if count > len(self._free):
+            return None
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._holders[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Count one more holder of each page."""
+        for page in pages:
+            assert self._holders[page] > 0, f"page {page} is free"
+            self._holders[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Count one holder less of each page; a page without holders is free."""
+        for page in pages:
+            assert self._holders[page] > 0, f"page {page} is free"
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                self._free.append(page)
+
+    def num_holders(self, page: int) -> int:
+        return self._holders[page]
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Prove that `held`, the pages in every holder's lists, is what the pool counts.
+
+        Raises:
+            AssertionError: a page leaked, was freed while held, or is free twice.
+        """
+        counted = Counter(held)
+        for page, holders in enumerate(self._holders):
+            assert counted[page] == holders, f"page {page}: {counted[page]} hold it, {holders} are counted"
+        assert len(self._free) == len(set(self._free)), "a page is free twice"
+        assert {page for page in self._free if self._holders[page]} == set(), "a free page has holders"
+        assert len(self._free) + len(counted) == self.num_pages, "free and held pages do not add up"

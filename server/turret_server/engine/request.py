@@ -1,0 +1,54 @@
+"""What the engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from turret_adapters.spec import AdapterSpec
+from turret_server.errors import TurretError
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """`temperature` 0 is greedy; `top_k` 0 means all. The token at position n depends on (seed, n) alone."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One event of a request: a token, its end, or both.
+
+    `cached_tokens` counts the tokens whose keys and values were found in memory when the request started.
+    """
+
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    error: TurretError | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation. `deadline` is in seconds of the engine's clock; `sink` is called on its thread."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    adapter: AdapterSpec | None
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    deadline: float | None
+    sink: Callable[[Output], None]

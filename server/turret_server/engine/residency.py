@@ -1,0 +1,172 @@
+"""Adapters in the arena: which revisions have pages, who uses them, which may go.
+
+A revision takes slab pages for its LoRA rows and prefix pages for the keys and values of its virtual
+tokens. Filling them never holds up a step: a copy runs beside the batch, and virtual tokens that are
+embeddings are computed by the batch itself, as the tokens of a sequence of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from turret_adapters.slab import slab_layout
+from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server.engine.pages import PagePool
+
+
+class AdapterMemory(Protocol):
+    """The device's side: fills pages with an adapter and forgets it again."""
+
+    def place(
+        self,
+        spec: AdapterSpec,
+        slab_pages: tuple[int, ...],
+        prefix_pages: tuple[int, ...],
+        done: Callable[[str | None], None],
+    ) -> None:
+        """Copy rows and keys and values into the pages; call `done` with an error or None from any thread."""
+
+    def forget(self, revision: str) -> None:
+        """Its pages are about to be used for something else."""
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending."""
+
+    spec: AdapterSpec
+    slab_pages: list[int]
+    prefix_pages: list[int]
+    copying: bool
+    num_virtual_computed: int
+    num_users: int = 0
+    last_used: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return not self.copying and self.num_virtual_computed == self.spec.num_virtual_tokens
+
+    @property
+    def pages(self) -> list[int]:
+        return self.slab_pages + self.prefix_pages
+
+
+@dataclass(slots=True)
+class Residency:
+    """Least recently used revisions give their pages up; one in use, or being filled, never does."""
+
+    pool: PagePool
+    memory: AdapterMemory
+    page_elements: int
+    block_size: int
+    post: Callable[[Callable[[], None]], None]
+    clock: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    _residents: dict[str, Resident] = field(default_factory=dict)
+    _dropped: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.pool.add_reclaimer(self._evict)
+
+    def __iter__(self) -> Iterator[Resident]:
+        return iter(self._residents.values())
+
+    def num_pages(self, spec: AdapterSpec) -> int:
+        """Pages that a revision takes when resident."""
+        slab = slab_layout(spec.lora, self.page_elements).num_pages
+        return slab + -(-spec.num_virtual_tokens // self.block_size)
+
+    def tick(self) -> None:
+        """A step begins: what is used from here on is newer than all before."""
+        self.clock += 1
+
+    def get(self, revision: str) -> Resident | None:
+        return self._residents.get(revision)
+
+    def ensure(self, spec: AdapterSpec) -> Resident | None:
+        """The resident of a revision, being filled if it was not there; None when there is no room now."""
+        resident = self._residents.get(spec.revision)
+        if resident is None:
+            pages = self.pool.allocate(self.num_pages(spec))
+            if pages is None:
+                return None
+            resident = self._fill(spec, pages)
+        resident.last_used = self.clock
+        self._dropped.discard(spec.revision)
+        return resident
+
+    def _fill(self, spec: AdapterSpec, pages: list[int]) -> Resident:
+        num_prefix = -(-spec.num_virtual_tokens // self.block_size)
+        computed = spec.prefix is not None and spec.prefix.kind is PrefixKind.EMBEDDING
+        resident = Resident(
+            spec=spec,
+            slab_pages=pages[: len(pages) - num_prefix],
+            prefix_pages=pages[len(pages) - num_prefix :],
+            copying=True,
+            num_virtual_computed=0 if computed else spec.num_virtual_tokens,
+        )
+        self._residents[spec.revision] = resident
+        self.memory.place(
+            spec,
+            tuple(resident.slab_pages),
+            tuple(resident.prefix_pages),
+            lambda error: self.post(lambda: self._copied(resident, error)),
+        )
+        return resident
+
+    def _copied(self, resident: Resident, error: str | None) -> None:
+        resident.copying = False
+        if error is not None:
+            self.fail(resident, error)
+        elif resident.spec.revision in self._dropped:
+            self._free(resident)
+
+    def to_compute(self) -> list[Resident]:
+        """Residents whose virtual tokens are still to be computed and whose embeddings have arrived."""
+        return [r for r in self._residents.values() if not r.copying and not r.ready]
+
+    def acquire(self, resident: Resident) -> None:
+        assert resident.ready
+        resident.num_users += 1
+        resident.last_used = self.clock
+
+    def release(self, resident: Resident) -> None:
+        resident.num_users -= 1
+        assert resident.num_users >= 0
+        if not resident.num_users and resident.spec.revision in self._dropped:
+            self._free(resident)
+
+    def drop(self, revision: str) -> None:
+        """Nobody will ask for this revision again: free it now, or when its copy or its last user ends."""
+        resident = self._residents.get(revision)
+        if resident is None:
+            return
+        if self._idle(resident):
+            self._free(resident)
+        else:
+            self._dropped.add(revision)
+
+    def fail(self, resident: Resident, error: str) -> None:
+        """Filling it failed: free it, and keep the reason in `failures` for those who wait for it."""
+        self.failures[resident.spec.revision] = error
+        self._free(resident)
+
+    def _idle(self, resident: Resident) -> bool:
+        return not resident.num_users and not resident.copying
+
+    def _evict(self, count: int) -> None:
+        """Free at least `count` pages of idle revisions, but none that this step has used."""
+        idle = [r for r in self._residents.values() if self._idle(r) and r.last_used < self.clock]
+        for resident in sorted(idle, key=lambda resident: resident.last_used):
+            if count <= 0:
+                break
+            count -= len(resident.pages)
+            self._free(resident)
+
+    def _free(self, resident: Resident) -> None:
+        del self._residents[resident.spec.revision]
+        self._dropped.discard(resident.spec.revision)
+        self.memory.forget(resident.spec.revision)
+        self.pool.release(resident.pages)

@@ -1,0 +1,55 @@
+"""What crosses between the engine and the model: a step goes down, its result comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from turret_server.engine.request import SamplingParams
+
+# Stands for a virtual token of the sequence's adapter; its index is its position.
+VIRTUAL_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceStep:
+    """The tokens that one sequence computes in one step.
+
+    `start` is the position of the first. Position p lies in page `block_table[p // block_size]`.
+    `revision` names the adapter whose LoRA rows apply and whose embeddings virtual tokens take.
+    `sampling` is None where no token is sampled after the last one.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    revision: str | None
+    sampling: SamplingParams | None
+    num_generated: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """`copies` come first: pages that several sequences share are copied before one of them writes."""
+
+    sequences: tuple[SequenceStep, ...]
+    copies: tuple[PageCopy, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """The sampled token of every sequence that asked for one, or why it has none."""
+
+    token_ids: Mapping[int, int]
+    errors: Mapping[int, str] = field(default_factory=dict)

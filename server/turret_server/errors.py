@@ -1,0 +1,101 @@
+"""Everything a user can cause, each with a stable reason and a gRPC code.
+
+TurretError
+├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
+├── PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG
+├── AdapterTooLargeError      FAILED_PRECONDITION  ADAPTER_TOO_LARGE
+├── RequestTooLargeError      FAILED_PRECONDITION  REQUEST_TOO_LARGE
+├── QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL
+├── DeadlineError             DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
+├── ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
+├── GenerationFailedError     INTERNAL             GENERATION_FAILED
+├── UnsupportedModelError     FAILED_PRECONDITION  UNSUPPORTED_MODEL
+└── ConfigError               INVALID_ARGUMENT     INVALID_CONFIG
+
+What is wrong with an adapter's files is `turret_adapters.errors.AdapterError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TurretError(Exception):
+    """Something a user can cause. `metadata` travels as the metadata of google.rpc.ErrorInfo."""
+
+    reason: ClassVar[str]
+    code: ClassVar[str]
+
+    def __init__(self, message: str, **metadata: object) -> None:
+        super().__init__(message)
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+
+class InvalidRequestError(TurretError):
+    """A field of the request has a value that it cannot have."""
+
+    reason = "INVALID_REQUEST"
+    code = "INVALID_ARGUMENT"
+
+
+class PromptTooLongError(TurretError):
+    """Prompt and tokens to generate do not fit into the model's context."""
+
+    reason = "PROMPT_TOO_LONG"
+    code = "INVALID_ARGUMENT"
+
+
+class AdapterTooLargeError(TurretError):
+    """The adapter takes more pages than the arena has."""
+
+    reason = "ADAPTER_TOO_LARGE"
+    code = "FAILED_PRECONDITION"
+
+
+class RequestTooLargeError(TurretError):
+    """The request and its adapter take more pages than the arena has."""
+
+    reason = "REQUEST_TOO_LARGE"
+    code = "FAILED_PRECONDITION"
+
+
+class QueueFullError(TurretError):
+    """As many requests wait as may wait."""
+
+    reason = "QUEUE_FULL"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class DeadlineError(TurretError):
+    """The request's deadline passed before it finished."""
+
+    reason = "DEADLINE_EXCEEDED"
+    code = "DEADLINE_EXCEEDED"
+
+
+class ShuttingDownError(TurretError):
+    """The server is about to stop."""
+
+    reason = "SHUTTING_DOWN"
+    code = "UNAVAILABLE"
+
+
+class GenerationFailedError(TurretError):
+    """A step failed for this request; the others went on."""
+
+    reason = "GENERATION_FAILED"
+    code = "INTERNAL"
+
+
+class UnsupportedModelError(TurretError):
+    """The base model would not be computed exactly, or not at all."""
+
+    reason = "UNSUPPORTED_MODEL"
+    code = "FAILED_PRECONDITION"
+
+
+class ConfigError(TurretError):
+    """A setting of the server has a value that it cannot have."""
+
+    reason = "INVALID_CONFIG"
+    code = "INVALID_ARGUMENT"

@@ -1,0 +1,29 @@
+"""One table of ops, chosen once for a device and a dtype."""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes.functional import has_avx512bf16
+
+from turret_server.kernels.bnb_cpu import BitsandbytesCpuOps
+from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, Ops
+from turret_server.kernels.reference import ReferenceOps
+
+__all__ = [
+    "AttentionBatch",
+    "AttentionParams",
+    "BitsandbytesCpuOps",
+    "LoraRows",
+    "NF4Weight",
+    "Ops",
+    "ReferenceOps",
+    "has_avx512bf16",
+    "select_ops",
+]
+
+
+def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The fastest table that computes in `dtype` on `device`."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_avx512bf16():
+        return BitsandbytesCpuOps()
+    return ReferenceOps()

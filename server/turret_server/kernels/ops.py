@@ -1,0 +1,86 @@
+"""The table of ops: what a kernel computes, and the tensors it is given.
+
+Shapes: T tokens of the step, S segments, Q sequences, P pages, B slots of a page, H query heads,
+K key-value heads, D head dimension, I and O in and out features, R LoRA rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class NF4Weight(Protocol):
+    """A 4-bit weight in the layout of the op table that made it."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """The LoRA rows that one linear applies in this step, segment by segment.
+
+    Segment s covers the tokens token_starts[s] … token_ends[s] and the rows
+    row_bounds[s] … row_bounds[s + 1]. Row r reads A at a_offsets[r] and B at b_offsets[r], both element
+    offsets in the arena, and counts weights[r]-fold.
+    """
+
+    token_starts: tuple[int, ...]
+    token_ends: tuple[int, ...]
+    row_bounds: tuple[int, ...]
+    a_offsets_R: torch.Tensor
+    b_offsets_R: torch.Tensor
+    weights_R: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the tokens of each sequence lie in the step, and its keys and values in the arena.
+
+    Sequence q has the tokens query_bounds[q] … query_bounds[q + 1], the last of its context of
+    context_lengths[q] tokens; position p lies in page block_tables[q][p // B], slot p % B.
+    """
+
+    query_bounds: tuple[int, ...]
+    context_lengths: tuple[int, ...]
+    block_tables: tuple[torch.Tensor, ...]
+    pages_T: torch.Tensor
+    slots_T: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What the model's own attention would be called with.
+
+    `window` is how many tokens a query sees, itself included; `softcap` bounds the scores;
+    `sinks_H` are scores that take weight and give no value.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks_H: torch.Tensor | None
+
+
+class Ops(Protocol):
+    """One implementation of every op; `reference.py` is the oracle of the others."""
+
+    def pack_nf4(self, weight: torch.nn.Parameter) -> NF4Weight:
+        """Bring a bitsandbytes NF4 parameter, [O, I], into this table's layout, once at load."""
+
+    def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
+        """x · Wᵀ, [T, O]."""
+
+    def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
+        """y[t] += Σ_r weights[r] · (A_r · x[t]) · B_r over the rows of t's segment, in place."""
+
+    def write_kv(self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch) -> None:
+        """Write the step's keys and values of one layer to their slots."""
+
+    def paged_attention(
+        self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
+    ) -> torch.Tensor:
+        """Causal attention of every token over its sequence's pages, [T, H, D]."""

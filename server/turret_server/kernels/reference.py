@@ -1,0 +1,102 @@
+"""Every op in plain torch, accumulating in float32: the oracle of the fast ones, and their fallback.
+
+For the letters in tensor names see `ops.py`; N is the context of one sequence, n its new tokens, G the
+query heads that share a key-value head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import torch
+
+from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows
+
+
+@dataclass(frozen=True, slots=True)
+class DequantisedNF4:
+    """A bitsandbytes weight as it was loaded, dequantised anew at every use."""
+
+    data: torch.Tensor
+    state: bnb.QuantState
+    in_features: int
+    out_features: int
+
+
+class ReferenceOps:
+    """See `ops.Ops`."""
+
+    def pack_nf4(self, weight: torch.nn.Parameter) -> DequantisedNF4:
+        state = weight.quant_state
+        out_features, in_features = state.shape
+        return DequantisedNF4(weight.data, state, in_features, out_features)
+
+    def nf4_linear(self, x_TI: torch.Tensor, weight: DequantisedNF4) -> torch.Tensor:
+        weight_OI = bnb.dequantize_4bit(weight.data, weight.state).to(x_TI.dtype)
+        return torch.nn.functional.linear(x_TI, weight_OI)
+
+    def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
+        for segment, (start, end) in enumerate(zip(rows.token_starts, rows.token_ends, strict=True)):
+            some = slice(rows.row_bounds[segment], rows.row_bounds[segment + 1])
+            a_RI = _gather_rows(arena, rows.a_offsets_R[some], x_TI.shape[1])
+            b_RO = _gather_rows(arena, rows.b_offsets_R[some], y_TO.shape[1])
+            shrunk_TR = (x_TI[start:end].float() @ a_RI.T) * rows.weights_R[some]
+            y_TO[start:end] += (shrunk_TR @ b_RO).to(y_TO.dtype)
+
+    def write_kv(
+        self,
+        kv_P2BKD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        batch: AttentionBatch,
+    ) -> None:
+        kv_P2BKD[batch.pages_T, 0, batch.slots_T] = key_TKD
+        kv_P2BKD[batch.pages_T, 1, batch.slots_T] = value_TKD
+
+    def paged_attention(
+        self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
+    ) -> torch.Tensor:
+        out_THD = torch.empty_like(query_THD)
+        for index, block_table in enumerate(batch.block_tables):
+            new = slice(batch.query_bounds[index], batch.query_bounds[index + 1])
+            num_context = batch.context_lengths[index]
+            pages_N2BKD = kv_P2BKD[block_table]
+            key_NKD = pages_N2BKD[:, 0].flatten(0, 1)[:num_context]
+            value_NKD = pages_N2BKD[:, 1].flatten(0, 1)[:num_context]
+            out_THD[new] = _attend(query_THD[new], key_NKD, value_NKD, params)
+        return out_THD
+
+
+def _gather_rows(arena: torch.Tensor, offsets_R: torch.Tensor, length: int) -> torch.Tensor:
+    columns = torch.arange(length, device=arena.device)
+    return arena[offsets_R[:, None] + columns].float()
+
+
+def _attend(
+    query_nHD: torch.Tensor, key_NKD: torch.Tensor, value_NKD: torch.Tensor, params: AttentionParams
+) -> torch.Tensor:
+    """Attention of the last n of N tokens, the heads of one key-value head as the rows of one matrix."""
+    num_new, num_heads, head_dim = query_nHD.shape
+    num_context, num_kv_heads, _ = key_NKD.shape
+    query_KGnD = query_nHD.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).float()
+    scores_KGnN = query_KGnD @ key_NKD.float().permute(1, 2, 0)[:, None] * params.scaling
+    if params.softcap is not None:
+        scores_KGnN = params.softcap * torch.tanh(scores_KGnN / params.softcap)
+    mask_nN = _mask(num_new, num_context, params.window, query_nHD.device)
+    scores_KGnN = scores_KGnN.masked_fill(~mask_nN, -torch.inf)
+    if params.sinks_H is not None:
+        sinks = params.sinks_H.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_new, 1)
+        scores_KGnN = torch.cat([scores_KGnN, sinks], dim=-1)
+    weights_KGnN = torch.softmax(scores_KGnN, dim=-1)[..., :num_context]
+    out_KGnD = weights_KGnN @ value_NKD.float().permute(1, 0, 2)[:, None]
+    return out_KGnD.permute(2, 0, 1, 3).reshape(num_new, num_heads, -1).to(query_nHD.dtype)
+
+
+def _mask(num_new: int, num_context: int, window: int | None, device: torch.device) -> torch.Tensor:
+    position_N = torch.arange(num_context, device=device)
+    position_n = position_N[num_context - num_new :, None]
+    mask_nN = position_N <= position_n
+    if window is not None:
+        mask_nN &= position_N > position_n - window
+    return mask_nN

@@ -1,0 +1,44 @@
+"""How large the arena is: what the user asked for, against what the device has."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import torch
+
+from turret_server.errors import ConfigError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(i?B)?", re.IGNORECASE)
+
+# Of the memory that is free once the model is loaded. A GPU keeps the rest for activations; a CPU's
+# memory belongs to other processes too.
+_DEFAULT_FRACTION = {"cuda": 0.8, "cpu": 0.25}
+_DEFAULT_MOST = {"cpu": 4 * 2**30}
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def arena_bytes(memory: str | None, device: torch.device) -> int:
+    """Bytes for a size such as "2GiB", a fraction of the free memory such as "0.5", or the default.
+
+    Raises:
+        ConfigError: it is neither, or more than there is.
+    """
+    free = free_bytes(device)
+    if memory is None:
+        wanted = int(free * _DEFAULT_FRACTION[device.type])
+        return min(wanted, _DEFAULT_MOST.get(device.type, wanted))
+    match = _SIZE.fullmatch(memory.strip())
+    if match is None:
+        raise ConfigError(f"--memory {memory}: expected a size such as 2GiB, or a fraction such as 0.5")
+    number, unit = float(match["number"]), match["unit"].upper()
+    wanted = int(free * number) if not unit and 0 < number <= 1 else int(number * _UNITS[unit])
+    if not 0 < wanted <= free:
+        raise ConfigError(f"--memory {memory}: {wanted} bytes wanted, but {device.type} has {free} free")
+    return wanted

@@ -1,0 +1,57 @@
+"""One flat buffer for everything that comes and goes: keys and values, prefixes, LoRA rows.
+
+A page holds `block_size` tokens' keys and values of all layers, or LoRA rows, in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from turret_adapters.spec import BaseSpec
+
+_SMALLEST_BLOCK = 16
+
+
+def block_size_for(base: BaseSpec) -> int:
+    """Tokens in a page: a multiple of 16 such that a page also holds the widest LoRA row."""
+    widest = max(max(shape.in_features, shape.out_features) for shape in base.linears.values())
+    return -(-widest // (base.kv_width * _SMALLEST_BLOCK)) * _SMALLEST_BLOCK
+
+
+class Arena:
+    """`flat` [num_pages · page_elements]; `layer(i)` is its view as layer i's keys and values."""
+
+    def __init__(
+        self, base: BaseSpec, num_bytes: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size_for(base)
+        self.page_elements = self.block_size * base.kv_width
+        self.num_pages = num_bytes // self.page_bytes_of(dtype)
+        self.flat = torch.zeros(self.num_pages * self.page_elements, dtype=dtype, device=device)
+        self._pages = self.flat.view(self.num_pages, self.page_elements)
+        self._kv_PL2BKD = self.flat.view(
+            self.num_pages, base.num_layers, 2, self.block_size, base.num_kv_heads, base.head_dim
+        )
+
+    def page_bytes_of(self, dtype: torch.dtype) -> int:
+        return self.page_elements * dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_bytes_of(self.flat.dtype)
+
+    def layer(self, index: int) -> torch.Tensor:
+        """Keys and values of one layer, [pages, 2, block_size, kv_heads, head_dim]; a view."""
+        return self._kv_PL2BKD[:, index]
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._pages[target].copy_(self._pages[source])
+
+    def write_prefix(self, pages: tuple[int, ...], kv_NL2KD: torch.Tensor) -> None:
+        """Write keys and values of N virtual tokens to the first slots of `pages`."""
+        for index, page in enumerate(pages):
+            block = kv_NL2KD[index * self.block_size : (index + 1) * self.block_size]
+            self._kv_PL2BKD[page, :, :, : len(block)] = block.permute(1, 2, 0, 3, 4)
+
+    def write_row(self, offset: int, row: torch.Tensor) -> None:
+        self.flat[offset : offset + row.numel()] = row

@@ -1,0 +1,52 @@
+"""The attention function that every Hugging Face model calls, registered under the name "turret".
+
+The batch is packed, (1, heads, T, head_dim): the tokens of all sequences end to end. Which token belongs
+to which sequence, and where its keys and values go, is in the step's context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from turret_server.kernels import AttentionParams
+from turret_server.model.context import current_step
+
+NAME = "turret"
+
+
+def paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 (the interface's; the mask follows from the step)
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Write the step's keys and values of this layer to pages and attend over them; [1, T, heads, head_dim]."""
+    step = current_step()
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    step.layers_seen.add(layer)
+    kv = step.arena.layer(layer)
+    step.ops.write_kv(kv, key[0].transpose(0, 1), value[0].transpose(0, 1), step.attention)
+    params = AttentionParams(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks_H=s_aux,
+    )
+    return step.ops.paged_attention(query[0].transpose(0, 1), kv, step.attention, params)[None], None
+
+
+def register() -> None:
+    """Make transformers know the attention, and that it needs no mask."""
+    AttentionInterface.register(NAME, paged_attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)

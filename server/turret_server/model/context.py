@@ -1,0 +1,51 @@
+"""What the linears and the attention of a running forward need to know of its step.
+
+It travels beside the call, not through it: some model families drop keyword arguments on the way to the
+attention function. The context is of the thread, and there is one at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+from turret_server.kernels import AttentionBatch, Ops
+from turret_server.model.arena import Arena
+from turret_server.model.lora import LoraBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    ops: Ops
+    arena: Arena
+    attention: AttentionBatch
+    lora: LoraBatch | None
+    layers_seen: set[int]
+
+
+class _Slot(threading.local):
+    context: StepContext | None = None
+
+
+_slot = _Slot()
+
+
+@contextmanager
+def step_context(context: StepContext) -> Iterator[None]:
+    """Make `context` the one that `current_step` returns."""
+    assert _slot.context is None, "a forward must not run inside another"
+    _slot.context = context
+    try:
+        yield
+    finally:
+        _slot.context = None
+
+
+def current_step() -> StepContext:
+    assert _slot.context is not None, "the model runs only inside step_context"
+    return _slot.context
+
+

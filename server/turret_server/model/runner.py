@@ -1,0 +1,145 @@
+"""Runs steps on the device, and keeps the adapters that are in its arena."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from turret_adapters.peft import HostAdapter
+from turret_adapters.spec import AdapterSpec
+from turret_server.engine.step import PageCopy, SequenceStep, Step, StepResult
+from turret_server.errors import UnsupportedModelError
+from turret_server.model.arena import Arena
+from turret_server.model.batch import Batch, make_batch
+from turret_server.model.context import StepContext, step_context
+from turret_server.model.load import LoadedModel
+from turret_server.model.lora import ResidentRows, write_slab
+from turret_server.model.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+
+class HostAdapters(Protocol):
+    """Where the tensors of a revision are while they are in host memory."""
+
+    def tensors(self, revision: str) -> HostAdapter: ...
+
+
+class ModelRunner:
+    """The engine's `Runner` and `AdapterMemory`: computes steps, fills pages with adapters.
+
+    `run` is called on the engine's thread. `place` copies on a thread of its own, into pages that nobody
+    else reads yet.
+    """
+
+    def __init__(self, loaded: LoadedModel, arena: Arena, adapters: HostAdapters, sampler: Sampler) -> None:
+        self._loaded = loaded
+        self._arena = arena
+        self._adapters = adapters
+        self._sampler = sampler
+        self._rows: dict[str, dict[str, ResidentRows]] = {}
+        self._prompts: dict[str, torch.Tensor] = {}
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-copy")
+
+    def close(self) -> None:
+        self._copier.shutdown()
+
+    def check(self) -> None:
+        """Run one token and see that every layer came through our attention; warms the kernels as well.
+
+        Raises:
+            UnsupportedModelError: a layer did not.
+        """
+        token = SequenceStep(
+            sequence_id=0, token_ids=(0,), start=0, block_table=(0,), revision=None, sampling=None, num_generated=0
+        )
+        seen: set[int] = set()
+        self._forward(self._batch(Step(sequences=(token,))), seen)
+        if len(seen) != self._loaded.base.num_layers:
+            raise UnsupportedModelError(
+                f"{self._loaded.model.config.model_type} models are not served: of their "
+                f"{self._loaded.base.num_layers} layers, {len(seen)} use the attention they are given"
+            )
+
+    def run(self, step: Step) -> StepResult:
+        for copy in step.copies:
+            self._copy_page(copy)
+        batch = self._batch(step)
+        logits_SV = self._forward(batch, set())
+        if not batch.sampled:
+            return StepResult(token_ids={})
+        return self._sampler.sample(logits_SV, batch.sampled)
+
+    def place(
+        self,
+        spec: AdapterSpec,
+        slab_pages: tuple[int, ...],
+        prefix_pages: tuple[int, ...],
+        done: Callable[[str | None], None],
+    ) -> None:
+        def copy() -> None:
+            try:
+                self._place(self._adapters.tensors(spec.revision), slab_pages, prefix_pages)
+            except Exception as error:
+                log.exception("adapter %s could not be copied to the arena", spec.revision)
+                done(f"{type(error).__name__}: {error}")
+            else:
+                done(None)
+
+        self._copier.submit(copy)
+
+    def forget(self, revision: str) -> None:
+        self._rows.pop(revision, None)
+        self._prompts.pop(revision, None)
+
+    @torch.inference_mode()
+    def _place(
+        self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]
+    ) -> None:
+        revision = adapter.spec.revision
+        if slab_pages:
+            self._rows[revision] = write_slab(self._arena, adapter, slab_pages)
+        if adapter.prefix_kv is not None:
+            self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
+        if adapter.prompt_embeddings is not None:
+            self._prompts[revision] = adapter.prompt_embeddings.to(self._loaded.device, self._loaded.dtype)
+        if self._loaded.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _copy_page(self, copy: PageCopy) -> None:
+        self._arena.copy_page(copy.source, copy.target)
+
+    def _batch(self, step: Step) -> Batch:
+        return make_batch(step, self._rows, block_size=self._arena.block_size, device=self._loaded.device)
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch, layers_seen: set[int]) -> torch.Tensor:
+        """Logits of the last token of every sequence that samples, [S, vocabulary]."""
+        model = self._loaded.model
+        inputs: dict[str, torch.Tensor] = {"input_ids": batch.token_ids_T[None]}
+        if batch.virtual:
+            inputs = {"inputs_embeds": self._embed(batch)}
+        context = StepContext(
+            ops=self._loaded.ops,
+            arena=self._arena,
+            attention=batch.attention,
+            lora=batch.lora,
+            layers_seen=layers_seen,
+        )
+        # A step that samples nothing still keeps one position: an empty selection is not for every model.
+        keep = batch.last_S if batch.sampled else torch.zeros(1, dtype=torch.long, device=self._loaded.device)
+        with step_context(context):
+            output = model(**inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep)
+        logits_SV: torch.Tensor = output.logits[0]
+        return logits_SV
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """Token embeddings with those of virtual tokens in their places, as peft hands them to the model."""
+        embeddings_1TE = self._loaded.model.get_input_embeddings()(batch.token_ids_T[None])
+        for index, revision, row in batch.virtual:
+            embeddings_1TE[0, index] = self._prompts[revision][row]
+        return embeddings_1TE

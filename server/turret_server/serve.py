@@ -1,0 +1,184 @@
+"""Puts the parts together and keeps them running until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from turret_adapters.errors import AdapterError
+from turret_adapters.peft import HostAdapter, read_adapter
+from turret_adapters.registry import AdapterRegistry
+from turret_server.api.adapters import AdapterServicer
+from turret_server.api.errors import ErrorInterceptor
+from turret_server.api.inference import InferenceServicer, ModelInfo
+from turret_server.api.metrics import AdapterStates, EngineMetrics, RequestMetrics
+from turret_server.api.rpc import RpcServer, split_address
+from turret_server.api.validation import check_name
+from turret_server.config import ServerConfig
+from turret_server.engine.loop import Engine
+from turret_server.engine.scheduler import Limits
+from turret_server.errors import ConfigError, TurretError
+from turret_server.memory import arena_bytes
+from turret_server.model.arena import Arena
+from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
+from turret_server.model.runner import ModelRunner
+from turret_server.model.sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A running engine with what stands around it, before a port is opened."""
+
+    engine: Engine
+    registry: AdapterRegistry
+    inference: InferenceServicer
+    adapters: AdapterServicer
+    metrics: CollectorRegistry
+    loaded: LoadedModel
+    arena: Arena
+
+
+@contextmanager
+def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Parts]:
+    """Load the model and start the engine; stop it at the end.
+
+    Raises:
+        ConfigError: a setting cannot be.
+        UnsupportedModelError: the model cannot be served.
+    """
+    _check(config)
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
+    arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
+    if not arena.num_pages:
+        raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
+    registry = AdapterRegistry(on_gone=lambda revision: engine.drop(revision))
+    runner = ModelRunner(loaded, arena, registry, sampler or Sampler())
+    runner.check()
+    metrics = CollectorRegistry()
+    engine = Engine(
+        runner=runner,
+        memory=runner,
+        num_pages=arena.num_pages,
+        page_elements=arena.page_elements,
+        block_size=arena.block_size,
+        limits=Limits(
+            max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
+        ),
+        max_queue=config.max_queue,
+        on_stats=EngineMetrics(metrics, arena.page_bytes).record,
+    )
+    _announce(config, loaded, arena)
+    read = partial(_read, loaded)
+    adapters = AdapterServicer(engine=engine, registry=registry, read=read, page_bytes=arena.page_bytes)
+    AdapterStates(adapters.states, metrics)
+    inference = InferenceServicer(
+        engine=engine,
+        registry=registry,
+        codec=loaded.tokenizer,
+        model=ModelInfo(
+            vocab_size=loaded.vocab_size,
+            max_context=loaded.max_context,
+            stop_token_ids=loaded.stop_token_ids,
+        ),
+        metrics=RequestMetrics(metrics),
+    )
+    engine.start()
+    try:
+        if config.adapters:
+            _load_folder(config.adapters, adapters, registry)
+        yield Parts(
+            engine=engine,
+            registry=registry,
+            inference=inference,
+            adapters=adapters,
+            metrics=metrics,
+            loaded=loaded,
+            arena=arena,
+        )
+    finally:
+        engine.stop()
+        runner.close()
+
+
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        ConfigError: a setting cannot be.
+        UnsupportedModelError: the model cannot be served.
+    """
+    with assemble(config) as parts:
+        if config.metrics:
+            host, port = split_address(config.metrics)
+            start_http_server(port, host, registry=parts.metrics)
+            log.info("metrics on http://%s/metrics", config.metrics)
+        asyncio.run(_serve(config, parts))
+
+
+async def _serve(config: ServerConfig, parts: Parts) -> None:
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    server = RpcServer(parts.inference, parts.adapters, [ErrorInterceptor()])
+    port = await server.start(config.listen)
+    log.info("serving on %s:%d", split_address(config.listen)[0], port)
+    await stop.wait()
+    log.info("stopping: requests that run have %d s to finish", _GRACE_SECONDS)
+    await server.stop(_GRACE_SECONDS)
+
+
+def _read(loaded: LoadedModel, path: str) -> HostAdapter:
+    return read_adapter(Path(path), loaded.base)
+
+
+def _check(config: ServerConfig) -> None:
+    split_address(config.listen)
+    if config.metrics:
+        split_address(config.metrics)
+    if not 1 <= config.max_batch_requests <= config.max_batch_tokens:
+        raise ConfigError(
+            f"--max-batch-requests is from 1 to --max-batch-tokens ({config.max_batch_tokens}); "
+            f"found {config.max_batch_requests}"
+        )
+    if config.max_queue < 1:
+        raise ConfigError(f"--max-queue is at least 1; found {config.max_queue}")
+    if config.adapters and not config.adapters.is_dir():
+        raise ConfigError(f"--adapters {config.adapters}: there is no such folder")
+
+
+def _load_folder(folder: Path, adapters: AdapterServicer, registry: AdapterRegistry) -> None:
+    """Serve every folder under its name; one that cannot be read is listed as FAILED and stops nothing."""
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        try:
+            adapters.load(check_name(path.name), str(path))
+        except (AdapterError, TurretError) as error:
+            log.warning("adapter %s is not served: %s", path.name, error)
+            registry.fail(path.name, str(error))
+
+
+def _announce(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> None:
+    tokens = arena.num_pages * arena.block_size
+    log.info(
+        "%s on %s in %s; arena of %.0f MiB: %d pages of %d tokens, %d tokens in all",
+        config.model,
+        loaded.device.type,
+        str(loaded.dtype).removeprefix("torch."),
+        arena.num_pages * arena.page_bytes / 2**20,
+        arena.num_pages,
+        arena.block_size,
+        tokens,
+    )
