@@ -20,7 +20,8 @@ from turret_adapters.spec import AdapterSpec
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
     """What there is to say of a name. `spec` is None where `error` says why it could not be loaded;
-    `unloaded` names live on while requests run on them."""
+    `unloaded` names live on while requests run on them.
+    """
 
     name: str
     spec: AdapterSpec | None
@@ -39,10 +40,11 @@ class _Name:
 
 class AdapterRegistry:
     """All methods may be called from any thread. `on_gone` is told each revision that nothing needs any
-    more, on the thread that gave it up."""
+    more, on the thread that gave it up; whoever keeps copies elsewhere sets it before the first `publish`.
+    """
 
-    def __init__(self, on_gone: Callable[[str], None]) -> None:
-        self._on_gone = on_gone
+    def __init__(self) -> None:
+        self.on_gone: Callable[[str], None] = lambda _: None
         self._lock = threading.Lock()
         self._names: dict[str, _Name] = {}
         self._tensors: dict[str, HostAdapter] = {}
@@ -116,14 +118,15 @@ class AdapterRegistry:
             return self._tensors[revision]
 
     def status(self, name: str) -> AdapterStatus:
-        """
+        """What there is to say of one name.
+
         Raises:
             AdapterNotFoundError: there is no such name.
         """
         with self._lock:
             return self._status(name, self._entry(name))
 
-    def list(self) -> list[AdapterStatus]:
+    def statuses(self) -> list[AdapterStatus]:
         """Every name in order, those that only drain included."""
         with self._lock:
             return [self._status(name, entry) for name, entry in sorted(self._names.items())]
@@ -166,4 +169,4 @@ class AdapterRegistry:
 
     def _tell(self, gone: list[str]) -> None:
         for revision in gone:
-            self._on_gone(revision)
+            self.on_gone(revision)

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
-
 from turret_adapters.errors import AdapterError
 from turret_adapters.peft import HostAdapter, read_adapter
 from turret_adapters.registry import AdapterRegistry
+
 from turret_server.api.adapters import AdapterServicer
 from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.inference import InferenceServicer, ModelInfo
@@ -65,7 +65,7 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
     arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
     if not arena.num_pages:
         raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
-    registry = AdapterRegistry(on_gone=lambda revision: engine.drop(revision))
+    registry = AdapterRegistry()
     runner = ModelRunner(loaded, arena, registry, sampler or Sampler())
     runner.check()
     metrics = CollectorRegistry()
@@ -75,12 +75,11 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         num_pages=arena.num_pages,
         page_elements=arena.page_elements,
         block_size=arena.block_size,
-        limits=Limits(
-            max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
-        ),
+        limits=Limits(max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests),
         max_queue=config.max_queue,
         on_stats=EngineMetrics(metrics, arena.page_bytes).record,
     )
+    registry.on_gone = engine.drop
     _announce(config, loaded, arena)
     read = partial(_read, loaded)
     adapters = AdapterServicer(engine=engine, registry=registry, read=read, page_bytes=arena.page_bytes)
@@ -123,10 +122,17 @@ def serve(config: ServerConfig) -> None:
     """
     with assemble(config) as parts:
         if config.metrics:
-            host, port = split_address(config.metrics)
-            start_http_server(port, host, registry=parts.metrics)
-            log.info("metrics on http://%s/metrics", config.metrics)
+            _serve_metrics(config.metrics, parts.metrics)
         asyncio.run(_serve(config, parts))
+
+
+def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
+    host, port = split_address(address)
+    try:
+        server, _ = start_http_server(port, host, registry=registry)
+    except OSError as error:
+        raise ConfigError(f"--metrics {address}: {error.strerror}; name another port, or none") from error
+    log.info("metrics on http://%s:%d/metrics", host, server.server_port)
 
 
 async def _serve(config: ServerConfig, parts: Parts) -> None:

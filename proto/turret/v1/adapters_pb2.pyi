@@ -34,6 +34,8 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     """Unloaded, with requests still running on it."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
     """Could not be read when the server started."""
+    ADAPTER_STATE_UNLOADED: _AdapterState.ValueType  # 5
+    """Gone; only UnloadAdapter answers it."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper): ...
 
@@ -46,6 +48,8 @@ ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
 """Unloaded, with requests still running on it."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
 """Could not be read when the server started."""
+ADAPTER_STATE_UNLOADED: AdapterState.ValueType  # 5
+"""Gone; only UnloadAdapter answers it."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _AdapterMethod:

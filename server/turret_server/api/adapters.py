@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.peft import HostAdapter
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.spec import Method
+
 from turret_server.api.validation import check_name
 from turret_server.engine.loop import Engine
 from turret_server.errors import InvalidRequestError
@@ -54,6 +54,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             AdapterTooLargeError: the arena could never hold it.
         """
         adapter = self._read(path)
+        self._engine.check_adapter(adapter.spec)
         self._registry.publish(name, adapter)
         self._engine.prefetch(adapter.spec)
         log.info("loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, path)
@@ -62,9 +63,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         """The state of every adapter, in the short lower-case names of the metrics."""
         names = adapters_pb2.AdapterState.Name
         prefix = "ADAPTER_STATE_"
-        return [names(self._state(s)).removeprefix(prefix).lower() for s in self._registry.list()]
+        return [names(self._state(s)).removeprefix(prefix).lower() for s in self._registry.statuses()]
 
-    async def LoadAdapter(  # noqa: N802 (gRPC's)
+    async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.LoadAdapterResponse:
         name = check_name(request.name)
@@ -73,19 +74,21 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         await asyncio.to_thread(self.load, name, request.path)
         return adapters_pb2.LoadAdapterResponse(adapter=self._message(self._registry.status(name)))
 
-    async def UnloadAdapter(  # noqa: N802
+    async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.UnloadAdapterResponse:
-        status = self._registry.remove(request.name)
+        status = self._registry.remove(check_name(request.name))
         log.info("unloaded adapter %s", request.name)
         return adapters_pb2.UnloadAdapterResponse(adapter=self._message(status))
 
-    async def GetAdapter(  # noqa: N802
+    async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.GetAdapterResponse:
-        return adapters_pb2.GetAdapterResponse(adapter=self._message(self._registry.status(request.name)))
+        return adapters_pb2.GetAdapterResponse(
+            adapter=self._message(self._registry.status(check_name(request.name)))
+        )
 
-    async def ListAdapters(  # noqa: N802
+    async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.ListAdaptersResponse:
         if not 0 <= request.page_size <= _MAX_PAGE_SIZE:
@@ -94,7 +97,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             )
         size = request.page_size or _DEFAULT_PAGE_SIZE
         # The token is the last name of the page before: adapters that come and go do not shift the pages.
-        rest = [status for status in self._registry.list() if status.name > request.page_token]
+        rest = [status for status in self._registry.statuses() if status.name > request.page_token]
         page = rest[:size]
         return adapters_pb2.ListAdaptersResponse(
             adapters=[self._message(status) for status in page],
@@ -119,7 +122,9 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             message.arena_bytes = self._engine.num_pages(spec) * self._page_bytes
         return message
 
-    def _state(self, status: AdapterStatus) -> adapters_pb2.AdapterState:
+    def _state(self, status: AdapterStatus) -> adapters_pb2.AdapterState.ValueType:
+        if status.unloaded and not status.active_requests:
+            return adapters_pb2.ADAPTER_STATE_UNLOADED
         if status.unloaded:
             return adapters_pb2.ADAPTER_STATE_DRAINING
         if status.spec is None:

@@ -4,42 +4,55 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-
 from turret_adapters.errors import AdapterError
+
 from turret_server.errors import InvalidRequestError, TurretError
 
 log = logging.getLogger(__name__)
 
 _DOMAIN = "turret"
+# Twice in a header of at most 8 KiB, once of them with up to three bytes for one.
+_MAX_MESSAGE_BYTES = 1024
 
 
 def to_status(error: TurretError | AdapterError) -> status_pb2.Status:
     detail = any_pb2.Any()
     metadata = error.metadata if isinstance(error, TurretError) else {}
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))
-    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=str(error), details=[detail])
+    return status_pb2.Status(
+        code=code_pb2.Code.Value(error.code), message=_shorten(str(error)), details=[detail]
+    )
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+def _shorten(message: str) -> str:
+    """A status travels in a header, which is lost whole if it is too long."""
+    encoded = message.encode()
+    if len(encoded) <= _MAX_MESSAGE_BYTES:
+        return message
+    return encoded[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + " …"
+
+
+async def _abort(context: Any, error: Exception) -> None:
     if isinstance(error, TurretError | AdapterError):
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
-    log.exception("a call failed", exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
+    else:
+        log.error("a call failed", exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
 
 
 class _Undecodable:
     """Stands in for a request whose bytes are no message, so that the handler can say so."""
 
 
-def _decode_or_mark(deserialize: Callable[[bytes], Message]) -> Callable[[bytes], Message | _Undecodable]:
-    def decode(data: bytes) -> Message | _Undecodable:
+def _decode_or_mark(deserialize: Callable[..., Any]) -> Callable[[bytes], Any]:
+    def decode(data: bytes) -> Any:
         try:
             return deserialize(data)
         except DecodeError:
@@ -48,7 +61,7 @@ def _decode_or_mark(deserialize: Callable[[bytes], Message]) -> Callable[[bytes]
     return decode
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Wraps every handler of this project's services; health and reflection answer for themselves."""
 
     async def intercept_service(
@@ -59,11 +72,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/turret."):
             return handler
+        assert handler.request_deserializer
         decode = _decode_or_mark(handler.request_deserializer)
-        if handler.response_streaming:
+        if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream), decode, handler.response_serializer
             )
+        assert handler.unary_unary
         return grpc.unary_unary_rpc_method_handler(
             _guard_unary(handler.unary_unary), decode, handler.response_serializer
         )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
-
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_adapters.registry import AdapterRegistry
 from turret_adapters.spec import AdapterSpec
+
 from turret_server.api.metrics import RequestMetrics
 from turret_server.api.text import TextCodec, TextStream
-from turret_server.api.validation import check_stop, check_token_ids, sampling_params
+from turret_server.api.validation import check_name, check_stop, check_token_ids, sampling_params
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import FinishReason, Output, Request
 from turret_server.errors import InvalidRequestError
@@ -26,6 +27,21 @@ _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
 }
+
+
+def _when_over(context: Any, call: Callable[[], None]) -> None:
+    """Call back when the call has ended in whatever way: answered, failed, cancelled, disconnected."""
+
+    def done(_: object) -> None:
+        call()
+
+    context.add_done_callback(done)
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Output], output: Output) -> None:
+    """From the engine's thread to the call's; a loop that has closed has nobody waiting."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(outputs.put_nowait, output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +70,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._metrics = metrics
         self._request_ids = itertools.count(1)
 
-    async def Generate(  # noqa: N802 (gRPC's)
+    async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.GenerateResponse:
         response = inference_pb2.GenerateResponse()
@@ -68,16 +84,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         response.revision = last.revision
         return response
 
-    async def GenerateStream(  # noqa: N802
+    async def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         async with aclosing(self._generate(request, context)) as pieces:
             async for piece in pieces:
                 yield piece
 
     async def _generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         """Every answer ends here in one of three ways: finished, failed, or cancelled from outside."""
         with self._metrics.request() as record:
             stop = check_stop(request)
@@ -86,7 +102,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             outputs: asyncio.Queue[Output] = asyncio.Queue()
             running = self._request(request, token_ids, adapter, context, outputs)
             self._engine.submit(running)
-            context.add_done_callback(lambda _: self._engine.cancel(running.request_id))
+            _when_over(context, partial(self._engine.cancel, running.request_id))
             record.submitted(len(token_ids))
             async for piece in self._pieces(running, stop, outputs):
                 record.tokens(len(piece.token_ids), piece.usage.cached_tokens)
@@ -94,8 +110,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _acquire(self, name: str, context: grpc.aio.ServicerContext[Any, Any]) -> AdapterSpec:
         """The name's revision, kept until the call is over, however it ends."""
-        adapter = self._registry.acquire(name)
-        context.add_done_callback(lambda _: self._registry.release(name, adapter))
+        adapter = self._registry.acquire(check_name(name, "adapter"))
+        _when_over(context, partial(self._registry.release, name, adapter))
         return adapter
 
     async def _token_ids(self, request: inference_pb2.GenerateRequest) -> list[int]:
@@ -117,7 +133,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
         outputs: asyncio.Queue[Output],
     ) -> Request:
-        loop = asyncio.get_running_loop()
         num_virtual = adapter.num_virtual_tokens if adapter else 0
         remaining = context.time_remaining()
         return Request(
@@ -131,12 +146,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ),
             stop_token_ids=self._model.stop_token_ids,
             deadline=None if remaining is None else time.monotonic() + remaining,
-            sink=lambda output: loop.call_soon_threadsafe(outputs.put_nowait, output),
+            sink=partial(_hand_over, asyncio.get_running_loop(), outputs),
         )
 
     async def _pieces(
         self, running: Request, stop: list[str], outputs: asyncio.Queue[Output]
-    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         text = TextStream(self._codec, stop)
         num_generated = 0
         while True:

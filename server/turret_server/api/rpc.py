@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
 from turret_server.errors import ConfigError
 
 _SERVICES = (
@@ -18,9 +19,10 @@ _SERVICES = (
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """
+    """Host and port of HOST:PORT.
+
     Raises:
-        ConfigError: it is not HOST:PORT.
+        ConfigError: it is not of that form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
@@ -33,13 +35,13 @@ class RpcServer:
         self,
         inference: inference_pb2_grpc.InferenceServiceServicer,
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
-        interceptors: Sequence[grpc.aio.ServerInterceptor],
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
     ) -> None:
         # Two servers on one port would share its calls between them, in silence.
         self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are behind
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
@@ -54,7 +56,9 @@ class RpcServer:
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ConfigError(f"--listen {address}: the port cannot be opened; is another server on it?") from error
+            raise ConfigError(
+                f"--listen {address}: the port cannot be opened; is another server on it?"
+            ) from error
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)

@@ -7,6 +7,7 @@ import re
 import secrets
 
 from turret.v1 import inference_pb2
+
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
 
@@ -17,22 +18,24 @@ _MAX_TEMPERATURE = 100.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def check_name(name: str) -> str:
-    """
+def check_name(name: str, field: str = "name") -> str:
+    """Hand an adapter's name on if it can be one.
+
     Raises:
         InvalidRequestError: the name is none that an adapter can have.
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequestError(
-            "an adapter's name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter or a "
-            f"digit; found {name[:140]!r}",
-            field="name",
+            "an adapter's name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter "
+            f"or a digit; found {name[:140]!r}",
+            field=field,
         )
     return name
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
-    """
+    """Hand a prompt's tokens on if the model knows them.
+
     Raises:
         InvalidRequestError: there are none, or one is not in the vocabulary.
     """
@@ -47,7 +50,8 @@ def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
 
 
 def check_stop(request: inference_pb2.GenerateRequest) -> list[str]:
-    """
+    """The request's stop strings.
+
     Raises:
         InvalidRequestError: too many stop strings, or one that is empty or too long.
     """

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
+
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
-from turret_server.engine.request import Request
+from turret_server.engine.request import FinishReason, Output, Request
 from turret_server.engine.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
@@ -24,6 +25,7 @@ from turret_server.errors import (
     QueueFullError,
     RequestTooLargeError,
     ShuttingDownError,
+    TurretError,
 )
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,8 @@ class EngineStats:
 class Engine:
     """Owns scheduler and pages. Every public method may be called from any thread.
 
-    Raises nothing on its own thread: a step that fails ends the requests in it, and the engine goes on.
+    A step that fails ends the requests in it, and the engine goes on. If the engine itself fails, its books
+    may be wrong, and a wrong answer is worse than none: it ends every request and computes no more.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Engine:
         self._on_stats = on_stats
         self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
-        self._num_arriving = 0
+        self._arriving: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
@@ -111,26 +114,25 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise ShuttingDownError("the server is shutting down; send the request to another")
-            if self._num_arriving + len(self._scheduler.waiting) >= self._max_queue:
+            if len(self._arriving) + len(self._scheduler.waiting) >= self._max_queue:
                 raise QueueFullError(
                     f"{self._max_queue} requests are waiting already; try again later",
                     max_queue=self._max_queue,
                 )
-            self._num_arriving += 1
-        self._post(lambda: self._arrive(sequence))
+            self._arriving.append(sequence)
+            self._wake.notify()
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step; its sink gets CANCELLED unless it has ended already."""
         self._post(lambda: self._scheduler.cancel(request_id))
 
-    def prefetch(self, spec: AdapterSpec) -> None:
-        """Make an adapter resident if there is room, before a request asks for it.
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """See that an adapter can be resident.
 
         Raises:
-            AdapterTooLargeError: it could never be resident.
+            AdapterTooLargeError: it takes as many pages as there are, or more.
         """
-        residency, pool = self._scheduler.residency, self._scheduler.pool
-        needed = residency.num_pages(spec)
+        needed, pool = self.num_pages(spec), self._scheduler.pool
         if needed >= pool.num_pages:
             raise AdapterTooLargeError(
                 f"the adapter takes {needed} pages and leaves none of the arena's {pool.num_pages} "
@@ -138,7 +140,14 @@ class Engine:
                 adapter_pages=needed,
                 arena_pages=pool.num_pages,
             )
-        self._post(lambda: residency.ensure(spec))
+
+    def prefetch(self, spec: AdapterSpec) -> None:
+        """Make an adapter resident if there is room, before a request asks for it."""
+
+        def ensure() -> None:
+            self._scheduler.residency.ensure(spec)
+
+        self._post(ensure)
 
     def drop(self, revision: str) -> None:
         """Free a revision that no request will name again."""
@@ -170,7 +179,10 @@ class Engine:
                 done.set()
 
         self._post(check)
-        done.wait()
+        while self._thread.is_alive() and not done.wait(_IDLE_SECONDS):
+            pass
+        if not done.is_set():
+            check()
         if failures:
             raise failures[0]
 
@@ -189,28 +201,40 @@ class Engine:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _arrive(self, sequence: Sequence) -> None:
-        with self._wake:
-            self._num_arriving -= 1
-        self._scheduler.add(sequence)
-
     def _loop(self) -> None:
-        while not self._stopping:
-            self._take_in()
-            step = self._scheduler.schedule(self._clock())
-            started = self._clock()
-            if step is not None:
-                self._run(step)
-            self._on_stats(self._stats(step, self._clock() - started))
-            if step is None:
-                self._sleep()
+        try:
+            while not self._stopping:
+                self._turn()
+            error: TurretError = ShuttingDownError("the server stopped before the request finished")
+        except Exception as failure:
+            log.critical("the engine failed, and serves no more", exc_info=True)
+            error = GenerationFailedError(f"the engine failed: {type(failure).__name__}: {failure}")
+        self._end_all(error)
+
+    def _turn(self) -> None:
         self._take_in()
-        for sequence in list(self._scheduler.sequences):
-            self._scheduler.fail(sequence, ShuttingDownError("the server stopped before the request finished"))
+        step = self._scheduler.schedule(self._clock())
+        started = self._clock()
+        if step is not None:
+            self._run(step)
+        self._on_stats(self._stats(step, self._clock() - started))
+        if step is None:
+            self._sleep()
 
     def _take_in(self) -> None:
-        while self._inbox:
-            self._inbox.popleft()()
+        # At one moment: a request that is cancelled at once must be there before its cancellation.
+        with self._wake:
+            while self._arriving:
+                self._scheduler.add(self._arriving.popleft())
+            commands, self._inbox = self._inbox, deque()
+        for command in commands:
+            command()
+
+    def _end_all(self, error: TurretError) -> None:
+        with self._wake:
+            self._stopping = True
+        for sequence in (*self._arriving, *self._scheduler.sequences):
+            sequence.request.tell(Output(finish_reason=FinishReason.FAILED, error=error))
 
     def _run(self, step: Step) -> None:
         try:
@@ -223,7 +247,7 @@ class Engine:
 
     def _sleep(self) -> None:
         with self._wake:
-            if not self._inbox and not self._stopping:
+            if not self._arriving and not self._inbox and not self._stopping:
                 busy = self._scheduler.waiting or self._scheduler.running
                 self._wake.wait(timeout=_IDLE_SECONDS if busy else None)
 

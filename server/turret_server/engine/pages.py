@@ -7,7 +7,19 @@ cache, an adapter). The pool counts holders and knows nothing else of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class Reclaimer(Protocol):
+    """Keeps pages that nobody needs now, and gives them up when pages run out."""
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that `evict` can free."""
+
+    def evict(self, count: int) -> None:
+        """Free `count` pages or more, or all there are."""
 
 
 class PagePool:
@@ -17,24 +29,19 @@ class PagePool:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
-        self._reclaimers: list[Callable[[int], None]] = []
+        self._reclaimers: list[Reclaimer] = []
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def add_reclaimer(self, reclaim: Callable[[int], None]) -> None:
-        """When pages run out, `reclaim(n)` is asked to release n that nobody needs now, in the order added."""
-        self._reclaimers.append(reclaim)
+    def add_reclaimer(self, reclaimer: Reclaimer) -> None:
+        """Ask it for pages when they run out; the first added first."""
+        self._reclaimers.append(reclaimer)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` free pages, or None (and take none) when even reclaiming does not free so many."""
-        for reclaim in self._reclaimers:
-            missing = count - len(self._free)
-            if missing <= 0:
-                break
-            reclaim(missing)
-        if count > len(self._free):
+        """Take `count` free pages, or None (and take none) when even reclaiming would not free so many."""
+        if not self._reclaim(count - len(self._free)):
             return None
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -70,3 +77,17 @@ class PagePool:
         assert len(self._free) == len(set(self._free)), "a page is free twice"
         assert {page for page in self._free if self._holders[page]} == set(), "a free page has holders"
         assert len(self._free) + len(counted) == self.num_pages, "free and held pages do not add up"
+
+    def _reclaim(self, missing: int) -> bool:
+        """Free so many pages more, or none if there are not so many: what is kept is worth something."""
+        shares = []
+        for reclaimer in self._reclaimers:
+            if missing > 0:
+                share = min(missing, reclaimer.num_idle)
+                shares.append((reclaimer, share))
+                missing -= share
+        if missing > 0:
+            return False
+        for reclaimer, share in shares:
+            reclaimer.evict(share)
+        return True

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -27,14 +26,16 @@ def block_keys(parent: bytes, token_ids: Sequence[int], block_size: int) -> Iter
 class PrefixCache:
     """Holds one count of every page in it; gives up the least recently used that nobody else holds.
 
-    Users release a chain from its end, so the end of a chain is always older than its start and
+    Users give a chain back from its end, so the end of a chain is always older than its start and
     goes first.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
-        self._pages: OrderedDict[bytes, int] = OrderedDict()
-        pool.add_reclaimer(self.evict)
+        self._pages: dict[bytes, int] = {}
+        # The keys of pages that only the cache holds, in the order in which they were given back.
+        self._idle: dict[bytes, None] = {}
+        pool.add_reclaimer(self)
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -43,7 +44,7 @@ class PrefixCache:
     @property
     def num_idle(self) -> int:
         """Pages that only the cache holds."""
-        return sum(self._pool.num_holders(page) == 1 for page in self._pages.values())
+        return len(self._idle)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest cached run of `keys` from its start, now also held by the caller."""
@@ -53,25 +54,35 @@ class PrefixCache:
             if page is None:
                 break
             pages.append(page)
-        for key in reversed(keys[: len(pages)]):
-            self._pages.move_to_end(key)
+            self._idle.pop(key, None)
         self._pool.share(pages)
         return pages
 
     def insert(self, key: bytes, page: int) -> None:
-        """Keep a computed block; a key that is there already keeps its page."""
+        """Keep a computed block that the caller holds; a key that is there already keeps its page."""
         if key not in self._pages:
             self._pool.share([page])
             self._pages[key] = page
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Mark a chain as just used, its end as the older part."""
+    def given_back(self, keys: Sequence[bytes]) -> None:
+        """A holder has released its pages of a chain: what nobody else holds was just used, its end first."""
         for key in reversed(keys):
-            if key in self._pages:
-                self._pages.move_to_end(key)
+            page = self._pages.get(key)
+            if page is not None and self._pool.num_holders(page) == 1:
+                self._idle.pop(key, None)
+                self._idle[key] = None
 
     def evict(self, count: int) -> None:
         """Give up to `count` pages back that nobody else holds, the least recently used first."""
-        idle = (key for key, page in self._pages.items() if self._pool.num_holders(page) == 1)
-        for key in list(islice(idle, count)):
+        for key in list(islice(self._idle, count)):
+            del self._idle[key]
             self._pool.release([self._pages.pop(key)])
+
+    def check_integrity(self) -> None:
+        """Prove that exactly the pages that nobody else holds count as idle.
+
+        Raises:
+            AssertionError: one could never be evicted, or could be while somebody reads it.
+        """
+        alone = {key for key, page in self._pages.items() if self._pool.num_holders(page) == 1}
+        assert self._idle.keys() == alone, "the cache is wrong about which of its pages others hold"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from turret_adapters.spec import AdapterSpec
+
 from turret_server.errors import TurretError
+
+log = logging.getLogger(__name__)
 
 
 class FinishReason(Enum):
@@ -52,3 +56,12 @@ class Request:
     stop_token_ids: frozenset[int]
     deadline: float | None
     sink: Callable[[Output], None]
+
+    def tell(self, output: Output) -> bool:
+        """Hand an event to the sink; False where it raises, and so nobody listens any more."""
+        try:
+            self.sink(output)
+        except Exception:
+            log.exception("request %d: its sink failed", self.request_id)
+            return False
+        return True

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from turret_adapters.slab import slab_layout
 from turret_adapters.spec import AdapterSpec, PrefixKind
+
 from turret_server.engine.pages import PagePool
 
 
@@ -34,7 +35,10 @@ class AdapterMemory(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending."""
+    """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending.
+
+    With an `error`, filling them failed, and the pages are gone.
+    """
 
     spec: AdapterSpec
     slab_pages: list[int]
@@ -43,6 +47,7 @@ class Resident:
     num_virtual_computed: int
     num_users: int = 0
     last_used: int = 0
+    error: str | None = None
 
     @property
     def ready(self) -> bool:
@@ -63,20 +68,24 @@ class Residency:
     block_size: int
     post: Callable[[Callable[[], None]], None]
     clock: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
     _residents: dict[str, Resident] = field(default_factory=dict)
     _dropped: set[str] = field(default_factory=set)
+    _num_pages: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pool.add_reclaimer(self._evict)
+        self.pool.add_reclaimer(self)
 
     def __iter__(self) -> Iterator[Resident]:
         return iter(self._residents.values())
 
     def num_pages(self, spec: AdapterSpec) -> int:
         """Pages that a revision takes when resident."""
-        slab = slab_layout(spec.lora, self.page_elements).num_pages
-        return slab + -(-spec.num_virtual_tokens // self.block_size)
+        num_pages = self._num_pages.get(spec.revision)
+        if num_pages is None:
+            slab = slab_layout(spec.lora, self.page_elements).num_pages
+            num_pages = slab + -(-spec.num_virtual_tokens // self.block_size)
+            self._num_pages[spec.revision] = num_pages
+        return num_pages
 
     def tick(self) -> None:
         """A step begins: what is used from here on is newer than all before."""
@@ -140,30 +149,40 @@ class Residency:
 
     def drop(self, revision: str) -> None:
         """Nobody will ask for this revision again: free it now, or when its copy or its last user ends."""
+        self._num_pages.pop(revision, None)
         resident = self._residents.get(revision)
         if resident is None:
             return
-        if self._idle(resident):
-            self._free(resident)
-        else:
+        if resident.num_users or resident.copying:
             self._dropped.add(revision)
+        else:
+            self._free(resident)
 
     def fail(self, resident: Resident, error: str) -> None:
-        """Filling it failed: free it, and keep the reason in `failures` for those who wait for it."""
-        self.failures[resident.spec.revision] = error
+        """Filling it failed: free it, and leave the reason for those who wait for it."""
+        resident.error = error
         self._free(resident)
 
-    def _idle(self, resident: Resident) -> bool:
-        return not resident.num_users and not resident.copying
+    @property
+    def num_idle(self) -> int:
+        """Pages of idle revisions."""
+        return sum(len(resident.pages) for resident in self._idle())
 
-    def _evict(self, count: int) -> None:
-        """Free at least `count` pages of idle revisions, but none that this step has used."""
-        idle = [r for r in self._residents.values() if self._idle(r) and r.last_used < self.clock]
-        for resident in sorted(idle, key=lambda resident: resident.last_used):
+    def evict(self, count: int) -> None:
+        """Free at least `count` pages of idle revisions, or all, the least recently used first."""
+        for resident in sorted(self._idle(), key=lambda resident: resident.last_used):
             if count <= 0:
                 break
             count -= len(resident.pages)
             self._free(resident)
+
+    def _idle(self) -> list[Resident]:
+        """Those that nobody uses, that are not being filled, and that this step has not looked at."""
+        return [
+            resident
+            for resident in self._residents.values()
+            if resident.ready and not resident.num_users and resident.last_used < self.clock
+        ]
 
     def _free(self, resident: Resident) -> None:
         del self._residents[resident.spec.revision]

@@ -23,7 +23,7 @@ from turret_server.errors import DeadlineError, GenerationFailedError, TurretErr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Most tokens and most sequences in one step."""
+    """Most tokens in one step, and most requests that run at once: no more than tokens, so that all go on."""
 
     max_batch_tokens: int
     max_batch_requests: int
@@ -61,10 +61,14 @@ class Scheduler:
         yield from self.waiting
 
     def num_pages(self, sequence: Sequence) -> int:
-        """Pages that the sequence and its adapter take when its last token is generated."""
-        num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens
+        """Pages that the sequence and its adapter take when its last token is generated.
+
+        That token is computed no more, and whole pages of the adapter's prefix are the sequence's as well.
+        """
+        num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens - 1
+        num_pages = -(-num_tokens // self.block_size) - sequence.num_virtual // self.block_size
         adapter = sequence.request.adapter
-        return -(-num_tokens // self.block_size) + (self.residency.num_pages(adapter) if adapter else 0)
+        return num_pages + (self.residency.num_pages(adapter) if adapter else 0)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -109,6 +113,7 @@ class Scheduler:
         held += [page for resident in self.residency for page in resident.pages]
         held += self.cache.pages
         self.pool.check_integrity(held)
+        self.cache.check_integrity()
         assert not any(sequence.block_table or sequence.resident for sequence in self.waiting)
         for resident in self.residency:
             users = sum(sequence.resident is resident for sequence in self.running)
@@ -121,11 +126,10 @@ class Scheduler:
                 self.fail(sequence, DeadlineError("the deadline passed before the request finished"))
 
     def _fail_unplaceable(self) -> None:
-        failures, self.residency.failures = self.residency.failures, {}
         for sequence in list(self.waiting):
-            if sequence.revision in failures:
-                error = failures[sequence.revision]
-                self.fail(sequence, GenerationFailedError(f"the adapter could not be made resident: {error}"))
+            if sequence.awaited and sequence.awaited.error:
+                reason = f"the adapter could not be made resident: {sequence.awaited.error}"
+                self.fail(sequence, GenerationFailedError(reason))
 
     def _grow(self) -> None:
         """Give every running sequence the page of its next token, at the cost of the youngest ones."""
@@ -165,8 +169,10 @@ class Scheduler:
             )
 
     def _admit(self, plan: _Plan) -> None:
-        """Start waiting sequences in order. One whose adapter is on its way lets others pass; one for
-        which there are no pages does not, or a long prompt would wait for ever."""
+        """Start waiting sequences in order. One whose adapter is on its way lets others pass, once: if the
+        adapter came and had to go again, it does not. Nor does one for which there are no pages, or a long
+        prompt would wait for ever.
+        """
         for sequence in list(self.waiting):
             if not plan.budget or len(self.running) >= self.limits.max_batch_requests:
                 break
@@ -175,6 +181,9 @@ class Scheduler:
             if adapter and resident is None:
                 break
             if resident is not None and not resident.ready:
+                if sequence.awaited not in (None, resident):
+                    break
+                sequence.awaited = resident
                 continue
             if not self._take_pages(sequence, resident, plan):
                 break
@@ -194,6 +203,7 @@ class Scheduler:
         pages = self.pool.allocate(missing)
         if pages is None:
             self.pool.release(cached)
+            self.cache.given_back(keys[whole : whole + len(cached)])
             return False
         self.pool.share(shared)
         sequence.block_table = [*shared, *cached, *pages]
@@ -220,15 +230,15 @@ class Scheduler:
             self.fail(sequence, GenerationFailedError(f"the step failed for this request: {error}"))
             return
         self._keep_blocks(sequence, len(part.token_ids))
-        token_id = result.token_ids.get(part.sequence_id)
-        if token_id is None:
+        if part.sampling is None:
             return
+        token_id = result.token_ids[part.sequence_id]
         sequence.tokens.append(token_id)
         reason = self._finish_reason(sequence, token_id)
-        sequence.request.sink(
-            Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
-        )
         if reason:
+            self._remove(sequence)
+        output = Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
+        if not sequence.request.tell(output) and not reason:
             self._remove(sequence)
 
     def _keep_blocks(self, sequence: Sequence, num_tokens: int) -> None:
@@ -257,7 +267,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: TurretError | None = None) -> None:
         self._remove(sequence)
-        sequence.request.sink(Output(finish_reason=reason, error=error))
+        sequence.request.tell(Output(finish_reason=reason, error=error))
 
     def _remove(self, sequence: Sequence) -> None:
         self._release(sequence)
@@ -265,8 +275,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Give pages and adapter back; what the prefix cache keeps of them can be found again."""
-        self.cache.touch(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
         self.pool.release(sequence.block_table)
+        self.cache.given_back(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
         sequence.block_table = []
         sequence.num_computed = 0
         if sequence.resident:

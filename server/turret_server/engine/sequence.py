@@ -15,7 +15,8 @@ from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 class Sequence:
     """`tokens` are the adapter's virtual tokens, the prompt and what was generated.
 
-    The keys and values of the first `num_computed` of them are in the pages of `block_table`.
+    The keys and values of the first `num_computed` of them are in the pages of `block_table`. `awaited` is
+    the adapter's residence that it last waited for.
     """
 
     request: Request
@@ -23,6 +24,7 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     resident: Resident | None = None
+    awaited: Resident | None = None
     num_cached: int | None = None
     _keys: list[bytes] = field(default_factory=list)
 

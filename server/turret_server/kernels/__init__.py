@@ -6,7 +6,14 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from turret_server.kernels.bnb_cpu import BitsandbytesCpuOps
-from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, Ops
+from turret_server.kernels.ops import (
+    AttentionBatch,
+    AttentionParams,
+    LoraRows,
+    NF4Weight,
+    Ops,
+    PackedNF4Weight,
+)
 from turret_server.kernels.reference import ReferenceOps
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "LoraRows",
     "NF4Weight",
     "Ops",
+    "PackedNF4Weight",
     "ReferenceOps",
     "has_avx512bf16",
     "select_ops",

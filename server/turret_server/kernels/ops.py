@@ -10,11 +10,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from bitsandbytes.functional import QuantState
 
 
-class NF4Weight(Protocol):
-    """A 4-bit weight in the layout of the op table that made it."""
+@dataclass(frozen=True, slots=True)
+class NF4Weight:
+    """A 4-bit weight, [O, I], as bitsandbytes loaded it."""
 
+    data: torch.Tensor
+    state: QuantState
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedNF4Weight:
+    """A 4-bit weight in the order of the CPU kernel, with its scales de-nested once, in bfloat16."""
+
+    data: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    block_size: int
     in_features: int
     out_features: int
 
@@ -68,16 +84,18 @@ class AttentionParams:
 class Ops(Protocol):
     """One implementation of every op; `reference.py` is the oracle of the others."""
 
-    def pack_nf4(self, weight: torch.nn.Parameter) -> NF4Weight:
-        """Bring a bitsandbytes NF4 parameter, [O, I], into this table's layout, once at load."""
+    def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
+        """Bring a weight into the layout that this table multiplies with, once at load."""
 
-    def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight) -> torch.Tensor:
-        """x · Wᵀ, [T, O]."""
+    def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
+        """X · Wᵀ, [T, O]."""
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         """y[t] += Σ_r weights[r] · (A_r · x[t]) · B_r over the rows of t's segment, in place."""
 
-    def write_kv(self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch) -> None:
+    def write_kv(
+        self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
+    ) -> None:
         """Write the step's keys and values of one layer to their slots."""
 
     def paged_attention(

@@ -6,34 +6,21 @@ query heads that share a key-value head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.functional import dequantize_4bit
 
-from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows
-
-
-@dataclass(frozen=True, slots=True)
-class DequantisedNF4:
-    """A bitsandbytes weight as it was loaded, dequantised anew at every use."""
-
-    data: torch.Tensor
-    state: bnb.QuantState
-    in_features: int
-    out_features: int
+from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 
 
 class ReferenceOps:
     """See `ops.Ops`."""
 
-    def pack_nf4(self, weight: torch.nn.Parameter) -> DequantisedNF4:
-        state = weight.quant_state
-        out_features, in_features = state.shape
-        return DequantisedNF4(weight.data, state, in_features, out_features)
+    def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
+        return weight
 
-    def nf4_linear(self, x_TI: torch.Tensor, weight: DequantisedNF4) -> torch.Tensor:
-        weight_OI = bnb.dequantize_4bit(weight.data, weight.state).to(x_TI.dtype)
+    def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
+        assert isinstance(weight, NF4Weight)
+        weight_OI = dequantize_4bit(weight.data, weight.state).to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight_OI)
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:

@@ -6,7 +6,6 @@ A page holds `block_size` tokens' keys and values of all layers, or LoRA rows, i
 from __future__ import annotations
 
 import torch
-
 from turret_adapters.spec import BaseSpec
 
 _SMALLEST_BLOCK = 16
@@ -21,9 +20,7 @@ def block_size_for(base: BaseSpec) -> int:
 class Arena:
     """`flat` [num_pages · page_elements]; `layer(i)` is its view as layer i's keys and values."""
 
-    def __init__(
-        self, base: BaseSpec, num_bytes: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, base: BaseSpec, num_bytes: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.block_size = block_size_for(base)
         self.page_elements = self.block_size * base.kv_width
         self.num_pages = num_bytes // self.page_bytes_of(dtype)

@@ -30,7 +30,7 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write the step's keys and values of this layer to pages and attend over them; [1, T, heads, head_dim]."""
+    """Write the step's keys and values of this layer, then attend; [1, T, heads, head_dim]."""
     step = current_step()
     layer = module.layer_idx
     assert isinstance(layer, int)

@@ -72,7 +72,9 @@ def make_batch(
         ),
         lora=_lora(sequences, bounds, rows),
         sampled=tuple(sequence for sequence in sequences if sequence.sampling),
-        last_S=torch.tensor([end - 1 for sequence, end in ends if sequence.sampling], device=device, dtype=torch.long),
+        last_S=torch.tensor(
+            [end - 1 for sequence, end in ends if sequence.sampling], device=device, dtype=torch.long
+        ),
         virtual=tuple(
             (bounds[index] + offset, sequence.revision or "", sequence.start + offset)
             for index, sequence in enumerate(sequences)

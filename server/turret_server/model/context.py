@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-
 from turret_server.kernels import AttentionBatch, Ops
 from turret_server.model.arena import Arena
 from turret_server.model.lora import LoraBatch
@@ -47,5 +46,3 @@ def step_context(context: StepContext) -> Iterator[None]:
 def current_step() -> StepContext:
     assert _slot.context is not None, "the model runs only inside step_context"
     return _slot.context
-
-

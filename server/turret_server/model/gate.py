@@ -27,7 +27,9 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
     text = config.get_text_config(decoder=True)
 
     def refuse(why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{config.model_type} models are not served: {why}", model=config.model_type)
+        return UnsupportedModelError(
+            f"{config.model_type} models are not served: {why}", model=config.model_type
+        )
 
     if config.is_encoder_decoder:
         raise refuse("they have an encoder")
@@ -39,7 +41,8 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
         raise refuse(f"they have layers of type {', '.join(sorted(other))}")
     if batch_dependent := _rope_types(text) & _BATCH_DEPENDENT_ROPE:
         raise refuse(
-            f"their {', '.join(sorted(batch_dependent))} rotary embedding depends on the longest sequence of a batch"
+            f"their {', '.join(sorted(batch_dependent))} rotary embedding "
+            "depends on the longest sequence of a batch"
         )
     _check_quantization(config)
 

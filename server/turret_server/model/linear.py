@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from turret_server.kernels import NF4Weight, Ops
+from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight
 from turret_server.model.context import current_step
 
 
 class AdaptedLinear(nn.Module):
     """y = x · Wᵀ + bias + Σ of the LoRA rows that the step applies to each token; x [1, T, in_features]."""
 
-    def __init__(self, name: str, weight: NF4Weight, bias: nn.Parameter | None) -> None:
+    def __init__(self, name: str, weight: NF4Weight | PackedNF4Weight, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.name = name
         self.weight = weight
@@ -34,10 +35,10 @@ class AdaptedLinear(nn.Module):
 
 def replace_linears(model: nn.Module, ops: Ops) -> None:
     """Put an `AdaptedLinear` in the place of every bitsandbytes 4-bit linear, one by one."""
-    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415 (bitsandbytes takes a second to import)
-
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit):
-            adapted = AdaptedLinear(name, ops.pack_nf4(module.weight), module.bias)
+            state = module.weight.quant_state
+            out_features, in_features = state.shape
+            weight = ops.pack_nf4(NF4Weight(module.weight.data, state, in_features, out_features))
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapted)
+            setattr(model.get_submodule(parent), child, AdaptedLinear(name, weight, module.bias))

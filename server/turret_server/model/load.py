@@ -1,11 +1,10 @@
-"""From a Hugging Face checkpoint to a model of ours: quantised while it loads, kept quantised for next time."""
+"""From a Hugging Face checkpoint to a model of ours: quantised while it loads, and kept quantised."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
 from turret_adapters.spec import BaseSpec, LinearShape
+
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate
@@ -58,7 +57,9 @@ def select_device(name: str) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+        raise ConfigError(
+            "--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
+        )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
@@ -95,6 +96,9 @@ def load_model(
         config = AutoConfig.from_pretrained(name_or_path)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
+        if not Path(name_or_path).exists():
+            hint = "no such folder here, and no such model on the hub or no way to reach it"
+            raise ConfigError(f"--model {name_or_path}: {hint}") from error
         raise ConfigError(f"--model {name_or_path}: {error}") from error
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
     if model_class is None:
@@ -151,7 +155,7 @@ def _keep(model: PreTrainedModel, kept: Path) -> None:
         unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=kept.parent)
         try:
             model.save_pretrained(unfinished)
-            os.rename(unfinished, kept)
+            Path(unfinished).rename(kept)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
 from turret_adapters.peft import HostAdapter
 from turret_adapters.slab import slab_layout
+
 from turret_server.kernels import LoraRows
 from turret_server.model.arena import Arena
 
@@ -24,7 +24,8 @@ class ResidentRows:
 
 def write_slab(arena: Arena, adapter: HostAdapter, pages: tuple[int, ...]) -> dict[str, ResidentRows]:
     """Copy an adapter's rows into its pages and say where they are. The scaling stays out of the rows
-    and is kept in float32, so that it costs no precision."""
+    and is kept in float32, so that it costs no precision.
+    """
     size = arena.page_elements
     layout = slab_layout(adapter.spec.lora, size)
     device = arena.flat.device

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
-
 from turret_adapters.peft import HostAdapter
 from turret_adapters.spec import AdapterSpec
+
 from turret_server.engine.step import PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
 from turret_server.model.arena import Arena
@@ -55,7 +55,13 @@ class ModelRunner:
             UnsupportedModelError: a layer did not.
         """
         token = SequenceStep(
-            sequence_id=0, token_ids=(0,), start=0, block_table=(0,), revision=None, sampling=None, num_generated=0
+            sequence_id=0,
+            token_ids=(0,),
+            start=0,
+            block_table=(0,),
+            revision=None,
+            sampling=None,
+            num_generated=0,
         )
         seen: set[int] = set()
         self._forward(self._batch(Step(sequences=(token,))), seen)
@@ -133,13 +139,15 @@ class ModelRunner:
         # A step that samples nothing still keeps one position: an empty selection is not for every model.
         keep = batch.last_S if batch.sampled else torch.zeros(1, dtype=torch.long, device=self._loaded.device)
         with step_context(context):
-            output = model(**inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep)
+            output = model(
+                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep
+            )
         logits_SV: torch.Tensor = output.logits[0]
         return logits_SV
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings with those of virtual tokens in their places, as peft hands them to the model."""
-        embeddings_1TE = self._loaded.model.get_input_embeddings()(batch.token_ids_T[None])
+        embeddings_1TE: torch.Tensor = self._loaded.model.get_input_embeddings()(batch.token_ids_T[None])
         for index, revision, row in batch.virtual:
             embeddings_1TE[0, index] = self._prompts[revision][row]
         return embeddings_1TE

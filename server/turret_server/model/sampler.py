@@ -34,14 +34,17 @@ class Sampler:
 
 
 def _draw(logits_V: torch.Tensor, sampling: SamplingParams, position: int) -> int:
-    probabilities_V, token_ids_V = torch.sort(torch.softmax(logits_V / sampling.temperature, dim=-1), descending=True)
+    probabilities_V, token_ids_V = torch.sort(
+        torch.softmax(logits_V / sampling.temperature, dim=-1), descending=True
+    )
     if sampling.top_k:
         probabilities_V = probabilities_V[: sampling.top_k]
     # A token stays as long as those before it do not reach top_p, so that one always does.
     before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
     kept_V = torch.where(before_V < sampling.top_p * probabilities_V.sum(), probabilities_V, 0.0)
     generator = torch.Generator().manual_seed(_seed(sampling.seed, position))
-    return int(token_ids_V[torch.multinomial(kept_V.cpu(), 1, generator=generator).item()])
+    chosen = torch.multinomial(kept_V.cpu(), 1, generator=generator)
+    return int(token_ids_V[chosen.to(token_ids_V.device)].item())
 
 
 def _seed(seed: int, position: int) -> int:

@@ -1,0 +1,57 @@
+"""Client of a Turret server.
+
+    from turret_client import Client
+
+    with Client("127.0.0.1:50051") as client:
+        for chunk in client.stream("Once upon a time", adapter="pirate"):
+            print(chunk.text, end="", flush=True)
+
+`AsyncClient` has the same methods for asyncio. Whatever goes wrong on the way to the server or inside
+it is a `TurretError`; the tree of its classes stands in `turret_client.errors`.
+"""
+
+from turret_client._async import AsyncClient
+from turret_client._channel import DEFAULT_ADDRESS
+from turret_client._results import (
+    Adapter,
+    AdapterMethod,
+    AdapterState,
+    Chunk,
+    FinishReason,
+    Generation,
+    Usage,
+)
+from turret_client._sync import Client
+from turret_client.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    TurretError,
+    UnavailableError,
+)
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "Adapter",
+    "AdapterMethod",
+    "AdapterState",
+    "AsyncClient",
+    "CancelledError",
+    "Chunk",
+    "Client",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "FinishReason",
+    "Generation",
+    "InternalError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "ResourceExhaustedError",
+    "TurretError",
+    "UnavailableError",
+    "Usage",
+]

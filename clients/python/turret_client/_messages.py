@@ -1,0 +1,112 @@
+"""From arguments to request messages and from response messages to results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turret.v1 import adapters_pb2, inference_pb2
+
+from turret_client._results import (
+    Adapter,
+    AdapterMethod,
+    AdapterState,
+    Chunk,
+    FinishReason,
+    Generation,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FINISH_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
+    inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_STATES = {
+    adapters_pb2.ADAPTER_STATE_STAGED: AdapterState.STAGED,
+    adapters_pb2.ADAPTER_STATE_RESIDENT: AdapterState.RESIDENT,
+    adapters_pb2.ADAPTER_STATE_DRAINING: AdapterState.DRAINING,
+    adapters_pb2.ADAPTER_STATE_FAILED: AdapterState.FAILED,
+    adapters_pb2.ADAPTER_STATE_UNLOADED: AdapterState.UNLOADED,
+}
+_METHODS = {
+    adapters_pb2.ADAPTER_METHOD_LORA: AdapterMethod.LORA,
+    adapters_pb2.ADAPTER_METHOD_PREFIX_TUNING: AdapterMethod.PREFIX_TUNING,
+    adapters_pb2.ADAPTER_METHOD_PROMPT_TUNING: AdapterMethod.PROMPT_TUNING,
+    adapters_pb2.ADAPTER_METHOD_P_TUNING: AdapterMethod.P_TUNING,
+}
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    adapter: str | None,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float | None,
+    top_k: int,
+    seed: int | None,
+    stop: Sequence[str],
+) -> inference_pb2.GenerateRequest:
+    if isinstance(stop, str):
+        raise TypeError(f"stop is a sequence of strings; for one string write stop=[{stop!r}]")
+    request = inference_pb2.GenerateRequest(
+        adapter=adapter or "",
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    return request
+
+
+def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
+    return Generation(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        finish_reason=_FINISH_REASONS[response.finish_reason],
+        usage=_usage_from(response.usage),
+        revision=response.revision,
+    )
+
+
+def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
+    return Chunk(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        revision=response.revision,
+        finish_reason=_FINISH_REASONS.get(response.finish_reason),
+        usage=_usage_from(response.usage) if response.HasField("usage") else None,
+    )
+
+
+def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
+    return Adapter(
+        name=message.name,
+        revision=message.revision,
+        state=_STATES.get(message.state, AdapterState.UNSPECIFIED),
+        method=_METHODS.get(message.method, AdapterMethod.UNSPECIFIED),
+        num_parameters=message.num_parameters,
+        max_rank=message.max_rank,
+        num_virtual_tokens=message.num_virtual_tokens,
+        file_bytes=message.file_bytes,
+        arena_bytes=message.arena_bytes,
+        active_requests=message.active_requests,
+        draining_revisions=tuple(message.draining_revisions),
+        error=message.error,
+    )
+
+
+def _usage_from(message: inference_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        cached_tokens=message.cached_tokens,
+        generated_tokens=message.generated_tokens,
+    )

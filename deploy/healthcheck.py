@@ -1,0 +1,16 @@
+#!/usr/bin/env python3
+"""Exits 0 where the server at the address, by default this container's, says that it is serving."""
+
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
+with grpc.insecure_channel(address) as channel:
+    try:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=4)
+    except grpc.RpcError as error:
+        sys.exit(f"{address}: {error.code().name}: {error.details()}")
+if answer.status != health_pb2.HealthCheckResponse.SERVING:
+    sys.exit(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")

@@ -1,0 +1,287 @@
+"""The commands of `turret` that speak to a running server. They need no more than the client does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from turret_client import DEFAULT_ADDRESS, Client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from turret_client import Adapter, Chunk, Generation
+
+_INT32_MAX = 2**31 - 1
+_UINT64_MAX = 2**64 - 1
+
+_server_option = click.option(
+    "--server",
+    metavar="HOST:PORT",
+    envvar="TURRET_SERVER",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    show_envvar=True,
+    help="Address of the server.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  turret generate "Once upon a time"
+  turret generate --adapter pirate --temperature 0.8 --seed 7 --stop "." "Where is the treasure?"
+  turret generate --adapter summary --no-stream --json < report.txt
+"""
+)
+@click.argument("prompt", required=False)
+@click.option("--adapter", metavar="NAME", help="Adapter to use. Without it: the base model.")
+@_server_option
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1, _INT32_MAX),
+    metavar="N",
+    help="Most tokens to generate. Without it: 256, or what the context leaves if that is less.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="F",
+    help="0 is greedy.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="F",
+    help="Sample among the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0, _INT32_MAX),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Sample among the N likeliest tokens; 0 is all.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, _UINT64_MAX),
+    metavar="N",
+    help="Same seed, prompt, adapter and options: same tokens. Without it: the server's choice.",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="S",
+    help="End before this text; may be given up to 16 times.",
+)
+@click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
+@_json_option
+def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool, **options: Any) -> None:
+    """Generate text after PROMPT and print it as it comes.
+
+    Without PROMPT, or where it is "-", the prompt is read from standard input, less one newline at its end.
+    Ctrl-C cancels the request.
+    """
+    text = _read_stdin(prompt) if prompt in (None, "-") else prompt
+    with Client(server) as client:
+        if no_stream:
+            generation = client.generate(text, **options)
+            click.echo(_json(generation) if as_json else generation.text)
+            return
+        with closing(client.stream(text, **options)) as chunks:
+            if as_json:
+                for chunk in chunks:
+                    click.echo(_json(chunk))
+            else:
+                _print_stream(chunks)
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  turret adapters load pirate /srv/adapters/pirate
+  turret adapters list
+"""
+)
+def adapters() -> None:
+    """Load, replace, unload and look at a server's adapters."""
+
+
+@adapters.command(
+    "list",
+    epilog="""\b
+Examples:
+  turret adapters list
+  turret adapters list --json | jq -r .name
+""",
+)
+@_server_option
+@_json_option
+def list_(*, server: str, as_json: bool) -> None:
+    """List all adapters in the order of their names."""
+    with Client(server) as client:
+        found = client.list_adapters()
+    if not found and not as_json:
+        click.echo("no adapters", err=True)
+    else:
+        _print_adapters(found, as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters load pirate /srv/adapters/pirate
+"""
+)
+@click.argument("name")
+@click.argument("path")
+@_server_option
+@_json_option
+def load(name: str, path: str, *, server: str, as_json: bool) -> None:
+    """Serve the peft adapter in the folder PATH under NAME.
+
+    PATH is a folder of the server's machine. Where NAME is in use it flips to the new revision at once;
+    requests that began on the old one end on the old one.
+    """
+    with Client(server) as client:
+        # A server on this machine has another working directory.
+        here = Path(path)
+        found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
+        _print_adapters([found], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters unload pirate
+"""
+)
+@click.argument("name")
+@_server_option
+@_json_option
+def unload(name: str, *, server: str, as_json: bool) -> None:
+    """Take NAME away. Requests that run on it end on it; then its memory is freed."""
+    with Client(server) as client:
+        _print_adapters([client.unload_adapter(name)], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters show pirate
+"""
+)
+@click.argument("name")
+@_server_option
+@_json_option
+def show(name: str, *, server: str, as_json: bool) -> None:
+    """Show all that is known of one adapter."""
+    with Client(server) as client:
+        adapter = client.get_adapter(name)
+    click.echo(_json(adapter) if as_json else _details(adapter))
+
+
+def _read_stdin(prompt: str | None) -> str:
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("Give a PROMPT, or pipe one in.")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError("The prompt on standard input is not UTF-8.") from error
+
+
+def _print_stream(chunks: Iterable[Chunk]) -> None:
+    began = False
+    try:
+        for chunk in chunks:
+            click.echo(chunk.text, nl=False)
+            began = True
+    finally:
+        if began:
+            click.echo()
+
+
+def _print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
+    if as_json:
+        for adapter in found:
+            click.echo(_json(adapter))
+    else:
+        click.echo(_table(found))
+
+
+def _json(result: Generation | Chunk | Adapter) -> str:
+    return json.dumps(asdict(result))
+
+
+def _table(found: Sequence[Adapter]) -> str:
+    words = ("NAME", "STATE", "METHOD", "REVISION")
+    numbers = ("RANK", "VIRTUAL", "PARAMETERS", "FILE", "ARENA", "ACTIVE")
+    rows = [(*words, *numbers), *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index < len(words) else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _row(adapter: Adapter) -> tuple[str, ...]:
+    return (
+        adapter.name,
+        adapter.state,
+        adapter.method,
+        adapter.revision[:12] or "-",
+        str(adapter.max_rank or "-"),
+        str(adapter.num_virtual_tokens or "-"),
+        _count(adapter.num_parameters),
+        _size(adapter.file_bytes),
+        _size(adapter.arena_bytes),
+        str(adapter.active_requests),
+    )
+
+
+def _details(adapter: Adapter) -> str:
+    lines = {
+        "name": adapter.name,
+        "state": adapter.state,
+        "method": adapter.method,
+        "revision": adapter.revision or "-",
+        "rank": str(adapter.max_rank or "-"),
+        "virtual tokens": str(adapter.num_virtual_tokens or "-"),
+        "parameters": f"{adapter.num_parameters:,}",
+        "file": _size(adapter.file_bytes),
+        "arena": _size(adapter.arena_bytes),
+        "active": str(adapter.active_requests),
+        "draining": ", ".join(adapter.draining_revisions) or "-",
+    }
+    if adapter.error:
+        lines["error"] = adapter.error
+    width = max(map(len, lines))
+    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())
+
+
+def _count(number: int) -> str:
+    return _scaled(number, 1000, ("", "k", "M", "G"))
+
+
+def _size(number: int) -> str:
+    return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB"))
+
+
+def _scaled(number: int, base: int, units: Sequence[str]) -> str:
+    value, power = float(number), 0
+    while value >= base and power < len(units) - 1:
+        value /= base
+        power += 1
+    return f"{value:.1f}{units[power]}" if power else f"{number}{units[0]}"

@@ -1,0 +1,146 @@
+# ruff: noqa: N802 -- the names of the protocol's methods
+"""A Turret server without a model: it answers what the test tells it to, over a real port."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+USAGE = inference_pb2.Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=4)
+CHUNKS = (
+    inference_pb2.GenerateStreamResponse(text="Ahoy, ", token_ids=[7, 8], revision="r1"),
+    inference_pb2.GenerateStreamResponse(
+        text="m\N{LATIN SMALL LETTER A WITH ACUTE}tey", token_ids=[9], revision="r1"
+    ),
+    inference_pb2.GenerateStreamResponse(
+        token_ids=[2], revision="r1", finish_reason=inference_pb2.FINISH_REASON_STOP, usage=USAGE
+    ),
+)
+GENERATION = inference_pb2.GenerateResponse(
+    text="".join(chunk.text for chunk in CHUNKS),
+    token_ids=[token for chunk in CHUNKS for token in chunk.token_ids],
+    finish_reason=inference_pb2.FINISH_REASON_STOP,
+    usage=USAGE,
+    revision="r1",
+)
+PIRATE = adapters_pb2.Adapter(
+    name="pirate",
+    revision="0123456789abcdef0123456789abcdef",
+    state=adapters_pb2.ADAPTER_STATE_RESIDENT,
+    method=adapters_pb2.ADAPTER_METHOD_LORA,
+    num_parameters=4_500_000,
+    max_rank=16,
+    file_bytes=18_000_000,
+    arena_bytes=9 * 1024 * 1024,
+    active_requests=2,
+    draining_revisions=["fedcba", "abcdef"],
+)
+BROKEN = adapters_pb2.Adapter(
+    name="broken", state=adapters_pb2.ADAPTER_STATE_FAILED, error="adapter_config.json is not JSON"
+)
+
+
+def failure(
+    code: grpc.StatusCode,
+    message: str,
+    *,
+    domain: str = "turret",
+    reason: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> grpc.Status:
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.ErrorInfo(domain=domain, reason=reason, metadata=metadata))
+    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=[detail]))
+
+
+class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_grpc.AdapterServiceServicer):
+    """Answers the constants above.
+
+    Attributes:
+        failure: What every call ends with instead; a stream after its first chunk.
+        endless: A stream repeats its first chunk for ever.
+        hold: Calls never end by themselves; a stream gives its first chunk.
+        adapters: What ListAdapters answers, two a page.
+        requests: What came.
+        began: Set when a call has come.
+        ended: Set when a call is over, from whichever side.
+    """
+
+    def __init__(self) -> None:
+        self.failure: grpc.Status | None = None
+        self.endless = False
+        self.hold = False
+        self.adapters: Sequence[adapters_pb2.Adapter] = (PIRATE,)
+        self.requests: list[Any] = []
+        self.began = threading.Event()
+        self.ended = threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(None).wait()
+
+    def Generate(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return GENERATION
+
+    def GenerateStream(self, request, context) -> Iterator[inference_pb2.GenerateStreamResponse]:
+        self._begin(request, context)
+        yield CHUNKS[0]
+        while self.endless:
+            yield CHUNKS[0]
+        self._hold_or_fail(context)
+        yield from CHUNKS[1:]
+
+    def LoadAdapter(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.LoadAdapterResponse(adapter=PIRATE)
+
+    def UnloadAdapter(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.UnloadAdapterResponse(adapter=PIRATE)
+
+    def GetAdapter(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.GetAdapterResponse(adapter=PIRATE)
+
+    def ListAdapters(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        start = int(request.page_token or 0)
+        end = start + 2
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=self.adapters[start:end],
+            next_page_token=str(end) if end < len(self.adapters) else "",
+        )
+
+    def _begin(self, request, context) -> None:
+        self.requests.append(request)
+        context.add_callback(self.ended.set)
+        self.began.set()
+
+    def _hold_or_fail(self, context) -> None:
+        if self.failure is not None:
+            context.abort_with_status(self.failure)
+        if self.hold:
+            self.ended.wait()

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+from support.serving import serving
+from turret_client import Client
+from turret_server.config import ServerConfig
+
+ADAPTERS = ("lora", "prefix", "prompt", "p-tuning")
+
+
+@pytest.fixture(scope="module")
+def served(base_of, adapter_of, quantised_cache):
+    config = ServerConfig(
+        model=str(base_of("llama")),
+        dtype="float32",
+        device="cpu",
+        memory="8MiB",
+        max_batch_tokens=32,
+        max_batch_requests=8,
+        max_queue=64,
+        cache=quantised_cache,
+    )
+    with serving(config) as served:
+        for name in ADAPTERS:
+            served.parts.adapters.load(name, str(adapter_of("llama", name)))
+        yield served
+
+
+@pytest.fixture
+def client(served):
+    with Client(served.address) as client:
+        yield client
+    served.parts.engine.check_integrity()

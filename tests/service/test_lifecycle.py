@@ -1,0 +1,95 @@
+"""Adapters come and go while requests run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from support.prompts import PROMPT, until
+from turret_client import AdapterMethod, AdapterState, NotFoundError
+
+
+@pytest.fixture
+def loaded(client, adapter_of):
+    """An adapter of its own, which the test may replace and unload."""
+    client.load_adapter("mine", str(adapter_of("llama", "lora", seed=5)))
+    yield "mine"
+    if any(adapter.name == "mine" for adapter in client.list_adapters()):
+        client.unload_adapter("mine")
+
+
+def test_an_adapter_says_what_it_is(client, loaded, served):
+    adapter = client.get_adapter(loaded)
+    assert adapter.method is AdapterMethod.LORA
+    assert adapter.max_rank == 5
+    assert adapter.num_virtual_tokens == 0
+    assert adapter.arena_bytes % served.parts.arena.page_bytes == 0
+    assert adapter.arena_bytes >= 4 * adapter.num_parameters
+    assert [adapter.name for adapter in client.list_adapters()] == [
+        "lora", "mine", "p-tuning", "prefix", "prompt"
+    ]  # fmt: skip
+    assert client.get_adapter("prefix").num_virtual_tokens == 7
+
+
+def test_a_loaded_adapter_becomes_resident_before_a_request_asks_for_it(client, loaded):
+    until(lambda: client.get_adapter(loaded).state is AdapterState.RESIDENT)
+
+
+def test_a_swap_leaves_running_streams_on_their_revision(client, loaded, adapter_of):
+    old = client.generate(PROMPT, adapter=loaded, max_tokens=60)
+    streams = [client.stream(PROMPT, adapter=loaded, max_tokens=60) for _ in range(3)]
+    begun = [next(stream) for stream in streams]
+    swapped = client.load_adapter(loaded, str(adapter_of("llama", "lora", seed=1)))
+    assert swapped.revision != old.revision
+    assert swapped.draining_revisions == (old.revision,)
+
+    new = client.generate(PROMPT, adapter=loaded, max_tokens=60)
+    assert new.revision == swapped.revision
+    assert new.token_ids != old.token_ids
+    for first, stream in zip(begun, streams, strict=True):
+        chunks = [first, *stream]
+        assert {chunk.revision for chunk in chunks} == {old.revision}
+        assert "".join(chunk.text for chunk in chunks) == old.text
+    until(lambda: client.get_adapter(loaded).draining_revisions == ())
+
+
+def test_loading_the_same_content_again_changes_nothing(client, loaded, adapter_of):
+    before = client.get_adapter(loaded)
+    assert client.load_adapter(loaded, str(adapter_of("llama", "lora", seed=5))).revision == before.revision
+    assert client.get_adapter(loaded).draining_revisions == ()
+
+
+def test_unloading_in_use_lets_running_requests_end_and_refuses_new_ones(client, loaded, served):
+    whole = client.generate(PROMPT, adapter=loaded, max_tokens=60)
+    stream = client.stream(PROMPT, adapter=loaded, max_tokens=60)
+    first = next(stream)
+    assert client.unload_adapter(loaded).state is AdapterState.DRAINING
+    assert client.get_adapter(loaded).state is AdapterState.DRAINING
+    with pytest.raises(NotFoundError) as refused:
+        client.generate(PROMPT, adapter=loaded)
+    assert refused.value.reason == "ADAPTER_NOT_FOUND"
+    assert "".join(chunk.text for chunk in [first, *stream]) == whole.text
+
+    until(lambda: all(adapter.name != loaded for adapter in client.list_adapters()))
+    with pytest.raises(NotFoundError):
+        client.get_adapter(loaded)
+    until(lambda: not served.parts.engine.is_resident(whole.revision))
+
+
+def test_an_unloaded_adapter_gives_its_pages_back(client, adapter_of, served):
+    until(lambda: served.metric("turret_running_requests") == 0)
+    before = served.metric("turret_arena_pages", owner="lora")
+    client.load_adapter("another", str(adapter_of("llama", "lora-attention")))
+    until(lambda: served.metric("turret_arena_pages", owner="lora") > before)
+    assert client.unload_adapter("another").state is AdapterState.UNLOADED
+    until(lambda: served.metric("turret_arena_pages", owner="lora") == before)
+
+
+def test_a_folder_that_changes_after_loading_changes_no_answer(client, adapter_of, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_of("llama", "lora"), folder)
+    client.load_adapter("copied", str(folder))
+    before = client.generate(PROMPT, adapter="copied", max_tokens=10)
+    shutil.rmtree(folder)
+    assert client.generate(PROMPT, adapter="copied", max_tokens=10).token_ids == before.token_ids
+    client.unload_adapter("copied")

@@ -1,0 +1,88 @@
+"""A running engine, inside the test's process, whose logits can be looked at."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from turret_adapters.spec import AdapterSpec
+from turret_server.engine.request import FinishReason, Output, Request, SamplingParams
+from turret_server.engine.step import SequenceStep, StepResult
+from turret_server.model.sampler import Sampler
+from turret_server.serve import Parts
+
+_ids = itertools.count(1)
+
+
+class RecordingSampler(Sampler):
+    def __init__(self) -> None:
+        self.logits: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
+        for row, sequence in zip(logits_SV, sequences, strict=True):
+            self.logits[sequence.sequence_id].append(row.float().clone())
+        return super().sample(logits_SV, sequences)
+
+
+@dataclass
+class Running:
+    """One submitted request. `on_token` is called on the engine's thread with the number of tokens so far."""
+
+    prompt: tuple[int, ...]
+    adapter: str | None
+    request_id: int = field(default_factory=lambda: next(_ids))
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+    reached: threading.Event = field(default_factory=threading.Event)
+    reach: int = 1
+
+    def sink(self, output: Output) -> None:
+        self.outputs.append(output)
+        if output.token_id is not None:
+            self.token_ids.append(output.token_id)
+        if len(self.token_ids) >= self.reach or output.finish_reason:
+            self.reached.set()
+        if output.finish_reason:
+            self.done.set()
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[-1].finish_reason
+
+
+def submit(
+    parts: Parts,
+    prompt: Sequence[int],
+    adapter: str | None = None,
+    *,
+    max_tokens: int = 12,
+    reach: int = 1,
+    deadline: float | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_token_ids: frozenset[int] = frozenset(),
+) -> Running:
+    running = Running(prompt=tuple(prompt), adapter=adapter, reach=reach)
+    spec: AdapterSpec | None = parts.registry.status(adapter).spec if adapter else None
+    parts.engine.submit(
+        Request(
+            request_id=running.request_id,
+            prompt_token_ids=running.prompt,
+            adapter=spec,
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
+            stop_token_ids=stop_token_ids,
+            deadline=deadline,
+            sink=running.sink,
+        )
+    )
+    return running
+
+
+def wait(*requests: Running) -> None:
+    for running in requests:
+        assert running.done.wait(timeout=120), "the request did not end"

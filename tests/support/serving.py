@@ -1,0 +1,117 @@
+"""Servers to talk to: one inside the test's process, whose books can be looked at, and a real process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from turret_server.api.errors import ErrorInterceptor
+from turret_server.api.rpc import RpcServer
+from turret_server.config import ServerConfig
+from turret_server.model.sampler import Sampler
+from turret_server.serve import Parts, assemble
+
+# The command that the package installs.
+TURRET = str(Path(sys.executable).with_name("turret"))
+
+
+@dataclass(frozen=True)
+class Served:
+    address: str
+    parts: Parts
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.parts.metrics.get_sample_value(name, labels) or 0.0
+
+
+@contextmanager
+def serving(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Served]:
+    """The whole server on a loopback port, in threads of this process."""
+    with assemble(config, sampler) as parts:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        server = asyncio.run_coroutine_threadsafe(_start(parts), loop).result()
+        try:
+            yield Served(f"127.0.0.1:{server[1]}", parts)
+        finally:
+            asyncio.run_coroutine_threadsafe(server[0].stop(0), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+async def _start(parts: Parts) -> tuple[RpcServer, int]:
+    server = RpcServer(parts.inference, parts.adapters, [ErrorInterceptor()])
+    return server, await server.start("127.0.0.1:0")
+
+
+class ServerProcess:
+    """`turret serve` as a user starts it. `log` grows while it runs."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [TURRET, "serve", *arguments]
+        self.process = subprocess.Popen(  # noqa: S603 (the command is this test's)
+            [*command, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+        self.log: list[str] = []
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        assert self._ready.wait(timeout=120)
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.log.append(line)
+            if "serving on" in line:
+                self._ready.set()
+        self._ready.set()
+
+    def _found(self, pattern: str) -> str:
+        for line in self.log:
+            if match := re.search(pattern, line):
+                return match[1]
+        raise AssertionError("".join(self.log))
+
+    @property
+    def address(self) -> str:
+        return self._found(r"serving on (\S+)")
+
+    @property
+    def metrics_url(self) -> str:
+        return self._found(r"metrics on (\S+)")
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout=60)
+        self._reader.join()
+        assert self.process.stderr
+        self.process.stderr.close()
+        return status
+
+
+@contextmanager
+def server_process(model: Path, cache: Path, *arguments: str) -> Iterator[ServerProcess]:
+    server = ServerProcess(
+        "--model", str(model), "--cache", str(cache), "--device", "cpu", "--dtype", "float32", *arguments
+    )
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
