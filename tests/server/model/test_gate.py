@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoXConfig,
+    JambaConfig,
+    LlamaConfig,
+    Phi3Config,
+    T5Config,
+)
+
+from turret_server.errors import UnsupportedModelError
+from turret_server.model.gate import check_config, check_model
+
+
+def check(config) -> None:
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    check_config(config, model_class)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "phi3", "olmo2"])
+def test_plain_decoders_pass(model_type):
+    check(AutoConfig.for_model(model_type))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (JambaConfig(), "jamba models are not served"),
+        (BloomConfig(), "attention cannot be replaced"),
+        (AutoConfig.for_model("qwen3_next"), "qwen3_next models are not served"),
+        (AutoConfig.for_model("minimax"), "minimax models are not served"),
+        (AutoConfig.for_model("falcon_h1"), "falcon_h1 models are not served"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_families_that_would_go_wrong_in_silence_are_refused_by_name(config, why):
+    with pytest.raises(UnsupportedModelError, match=why):
+        check(config)
+
+
+def test_an_encoder_is_refused():
+    with pytest.raises(UnsupportedModelError, match="encoder"):
+        check_config(T5Config(), AutoModelForCausalLM._model_mapping[GPTNeoXConfig])
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_a_rope_that_depends_on_the_batch_is_refused(rope_type):
+    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    if rope_type == "longrope":
+        half = [1.0] * 64
+        parameters |= {"short_factor": half, "long_factor": half, "original_max_position_embeddings": 1024}
+    with pytest.raises(UnsupportedModelError, match=rope_type):
+        check(LlamaConfig(rope_parameters=parameters))
+
+
+def test_a_rope_that_is_fixed_passes():
+    check(LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}))
+    check(Phi3Config())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "found"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
+    ],
+)
+def test_other_quantisations_are_refused(quantization, found):
+    with pytest.raises(UnsupportedModelError, match=f"quantised with {found}"):
+        check(LlamaConfig(quantization_config=quantization))
+
+
+def test_stacked_experts_are_refused():
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(UnsupportedModelError, match="mixture-of-experts.*experts"):
+        check_model(model)

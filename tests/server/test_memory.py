@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from turret_server.errors import ConfigError
+from turret_server.memory import arena_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("memory", "wanted"),
+    [("64MiB", 64 * 2**20), ("1GB", 2**30), ("1.5 KiB", 1536), ("2048", 2048), ("3k", 3072)],
+)
+def test_sizes(memory, wanted):
+    assert arena_bytes(memory, CPU) == wanted
+
+
+def test_a_fraction_is_of_the_free_memory():
+    free = psutil.virtual_memory().available
+    assert arena_bytes("0.25", CPU) == pytest.approx(free / 4, rel=0.1)
+
+
+def test_the_default_leaves_most_of_the_memory_alone():
+    assert 0 < arena_bytes(None, CPU) <= psutil.virtual_memory().available / 2
+
+
+@pytest.mark.parametrize("memory", ["plenty", "-1", "0", "2XB", "", "GiB", "900TiB"])
+def test_what_cannot_be_is_refused_with_what_was_said(memory):
+    with pytest.raises(ConfigError, match="--memory"):
+        arena_bytes(memory, CPU)
