@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
-from turret_client import TurretError
 
+from turret_client import TurretError
 from turret_server import client_commands
 from turret_server.config import ServerConfig, default_cache
 from turret_server.errors import TurretError as ServerError

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from turret_client import DEFAULT_ADDRESS, Client
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
+
 from turret_adapters.errors import AdapterError
 from turret_adapters.peft import HostAdapter, read_adapter
 from turret_adapters.registry import AdapterRegistry
-
 from turret_server.api.adapters import AdapterServicer
 from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.inference import InferenceServicer, ModelInfo

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+
 from turret_adapters.spec import BaseSpec, LinearShape
 
 

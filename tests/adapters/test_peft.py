@@ -18,6 +18,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.peft import HostAdapter, read_adapter
 from turret_adapters.peft_config import FIELDS

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from turret_adapters.errors import AdapterError
 from turret_adapters.peft import HostAdapter, read_adapter
 from turret_adapters.peft_config import FIELDS, Use

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft.utils.peft_types import PeftType
+
 from turret_adapters import peft, peft_config
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
 from turret_adapters.peft import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_TENSORS_BYTES, read_adapter

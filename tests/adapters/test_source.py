@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from turret_adapters.errors import AdapterSourceError
 from turret_adapters.peft import read_adapter
 from turret_adapters.source import resolve

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from turret_client import AsyncClient, Client
 
 if TYPE_CHECKING:

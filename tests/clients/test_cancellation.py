@@ -5,6 +5,7 @@ import threading
 from contextlib import aclosing
 
 import pytest
+
 from turret_client import AsyncClient, CancelledError, Client
 
 HANG_S = 60

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+
 import turret_client.errors
 from turret_client import (
     CancelledError,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+
 from turret.v1 import adapters_pb2, inference_pb2
 from turret_client import (
     Adapter,

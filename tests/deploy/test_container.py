@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from turret_client import DEFAULT_ADDRESS
 from turret_server.cli import serve
 from turret_server.config import ServerConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.adapters import KINDS
 from support.models import FAMILIES, VOCAB_SIZE
 from support.oracle import Oracle

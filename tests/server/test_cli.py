@@ -17,6 +17,7 @@ import click
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+
 from turret.v1 import adapters_pb2, inference_pb2
 from turret_client import Client
 from turret_server.cli import main

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from support.serving import serving
 from turret_client import Client
 from turret_server.config import ServerConfig

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from support.oracle import Oracle
 from support.prompts import LONG, PROMPT, until
 from turret_client import FinishReason

@@ -14,6 +14,7 @@ from functools import partial
 
 import grpc
 import pytest
+
 from support.models import MAX_CONTEXT, VOCAB_SIZE
 from support.prompts import PROMPT, until
 from support.serving import serving
@@ -128,8 +129,12 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(served):
 
 
 def test_an_unknown_adapter_is_not_found(client):
-    for call in (partial(client.generate, PROMPT, adapter="nobody"), partial(client.get_adapter, "nobody"),
-                 partial(client.unload_adapter, "nobody")):  # fmt: skip
+    calls = (
+        partial(client.generate, PROMPT, adapter="nobody"),
+        partial(client.get_adapter, "nobody"),
+        partial(client.unload_adapter, "nobody"),
+    )
+    for call in calls:
         with pytest.raises(NotFoundError) as refused:
             call()
         assert refused.value.reason == "ADAPTER_NOT_FOUND"
@@ -137,8 +142,13 @@ def test_an_unknown_adapter_is_not_found(client):
 
 @pytest.mark.parametrize("name", [".hidden", "../etc", "a/b", "é", "x" * 129, "ü" * 50_000, "a b"])
 def test_a_name_that_none_can_have_is_refused(client, name):
-    for call in (partial(client.load_adapter, name, "/srv"), partial(client.unload_adapter, name),
-                 partial(client.get_adapter, name), partial(client.generate, PROMPT, adapter=name)):  # fmt: skip
+    calls = (
+        partial(client.load_adapter, name, "/srv"),
+        partial(client.unload_adapter, name),
+        partial(client.get_adapter, name),
+        partial(client.generate, PROMPT, adapter=name),
+    )
+    for call in calls:
         with pytest.raises(InvalidArgumentError, match="name") as refused:
             call()
         assert refused.value.reason == "INVALID_REQUEST"

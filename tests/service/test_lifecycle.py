@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+
 from support.prompts import PROMPT, until
 from turret_client import AdapterMethod, AdapterState, NotFoundError
 

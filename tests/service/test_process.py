@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
 from support.prompts import PROMPT, until
 from support.serving import TURRET, server_process
 from turret_client import AdapterState, Client, NotFoundError

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
 from turret_server.model.load import quantization
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.request import FinishReason, Output, Request, SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from grpc import StatusCode, aio
-from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
 from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS
 from turret_client._messages import adapter_from, chunk_from, generate_request, generation_from
 from turret_client._status import raising_turret_errors
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 
     from turret.v1 import inference_pb2
-
     from turret_client._results import Adapter, Chunk, Generation
 
 _Response = TypeVar("_Response")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from turret.v1 import adapters_pb2, inference_pb2
-
 from turret_client._results import (
     Adapter,
     AdapterMethod,

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.peft import HostAdapter
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.spec import Method
-
 from turret_server.api.validation import check_name
 from turret_server.engine.loop import Engine
 from turret_server.errors import InvalidRequestError

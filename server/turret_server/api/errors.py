@@ -11,8 +11,8 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from turret_adapters.errors import AdapterError
 
+from turret_adapters.errors import AdapterError
 from turret_server.errors import InvalidRequestError, TurretError
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import grpc
+
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_adapters.registry import AdapterRegistry
 from turret_adapters.spec import AdapterSpec
-
 from turret_server.api.metrics import RequestMetrics
 from turret_server.api.text import TextCodec, TextStream
 from turret_server.api.validation import check_name, check_stop, check_token_ids, sampling_params

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from turret_adapters.errors import AdapterError
 
+from turret_adapters.errors import AdapterError
 from turret_server.engine.loop import EngineStats
 from turret_server.errors import TurretError
 

@@ -7,7 +7,6 @@ import re
 import secrets
 
 from turret.v1 import inference_pb2
-
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
 

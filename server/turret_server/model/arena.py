@@ -6,6 +6,7 @@ A page holds `block_size` tokens' keys and values of all layers, or LoRA rows, i
 from __future__ import annotations
 
 import torch
+
 from turret_adapters.spec import BaseSpec
 
 _SMALLEST_BLOCK = 16

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from turret_adapters.spec import BaseSpec, LinearShape
 
+from turret_adapters.spec import BaseSpec, LinearShape
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate

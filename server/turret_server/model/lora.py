@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
 from turret_adapters.peft import HostAdapter
 from turret_adapters.slab import slab_layout
-
 from turret_server.kernels import LoraRows
 from turret_server.model.arena import Arena
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
+
 from turret_adapters.peft import HostAdapter
 from turret_adapters.spec import AdapterSpec
-
 from turret_server.engine.step import PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
 from turret_server.model.arena import Arena

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import save_tokenizer
 from transformers import AutoTokenizer
 
+from support.models import save_tokenizer
 from turret_server.api.text import TextStream
 
 
@@ -50,7 +50,10 @@ def test_special_tokens_are_no_text(codec):
     assert "".join(pieces) == "fox"
 
 
-@given(text=st.text(alphabet="ab ", max_size=20), stop=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3))
+@given(
+    text=st.text(alphabet="ab ", max_size=20),
+    stop=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
+)
 def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(codec, text, stop):
     pieces, stream = run(codec, codec.encode(text), stop)
     places = [place for place in (text.find(each) for each in stop) if place >= 0]

@@ -14,7 +14,6 @@ OPS = ReferenceOps()
 BLOCK = 4
 
 
-
 def test_nf4_linear_multiplies_with_the_dequantised_weight():
     data, state = quantize_4bit(torch.randn(48, 64), quant_type="nf4", compress_statistics=True)
     x = torch.randn(5, 64)
@@ -22,7 +21,9 @@ def test_nf4_linear_multiplies_with_the_dequantised_weight():
     torch.testing.assert_close(OPS.nf4_linear(x, weight), x @ dequantize_4bit(data, state).T)
 
 
-@pytest.mark.parametrize("segments", [[(0, 1, 3)], [(0, 7, 1)], [(1, 2, 5), (2, 6, 2)], [(0, 3, 8), (5, 7, 1)]])
+@pytest.mark.parametrize(
+    "segments", [[(0, 1, 3)], [(0, 7, 1)], [(1, 2, 5), (2, 6, 2)], [(0, 3, 8), (5, 7, 1)]]
+)
 def test_lora_add_applies_each_segments_own_rows(segments):
     """Segments are (first token, end, rank); ranks are ragged, and tokens between have no adapter."""
     num_tokens, num_in, num_out = 7, 6, 10
@@ -100,14 +101,10 @@ def test_paged_attention_reads_each_sequence_through_its_block_table(window, sof
         query_bounds=tuple(bounds),
         context_lengths=tuple(context for _, context in lengths),
         block_tables=tuple(tables),
-        pages_T=torch.tensor(
-            [tables[index][p // BLOCK] for index, p in zip(owner, positions, strict=True)]
-        ),
+        pages_T=torch.tensor([tables[index][p // BLOCK] for index, p in zip(owner, positions, strict=True)]),
         slots_T=torch.tensor(positions) % BLOCK,
     )
-    new_kv = torch.stack(
-        [histories[index][:, p] for index, p in zip(owner, positions, strict=True)], dim=1
-    )
+    new_kv = torch.stack([histories[index][:, p] for index, p in zip(owner, positions, strict=True)], dim=1)
     OPS.write_kv(kv, new_kv[0], new_kv[1], batch)
     query = torch.randn(bounds[-1], num_heads, dim)
     params = AttentionParams(

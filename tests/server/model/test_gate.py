@@ -23,7 +23,7 @@ def check(config) -> None:
     check_config(config, model_class)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "phi3", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "phi3"])
 def test_plain_decoders_pass(model_type):
     check(AutoConfig.for_model(model_type))
 
@@ -68,7 +68,7 @@ def test_a_rope_that_is_fixed_passes():
     ("quantization", "found"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
     ],
 )
 def test_other_quantisations_are_refused(quantization, found):
@@ -79,5 +79,5 @@ def test_other_quantisations_are_refused(quantization, found):
 def test_stacked_experts_are_refused():
     model = nn.Module()
     model.experts = nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(UnsupportedModelError, match="mixture-of-experts.*experts"):
+    with pytest.raises(UnsupportedModelError, match=r"mixture-of-experts.*experts"):
         check_model(model)
