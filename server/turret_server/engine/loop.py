@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
-
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.request import FinishReason, Output, Request

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from turret_adapters.spec import AdapterSpec
-
 from turret_server.errors import TurretError
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from turret_adapters.slab import slab_layout
 from turret_adapters.spec import AdapterSpec, PrefixKind
-
 from turret_server.engine.pages import PagePool
 
 

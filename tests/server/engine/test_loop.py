@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run, make_spec
+from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server.engine.loop import Engine, EngineStats
+from turret_server.engine.request import FinishReason, Output
+from turret_server.engine.scheduler import Limits
+from turret_server.engine.step import Step, StepResult
+from turret_server.errors import (
+    AdapterTooLargeError,
+    DeadlineError,
+    GenerationFailedError,
+    QueueFullError,
+    RequestTooLargeError,
+    ShuttingDownError,
+)
+
+# Far more than anything takes: it only keeps a broken engine from hanging the tests.
+PATIENCE = 60.0
+NUM_PAGES, BLOCK_SIZE = 16, 4
+LORA = make_spec("lora", slab_pages=3)
+
+
+class Gate(FakeDevice):
+    """A device whose steps wait while the gate is shut, and go through `before` first."""
+
+    def __init__(self) -> None:
+        super().__init__(NUM_PAGES, BLOCK_SIZE, immediate=True)
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Event()
+        self.before: Callable[[Step], None] = lambda _: None
+
+    def shut(self) -> None:
+        self.reached.clear()
+        self.open.clear()
+
+    def run(self, step: Step) -> StepResult:
+        self.reached.set()
+        assert self.open.wait(PATIENCE)
+        self.before(step)
+        return super().run(step)
+
+
+class Served:
+    def __init__(self, max_queue: int = 8) -> None:
+        self.device = Gate()
+        self.now = 0.0
+        self.on_stats: Callable[[EngineStats], None] = lambda _: None
+        self.engine = Engine(
+            runner=self.device,
+            memory=self.device,
+            num_pages=NUM_PAGES,
+            page_elements=PAGE_ELEMENTS,
+            block_size=BLOCK_SIZE,
+            limits=Limits(max_batch_tokens=32, max_batch_requests=2),
+            max_queue=max_queue,
+            on_stats=self._record,
+            clock=lambda: self.now,
+        )
+        self.ended: dict[int, threading.Event] = {}
+
+    def _record(self, stats: EngineStats) -> None:
+        self.on_stats(stats)
+
+    def submit(self, run: Run, on_output: Callable[[Output], None] = lambda _: None) -> Run:
+        event = self.ended[run.request.request_id] = threading.Event()
+
+        def sink(output: Output) -> None:
+            run.sink(output)
+            if output.finish_reason:
+                event.set()
+            on_output(output)
+
+        run.request = replace(run.request, sink=sink)
+        self.engine.submit(run.request)
+        return run
+
+    def hold(self) -> Run:
+        """A request in the middle of its second step, until the gate opens."""
+        running = threading.Event()
+
+        def shut_once(_: Output) -> None:
+            if not running.is_set():
+                self.device.shut()
+                running.set()
+
+        run = self.submit(make_run([1], max_tokens=5), shut_once)
+        assert running.wait(PATIENCE)
+        assert self.device.reached.wait(PATIENCE)
+        return run
+
+    def wait(self, *runs: Run) -> None:
+        for run in runs:
+            assert self.ended[run.request.request_id].wait(PATIENCE)
+            run.check()
+
+    def settle(self) -> None:
+        """Whatever was posted before is done."""
+        self.engine.check_integrity()
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    served = Served()
+    served.engine.start()
+    yield served
+    served.device.open.set()
+    served.engine.stop()
+    served.engine.check_integrity()
+
+
+def free_pages(served: Served) -> int:
+    return served.engine._scheduler.pool.num_free
+
+
+def adapter(num_virtual: int, slab_pages: int = 0, kind: PrefixKind = PrefixKind.KEY_VALUE) -> AdapterSpec:
+    return make_spec(f"{num_virtual}-{slab_pages}", num_virtual=num_virtual, slab_pages=slab_pages, kind=kind)
+
+
+def test_requests_of_all_kinds_run_beside_each_other(served):
+    adapters = [None, LORA, adapter(5), adapter(5, 1, PrefixKind.EMBEDDING)]
+    runs = [served.submit(make_run([1, 2, 3], spec, max_tokens=6)) for spec in adapters]
+    served.wait(*runs)
+    assert [run.end for run in runs] == [FinishReason.LENGTH] * 4
+
+
+def test_many_threads_may_ask_at_once():
+    served = Served(max_queue=1000)
+    served.engine.start()
+    runs: list[Run] = []
+
+    def ask(number: int) -> None:
+        for token in range(10):
+            run = served.submit(make_run([token, number], [None, LORA][number % 2]))
+            runs.append(run)
+            if token % 3 == 0:
+                served.engine.cancel(run.request.request_id)
+            served.engine.is_resident("lora")
+            served.engine.num_pages(LORA)
+            served.engine.drop("lora")
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    served.wait(*runs)
+    served.engine.check_integrity()
+    served.engine.stop()
+    assert {run.end for run in runs} <= {FinishReason.LENGTH, FinishReason.CANCELLED}
+    assert len(runs) == 60
+
+
+def test_a_request_that_arrives_just_before_the_engine_sleeps_wakes_it():
+    served, runs = Served(), list[Run]()
+    arrived = threading.Event()
+
+    def arrive(stats: EngineStats) -> None:
+        if stats.step is None and not runs:
+            runs.append(served.submit(make_run([1])))
+            arrived.set()
+
+    served.on_stats = arrive
+    served.engine.start()
+    assert arrived.wait(PATIENCE)
+    served.wait(*runs)
+    served.engine.stop()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_prompt", "max_tokens", "pages"),
+    [
+        pytest.param(None, 60, 5, 16, id="the last token is not computed"),
+        pytest.param(None, 60, 6, 17, id="one token more"),
+        pytest.param(None, 64, 1, 16, id="a prompt of whole blocks"),
+        pytest.param(LORA, 52, 1, 16, id="beside its rows"),
+        pytest.param(LORA, 53, 1, 17, id="no more beside its rows"),
+        pytest.param(adapter(8), 56, 1, 16, id="whole pages of a prefix are shared"),
+        pytest.param(adapter(8), 57, 1, 17, id="one token more than with them"),
+        pytest.param(adapter(7), 53, 1, 16, id="a partly filled page is there twice"),
+        pytest.param(adapter(7), 54, 1, 17, id="one token more than that"),
+    ],
+)
+def test_a_request_that_could_never_fit_is_refused(served, spec, num_prompt, max_tokens, pages):
+    run = make_run([1] * num_prompt, spec, max_tokens=max_tokens)
+    if pages <= NUM_PAGES:
+        served.submit(run)
+        served.wait(run)
+        assert run.end is FinishReason.LENGTH
+    else:
+        with pytest.raises(RequestTooLargeError) as refused:
+            served.submit(run)
+        assert refused.value.metadata == {"needed_pages": str(pages), "arena_pages": "16"}
+        assert run.outputs == []
+
+
+def test_an_adapter_that_leaves_no_page_is_refused(served):
+    served.engine.check_adapter(adapter(4, 14))
+    with pytest.raises(AdapterTooLargeError) as refused:
+        served.engine.check_adapter(adapter(4, 15))
+    assert refused.value.metadata == {"adapter_pages": "16", "arena_pages": "16"}
+
+
+@pytest.mark.parametrize("num_virtual", range(9))
+def test_the_largest_adapter_can_be_used(served, num_virtual):
+    spec = adapter(num_virtual, 15 - -(-num_virtual // BLOCK_SIZE))
+    served.engine.check_adapter(spec)
+    run = served.submit(make_run([1], spec, max_tokens=1))
+    served.wait(run)
+    assert run.end is FinishReason.LENGTH
+
+
+def test_no_more_wait_than_may():
+    served = Served(max_queue=2)
+    served.engine.start()
+    held = served.hold()
+    waiting = [served.submit(make_run([1])) for _ in range(2)]
+    with pytest.raises(QueueFullError) as refused:
+        served.submit(make_run([1]))
+    assert refused.value.metadata == {"max_queue": "2"}
+    served.device.open.set()
+    served.wait(held, *waiting)
+    later = served.submit(make_run([1]))
+    served.wait(later)
+    served.engine.stop()
+
+
+# What fails
+
+
+def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(served, caplog):
+    def fail(_: Step) -> None:
+        raise ValueError("out of memory")
+
+    served.device.before = fail
+    failed = served.submit(make_run([1], LORA))
+    served.wait(failed)
+    assert isinstance(failed.error, GenerationFailedError)
+    assert "ValueError: out of memory" in str(failed.error)
+    assert "a step of 1 sequences failed" in caplog.text
+    served.device.before = lambda _: None
+    run = served.submit(make_run([1], LORA))
+    served.wait(run)
+    assert run.end is FinishReason.LENGTH
+
+
+def test_a_sink_that_raises_ends_its_own_request_only(served, caplog):
+    def fail(_: Output) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    deaf = served.submit(make_run([1], max_tokens=5), fail)
+    run = served.submit(make_run([2], max_tokens=9))
+    served.wait(run)
+    assert run.end is FinishReason.LENGTH
+    assert len(deaf.outputs) == 1
+    assert "its sink failed" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["stats", "schedule", "update", "command"])
+def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where, monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise AssertionError("page 3 is free")
+
+    held = served.hold()
+    waiting = [served.submit(make_run([1])) for _ in range(4)]
+    scheduler = served.engine._scheduler
+    match where:
+        case "stats":
+            served.on_stats = fail
+        case "command":
+            monkeypatch.setattr(scheduler.residency.memory, "place", fail)
+            served.engine.prefetch(LORA)
+        case _:
+            # The scheduler has slots.
+            monkeypatch.setattr(type(scheduler), where, fail)
+    served.device.open.set()
+    served.wait(held, *waiting)
+    served.engine._thread.join(PATIENCE)
+    for run in (held, *waiting):
+        assert isinstance(run.error, GenerationFailedError)
+        assert "page 3 is free" in str(run.error)
+    assert "the engine failed" in caplog.text
+    with pytest.raises(ShuttingDownError):
+        served.submit(make_run([1]))
+    served.engine.cancel(held.request.request_id)
+
+
+# Ends from outside
+
+
+def test_a_cancelled_request_gives_its_pages_back_before_the_next_step(served):
+    before = free_pages(served)
+    run = served.hold()
+    served.engine.cancel(run.request.request_id)
+    served.device.open.set()
+    served.settle()
+    assert run.end is FinishReason.CANCELLED
+    assert len(run.tokens) <= 2
+    assert free_pages(served) == before
+
+
+def test_a_request_that_is_cancelled_as_it_arrives_does_not_run(served):
+    held = served.hold()
+    run = served.submit(make_run([1]))
+    served.engine.cancel(run.request.request_id)
+    served.device.open.set()
+    served.wait(held, run)
+    assert (run.tokens, run.end) == ([], FinishReason.CANCELLED)
+
+
+def test_the_deadline_ends_a_request_whose_adapter_never_comes(served):
+    served.device.immediate = False
+    run = served.submit(make_run([1], LORA, deadline=5.0))
+    served.settle()
+    assert run.outputs == []
+    served.now = 5.0
+    served.wait(run)
+    assert isinstance(run.error, DeadlineError)
+
+
+def test_stop_ends_what_is_left_once(served):
+    held = served.hold()
+    waiting = [served.submit(make_run([1], spec)) for spec in (None, LORA, None)]
+    stopping = threading.Thread(target=served.engine.stop)
+    stopping.start()
+    while not served.engine._stopping:
+        pass
+    with pytest.raises(ShuttingDownError):
+        served.submit(make_run([1]))
+    served.device.open.set()
+    stopping.join()
+    served.engine.stop()
+    served.wait(held, *waiting)
+    for run in (held, *waiting):
+        assert isinstance(run.error, ShuttingDownError)
+        assert sum(output.finish_reason is not None for output in run.outputs) == 1
+
+
+def ask_until_refused(served: Served, accepted: list[Run], started: threading.Event) -> None:
+    with contextlib.suppress(ShuttingDownError):
+        for _ in range(200):
+            run = served.submit(make_run([1], max_tokens=2))
+            accepted.append(run)
+            started.set()
+
+
+def test_whatever_is_asked_while_it_stops_is_refused_or_ended():
+    for _ in range(30):
+        served = Served(max_queue=1000)
+        served.engine.start()
+        accepted: list[Run] = []
+        started = threading.Event()
+        thread = threading.Thread(target=ask_until_refused, args=(served, accepted, started))
+        thread.start()
+        assert started.wait(PATIENCE)
+        served.engine.stop()
+        thread.join()
+        assert all(run.end for run in accepted)
+
+
+def test_books_can_be_checked_after_the_end_and_before_the_start():
+    served = Served()
+    served.engine.check_integrity()
+    served.engine.start()
+    served.engine.stop()
+    served.engine.check_integrity()
+
+
+# Adapters
+
+
+def test_an_adapter_is_made_resident_before_a_request_names_it(served):
+    spec = adapter(5, 2, PrefixKind.EMBEDDING)
+    assert not served.engine.is_resident(spec.revision)
+    computed = threading.Event()
+    served.on_stats = lambda stats: computed.set() if stats.step else None
+    served.engine.prefetch(spec)
+    assert computed.wait(PATIENCE)
+    served.settle()
+    assert served.engine.is_resident(spec.revision)
+    assert served.engine.num_pages(spec) == 4
+    served.engine.drop(spec.revision)
+    served.settle()
+    assert not served.engine.is_resident(spec.revision)
+    assert free_pages(served) == NUM_PAGES
+
+
+def test_statistics_say_who_has_the_pages(served):
+    seen: list[EngineStats] = []
+    served.on_stats = seen.append
+    served.wait(served.submit(make_run(range(9), adapter(6, 3), max_tokens=3)))
+    served.settle()
+    assert all(sum(stats.pages.values()) == NUM_PAGES for stats in seen)
+    # Six virtual tokens: a page that is shared, and one that the request has a copy of.
+    during = next(stats for stats in seen if stats.num_running)
+    assert during.pages == {"lora": 3, "prefix": 2, "cache": 0, "free": 8, "sequence": 3}
+    assert seen[-1].pages == {"lora": 3, "prefix": 2, "cache": 3, "free": 8, "sequence": 0}
+    assert sum(stats.step.num_tokens for stats in seen if stats.step) == 9 + 2

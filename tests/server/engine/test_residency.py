@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_spec
+from turret_adapters.spec import PrefixKind
+from turret_server.engine.pages import PagePool
+from turret_server.engine.residency import Residency
+
+BLOCK_SIZE = 4
+
+
+class World(Residency):
+    """Residency whose placements end when the test says so."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.device = FakeDevice(num_pages, BLOCK_SIZE)
+        self.inbox: deque = deque()
+        super().__init__(
+            pool=PagePool(num_pages),
+            memory=self.device,
+            page_elements=PAGE_ELEMENTS,
+            block_size=BLOCK_SIZE,
+            post=self.inbox.append,
+        )
+        self.tick()
+
+    def complete(self, index: int = 0, error: str | None = None) -> None:
+        self.device.complete(index, error)
+        self.inbox.popleft()()
+
+    def fill(self, spec):
+        resident = self.ensure(spec)
+        self.complete()
+        self.tick()
+        return resident
+
+    def check(self) -> None:
+        self.pool.check_integrity([page for resident in self for page in resident.pages])
+
+
+@pytest.fixture
+def world():
+    world = World(8)
+    yield world
+    world.check()
+
+
+LORA = make_spec("lora", slab_pages=3)
+OTHER = make_spec("other", slab_pages=3)
+THIRD = make_spec("third", slab_pages=3)
+KEY_VALUE = make_spec("key-value", num_virtual=5)
+EMBEDDING = make_spec("embedding", num_virtual=5, kind=PrefixKind.EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    ("num_virtual", "slab_pages", "expected"), [(0, 0, 0), (1, 0, 1), (4, 0, 1), (5, 0, 2), (8, 3, 5)]
+)
+def test_an_adapter_takes_the_pages_of_its_rows_and_of_its_virtual_tokens(
+    world, num_virtual, slab_pages, expected
+):
+    spec = make_spec("r", slab_pages=slab_pages, num_virtual=num_virtual)
+    assert world.num_pages(spec) == expected
+    resident = world.ensure(spec)
+    assert len(resident.slab_pages) == slab_pages
+    assert len(resident.pages) == expected
+
+
+def test_it_is_ready_when_its_copy_ends(world):
+    resident = world.ensure(KEY_VALUE)
+    assert not resident.ready
+    world.complete()
+    assert resident.ready
+    assert world.to_compute() == []
+
+
+def test_one_with_embeddings_is_computed_once_they_are_there(world):
+    resident = world.ensure(EMBEDDING)
+    assert world.to_compute() == []
+    world.complete()
+    assert world.to_compute() == [resident]
+    resident.num_virtual_computed = 4
+    assert world.to_compute() == [resident]
+    resident.num_virtual_computed = 5
+    assert resident.ready
+    assert world.to_compute() == []
+
+
+def test_it_is_filled_once_however_often_it_is_asked_for(world):
+    assert world.ensure(LORA) is world.ensure(LORA)
+    assert len(world.device.pending) == 1
+
+
+def test_the_one_used_longest_ago_makes_room(world):
+    world.fill(LORA)
+    world.fill(OTHER)
+    world.ensure(LORA)
+    world.tick()
+    assert world.ensure(THIRD)
+    assert world.get("other") is None
+    assert world.get("lora")
+
+
+@pytest.mark.parametrize("state", ["in use", "copying", "computing", "just looked at"])
+def test_one_that_is_needed_makes_no_room(world, state):
+    spec = EMBEDDING if state == "computing" else LORA
+    resident = world.ensure(spec)
+    if state != "copying":
+        world.complete()
+    world.tick()
+    if state == "in use":
+        world.acquire(resident)
+    world.tick()
+    if state == "just looked at":
+        world.ensure(spec)
+    assert world.num_idle == 0
+    assert world.ensure(make_spec("large", slab_pages=7)) is None
+    assert world.get(spec.revision) is resident
+
+
+def test_one_that_was_needed_makes_room_afterwards(world):
+    resident = world.fill(LORA)
+    world.acquire(resident)
+    world.tick()
+    world.release(resident)
+    assert world.num_idle == 3
+    assert world.ensure(make_spec("large", slab_pages=7))
+    assert world.get("lora") is None
+    assert world.device.placed == {}
+
+
+def test_nobody_goes_when_there_would_still_be_too_little_room(world):
+    world.fill(LORA)
+    world.acquire(world.fill(OTHER))
+    assert world.ensure(make_spec("large", slab_pages=6)) is None
+    assert world.get("lora")
+
+
+def test_an_idle_one_that_is_dropped_is_freed_at_once(world):
+    world.fill(LORA)
+    world.drop("lora")
+    assert world.pool.num_free == 8
+    assert world.device.placed == {}
+
+
+def test_one_that_is_computed_is_freed_at_once_too(world):
+    world.fill(EMBEDDING)
+    world.drop("embedding")
+    assert world.pool.num_free == 8
+
+
+def test_one_in_use_that_is_dropped_is_freed_after_its_last_user(world):
+    resident = world.fill(LORA)
+    world.acquire(resident)
+    world.acquire(resident)
+    world.drop("lora")
+    world.release(resident)
+    assert world.get("lora") is resident
+    world.release(resident)
+    assert world.get("lora") is None
+    assert world.pool.num_free == 8
+
+
+@pytest.mark.parametrize("error", [None, "no"])
+def test_one_that_is_dropped_while_it_is_copied_is_freed_after_the_copy(world, error):
+    world.ensure(LORA)
+    world.drop("lora")
+    assert world.pool.num_free == 5
+    world.complete(error=error)
+    assert world.pool.num_free == 8
+
+
+def test_one_that_is_asked_for_again_is_not_dropped(world):
+    resident = world.ensure(LORA)
+    world.drop("lora")
+    world.ensure(LORA)
+    world.complete()
+    assert world.get("lora") is resident
+    assert resident.ready
+
+
+def test_what_is_not_there_can_be_dropped(world):
+    world.drop("lora")
+    assert world.pool.num_free == 8
+
+
+def test_a_copy_that_fails_leaves_its_reason_and_no_page(world):
+    resident = world.ensure(LORA)
+    world.complete(error="no memory")
+    assert resident.error == "no memory"
+    assert world.get("lora") is None
+    assert world.pool.num_free == 8
+    again = world.ensure(LORA)
+    world.complete()
+    assert again.ready
+    assert again.error is None
+
+
+def test_copies_may_end_in_any_order(world):
+    first, second = world.ensure(LORA), world.ensure(OTHER)
+    world.complete(1)
+    assert (first.ready, second.ready) == (False, True)
+    world.complete(0)
+    assert first.ready
+
+
+def test_users_that_are_let_go_too_often_are_noticed():
+    world = World(8)
+    with pytest.raises(AssertionError):
+        world.release(world.fill(LORA))

@@ -1,0 +1,180 @@
+"""Random loads on small pools: whatever happens, every request gets its own tokens and one end.
+
+`support.fake_device` says how a wrong page or position would be seen.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from support.fake_device import Run, Simulation, make_run, make_spec
+from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server.engine.request import FinishReason
+from turret_server.engine.step import Step
+from turret_server.errors import DeadlineError, GenerationFailedError
+
+SIMULATION = settings(
+    max_examples=150,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+# Prompts that begin alike, so that blocks are found again.
+PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 14)).map(
+    lambda drawn: [7 + position * (position < 2 + 4 * drawn[0]) for position in range(drawn[1])]
+)
+
+
+class RandomLoad(RuleBasedStateMachine):
+    runs = Bundle("runs")
+    adapters = Bundle("adapters")
+
+    @initialize(
+        num_pages=st.integers(4, 24),
+        block_size=st.integers(1, 5),
+        max_batch_tokens=st.integers(1, 16),
+        max_batch_requests=st.integers(1, 6),
+    )
+    def start(self, num_pages: int, block_size: int, max_batch_tokens: int, max_batch_requests: int) -> None:
+        self.simulation = Simulation(
+            num_pages=num_pages,
+            block_size=block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_requests=min(max_batch_requests, max_batch_tokens),
+            immediate=False,
+        )
+        self.num_revisions = 0
+        self.excused: set[Run] = set()
+
+    @rule(
+        target=adapters,
+        slab_pages=st.integers(0, 4),
+        num_virtual=st.integers(0, 11),
+        kind=st.sampled_from(PrefixKind),
+    )
+    def load(self, slab_pages: int, num_virtual: int, kind: PrefixKind) -> AdapterSpec:
+        self.num_revisions += 1
+        return make_spec(
+            f"revision{self.num_revisions}", slab_pages=slab_pages, num_virtual=num_virtual, kind=kind
+        )
+
+    @rule(
+        target=runs,
+        adapter=st.none() | adapters,
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 12),
+        seed=st.integers(0, 1),
+        stop_after=st.none() | st.integers(0, 8),
+        patience=st.none() | st.integers(1, 20),
+    )
+    def submit(
+        self,
+        adapter: AdapterSpec | None,
+        prompt: list[int],
+        max_tokens: int,
+        seed: int,
+        stop_after: int | None,
+        patience: int | None,
+    ) -> Run:
+        run = make_run(
+            prompt,
+            adapter,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_after=stop_after,
+            deadline=None if patience is None else self.simulation.now + patience,
+        )
+        if self.simulation.fits(run):
+            self.simulation.add(run)
+        return run
+
+    @rule(adapter=adapters)
+    def prefetch(self, adapter: AdapterSpec) -> None:
+        if self.simulation.residency.num_pages(adapter) < self.simulation.pool.num_pages:
+            self.simulation.residency.ensure(adapter)
+
+    @rule(adapter=adapters)
+    def drop(self, adapter: AdapterSpec) -> None:
+        self.simulation.residency.drop(adapter.revision)
+
+    @precondition(lambda self: self.simulation.device.pending)
+    @rule(data=st.data(), fails=st.integers(0, 4).map(lambda drawn: drawn == 4))
+    def complete_a_placement(self, data: st.DataObject, fails: bool) -> None:  # noqa: FBT001
+        index = data.draw(st.integers(0, len(self.simulation.device.pending) - 1))
+        spec = self.simulation.device.complete(index, "no" if fails else None)
+        if fails:
+            self.excuse(spec.revision)
+
+    @rule(run=runs)
+    def cancel(self, run: Run) -> None:
+        ended = run.end
+        self.simulation.cancel(run)
+        if run in self.simulation.runs:
+            assert run.end is (ended or FinishReason.CANCELLED)
+
+    @rule(seconds=st.integers(1, 6))
+    def wait(self, seconds: int) -> None:
+        self.simulation.now += seconds
+
+    @rule(count=st.integers(1, 6))
+    def run_steps(self, count: int) -> None:
+        for _ in range(count):
+            self.simulation.step()
+
+    @rule(data=st.data())
+    def run_step_that_fails_for_some(self, data: st.DataObject) -> None:
+        def faults(step: Step) -> dict[int, str]:
+            ids = [part.sequence_id for part in step.sequences]
+            chosen = data.draw(st.sets(st.sampled_from(ids)))
+            for part in step.sequences:
+                if part.sequence_id in chosen and part.sequence_id < 0:
+                    assert part.revision is not None
+                    self.excuse(part.revision)
+            self.excused.update(run for run in self.simulation.runs if run.request.request_id in chosen)
+            return dict.fromkeys(chosen, "no")
+
+        self.simulation.step(faults)
+
+    def excuse(self, revision: str) -> None:
+        """Requests that may wait for this adapter may fail from here on."""
+        self.excused.update(
+            run
+            for run in self.simulation.runs
+            if run.end is None and run.request.adapter and run.request.adapter.revision == revision
+        )
+
+    @invariant()
+    def failures_have_a_reason(self) -> None:
+        for run in self.simulation.runs:
+            if isinstance(run.error, DeadlineError):
+                assert run.request.deadline is not None
+                assert self.simulation.now >= run.request.deadline
+            elif run.error is not None:
+                assert isinstance(run.error, GenerationFailedError)
+                assert run in self.excused
+
+    @invariant()
+    def the_books_add_up(self) -> None:
+        self.simulation.check()
+
+    def teardown(self) -> None:
+        self.simulation.finish()
+        self.failures_have_a_reason()
+        self.simulation.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_every_request_gets_its_own_tokens_and_one_end(part):  # noqa: ARG001 (halves for two workers)
+    run_state_machine_as_test(RandomLoad, settings=SIMULATION)

@@ -1,0 +1,363 @@
+"""A device that computes with hashes, and a scheduler driven by hand on top of it.
+
+A slot holds a hash of its token, of the adapter's rows as they lie in their pages, and of every slot before
+it, read through the block table; a sampled token is a hash of all of them. So a wrong page, a missing copy,
+a stale block or a wrong position changes the tokens, and `expected_tokens` says what they have to be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from turret_adapters.spec import AdapterSpec, LoraModule, Method, PrefixKind, PrefixSpec
+from turret_server.engine.pages import PagePool
+from turret_server.engine.prefix_cache import PrefixCache
+from turret_server.engine.request import FinishReason, Output, Request, SamplingParams
+from turret_server.engine.residency import Residency
+from turret_server.engine.scheduler import Limits, Scheduler
+from turret_server.engine.sequence import Sequence as EngineSequence
+from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step, StepResult
+
+PAGE_ELEMENTS = 8
+_VOCABULARY = 1_000_003
+_GARBAGE = -1
+
+_request_ids = itertools.count(1)
+
+
+def make_spec(
+    revision: str, *, slab_pages: int = 0, num_virtual: int = 0, kind: PrefixKind = PrefixKind.KEY_VALUE
+) -> AdapterSpec:
+    """An adapter of `slab_pages` pages of rows and `num_virtual` virtual tokens."""
+    module = LoraModule(
+        name="m",
+        rank=slab_pages,
+        in_features=PAGE_ELEMENTS // 2,
+        out_features=PAGE_ELEMENTS // 2,
+        scaling=1.0,
+    )
+    return AdapterSpec(
+        revision=revision,
+        method=Method.LORA if slab_pages else Method.PREFIX_TUNING,
+        lora=(module,) if slab_pages else (),
+        prefix=PrefixSpec(num_virtual_tokens=num_virtual, kind=kind) if num_virtual else None,
+        num_parameters=1,
+        file_bytes=1,
+    )
+
+
+def _content(revision: str, what: str, index: int) -> int:
+    return zlib.crc32(f"{revision}/{what}/{index}".encode())
+
+
+def _rows(contents: Iterable[int]) -> int:
+    return hash(tuple(contents))
+
+
+def _value(history: Sequence[int], token: int, rows: int) -> int:
+    return hash((*history, token, rows))
+
+
+def _sample(history: Sequence[int], sampling: SamplingParams, num_generated: int) -> int:
+    return hash((*history, sampling.seed, num_generated)) % _VOCABULARY
+
+
+def expected_tokens(request: Request) -> list[int]:
+    """What a request has to answer, computed from its history without pages and without an engine."""
+    spec, rows, history = request.adapter, _rows(()), list[int]()
+    if spec:
+        rows = _rows(_content(spec.revision, "row", index) for index in range(spec.max_rank))
+    if spec and spec.prefix:
+        for index in range(spec.num_virtual_tokens):
+            if spec.prefix.kind is PrefixKind.KEY_VALUE:
+                history.append(_content(spec.revision, "key_value", index))
+            else:
+                history.append(_value(history, _content(spec.revision, "embedding", index), rows))
+    for token in request.prompt_token_ids:
+        history.append(_value(history, token, rows))
+    tokens: list[int] = []
+    while len(tokens) < request.sampling.max_tokens:
+        tokens.append(_sample(history, request.sampling, len(tokens)))
+        if tokens[-1] in request.stop_token_ids:
+            break
+        history.append(_value(history, tokens[-1], rows))
+    return tokens
+
+
+@dataclass
+class Placement:
+    spec: AdapterSpec
+    slab_pages: tuple[int, ...]
+    prefix_pages: tuple[int, ...]
+    done: Callable[[str | None], None]
+
+
+class FakeDevice:
+    """`Runner` and `AdapterMemory`. Placements end when `complete` is called, or at once if `immediate`."""
+
+    def __init__(self, num_pages: int, block_size: int, *, immediate: bool = False) -> None:
+        self.block_size = block_size
+        self.immediate = immediate
+        self.pages = [[_GARBAGE] * block_size for _ in range(num_pages)]
+        self.placed: dict[str, Placement] = {}
+        self.pending: list[Placement] = []
+
+    def place(
+        self,
+        spec: AdapterSpec,
+        slab_pages: tuple[int, ...],
+        prefix_pages: tuple[int, ...],
+        done: Callable[[str | None], None],
+    ) -> None:
+        self.pending.append(Placement(spec, slab_pages, prefix_pages, done))
+        if self.immediate:
+            self.complete()
+
+    def complete(self, index: int = 0, error: str | None = None) -> AdapterSpec:
+        """End a placement that is under way. One that fails has written its pages all the same."""
+        placement = self.pending.pop(index)
+        revision, prefix = placement.spec.revision, placement.spec.prefix
+        for row, page in enumerate(placement.slab_pages):
+            self.pages[page] = [_content(revision, "row", row)] * self.block_size
+        if prefix and prefix.kind is PrefixKind.KEY_VALUE:
+            for position in range(prefix.num_virtual_tokens):
+                page = placement.prefix_pages[position // self.block_size]
+                self.pages[page][position % self.block_size] = _content(revision, "key_value", position)
+        if error is None:
+            self.placed[revision] = placement
+        placement.done(error)
+        return placement.spec
+
+    def forget(self, revision: str) -> None:
+        assert all(placement.spec.revision != revision for placement in self.pending), "its copy still runs"
+        self.placed.pop(revision, None)
+
+    def run(self, step: Step) -> StepResult:
+        for copy in step.copies:
+            self.pages[copy.target] = list(self.pages[copy.source])
+        sampled = {}
+        for part in step.sequences:
+            history = self._compute(part)
+            if part.sampling:
+                sampled[part.sequence_id] = _sample(history, part.sampling, part.num_generated)
+        return StepResult(token_ids=sampled)
+
+    def _compute(self, part: SequenceStep) -> list[int]:
+        rows = _rows(())
+        if part.revision is not None:
+            rows = _rows(self.pages[page][0] for page in self.placed[part.revision].slab_pages)
+        history = [self._slots(part, position)[position % self.block_size] for position in range(part.start)]
+        for position, token in enumerate(part.token_ids, part.start):
+            if token == VIRTUAL_TOKEN:
+                assert part.revision is not None
+                token = _content(part.revision, "embedding", position)  # noqa: PLW2901
+            value = _value(history, token, rows)
+            self._slots(part, position)[position % self.block_size] = value
+            history.append(value)
+        return history
+
+    def _slots(self, part: SequenceStep, position: int) -> list[int]:
+        return self.pages[part.block_table[position // self.block_size]]
+
+
+@dataclass(eq=False)
+class Run:
+    """One request and what its sink was told."""
+
+    request: Request = field(init=False)
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [output.token_id for output in self.outputs if output.token_id is not None]
+
+    @property
+    def end(self) -> FinishReason | None:
+        return self.outputs[-1].finish_reason if self.outputs else None
+
+    @property
+    def error(self) -> Exception | None:
+        return self.outputs[-1].error if self.outputs else None
+
+    def sink(self, output: Output) -> None:
+        assert self.end is None, "nothing comes after the end"
+        self.outputs.append(output)
+
+    def check(self) -> None:
+        """The tokens so far are the right ones, and the end fits them."""
+        expected = expected_tokens(self.request)
+        assert self.tokens == expected[: len(self.tokens)]
+        if self.end is FinishReason.STOP:
+            assert self.tokens == expected
+            assert expected[-1] in self.request.stop_token_ids
+        elif self.end is FinishReason.LENGTH:
+            assert len(self.tokens) == self.request.sampling.max_tokens
+
+
+def make_run(
+    prompt: Sequence[int],
+    adapter: AdapterSpec | None = None,
+    *,
+    max_tokens: int = 4,
+    seed: int = 0,
+    stop_after: int | None = None,
+    deadline: float | None = None,
+) -> Run:
+    """A request whose sink is a `Run`; with `stop_after`, the token of that index is one that stops it."""
+    run = Run()
+
+    def request(stop_token_ids: frozenset[int]) -> Request:
+        return Request(
+            request_id=next(_request_ids),
+            prompt_token_ids=tuple(prompt),
+            adapter=adapter,
+            sampling=SamplingParams(max_tokens=max_tokens, seed=seed),
+            stop_token_ids=stop_token_ids,
+            deadline=deadline,
+            sink=run.sink,
+        )
+
+    run.request = request(frozenset())
+    if stop_after is not None and stop_after < max_tokens:
+        run.request = request(frozenset([expected_tokens(run.request)[stop_after]]))
+    return run
+
+
+class Simulation:
+    """A scheduler with everything around it, one step at a time, and every invariant checked after each."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int = 32,
+        block_size: int = 4,
+        max_batch_tokens: int = 64,
+        max_batch_requests: int = 8,
+        immediate: bool = True,
+    ) -> None:
+        self.device = FakeDevice(num_pages, block_size, immediate=immediate)
+        self.pool = PagePool(num_pages)
+        self.cache = PrefixCache(self.pool)
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.residency = Residency(
+            pool=self.pool,
+            memory=self.device,
+            page_elements=PAGE_ELEMENTS,
+            block_size=block_size,
+            post=self.inbox.append,
+        )
+        self.limits = Limits(max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests)
+        self.scheduler = Scheduler(
+            pool=self.pool,
+            cache=self.cache,
+            residency=self.residency,
+            limits=self.limits,
+            block_size=block_size,
+        )
+        self.now = 0.0
+        self.runs: list[Run] = []
+
+    def fits(self, run: Run) -> bool:
+        return self.scheduler.num_pages(EngineSequence.of(run.request)) <= self.pool.num_pages
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter: AdapterSpec | None = None,
+        *,
+        max_tokens: int = 4,
+        seed: int = 0,
+        stop_after: int | None = None,
+        deadline: float | None = None,
+    ) -> Run:
+        run = make_run(
+            prompt, adapter, max_tokens=max_tokens, seed=seed, stop_after=stop_after, deadline=deadline
+        )
+        return self.add(run)
+
+    def add(self, run: Run) -> Run:
+        assert self.fits(run), "the engine would have refused it"
+        self.runs.append(run)
+        self.scheduler.add(EngineSequence.of(run.request))
+        return run
+
+    def cancel(self, run: Run) -> None:
+        self.scheduler.cancel(run.request.request_id)
+
+    def step(self, faults: Callable[[Step], dict[int, str]] = lambda _: {}) -> Step | None:
+        """Plan and run one step. `faults` are the sequences for which it fails, and why."""
+        self.take_in()
+        step = self.scheduler.schedule(self.now)
+        if step is not None:
+            self._check_step(step)
+            result = self.device.run(step)
+            errors = faults(step)
+            tokens = {id_: token for id_, token in result.token_ids.items() if id_ not in errors}
+            self.scheduler.update(step, StepResult(token_ids=tokens, errors=errors))
+        self.check()
+        return step
+
+    def take_in(self) -> None:
+        while self.inbox:
+            self.inbox.popleft()()
+
+    def finish(self, max_steps: int = 3000) -> None:
+        """Let everything that was submitted run to its end."""
+        for _ in range(max_steps):
+            while self.device.pending:
+                self.device.complete()
+            self.step()
+            if not self.scheduler.running and not self.scheduler.waiting:
+                break
+        assert [run for run in self.runs if run.end is None] == [], "somebody starves"
+
+    def check(self) -> None:
+        self.scheduler.check_integrity()
+        for run in self.runs:
+            run.check()
+
+    def check_nothing_is_left(self) -> None:
+        """With all ended and every adapter dropped, only the cache has pages, and gives them up."""
+        self.take_in()
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        for resident in list(self.residency):
+            self.residency.drop(resident.spec.revision)
+        assert not list(self.residency)
+        assert not self.device.placed
+        assert self.pool.num_free + self.cache.num_idle == self.pool.num_pages
+        assert len(self.cache.pages) == self.cache.num_idle
+        self.cache.evict(self.pool.num_pages)
+        assert self.pool.num_free == self.pool.num_pages
+
+    def _check_step(self, step: Step) -> None:
+        assert 0 < step.num_tokens <= self.limits.max_batch_tokens
+        ids = [part.sequence_id for part in step.sequences]
+        assert len(ids) == len(set(ids)), "a sequence is in the step twice"
+        assert sum(id_ > 0 for id_ in ids) <= self.limits.max_batch_requests
+        assert len(self.scheduler.running) <= self.limits.max_batch_requests
+        assert all(part.token_ids for part in step.sequences)
+        self._check_writes(step)
+
+    def _check_writes(self, step: Step) -> None:
+        """Nobody writes where somebody else reads or writes."""
+        written = Counter(copy.target for copy in step.copies)
+        assert max(written.values(), default=1) == 1
+        for part in step.sequences:
+            size = self.device.block_size
+            blocks = range(part.start // size, (part.start + len(part.token_ids) - 1) // size + 1)
+            pages = [part.block_table[block] for block in blocks]
+            for page in pages:
+                assert self.pool.num_holders(page) == 1, f"page {page} is written while it is shared"
+            written.update(set(pages) - {copy.target for copy in step.copies})
+        assert max(written.values()) == 1, "two sequences write to one page"
+        residents = {page for resident in self.residency for page in resident.pages}
+        computed = {page for part in step.sequences if part.sequence_id < 0 for page in part.block_table}
+        assert not residents & set(written) - computed, "an adapter's page is written"
+        assert not {copy.source for copy in step.copies} & set(written), (
+            "a page is copied while it is written"
+        )
