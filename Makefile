@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check format proto clean
+.PHONY: help demo test parity check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,7 +22,10 @@ demo: $(READY)  ## Train a base model and five adapters, serve them in one batch
 	@$(BIN)/python -m turret_demo
 
 test: $(READY)  ## Run the test suite
-	@$(BIN)/python -m pytest --numprocesses 2 --quiet
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet
+
+parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
+	@$(BIN)/python tests/parity/matrix.py
 
 check: $(READY)  ## Lint, types, layers, protocol, container files
 	@$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def adapter_of(
         key = (family, kind, seed)
         if key not in made:
             folder = tmp_path_factory.mktemp(f"{family}-{kind}")
-            made[key] = save_adapter(kind, base_of(family), folder, seed)
+            made[key] = save_adapter(kind, family, base_of(family), folder, seed)
         return made[key]
 
     return make

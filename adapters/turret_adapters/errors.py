@@ -2,6 +2,8 @@
 
 AdapterError
 ├── AdapterNotFoundError  NOT_FOUND            ADAPTER_NOT_FOUND         no adapter has that name
+├── AdapterTaskError      INVALID_ARGUMENT     ADAPTER_TASK              the task is missing or not its own
+├── AdapterCompositionError  INVALID_ARGUMENT  ADAPTER_COMPOSITION       these cannot be in one request
 ├── AdapterSourceError    NOT_FOUND            ADAPTER_SOURCE_NOT_FOUND  there is none at that place
 ├── AdapterFormatError    INVALID_ARGUMENT     ADAPTER_INVALID           broken, or not served
 └── AdapterBaseError      FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH     made for another base model
@@ -26,6 +28,20 @@ class AdapterNotFoundError(AdapterError):
 
     reason = "ADAPTER_NOT_FOUND"
     code = "NOT_FOUND"
+
+
+class AdapterTaskError(AdapterError):
+    """A multitask adapter was named without a task of its own, or another one with a task."""
+
+    reason = "ADAPTER_TASK"
+    code = "INVALID_ARGUMENT"
+
+
+class AdapterCompositionError(AdapterError):
+    """These adapters cannot be in one request."""
+
+    reason = "ADAPTER_COMPOSITION"
+    code = "INVALID_ARGUMENT"
 
 
 class AdapterSourceError(AdapterError):

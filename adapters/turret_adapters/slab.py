@@ -1,8 +1,8 @@
-"""Where the rows of a LoRA lie in its slab of pages.
+"""Where the rows of an adapter lie in its slab of pages.
 
-A slab is a list of arena pages. Row r of A takes `in_features` elements, row r of B (a column of peft's
-lora_B) `out_features`; a row never crosses a page, so that it can be addressed by one element offset
-(S-LoRA, arXiv 2311.03285, section 5, without its padding to one row a page).
+A slab is a list of arena pages. A row never crosses a page, so that one element offset finds it; otherwise
+rows lie one after another, whatever their width (the unified paging of S-LoRA, arXiv 2311.03285, without its
+padding).
 """
 
 from __future__ import annotations
@@ -10,41 +10,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turret_adapters.spec import LoraModule
+from turret_adapters.spec import RowGroup
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleRows:
-    """Element offsets of a module's rows from the start of the slab, one for each rank."""
+class Run:
+    """`count` rows without a gap between them, from an element of the slab on."""
 
-    a_offsets: tuple[int, ...]
-    b_offsets: tuple[int, ...]
+    offset: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class SlabLayout:
+    """`runs[g]` are those of row group g, in the order of its rows."""
+
     num_pages: int
-    modules: tuple[ModuleRows, ...]
+    runs: tuple[tuple[Run, ...], ...]
 
 
-def slab_layout(lora: Sequence[LoraModule], page_elements: int) -> SlabLayout:
-    """Place the rows of every module one after another; a row that does not fit starts the next page."""
+def slab_layout(groups: Sequence[RowGroup], page_elements: int) -> SlabLayout:
+    """Place the rows of every group one after another; a row that does not fit starts the next page."""
     position = 0
-
-    def place(length: int) -> int:
-        nonlocal position
-        assert length <= page_elements, "the arena's pages are made to hold the widest row"
-        if position % page_elements + length > page_elements:
-            position += -position % page_elements
-        start = position
-        position += length
-        return start
-
-    modules = tuple(
-        ModuleRows(
-            a_offsets=tuple(place(module.in_features) for _ in range(module.rank)),
-            b_offsets=tuple(place(module.out_features) for _ in range(module.rank)),
-        )
-        for module in lora
-    )
-    return SlabLayout(num_pages=-(-position // page_elements), modules=modules)
+    runs = []
+    for group in groups:
+        placed = []
+        missing = group.count
+        while missing:
+            fitting = (page_elements - position % page_elements) // group.width
+            if not fitting:
+                position += page_elements - position % page_elements
+                fitting = page_elements // group.width
+                assert fitting, "the arena's pages are made to hold the widest row"
+            run = Run(position, min(missing, fitting))
+            placed.append(run)
+            position += run.count * group.width
+            missing -= run.count
+        runs.append(tuple(placed))
+    return SlabLayout(num_pages=-(-position // page_elements), runs=tuple(runs))

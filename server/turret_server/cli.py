@@ -9,8 +9,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from turret_adapters.errors import AdapterError
 from turret_client import TurretError
-from turret_server import client_commands
+from turret_server import client_commands, offline_commands
 from turret_server.config import ServerConfig, default_cache
 from turret_server.errors import TurretError as ServerError
 
@@ -40,8 +41,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)
-        except (TurretError, ServerError) as error:
+        except (TurretError, ServerError, AdapterError) as error:
             raise _FailureError(str(error), error.reason) from error
+        except offline_commands.NotInstalledError as error:
+            raise _FailureError(str(error)) from error
 
 
 @click.group(
@@ -184,3 +187,5 @@ def serve(**settings: Any) -> None:
 
 main.add_command(client_commands.generate)
 main.add_command(client_commands.adapters)
+client_commands.adapters.add_command(offline_commands.validate)
+client_commands.adapters.add_command(offline_commands.convert)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from turret_client import DEFAULT_ADDRESS, Client
+from turret_client import DEFAULT_ADDRESS, AdapterRef, Client
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -30,7 +30,19 @@ _server_option = click.option(
     show_envvar=True,
     help="Address of the server.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+
+
+def _adapter_ref(value: str) -> AdapterRef:
+    """From NAME, NAME#TASK, NAME=WEIGHT or NAME#TASK=WEIGHT."""
+    named, _, weight = value.partition("=")
+    name, _, task = named.partition("#")
+    try:
+        return AdapterRef(
+            name=name, weight=float(weight) if weight else 1.0, task=int(task) if task else None
+        )
+    except ValueError as error:
+        raise click.BadParameter(f"expected NAME[#TASK][=WEIGHT], found {value!r}") from error
 
 
 @click.command(
@@ -38,11 +50,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON,
 Examples:
   turret generate "Once upon a time"
   turret generate --adapter pirate --temperature 0.8 --seed 7 --stop "." "Where is the treasure?"
+  turret generate --adapter pirate=0.7 --adapter formal=0.3 "Where is the treasure?"
   turret generate --adapter summary --no-stream --json < report.txt
 """
 )
 @click.argument("prompt", required=False)
-@click.option("--adapter", metavar="NAME", help="Adapter to use. Without it: the base model.")
+@click.option(
+    "--adapter",
+    multiple=True,
+    callback=lambda _ctx, _param, values: [_adapter_ref(value) for value in values],
+    metavar="NAME[#TASK][=WEIGHT]",
+    help="Adapter to use; several are composed. Without it: the base model.",
+)
 @_server_option
 @click.option(
     "--max-tokens",
@@ -85,7 +104,7 @@ Examples:
     help="End before this text; may be given up to 16 times.",
 )
 @click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
-@_json_option
+@json_option
 def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool, **options: Any) -> None:
     """Generate text after PROMPT and print it as it comes.
 
@@ -111,10 +130,11 @@ def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool,
 Examples:
   turret adapters load pirate /srv/adapters/pirate
   turret adapters list
+  turret adapters validate ./pirate --model HuggingFaceTB/SmolLM2-135M
 """
 )
 def adapters() -> None:
-    """Load, replace, unload and look at a server's adapters."""
+    """Load, replace, unload and look at a server's adapters; validate and convert them without one."""
 
 
 @adapters.command(
@@ -126,7 +146,7 @@ Examples:
 """,
 )
 @_server_option
-@_json_option
+@json_option
 def list_(*, server: str, as_json: bool) -> None:
     """List all adapters in the order of their names."""
     with Client(server) as client:
@@ -146,7 +166,7 @@ Example:
 @click.argument("name")
 @click.argument("path")
 @_server_option
-@_json_option
+@json_option
 def load(name: str, path: str, *, server: str, as_json: bool) -> None:
     """Serve the peft adapter in the folder PATH under NAME.
 
@@ -168,7 +188,7 @@ Example:
 )
 @click.argument("name")
 @_server_option
-@_json_option
+@json_option
 def unload(name: str, *, server: str, as_json: bool) -> None:
     """Take NAME away. Requests that run on it end on it; then its memory is freed."""
     with Client(server) as client:
@@ -183,7 +203,7 @@ Example:
 )
 @click.argument("name")
 @_server_option
-@_json_option
+@json_option
 def show(name: str, *, server: str, as_json: bool) -> None:
     """Show all that is known of one adapter."""
     with Client(server) as client:
@@ -246,8 +266,8 @@ def _row(adapter: Adapter) -> tuple[str, ...]:
         str(adapter.max_rank or "-"),
         str(adapter.num_virtual_tokens or "-"),
         _count(adapter.num_parameters),
-        _size(adapter.file_bytes),
-        _size(adapter.arena_bytes),
+        format_size(adapter.file_bytes),
+        format_size(adapter.arena_bytes),
         str(adapter.active_requests),
     )
 
@@ -261,8 +281,8 @@ def _details(adapter: Adapter) -> str:
         "rank": str(adapter.max_rank or "-"),
         "virtual tokens": str(adapter.num_virtual_tokens or "-"),
         "parameters": f"{adapter.num_parameters:,}",
-        "file": _size(adapter.file_bytes),
-        "arena": _size(adapter.arena_bytes),
+        "file": format_size(adapter.file_bytes),
+        "arena": format_size(adapter.arena_bytes),
         "active": str(adapter.active_requests),
         "draining": ", ".join(adapter.draining_revisions) or "-",
     }
@@ -276,7 +296,7 @@ def _count(number: int) -> str:
     return _scaled(number, 1000, ("", "k", "M", "G"))
 
 
-def _size(number: int) -> str:
+def format_size(number: int) -> str:
     return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB"))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, start_http_server
 
 from turret_adapters.errors import AdapterError
-from turret_adapters.peft import HostAdapter, read_adapter
+from turret_adapters.host import HostAdapter
+from turret_adapters.peft import read_adapter
 from turret_adapters.registry import AdapterRegistry
 from turret_server.api.adapters import AdapterServicer
 from turret_server.api.errors import ErrorInterceptor
@@ -25,12 +26,13 @@ from turret_server.api.validation import check_name
 from turret_server.config import ServerConfig
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
-from turret_server.errors import ConfigError, TurretError
+from turret_server.errors import ConfigError, GenerationFailedError, TurretError
 from turret_server.memory import arena_bytes
 from turret_server.model.arena import Arena
 from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
+from turret_server.model.weights import ModelWeights
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ def serve(config: ServerConfig) -> None:
     Raises:
         ConfigError: a setting cannot be.
         UnsupportedModelError: the model cannot be served.
+        GenerationFailedError: the engine failed; a new process may do better.
     """
     with assemble(config) as parts:
         if config.metrics:
@@ -142,13 +145,22 @@ async def _serve(config: ServerConfig, parts: Parts) -> None:
     server = RpcServer(parts.inference, parts.adapters, [ErrorInterceptor()])
     port = await server.start(config.listen)
     log.info("serving on %s:%d", split_address(config.listen)[0], port)
+    loop = asyncio.get_running_loop()
+
+    def stop_now() -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    parts.engine.on_failure = stop_now
     await stop.wait()
+    if parts.engine.failed:
+        await server.stop(0)
+        raise GenerationFailedError("the engine failed and its requests with it; the log says why")
     log.info("stopping: requests that run have %d s to finish", _GRACE_SECONDS)
     await server.stop(_GRACE_SECONDS)
 
 
 def _read(loaded: LoadedModel, path: str) -> HostAdapter:
-    return read_adapter(Path(path), loaded.base)
+    return read_adapter(Path(path), loaded.base, ModelWeights(loaded.model, loaded.ops))
 
 
 def _check(config: ServerConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
     EvaConfig,
     LoraConfig,
     PeftModel,
@@ -20,9 +21,10 @@ from peft import (
 )
 
 from turret_adapters.errors import AdapterFormatError
-from turret_adapters.peft import HostAdapter, read_adapter
-from turret_adapters.peft_config import FIELDS
-from turret_adapters.spec import BaseSpec, Method, PrefixKind
+from turret_adapters.host import BaseWeights, HostAdapter
+from turret_adapters.kinds import KINDS
+from turret_adapters.peft import read_adapter
+from turret_adapters.spec import BaseSpec, Method, Part, PrefixKind
 
 PATTERNS = {
     "rank_pattern": {"q_proj": 6, r"layers\.[12]\.mlp\.(up|down)_proj": 3, "^model.layers.0.mlp.up_proj": 5},
@@ -104,28 +106,35 @@ def assert_owned(tensor: torch.Tensor) -> None:
 
 def assert_lora(found: HostAdapter, model: PeftModel, base: BaseSpec) -> None:
     layers = lora_layers(model)
-    assert list(found.lora) == [name for name in base.linears if name in layers]
-    assert found.lora.keys() == layers.keys()
-    assert [module.name for module in found.spec.lora] == list(found.lora)
-    for module in found.spec.lora:
-        layer, weights = layers[module.name], found.lora[module.name]
-        torch.testing.assert_close(weights.a_RI, layer.lora_A["default"].weight, rtol=0, atol=0)
-        torch.testing.assert_close(weights.b_RO, layer.lora_B["default"].weight.t(), rtol=0, atol=0)
-        assert module.scaling == layer.scaling["default"]
-        assert module.rank == layer.r["default"] == weights.a_RI.shape[0]
-        assert (module.in_features, module.out_features) == (layer.in_features, layer.out_features)
-        assert_owned(weights.a_RI)
-        assert_owned(weights.b_RO)
+    assert list(found.deltas) == [name for name in base.modules if name in layers]
+    assert found.deltas.keys() == layers.keys()
+    ranks = []
+    for name, delta in found.deltas.items():
+        layer, (a_RI, b_RO) = layers[name], (delta.rows[Part.LORA_A], delta.rows[Part.LORA_B])
+        assert list(delta.rows) == [Part.LORA_A, Part.LORA_B]
+        torch.testing.assert_close(a_RI, layer.lora_A["default"].weight, rtol=0, atol=0)
+        torch.testing.assert_close(b_RO, layer.lora_B["default"].weight.t(), rtol=0, atol=0)
+        assert delta.scaling == layer.scaling["default"]
+        assert a_RI.shape == (layer.r["default"], layer.in_features)
+        assert b_RO.shape == (layer.r["default"], layer.out_features)
+        assert_owned(a_RI)
+        assert_owned(b_RO)
+        ranks.append(layer.r["default"])
+    assert found.spec.max_rank == max(ranks)
+    assert [(g.module, g.part) for g in found.spec.rows] == [
+        (name, part) for name in found.deltas for part in (Part.LORA_A, Part.LORA_B)
+    ]
+    assert [g.count for g in found.spec.rows] == [rank for rank in ranks for _ in range(2)]
 
 
 @pytest.mark.parametrize("kwargs", LORA.values(), ids=LORA.keys())
 def test_lora_is_what_peft_holds(
-    kwargs: dict[str, Any], save: Callable, load: Callable, base: BaseSpec
+    kwargs: dict[str, Any], save: Callable, load: Callable, base: BaseSpec, weights: BaseWeights
 ) -> None:
     defaults = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12, "init_lora_weights": False}
     saved = save(LoraConfig(**{**defaults, **kwargs}))
 
-    found = read_adapter(saved.folder, base)
+    found = read_adapter(saved.folder, base, weights)
 
     # peft writes a config with sorted keys, so the patterns' order is the file's, not the trained model's.
     loaded = load(saved.folder)
@@ -138,28 +147,27 @@ def test_lora_is_what_peft_holds(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lora_keeps_the_files_dtype(dtype: torch.dtype, save: Callable, base: BaseSpec) -> None:
+def test_lora_keeps_the_files_dtype(
+    dtype: torch.dtype, save: Callable, base: BaseSpec, weights: BaseWeights
+) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     saved = save(config, dtype=dtype)
 
-    found = read_adapter(saved.folder, base)
+    found = read_adapter(saved.folder, base, weights)
 
-    assert {tensor.dtype for lora in found.lora.values() for tensor in (lora.a_RI, lora.b_RO)} == {dtype}
+    assert {rows.dtype for delta in found.deltas.values() for rows in delta.rows.values()} == {dtype}
     assert_lora(found, saved.model, base)
 
 
 def test_all_linear_that_was_never_resolved_leaves_out_the_output_embedding(
-    save: Callable, base: BaseSpec
+    save: Callable, base: BaseSpec, weights: BaseWeights
 ) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     saved = save(config)
     fields = json.loads((saved.folder / "adapter_config.json").read_text())
     (saved.folder / "adapter_config.json").write_text(json.dumps({**fields, "target_modules": "All-Linear"}))
-    with_head = dataclasses.replace(
-        base, linears={**base.linears, "lm_head": next(iter(base.linears.values()))}
-    )
 
-    assert_lora(read_adapter(saved.folder, with_head), saved.model, base)
+    assert_lora(read_adapter(saved.folder, base, weights), saved.model, base)
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -170,19 +178,20 @@ def test_prefix_is_the_cache_that_peft_makes(
     dtype: torch.dtype,
     save: Callable,
     base: BaseSpec,
+    weights: BaseWeights,
 ) -> None:
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=20
     )
     saved = save(config, dtype=dtype)
 
-    found = read_adapter(saved.folder, base)
+    found = read_adapter(saved.folder, base, weights)
 
     assert found.spec.prefix is not None
     assert (found.spec.method, found.spec.prefix.kind) == (Method.PREFIX_TUNING, PrefixKind.KEY_VALUE)
     assert found.spec.num_virtual_tokens == 5
     assert found.spec.num_parameters == 5 * base.kv_width
-    assert (found.lora, found.spec.lora, found.prompt_embeddings) == ({}, (), None)
+    assert (found.deltas, found.spec.rows, found.prompt_embeddings) == ({}, (), None)
     assert found.prefix_kv is not None
     assert found.prefix_kv.shape == (5, base.num_layers, 2, base.num_kv_heads, base.head_dim)
     assert_owned(found.prefix_kv)
@@ -197,11 +206,11 @@ def test_prefix_is_the_cache_that_peft_makes(
 @pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prompt_embeddings_are_what_peft_feeds(
-    config: Any, dtype: torch.dtype, save: Callable, base: BaseSpec
+    config: Any, dtype: torch.dtype, save: Callable, base: BaseSpec, weights: BaseWeights
 ) -> None:
     saved = save(dataclasses.replace(config), dtype=dtype)
 
-    found = read_adapter(saved.folder, base)
+    found = read_adapter(saved.folder, base, weights)
 
     with torch.no_grad():
         fed_NE = saved.model.get_prompt(1)[0]
@@ -215,12 +224,12 @@ def test_prompt_embeddings_are_what_peft_feeds(
     assert found.spec.prefix.kind is PrefixKind.EMBEDDING
     assert found.spec.method.name == config.peft_type.value
     assert found.spec.num_virtual_tokens == config.num_virtual_tokens
-    assert (found.lora, found.prefix_kv) == ({}, None)
+    assert (found.deltas, found.prefix_kv) == ({}, None)
 
 
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights", "ignore:.*is_gradient_checkpointing")
 def test_a_pissa_adapter_is_served_once_converted(
-    save: Callable, load: Callable, base: BaseSpec, tmp_path: Path
+    save: Callable, load: Callable, base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa", lora_alpha=3
@@ -234,7 +243,7 @@ def test_a_pissa_adapter_is_served_once_converted(
             layer.lora_B["default"].weight += 0.1
     model.save_pretrained(str(tmp_path / "raw"))
     with pytest.raises(AdapterFormatError, match=r"'init_lora_weights'.*found 'pissa'") as refusal:
-        read_adapter(tmp_path / "raw", base)
+        read_adapter(tmp_path / "raw", base, weights)
     assert "path_initial_model_for_weight_conversion" in str(refusal.value)
 
     model.save_pretrained(
@@ -242,48 +251,47 @@ def test_a_pissa_adapter_is_served_once_converted(
     )
 
     loaded = load(tmp_path / "converted")
-    assert_lora(read_adapter(tmp_path / "converted", base), loaded, base)
+    assert_lora(read_adapter(tmp_path / "converted", base, weights), loaded, base)
 
 
-@pytest.mark.parametrize(
-    ("method", "config_class"),
-    [
-        (Method.LORA, LoraConfig),
-        (Method.PREFIX_TUNING, PrefixTuningConfig),
-        (Method.PROMPT_TUNING, PromptTuningConfig),
-        (Method.P_TUNING, PromptEncoderConfig),
-    ],
-)
-def test_the_policy_covers_the_fields_of_peft(method: Method, config_class: type) -> None:
-    assert FIELDS[method].keys() == {field.name for field in dataclasses.fields(config_class)}
+def test_the_policies_cover_the_fields_of_peft() -> None:
+    for name, kind in KINDS.items():
+        fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[name])
+        assert kind.fields.keys() == {field.name for field in fields}, name
 
 
-@pytest.mark.parametrize("method", ["LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"])
+def test_every_method_is_a_kind() -> None:
+    assert {name: kind.method.name for name, kind in KINDS.items()} == {
+        name: name for name in Method.__members__
+    }
+
+
+@pytest.mark.parametrize("method", KINDS)
 def test_revision_is_the_digest_of_both_files(
-    method: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    method: str, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
     files = sound[method]
     folder = files.write(tmp_path / "one")
-    first = read_adapter(folder, base).spec
-    assert read_adapter(files.write(tmp_path / "two"), base).spec == first
+    first = read_adapter(folder, base, weights).spec
+    assert read_adapter(files.write(tmp_path / "two"), base, weights).spec == first
     assert len(first.revision) == 32
     assert int(first.revision, 16) >= 0
     assert first.file_bytes == sum(file.stat().st_size for file in folder.iterdir())
 
-    next(iter(files.tensors.values()))[0, 0] += 1
-    other_tensors = read_adapter(files.write(folder), base).spec
+    next(iter(files.tensors.values())).view(-1)[0] += 1
+    other_tensors = read_adapter(files.write(folder), base, weights).spec
     files.fields["peft_version"] = "0.0.0"
-    other_config = read_adapter(files.write(folder), base).spec
+    other_config = read_adapter(files.write(folder), base, weights).spec
     tensors = folder / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes().replace(b'"format":"pt"', b'"format":"np"'))
-    other_header = read_adapter(folder, base).spec
+    other_header = read_adapter(folder, base, weights).spec
 
     specs = [first, other_tensors, other_config, other_header]
     assert len({spec.revision for spec in specs}) == len(specs)
 
 
 def test_fields_that_only_training_reads_are_free(
-    sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
     files = sound["LORA"]
     files.fields.update(
@@ -303,20 +311,25 @@ def test_fields_that_only_training_reads_are_free(
             "a_fourth": {},
         }
     )
-    assert read_adapter(files.write(tmp_path), base).spec.max_rank == 4
+    assert read_adapter(files.write(tmp_path), base, weights).spec.max_rank == 4
 
 
 def test_absent_fields_have_the_defaults_of_peft(
-    sound: dict[str, Any], base: BaseSpec, tmp_path: Path, save: Callable, load: Callable
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+    save: Callable,
+    load: Callable,
 ) -> None:
     saved = save(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     (saved.folder / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]})
     )
     loaded = load(saved.folder)
-    assert_lora(read_adapter(saved.folder, base), loaded, base)
+    assert_lora(read_adapter(saved.folder, base, weights), loaded, base)
 
     files = sound["PREFIX_TUNING"]
     files.fields.clear()
     files.fields.update({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5})
-    assert read_adapter(files.write(tmp_path), base).spec.num_virtual_tokens == 5
+    assert read_adapter(files.write(tmp_path), base, weights).spec.num_virtual_tokens == 5

@@ -16,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from turret_adapters.errors import AdapterError
-from turret_adapters.peft import HostAdapter, read_adapter
-from turret_adapters.peft_config import FIELDS, Use
-from turret_adapters.spec import BaseSpec, Method
+from turret_adapters.fields import Use
+from turret_adapters.host import BaseWeights, HostAdapter
+from turret_adapters.kinds import KINDS
+from turret_adapters.peft import read_adapter
+from turret_adapters.spec import BaseSpec
 
-METHODS = [method.name for method in Method]
+METHODS = list(KINDS)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FUZZ = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     # The folder is written anew for each example, so a fixture of the whole test is safe.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -32,7 +34,7 @@ FUZZ = settings(
 EDGES = st.sampled_from([0, 1, -1, 4, 5, 8, 512, 513, 4096, 4097, 2**31, 2**63, 2**64, -(2**64), 10**400])
 SCALARS = st.none() | st.booleans() | st.integers() | EDGES | st.floats() | st.text(max_size=8)
 WORDS = st.sampled_from(
-    ["q_proj", "down_proj", "all-linear", ".*", "layers", "(", "model.layers.0.mlp.up_proj"]
+    ["q_proj", "down_proj", "all-linear", ".*", "layers", "(", "norm", "lm_head", "embed_tokens", "all"]
 )
 VALUES = st.recursive(
     SCALARS | WORDS,
@@ -41,8 +43,8 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-NAMES = sorted({name for fields in FIELDS.values() for name in fields})
-READ = sorted({name for fields in FIELDS.values() for name, use in fields.items() if use is Use.READ})
+NAMES = sorted({name for kind in KINDS.values() for name in kind.fields})
+READ = sorted({name for kind in KINDS.values() for name, use in kind.fields.items() if use is Use.READ})
 
 
 @st.composite
@@ -65,9 +67,9 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
     return bytes(found)
 
 
-def read(folder: Path, base: BaseSpec) -> HostAdapter | None:
+def read(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter | None:
     with contextlib.suppress(AdapterError):
-        return read_adapter(folder, base)
+        return read_adapter(folder, base, weights)
     return None
 
 
@@ -75,41 +77,58 @@ def read(folder: Path, base: BaseSpec) -> HostAdapter | None:
 @FUZZ
 @given(data=st.data())
 def test_mutated_tensor_files(
-    method: str, data: st.DataObject, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    method: str,
+    data: st.DataObject,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
 ) -> None:
     file = sound[method].write(tmp_path) / TENSORS
     file.write_bytes(data.draw(mutations(file.read_bytes())))
-    read(tmp_path, base)
+    read(tmp_path, base, weights)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FUZZ
 @given(data=st.data())
 def test_mutated_configs(
-    method: str, data: st.DataObject, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    method: str,
+    data: st.DataObject,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
 ) -> None:
     file = sound[method].write(tmp_path) / CONFIG
     file.write_bytes(data.draw(mutations(file.read_bytes())))
-    read(tmp_path, base)
+    read(tmp_path, base, weights)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FUZZ
 @given(fields=st.dictionaries(st.sampled_from(READ) | st.sampled_from(NAMES) | st.text(), VALUES, max_size=3))
 def test_configs_with_any_values(
-    method: str, fields: dict[str, Any], sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    method: str,
+    fields: dict[str, Any],
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
 ) -> None:
     files = copy.copy(sound[method])
     file = files.write(tmp_path) / CONFIG
     file.write_text(json.dumps({**files.fields, **fields}))
-    read(tmp_path, base)
+    read(tmp_path, base, weights)
 
 
 @FUZZ
 @given(value=VALUES)
-def test_configs_of_any_json(value: Any, sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+def test_configs_of_any_json(
+    value: Any, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
     (sound["LORA"].write(tmp_path) / CONFIG).write_text(json.dumps(value))
-    assert read(tmp_path, base) is None
+    assert read(tmp_path, base, weights) is None
 
 
 @st.composite
@@ -132,10 +151,10 @@ def near_headers(draw: st.DrawFn) -> bytes:
 @FUZZ
 @given(data=near_headers())
 def test_what_is_read_is_what_the_library_reads(
-    data: bytes, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    data: bytes, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
     (sound["PROMPT_TUNING"].write(tmp_path) / TENSORS).write_bytes(data)
-    found = read(tmp_path, base)
+    found = read(tmp_path, base, weights)
     if found is not None:
         assert found.prompt_embeddings is not None
         expected = safetensors.torch.load(data)

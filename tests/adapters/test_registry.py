@@ -3,22 +3,29 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from support.fake_device import make_spec
-from turret_adapters.errors import AdapterNotFoundError
-from turret_adapters.peft import HostAdapter
-from turret_adapters.registry import AdapterRegistry
-from turret_adapters.spec import AdapterSpec
+from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
+from turret_adapters.host import HostAdapter
+from turret_adapters.registry import AdapterRegistry, Lease, Named
+from turret_adapters.spec import Part, PrefixKind, RowGroup
 
 
 def host(revision: str) -> HostAdapter:
     spec = make_spec(revision, slab_pages=1)
-    return HostAdapter(spec=spec, lora={}, prefix_kv=None, prompt_embeddings=None)
+    return HostAdapter(spec=spec, deltas={})
+
+
+def acquire(registry: AdapterRegistry, name: str) -> Lease:
+    return registry.acquire([Named(name)])
 
 
 class Watched(AdapterRegistry):
@@ -41,7 +48,7 @@ def registry() -> Watched:
 
 
 def test_a_name_that_was_never_loaded_is_not_found(registry):
-    for call in (registry.acquire, registry.remove, registry.status):
+    for call in (partial(acquire, registry), registry.remove, registry.status):
         with pytest.raises(AdapterNotFoundError, match="'poet'"):
             call("poet")
     assert registry.statuses() == []
@@ -50,22 +57,22 @@ def test_a_name_that_was_never_loaded_is_not_found(registry):
 def test_a_request_gets_the_revision_that_its_name_has_now(registry):
     first, second = host("1"), host("2")
     registry.publish("poet", first)
-    assert registry.acquire("poet") is first.spec
+    assert acquire(registry, "poet").uses == ((first.spec, 1.0),)
     registry.publish("poet", second)
-    assert registry.acquire("poet") is second.spec
+    assert acquire(registry, "poet").uses == ((second.spec, 1.0),)
     assert registry.tensors("1") is first
     assert registry.tensors("2") is second
 
 
 def test_a_replaced_revision_is_gone_after_its_last_request(registry):
     registry.publish("poet", host("1"))
-    held = [registry.acquire("poet") for _ in range(2)]
+    held = [acquire(registry, "poet") for _ in range(2)]
     registry.publish("poet", host("2"))
     assert registry.status("poet").draining_revisions == ("1",)
     assert registry.status("poet").active_requests == 0
-    registry.release("poet", held[0])
+    registry.release(held[0])
     assert registry.gone == []
-    registry.release("poet", held[1])
+    registry.release(held[1])
     assert registry.gone == ["1"]
     assert registry.status("poet").draining_revisions == ()
 
@@ -78,35 +85,35 @@ def test_a_replaced_revision_that_nobody_runs_is_gone_at_once(registry):
 
 def test_a_name_that_ends_its_requests_stays_loaded(registry):
     registry.publish("poet", host("1"))
-    registry.release("poet", registry.acquire("poet"))
+    registry.release(acquire(registry, "poet"))
     assert registry.gone == []
-    assert registry.acquire("poet")
+    assert acquire(registry, "poet")
 
 
 def test_an_unloaded_name_drains(registry):
     registry.publish("poet", host("1"))
-    held = registry.acquire("poet")
+    held = acquire(registry, "poet")
     removed = registry.remove("poet")
-    assert (removed.spec, removed.active_requests, removed.unloaded) == (held, 1, True)
+    assert (removed.spec, removed.active_requests, removed.unloaded) == (held.uses[0][0], 1, True)
     with pytest.raises(AdapterNotFoundError):
-        registry.acquire("poet")
+        acquire(registry, "poet")
     with pytest.raises(AdapterNotFoundError):
         registry.remove("poet")
     status = registry.status("poet")
-    assert (status.spec, status.unloaded, status.draining_revisions) == (held, True, ("1",))
-    registry.release("poet", held)
+    assert (status.spec, status.unloaded, status.draining_revisions) == (held.uses[0][0], True, ("1",))
+    registry.release(held)
     assert registry.gone == ["1"]
     assert registry.statuses() == []
 
 
 def test_an_unloaded_name_can_be_loaded_again_while_it_drains(registry):
     registry.publish("poet", host("1"))
-    held = registry.acquire("poet")
+    held = acquire(registry, "poet")
     registry.remove("poet")
     registry.publish("poet", host("1"))
-    registry.release("poet", held)
+    registry.release(held)
     assert registry.gone == []
-    assert registry.acquire("poet") == held
+    assert acquire(registry, "poet") == held
 
 
 def test_the_same_content_again_changes_nothing(registry):
@@ -120,18 +127,18 @@ def test_the_same_content_again_changes_nothing(registry):
 def test_content_under_two_names_lives_as_long_as_either(registry):
     registry.publish("poet", host("1"))
     registry.publish("bard", host("1"))
-    held = registry.acquire("bard")
+    held = acquire(registry, "bard")
     registry.remove("poet")
     registry.remove("bard")
     assert registry.gone == []
-    registry.release("bard", held)
+    registry.release(held)
     assert registry.gone == ["1"]
 
 
 def test_requests_are_counted_by_name(registry):
     registry.publish("poet", host("1"))
     registry.publish("bard", host("1"))
-    registry.acquire("poet")
+    acquire(registry, "poet")
     assert [status.active_requests for status in registry.statuses()] == [0, 1]
     assert [status.name for status in registry.statuses()] == ["bard", "poet"]
 
@@ -141,7 +148,7 @@ def test_a_name_that_could_not_be_loaded_says_why(registry):
     status = registry.status("poet")
     assert (status.spec, status.error, status.unloaded) == (None, "no such folder", False)
     with pytest.raises(AdapterNotFoundError, match="no such folder"):
-        registry.acquire("poet")
+        acquire(registry, "poet")
     registry.remove("poet")
     assert registry.statuses() == []
 
@@ -149,7 +156,7 @@ def test_a_name_that_could_not_be_loaded_says_why(registry):
 def test_a_load_that_fails_leaves_the_adapter_that_is_there(registry):
     registry.publish("poet", host("1"))
     registry.fail("poet", "no such folder")
-    assert registry.acquire("poet").revision == "1"
+    assert acquire(registry, "poet").revision == "1"
     assert registry.status("poet").error == ""
 
 
@@ -157,15 +164,15 @@ def test_a_load_that_works_ends_the_failure(registry):
     registry.fail("poet", "no such folder")
     registry.publish("poet", host("1"))
     assert registry.status("poet").error == ""
-    assert registry.acquire("poet").revision == "1"
+    assert acquire(registry, "poet").revision == "1"
 
 
 def test_a_revision_released_too_often_is_noticed(registry):
     registry.publish("poet", host("1"))
-    held = registry.acquire("poet")
-    registry.release("poet", held)
+    held = acquire(registry, "poet")
+    registry.release(held)
     with pytest.raises(AssertionError, match="more often"):
-        registry.release("poet", held)
+        registry.release(held)
 
 
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -210,22 +217,22 @@ class Lives(RuleBasedStateMachine):
                 self.registry.remove(name)
 
     @rule(target=requests, name=NAMES)
-    def acquire(self, name: str) -> tuple[str, AdapterSpec] | None:
+    def acquire(self, name: str) -> tuple[str, Lease] | None:
         if name not in self.current:
             with pytest.raises(AdapterNotFoundError):
-                self.registry.acquire(name)
+                acquire(self.registry, name)
             return None
-        spec = self.registry.acquire(name)
-        assert spec.revision == self.current[name]
-        self.running[name, spec.revision] += 1
-        return name, spec
+        lease = acquire(self.registry, name)
+        assert lease.revision == self.current[name]
+        self.running[name, lease.revision] += 1
+        return name, lease
 
     @rule(request=consumes(requests))
-    def release(self, request: tuple[str, AdapterSpec] | None) -> None:
+    def release(self, request: tuple[str, Lease] | None) -> None:
         if request:
-            name, spec = request
-            self.registry.release(name, spec)
-            self.running[name, spec.revision] -= 1
+            name, lease = request
+            self.registry.release(lease)
+            self.running[name, lease.revision] -= 1
 
     @invariant()
     def tensors_live_as_long_as_they_are_needed(self) -> None:
@@ -270,9 +277,9 @@ def load_and_remove(registry: AdapterRegistry, number: int) -> None:
 def run_requests(registry: AdapterRegistry, _: int) -> None:
     for _ in range(300):
         with contextlib.suppress(AdapterNotFoundError):
-            spec = registry.acquire("poet")
-            assert registry.tensors(spec.revision).spec == spec
-            registry.release("poet", spec)
+            lease = acquire(registry, "poet")
+            assert registry.tensors(lease.revision).spec == lease.uses[0][0]
+            registry.release(lease)
 
 
 def test_threads_that_load_swap_and_run_leave_nothing_behind(registry):
@@ -288,3 +295,91 @@ def test_threads_that_load_swap_and_run_leave_nothing_behind(registry):
         registry.remove("poet")
     assert registry.statuses() == []
     assert registry._tensors == {}
+
+
+def multitask(revision: str, num_tasks: int) -> HostAdapter:
+    tasks = tuple(
+        HostAdapter(spec=make_spec(f"{revision}#{task}", num_virtual=2), deltas={})
+        for task in range(num_tasks)
+    )
+    spec = replace(make_spec(revision, num_virtual=2), num_tasks=num_tasks)
+    return HostAdapter(spec=spec, deltas={}, tasks=tasks)
+
+
+def test_a_request_runs_on_the_task_that_it_names(registry):
+    registry.publish("many", multitask("1", 3))
+    lease = registry.acquire([Named("many", task=2)])
+    assert lease.revision == "1#2"
+    assert registry.tensors("1#2").spec == lease.uses[0][0]
+    registry.remove("many")
+    assert registry.gone == []
+    registry.release(lease)
+    assert registry.gone == ["1", "1#0", "1#1", "1#2"]
+
+
+@pytest.mark.parametrize("task", [None, -1, 3])
+def test_a_task_that_is_none_of_the_adapters_is_refused_and_pins_nothing(registry, task):
+    registry.publish("many", multitask("1", 3))
+    with pytest.raises(AdapterTaskError, match="tasks 0 to 2"):
+        registry.acquire([Named("many", task=task)])
+    assert registry.status("many").active_requests == 0
+    registry.publish("poet", host("2"))
+    with pytest.raises(AdapterTaskError, match="has no tasks"):
+        registry.acquire([Named("poet", task=0)])
+
+
+def test_loras_of_one_request_keep_their_weights_and_are_all_pinned(registry):
+    registry.publish("poet", host("1"))
+    registry.publish("bard", host("2"))
+    lease = registry.acquire([Named("poet", 0.5), Named("bard", -2.0)])
+    assert [(spec.revision, weight) for spec, weight in lease.uses] == [("1", 0.5), ("2", -2.0)]
+    assert lease.revision == "1+2"
+    assert {status.active_requests for status in registry.statuses()} == {1}
+    registry.release(lease)
+    assert {status.active_requests for status in registry.statuses()} == {0}
+
+
+def prefix(revision: str, tokens: int) -> HostAdapter:
+    kv = torch.full((tokens, 1, 2, 1, 1), float(revision))
+    return HostAdapter(spec=make_spec(revision, num_virtual=tokens), deltas={}, prefix_kv=kv)
+
+
+def test_prefixes_of_one_request_become_one_in_their_order(registry):
+    registry.publish("first", prefix("1", 2))
+    registry.publish("second", prefix("2", 3))
+    registry.publish("poet", host("3"))
+    lease = registry.acquire([Named("second"), Named("poet", 0.5), Named("first")])
+    [(poet, weight), (joined, _)] = lease.uses
+    assert (poet.revision, weight) == ("3", 0.5)
+    assert joined.num_virtual_tokens == 5
+    assert registry.tensors(joined.revision).prefix_kv[:, 0, 0, 0, 0].tolist() == [2, 2, 2, 1, 1]
+    again = registry.acquire([Named("second"), Named("first")])
+    assert again.uses[0][0] == joined
+    registry.release(lease)
+    assert registry.gone == []
+    registry.release(again)
+    assert registry.gone == [joined.revision]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ([Named("poet"), Named("gain")], "'gain' .* name it alone"),
+        ([Named("poet"), Named("activated")], "'activated' .* name it alone"),
+        ([Named("prefix", 0.5)], "'prefix' .* no weight"),
+        ([Named("gain", 0.5)], "'gain' .* no weight"),
+        ([Named("prefix"), Named("prompt")], "cannot be in one request"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_by_name_and_pins_nothing(registry, named, said):
+    registry.publish("poet", host("1"))
+    registry.publish("prefix", prefix("2", 2))
+    gain = replace(make_spec("3"), rows=(RowGroup("m", Part.GAIN, 1, 4),))
+    registry.publish("gain", HostAdapter(spec=gain, deltas={}))
+    activated = make_spec("4", slab_pages=1, invocation=(7,))
+    registry.publish("activated", HostAdapter(spec=activated, deltas={}))
+    prompt = make_spec("5", num_virtual=2, kind=PrefixKind.EMBEDDING)
+    registry.publish("prompt", HostAdapter(spec=prompt, deltas={}))
+    with pytest.raises(AdapterCompositionError, match=said):
+        registry.acquire(named)
+    assert {status.active_requests for status in registry.statuses()} == {0}

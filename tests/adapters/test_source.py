@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from turret_adapters.errors import AdapterSourceError
+from turret_adapters.host import BaseWeights
 from turret_adapters.peft import read_adapter
 from turret_adapters.source import resolve
 from turret_adapters.spec import BaseSpec
@@ -52,34 +53,36 @@ def test_resolve_says_what_it_found(name: str, found: str, tmp_path: Path) -> No
     assert found in str(refusal.value)
 
 
-def test_reading_what_is_not_there(base: BaseSpec, tmp_path: Path) -> None:
+def test_reading_what_is_not_there(base: BaseSpec, weights: BaseWeights, tmp_path: Path) -> None:
     with pytest.raises(AdapterSourceError, match="nothing there"):
-        read_adapter(tmp_path / "absent", base)
+        read_adapter(tmp_path / "absent", base, weights)
     with pytest.raises(AdapterSourceError, match="cannot exist"):
-        read_adapter(tmp_path / "zero\0", base)
+        read_adapter(tmp_path / "zero\0", base, weights)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_link_that_stays_in_the_folder(
-    name: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+    name: str, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
     folder = sound["LORA"].write(tmp_path / "adapter")
-    expected = read_adapter(folder, base).spec
+    expected = read_adapter(folder, base, weights).spec
     (folder / name).rename(folder / "elsewhere")
     (folder / name).symlink_to("elsewhere")
     (tmp_path / "link").symlink_to(folder)
-    assert read_adapter(tmp_path / "link", base).spec == expected
+    assert read_adapter(tmp_path / "link", base, weights).spec == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_link_out_of_the_folder(name: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder(
+    name: str, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
     # The first folder's name begins with the second's.
     folder = sound["LORA"].write(tmp_path / "adapter")
     (tmp_path / "adapter-blobs").mkdir()
     (folder / name).rename(tmp_path / "adapter-blobs" / "blob")
     (folder / name).symlink_to("../adapter-blobs/blob")
     with pytest.raises(AdapterSourceError, match=f"{name}.*symbolic link.*--local-dir"):
-        read_adapter(folder, base)
+        read_adapter(folder, base, weights)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,6 +93,7 @@ def test_no_regular_file(
     name: str,
     sound: dict[str, Any],
     base: BaseSpec,
+    weights: BaseWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -109,7 +113,7 @@ def test_no_regular_file(
         case "dangling":
             (folder / name).symlink_to("absent")
     with pytest.raises(AdapterSourceError, match=r"expected.*found"):
-        read_adapter(folder, base)
+        read_adapter(folder, base, weights)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,7 @@ def test_errors_of_the_system_are_errors_of_the_source(
     error: OSError,
     sound: dict[str, Any],
     base: BaseSpec,
+    weights: BaseWeights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -128,5 +133,5 @@ def test_errors_of_the_system_are_errors_of_the_source(
     folder = sound["LORA"].write(tmp_path)
     monkeypatch.setattr("turret_adapters.source.os.open", fail)
     with pytest.raises(AdapterSourceError, match=str(error.strerror).lower()) as refusal:
-        read_adapter(folder, base)
+        read_adapter(folder, base, weights)
     assert refusal.value.__cause__ is error

@@ -11,6 +11,7 @@ NAMES = {
     "Adapter",
     "AdapterMethod",
     "AdapterState",
+    "AdapterRef",
     "AsyncClient",
     "CancelledError",
     "Chunk",

@@ -8,6 +8,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 from turret_client import (
     Adapter,
     AdapterMethod,
+    AdapterRef,
     AdapterState,
     AsyncClient,
     Chunk,
@@ -31,6 +32,7 @@ PIRATE = Adapter(
     active_requests=2,
     draining_revisions=("fedcba", "abcdef"),
     error="",
+    num_tasks=0,
 )
 
 
@@ -75,7 +77,7 @@ def test_all_fields_reach_the_server(call, server, method):
     assert server.requests == [
         inference_pb2.GenerateRequest(
             token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]),
-            adapter="pirate",
+            adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
             max_tokens=5,
             temperature=0.5,
             top_p=0.25,
@@ -83,6 +85,15 @@ def test_all_fields_reach_the_server(call, server, method):
             seed=0,
             stop=["\n", "END"],
         )
+    ]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_several_adapters_reach_the_server_in_order(call, server, method):
+    call(method, "Hello", adapter=["pirate", AdapterRef(name="many", weight=0.5, task=0)])
+    assert list(server.requests[0].adapters) == [
+        inference_pb2.AdapterRef(name="pirate", weight=1),
+        inference_pb2.AdapterRef(name="many", weight=0.5, task=0),
     ]
 
 

@@ -1,32 +1,88 @@
 """The server computes what peft computes on the same NF4 base, whoever shares the batch.
 
-The tolerance is absolute, on logits whose standard deviation is above 1: float32 sums
-come in different orders.
-Tokens must be equal wherever the best logit leads the second by more than twice the tolerance.
+Rows are adapters, columns families of bases; `matrix.py` prints what these tests measure. The tolerance is
+absolute, on logits whose standard deviation is above 1: float32 sums come in different orders. Tokens must be
+equal wherever the best logit leads the second by more than twice the tolerance.
 """
 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.adapters import KINDS
+from support.adapters import INVOCATION, KINDS, MIXTURE_KINDS, NUM_TASKS, kinds_of
 from support.models import FAMILIES, VOCAB_SIZE
 from support.oracle import Oracle
 from support.running import RecordingSampler, Running, submit, wait
+from turret_adapters.registry import Named
 from turret_server.config import ServerConfig
 from turret_server.serve import Parts, assemble
 
 TOLERANCE = 1e-3
 # Smaller than most prompts: they enter in chunks, beside sequences that decode.
-CHUNK = 24
+CHUNK = 48
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@dataclass(frozen=True)
+class Case:
+    """What a request names, and how peft says what it answers."""
+
+    name: str
+    named: tuple[Named, ...]
+    ask: Callable[[Oracle, Sequence[tuple[Sequence[int], Sequence[int]]]], list[torch.Tensor]] = field(
+        compare=False
+    )
+
+
+def _one(kind: str | None) -> Case:
+    named = (Named(kind),) if kind else ()
+    return Case(kind or "base", named, lambda oracle, asked: oracle.logits(kind, asked))
+
+
+def _task(task: int) -> Case:
+    return Case(
+        f"multitask, task {task}",
+        (Named("multitask", task=task),),
+        lambda oracle, asked: oracle.logits("multitask", asked, task=task),
+    )
+
+
+CASES = [
+    _one(None),
+    *(_one(kind) for kind in KINDS | MIXTURE_KINDS if kind != "multitask"),
+    *(_task(task) for task in range(NUM_TASKS)),
+    Case(
+        "three weighted LoRAs",
+        (Named("lora", 0.5), Named("rslora", 0.25), Named("lora-attention", -1.5)),
+        lambda oracle, asked: oracle.composed({"lora": 0.5, "rslora": 0.25, "lora-attention": -1.5}, asked),
+    ),
+    Case(
+        "prefix and LoRA",
+        (Named("prefix"), Named("lora")),
+        lambda oracle, asked: oracle.prefixed(["prefix"], "lora", asked),
+    ),
+    Case(
+        "two prefixes",
+        (Named("p-tuning-v2"), Named("prefix")),
+        lambda oracle, asked: oracle.prefixed(["p-tuning-v2", "prefix"], None, asked),
+    ),
+]
+
+
+def cases_of(family: str) -> list[Case]:
+    kinds = kinds_of(family)
+    return [case for case in CASES if all(named.name in kinds for named in case.named)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in FAMILIES],
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -42,73 +98,86 @@ def parts(family, base_of, adapter_of, quantised_cache, sampler):
         model=str(base_of(family)),
         dtype="float32",
         device="cpu",
-        memory="8MiB",
+        memory="32MiB",
         max_batch_tokens=CHUNK,
-        max_batch_requests=16,
+        max_batch_requests=40,
         cache=quantised_cache,
     )
     with assemble(config, sampler) as parts:
-        for kind in KINDS:
+        for kind in kinds_of(family):
             parts.adapters.load(kind, str(adapter_of(family, kind)))
         yield parts
 
 
 @pytest.fixture(scope="module")
 def oracle(family, base_of, adapter_of) -> Oracle:
-    return Oracle(base_of(family), {kind: Path(adapter_of(family, kind)) for kind in KINDS})
+    return Oracle(base_of(family), {kind: Path(adapter_of(family, kind)) for kind in kinds_of(family)})
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
+    """Random ones; most hold what activates an activated LoRA, some near their end."""
     chance = random.Random(seed)
-    return [[chance.randrange(3, VOCAB_SIZE) for _ in range(chance.randint(3, 60))] for _ in range(count)]
+    found = [[chance.randrange(50, VOCAB_SIZE) for _ in range(chance.randint(3, 60))] for _ in range(count)]
+    for prompt in found[: -(-count * 3 // 4)]:
+        at = chance.randint(0, len(prompt))
+        prompt[at:at] = INVOCATION
+    return found
 
 
-def check(oracle: Oracle, sampler: RecordingSampler, requests: list[Running]) -> None:
-    by_adapter = defaultdict(list)
-    for running in requests:
-        by_adapter[running.adapter].append(running)
-    num_compared = 0
-    for adapter, group in by_adapter.items():
-        found = oracle.logits(adapter, [(running.prompt, running.token_ids) for running in group])
-        for running, expected in zip(group, found, strict=True):
-            actual = torch.stack(sampler.logits[running.request_id])
-            assert expected.std() > 1
-            torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
-            best = expected.topk(2).values
-            certain = best[:, 0] - best[:, 1] > 2 * TOLERANCE
-            num_compared += int(certain.sum())
-            tokens = torch.tensor(running.token_ids)
-            assert torch.equal(tokens[certain], expected.argmax(dim=-1)[certain]), adapter
-    assert num_compared > 0.9 * sum(len(running.token_ids) for running in requests)
+def check(oracle: Oracle, sampler: RecordingSampler, case: Case, requests: list[Running]) -> float:
+    """Compare; the largest difference of a logit."""
+    found = case.ask(oracle, [(running.prompt, running.token_ids) for running in requests])
+    largest, num_certain = 0.0, 0
+    for running, expected in zip(requests, found, strict=True):
+        actual = torch.stack(sampler.logits[running.request_id])
+        assert expected.std() > 1
+        largest = max(largest, float((actual - expected).abs().max()))
+        assert largest < TOLERANCE, case.name
+        best = expected.topk(2).values
+        certain = best[:, 0] - best[:, 1] > 2 * TOLERANCE
+        tokens = torch.tensor(running.token_ids)
+        assert torch.equal(tokens[certain], expected.argmax(dim=-1)[certain]), case.name
+        num_certain += int(certain.sum())
+    assert num_certain > 0.9 * sum(len(running.token_ids) for running in requests)
+    return largest
 
 
-@pytest.mark.parametrize("adapter", [None, *KINDS])
-def test_alone(adapter: str | None, parts: Parts, oracle: Oracle, sampler: RecordingSampler) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_alone(
+    case: Case, family: str, parts: Parts, oracle: Oracle, sampler: RecordingSampler, record_property
+) -> None:
+    if case not in cases_of(family):
+        pytest.skip("not of this family")
     requests = []
     for prompt in prompts(2, seed=1):
-        requests.append(submit(parts, prompt, adapter))
+        requests.append(submit(parts, prompt, *case.named))
         wait(requests[-1])
-    check(oracle, sampler, requests)
+    record_property("alone", check(oracle, sampler, case, requests))
     parts.engine.check_integrity()
 
 
 def test_mixed_in_one_batch_arriving_at_different_times(
-    parts: Parts, oracle: Oracle, sampler: RecordingSampler
+    family: str, parts: Parts, oracle: Oracle, sampler: RecordingSampler, record_property
 ) -> None:
-    requests: list[Running] = []
-    for index, prompt in enumerate(prompts(2 * (len(KINDS) + 1), seed=2)):
-        adapter = [None, *KINDS][index % (len(KINDS) + 1)]
-        requests.append(submit(parts, prompt, adapter, max_tokens=16))
-        if index % 3 == 2:
-            requests[-2].reached.wait(timeout=60)
-    wait(*requests)
-    check(oracle, sampler, requests)
+    cases = cases_of(family)
+    submitted: dict[Case, list[Running]] = {case: [] for case in cases}
+    sampler.revisions.clear()
+    for index, prompt in enumerate(prompts(2 * len(cases), seed=2)):
+        case = cases[index % len(cases)]
+        submitted[case].append(submit(parts, prompt, *case.named, max_tokens=16))
+        if index % 5 == 4:
+            submitted[case][-1].reached.wait(timeout=60)
+    for requests in submitted.values():
+        wait(*requests)
+    for case, requests in submitted.items():
+        record_property(case.name, check(oracle, sampler, case, requests))
+    assert max(len(revisions) for revisions in sampler.revisions) > len(cases) / 3, "they were not batched"
     parts.engine.check_integrity()
 
 
-def test_the_adapters_differ(oracle: Oracle) -> None:
+def test_every_case_differs_from_the_base(family: str, oracle: Oracle) -> None:
     """Otherwise the tests above would pass with the adapters switched off."""
-    prompt, generated = prompts(2, seed=3)
-    base = oracle.logits(None, [(prompt, generated)])[0]
-    for kind in KINDS:
-        assert (oracle.logits(kind, [(prompt, generated)])[0] - base).abs().max() > 100 * TOLERANCE, kind
+    asked = [(prompts(1, seed=3)[0], prompts(1, seed=4)[0])]
+    base = oracle.logits(None, asked)[0]
+    for case in cases_of(family)[1:]:
+        assert (case.ask(oracle, asked)[0] - base).abs().max() > 50 * TOLERANCE, case.name

@@ -141,7 +141,7 @@ def test_generate_sends_every_option(turret, server):
     assert server.requests == [
         inference_pb2.GenerateRequest(
             text="Hello",
-            adapter="pirate",
+            adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
             max_tokens=5,
             temperature=0.5,
             top_p=0.25,
@@ -150,6 +150,27 @@ def test_generate_sends_every_option(turret, server):
             stop=["\n", "END"],
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "ref"),
+    [
+        ("pirate", {"name": "pirate", "weight": 1}),
+        ("pirate=0.25", {"name": "pirate", "weight": 0.25}),
+        ("many#2", {"name": "many", "weight": 1, "task": 2}),
+        ("many#0=-1", {"name": "many", "weight": -1, "task": 0}),
+    ],
+)
+def test_an_adapter_may_have_a_task_and_a_weight(turret, server, value, ref):
+    turret("generate", "--adapter", "first", "--adapter", value, "Hello")
+    assert list(server.requests[0].adapters)[1:] == [inference_pb2.AdapterRef(**ref)]
+
+
+@pytest.mark.parametrize("value", ["pirate=much", "many#one"])
+def test_a_task_or_a_weight_that_is_no_number_is_a_usage_error(turret, value):
+    result = turret("generate", "--adapter", value, "Hello")
+    assert result.exit_code == 2
+    assert "NAME[#TASK][=WEIGHT]" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)])

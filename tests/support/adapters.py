@@ -2,63 +2,142 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
     TaskType,
+    VeraConfig,
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM
 
-_ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from support.models import MIXTURES, Names, names_of
+
+INVOCATION = (40, 41, 42)
+NUM_TASKS = 3
+
 _TASK = {"task_type": TaskType.CAUSAL_LM}
 
-# Lengths of virtual tokens on both sides of a block of 16, and ranks that fill no page.
-KINDS: dict[str, PeftConfig] = {
-    "lora": LoraConfig(r=5, lora_alpha=10, target_modules=_ALL_LINEAR, init_lora_weights=False, **_TASK),
-    "lora-attention": LoraConfig(
-        r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **_TASK
-    ),
-    "rslora": LoraConfig(
-        r=8,
-        lora_alpha=16,
-        use_rslora=True,
-        rank_pattern={"q_proj": 2},
-        alpha_pattern={"down_proj": 4},
-        target_modules=_ALL_LINEAR,
-        init_lora_weights=False,
-        **_TASK,
-    ),
-    "prefix": PrefixTuningConfig(
-        num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=32, **_TASK
-    ),
-    "p-tuning-v2": PrefixTuningConfig(num_virtual_tokens=20, **_TASK),
-    "prompt": PromptTuningConfig(num_virtual_tokens=16, **_TASK),
-    "p-tuning": PromptEncoderConfig(
+
+def _lora(names: Names, **options: Any) -> LoraConfig:
+    targets = [*names.attention, *names.mlp_in, *names.mlp_out]
+    defaults = {"r": 5, "lora_alpha": 10, "target_modules": targets, "init_lora_weights": False}
+    return LoraConfig(**{**defaults, **_TASK, **options})
+
+
+def _p_tuning(kind: str) -> PeftConfig:
+    return PromptEncoderConfig(
         num_virtual_tokens=9,
-        encoder_reparameterization_type=PromptEncoderReparameterizationType.LSTM,
+        encoder_reparameterization_type=PromptEncoderReparameterizationType[kind],
         encoder_hidden_size=32,
         **_TASK,
+    )
+
+
+# Lengths of virtual tokens on both sides of a block of 16, and ranks that fill no page.
+KINDS: dict[str, Callable[[Names], PeftConfig]] = {
+    "lora": _lora,
+    "lora-attention": lambda n: _lora(n, r=3, target_modules=list(n.attention)),
+    "lora-all-linear": lambda n: _lora(n, target_modules="all-linear"),
+    "lora-regex": lambda n: _lora(n, target_modules=rf".*\.1\..*({'|'.join(n.attention)})"),
+    "lora-layers": lambda n: _lora(n, layers_to_transform=[0, 2]),
+    "lora-fp16": _lora,
+    "lora-bf16": _lora,
+    "rslora": lambda n: _lora(
+        n,
+        r=8,
+        use_rslora=True,
+        rank_pattern={n.attention[0]: 2},
+        alpha_pattern={(n.mlp_out or n.attention)[0]: 4},
+    ),
+    "dora": lambda n: _lora(n, use_dora=True),
+    "lora-bias": lambda n: _lora(n, lora_bias=True),
+    "lora-trains-biases": lambda n: _lora(n, bias="all"),
+    "lora-embedding-head": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
+    "modules-to-save": lambda n: _lora(n, modules_to_save=[n.embedding, n.head, *n.norms]),
+    "trainable-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
+    "alora": lambda n: _lora(n, alora_invocation_tokens=list(INVOCATION)),
+    "adalora": lambda n: AdaLoraConfig(
+        init_r=6, target_r=4, total_step=10, target_modules=[*n.attention, *n.mlp_out], **_TASK
+    ),
+    "vera": lambda n: VeraConfig(r=16, target_modules=list(n.attention), **_TASK),
+    "ia3": lambda n: IA3Config(
+        target_modules=[*n.attention, *n.mlp_out], feedforward_modules=list(n.mlp_out), **_TASK
+    ),
+    "ln-tuning": lambda n: LNTuningConfig(target_modules=list(n.norms), **_TASK),
+    "prefix": lambda _: PrefixTuningConfig(
+        num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=32, **_TASK
+    ),
+    "p-tuning-v2": lambda _: PrefixTuningConfig(num_virtual_tokens=20, **_TASK),
+    "prompt": lambda _: PromptTuningConfig(num_virtual_tokens=16, **_TASK),
+    "p-tuning": lambda _: _p_tuning("LSTM"),
+    "p-tuning-mlp": lambda _: _p_tuning("MLP"),
+    "multitask": lambda _: MultitaskPromptTuningConfig(
+        num_virtual_tokens=6, num_tasks=NUM_TASKS, num_ranks=2, **_TASK
     ),
 }
+MIXTURE_KINDS: dict[str, Callable[[Names], PeftConfig]] = {
+    "lora-experts": lambda n: _lora(
+        n, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    ),
+    "lora-experts-down": lambda n: _lora(
+        n, r=3, target_modules=[], target_parameters=["down_proj"], use_rslora=True
+    ),
+    "lora-experts-ranks": lambda n: _lora(
+        n,
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"gate_up_proj": 7},
+        alpha_pattern={r"layers\.1\..*down_proj": 20},
+    ),
+}
+# Of these bases peft takes the routers for linears, which are not served.
+_NOT_OF_MIXTURES = {"lora-all-linear"}
+_DTYPES = {"lora-fp16": torch.float16, "lora-bf16": torch.bfloat16}
 
 
-def save_adapter(kind: str, base: Path, folder: Path, seed: int = 0) -> Path:
+def kinds_of(family: str) -> dict[str, Callable[[Names], PeftConfig]]:
+    if family not in MIXTURES:
+        return KINDS
+    return {kind: config for kind, config in (KINDS | MIXTURE_KINDS).items() if kind not in _NOT_OF_MIXTURES}
+
+
+def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(KINDS[kind]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2)
-            elif "prompt_encoder" in name:
-                parameter.normal_(std=0.5)
-    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        # peft says that embeddings are saved, that biases are trained, that DoRA is slow.
+        warnings.simplefilter("ignore")
+        config = kinds_of(family)[kind](names_of(family))
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    _randomise(name, parameter)
+        if kind in _DTYPES:
+            model.to(_DTYPES[kind])
+        model.save_pretrained(folder)
     return folder
+
+
+def _randomise(name: str, parameter: torch.nn.Parameter) -> None:
+    if "prompt_encoder" in name:
+        parameter.normal_(std=0.5)
+    elif any(part in name for part in ("lora_A", "lora_B", "lora_embedding", "lora_E", "vera_lambda")):
+        parameter.normal_(std=0.2)
+    elif "ia3_l" in name or "magnitude" in name:
+        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    else:  # copies of the base's own parameters
+        parameter.add_(0.3 * max(float(parameter.std()), 0.3) * torch.randn_like(parameter))

@@ -13,10 +13,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from turret_adapters.spec import AdapterSpec, LoraModule, Method, PrefixKind, PrefixSpec
+from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 from turret_server.engine.pages import PagePool
-from turret_server.engine.prefix_cache import PrefixCache
-from turret_server.engine.request import FinishReason, Output, Request, SamplingParams
+from turret_server.engine.prefix_cache import PrefixCache, block_key
+from turret_server.engine.request import AdapterUse, FinishReason, Output, Request, SamplingParams
 from turret_server.engine.residency import Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence as EngineSequence
@@ -29,24 +29,43 @@ _GARBAGE = -1
 _request_ids = itertools.count(1)
 
 
+Adapters = AdapterSpec | Sequence[AdapterUse] | None
+
+
+def uses(adapter: Adapters) -> tuple[AdapterUse, ...]:
+    if adapter is None:
+        return ()
+    return (AdapterUse(adapter),) if isinstance(adapter, AdapterSpec) else tuple(adapter)
+
+
+def block_keys(parent: bytes, token_ids: Iterable[int], block_size: int) -> list[bytes]:
+    """The chain of keys of the whole blocks of `token_ids`."""
+    tokens, keys = list(token_ids), []
+    for end in range(block_size, len(tokens) + 1, block_size):
+        parent = block_key(parent, tokens[end - block_size : end])
+        keys.append(parent)
+    return keys
+
+
 def make_spec(
-    revision: str, *, slab_pages: int = 0, num_virtual: int = 0, kind: PrefixKind = PrefixKind.KEY_VALUE
+    revision: str,
+    *,
+    slab_pages: int = 0,
+    num_virtual: int = 0,
+    kind: PrefixKind = PrefixKind.KEY_VALUE,
+    invocation: tuple[int, ...] = (),
 ) -> AdapterSpec:
-    """An adapter of `slab_pages` pages of rows and `num_virtual` virtual tokens."""
-    module = LoraModule(
-        name="m",
-        rank=slab_pages,
-        in_features=PAGE_ELEMENTS // 2,
-        out_features=PAGE_ELEMENTS // 2,
-        scaling=1.0,
-    )
+    """An adapter of `slab_pages` pages of rows and `num_virtual` virtual tokens; see `AdapterSpec`."""
+    rows = RowGroup("m", Part.LORA_A, count=slab_pages, width=PAGE_ELEMENTS)
     return AdapterSpec(
         revision=revision,
         method=Method.LORA if slab_pages else Method.PREFIX_TUNING,
-        lora=(module,) if slab_pages else (),
+        rows=(rows,) if slab_pages else (),
+        max_rank=slab_pages,
         prefix=PrefixSpec(num_virtual_tokens=num_virtual, kind=kind) if num_virtual else None,
         num_parameters=1,
         file_bytes=1,
+        invocation_tokens=invocation,
     )
 
 
@@ -68,17 +87,16 @@ def _sample(history: Sequence[int], sampling: SamplingParams, num_generated: int
 
 def expected_tokens(request: Request) -> list[int]:
     """What a request has to answer, computed from its history without pages and without an engine."""
-    spec, rows, history = request.adapter, _rows(()), list[int]()
-    if spec:
-        rows = _rows(_content(spec.revision, "row", index) for index in range(spec.max_rank))
-    if spec and spec.prefix:
-        for index in range(spec.num_virtual_tokens):
-            if spec.prefix.kind is PrefixKind.KEY_VALUE:
-                history.append(_content(spec.revision, "key_value", index))
-            else:
-                history.append(_value(history, _content(spec.revision, "embedding", index), rows))
-    for token in request.prompt_token_ids:
-        history.append(_value(history, token, rows))
+    history = _prefix(request)
+    rows = _rows(
+        (_rows(_content(use.spec.revision, "row", index) for index in range(use.spec.max_rank)), use.weight)
+        for use in request.adapters
+    )
+    inactive = _inactive(request)
+    for index, token in enumerate(request.prompt_token_ids):
+        history.append(_value(history, token, _rows(()) if index < inactive else rows))
+    if inactive > len(request.prompt_token_ids):
+        rows = _rows(())
     tokens: list[int] = []
     while len(tokens) < request.sampling.max_tokens:
         tokens.append(_sample(history, request.sampling, len(tokens)))
@@ -86,6 +104,27 @@ def expected_tokens(request: Request) -> list[int]:
             break
         history.append(_value(history, tokens[-1], rows))
     return tokens
+
+
+def _prefix(request: Request) -> list[int]:
+    history: list[int] = []
+    for spec in (use.spec for use in request.adapters if use.spec.prefix):
+        for index in range(spec.num_virtual_tokens):
+            if spec.prefix.kind is PrefixKind.KEY_VALUE:
+                history.append(_content(spec.revision, "key_value", index))
+            else:
+                history.append(_value(history, _content(spec.revision, "embedding", index), _rows(())))
+    return history
+
+
+def _inactive(request: Request) -> int:
+    """How many tokens of the prompt stand before the last invocation; more than all where there is none."""
+    [wanted] = {use.spec.invocation_tokens for use in request.adapters} or {()}
+    prompt = request.prompt_token_ids
+    found = [at for at in range(len(prompt)) if prompt[at : at + len(wanted)] == wanted]
+    if not wanted:
+        return 0
+    return found[-1] if found else len(prompt) + 1
 
 
 @dataclass
@@ -147,15 +186,16 @@ class FakeDevice:
         return StepResult(token_ids=sampled)
 
     def _compute(self, part: SequenceStep) -> list[int]:
-        rows = _rows(())
-        if part.revision is not None:
-            rows = _rows(self.pages[page][0] for page in self.placed[part.revision].slab_pages)
+        rows = _rows(
+            (_rows(self.pages[page][0] for page in self.placed[revision].slab_pages), weight)
+            for revision, weight in part.adapters
+        )
         history = [self._slots(part, position)[position % self.block_size] for position in range(part.start)]
         for position, token in enumerate(part.token_ids, part.start):
             if token == VIRTUAL_TOKEN:
-                assert part.revision is not None
-                token = _content(part.revision, "embedding", position)  # noqa: PLW2901
-            value = _value(history, token, rows)
+                assert part.prompt is not None
+                token = _content(part.prompt, "embedding", position)  # noqa: PLW2901
+            value = _value(history, token, _rows(()) if position < part.active_from else rows)
             self._slots(part, position)[position % self.block_size] = value
             history.append(value)
         return history
@@ -200,7 +240,7 @@ class Run:
 
 def make_run(
     prompt: Sequence[int],
-    adapter: AdapterSpec | None = None,
+    adapter: Adapters = None,
     *,
     max_tokens: int = 4,
     seed: int = 0,
@@ -214,7 +254,7 @@ def make_run(
         return Request(
             request_id=next(_request_ids),
             prompt_token_ids=tuple(prompt),
-            adapter=adapter,
+            adapters=uses(adapter),
             sampling=SamplingParams(max_tokens=max_tokens, seed=seed),
             stop_token_ids=stop_token_ids,
             deadline=deadline,
@@ -267,7 +307,7 @@ class Simulation:
     def submit(
         self,
         prompt: Sequence[int],
-        adapter: AdapterSpec | None = None,
+        adapter: Adapters = None,
         *,
         max_tokens: int = 4,
         seed: int = 0,

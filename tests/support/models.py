@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,10 +11,16 @@ from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB_SIZE = 320
@@ -25,20 +32,61 @@ _SIZES = {
     "intermediate_size": 128,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": MAX_CONTEXT,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SIZES),
-    "llama-tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_SIZES, head_dim=32),
+    "llama": LlamaConfig(**_GROUPED),
+    "llama-tied": LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_GROUPED),
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=32),
     # The window is shorter than the prompts, so that a wrong one shows.
-    "gemma2": Gemma2Config(**_SIZES, head_dim=32, query_pre_attn_scalar=32, sliding_window=24),
+    "gemma2": Gemma2Config(**_GROUPED, head_dim=32, query_pre_attn_scalar=32, sliding_window=24),
+    "gemma3": Gemma3TextConfig(**_GROUPED, head_dim=32, query_pre_attn_scalar=32, sliding_window=24),
+    "phi3": Phi3Config(**_GROUPED),
+    "gpt-neox": GPTNeoXConfig(**_SIZES),
+    "mixtral": MixtralConfig(**_GROUPED | _EXPERTS | {"intermediate_size": 64}, num_local_experts=4),
+    "qwen3-moe": Qwen3MoeConfig(
+        **_GROUPED | _EXPERTS, num_experts=4, moe_intermediate_size=64, norm_topk_prob=True
+    ),
 }
+# Those whose experts are stacked parameters. Their only linears are those of the attention.
+MIXTURES = frozenset({"mixtral", "qwen3-moe"})
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family calls its modules."""
+
+    attention: tuple[str, ...] = ("q_proj", "v_proj")
+    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_out: tuple[str, ...] = ("down_proj",)
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "model.norm")
+    embedding: str = "embed_tokens"
+    head: str = "lm_head"
+
+
+NAMES: dict[str, Names] = {
+    **dict.fromkeys(MIXTURES, Names(mlp_in=(), mlp_out=())),
+    "phi3": Names(attention=("qkv_proj",), mlp_in=("gate_up_proj",)),
+    "gpt-neox": Names(
+        attention=("query_key_value",),
+        mlp_in=("dense_h_to_4h",),
+        mlp_out=("dense_4h_to_h",),
+        norms=("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
+        embedding="embed_in",
+        head="embed_out",
+    ),
+}
+
+
+def names_of(family: str) -> Names:
+    return NAMES.get(family, Names())
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -63,9 +111,13 @@ def save_model(family: str, folder: Path) -> Path:
     torch.manual_seed(sum(family.encode()))
     model = AutoModelForCausalLM.from_config(FAMILIES[family]).float()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(12.0 if parameter.shape[0] == VOCAB_SIZE else 3.0)
+            elif parameter.ndim == 3:
+                parameter.mul_(3.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from turret_adapters.spec import AdapterSpec
-from turret_server.engine.request import FinishReason, Output, Request, SamplingParams
+from turret_adapters.registry import Named
+from turret_server.engine.request import AdapterUse, FinishReason, Output, Request, SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.model.sampler import Sampler
 from turret_server.serve import Parts
@@ -20,10 +20,14 @@ _ids = itertools.count(1)
 
 
 class RecordingSampler(Sampler):
+    """Keeps every row of logits by request, and of every step which adapters sampled in it."""
+
     def __init__(self) -> None:
         self.logits: dict[int, list[torch.Tensor]] = defaultdict(list)
+        self.revisions: list[set[tuple[tuple[str, float], ...]]] = []
 
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
+        self.revisions.append({sequence.adapters for sequence in sequences})
         for row, sequence in zip(logits_SV, sequences, strict=True):
             self.logits[sequence.sequence_id].append(row.float().clone())
         return super().sample(logits_SV, sequences)
@@ -31,10 +35,10 @@ class RecordingSampler(Sampler):
 
 @dataclass
 class Running:
-    """One submitted request. `on_token` is called on the engine's thread with the number of tokens so far."""
+    """One submitted request. `reached` is set when it has `reach` tokens, `end` called when it ends."""
 
     prompt: tuple[int, ...]
-    adapter: str | None
+    end: Callable[[], None]
     request_id: int = field(default_factory=lambda: next(_ids))
     token_ids: list[int] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
@@ -49,6 +53,7 @@ class Running:
         if len(self.token_ids) >= self.reach or output.finish_reason:
             self.reached.set()
         if output.finish_reason:
+            self.end()
             self.done.set()
 
     @property
@@ -59,25 +64,20 @@ class Running:
 def submit(
     parts: Parts,
     prompt: Sequence[int],
-    adapter: str | None = None,
-    *,
+    *named: Named,
     max_tokens: int = 12,
     reach: int = 1,
-    deadline: float | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop_token_ids: frozenset[int] = frozenset(),
 ) -> Running:
-    running = Running(prompt=tuple(prompt), adapter=adapter, reach=reach)
-    spec: AdapterSpec | None = parts.registry.status(adapter).spec if adapter else None
+    lease = parts.registry.acquire(named)
+    running = Running(prompt=tuple(prompt), end=lambda: parts.registry.release(lease), reach=reach)
     parts.engine.submit(
         Request(
             request_id=running.request_id,
             prompt_token_ids=running.prompt,
-            adapter=spec,
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
-            stop_token_ids=stop_token_ids,
-            deadline=deadline,
+            adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
+            sampling=SamplingParams(max_tokens=max_tokens),
+            stop_token_ids=frozenset(),
+            deadline=None,
             sink=running.sink,
         )
     )

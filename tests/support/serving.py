@@ -96,7 +96,13 @@ class ServerProcess:
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
-        self.process.send_signal(signal.SIGTERM)
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def _end(self, signal_number: int) -> int:
+        self.process.send_signal(signal_number)
         status = self.process.wait(timeout=60)
         self._reader.join()
         assert self.process.stderr
@@ -113,5 +119,4 @@ def server_process(model: Path, cache: Path, *arguments: str) -> Iterator[Server
         yield server
     finally:
         if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
+            server.kill()

@@ -15,6 +15,7 @@ from turret_client._channel import DEFAULT_ADDRESS
 from turret_client._results import (
     Adapter,
     AdapterMethod,
+    AdapterRef,
     AdapterState,
     Chunk,
     FinishReason,
@@ -38,6 +39,7 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "Adapter",
     "AdapterMethod",
+    "AdapterRef",
     "AdapterState",
     "AsyncClient",
     "CancelledError",

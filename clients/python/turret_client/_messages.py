@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from turret.v1 import adapters_pb2, inference_pb2
 from turret_client._results import (
     Adapter,
     AdapterMethod,
+    AdapterRef,
     AdapterState,
     Chunk,
     FinishReason,
@@ -34,13 +35,21 @@ _METHODS = {
     adapters_pb2.ADAPTER_METHOD_PREFIX_TUNING: AdapterMethod.PREFIX_TUNING,
     adapters_pb2.ADAPTER_METHOD_PROMPT_TUNING: AdapterMethod.PROMPT_TUNING,
     adapters_pb2.ADAPTER_METHOD_P_TUNING: AdapterMethod.P_TUNING,
+    adapters_pb2.ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: AdapterMethod.MULTITASK_PROMPT_TUNING,
+    adapters_pb2.ADAPTER_METHOD_ADALORA: AdapterMethod.ADALORA,
+    adapters_pb2.ADAPTER_METHOD_VERA: AdapterMethod.VERA,
+    adapters_pb2.ADAPTER_METHOD_IA3: AdapterMethod.IA3,
+    adapters_pb2.ADAPTER_METHOD_LN_TUNING: AdapterMethod.LN_TUNING,
 }
+
+# One name, one name with its weight and task, or several of either.
+AdapterArgument: TypeAlias = "str | AdapterRef | Sequence[str | AdapterRef] | None"
 
 
 def generate_request(
     prompt: str | Sequence[int],
     *,
-    adapter: str | None,
+    adapter: AdapterArgument,
     max_tokens: int | None,
     temperature: float,
     top_p: float | None,
@@ -51,7 +60,7 @@ def generate_request(
     if isinstance(stop, str):
         raise TypeError(f"stop is a sequence of strings; for one string write stop=[{stop!r}]")
     request = inference_pb2.GenerateRequest(
-        adapter=adapter or "",
+        adapters=_adapter_refs(adapter),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -64,6 +73,14 @@ def generate_request(
     else:
         request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
     return request
+
+
+def _adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
+    if adapter is None:
+        return []
+    named = [adapter] if isinstance(adapter, str | AdapterRef) else adapter
+    refs = [AdapterRef(name=each) if isinstance(each, str) else each for each in named]
+    return [inference_pb2.AdapterRef(name=ref.name, weight=ref.weight, task=ref.task) for ref in refs]
 
 
 def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
@@ -100,6 +117,7 @@ def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
         active_requests=message.active_requests,
         draining_revisions=tuple(message.draining_revisions),
         error=message.error,
+        num_tasks=message.num_tasks,
     )
 
 

@@ -15,6 +15,21 @@ class FinishReason(StrEnum):
     """`max_tokens` was reached."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """An adapter that a request names.
+
+    Attributes:
+        name: Name of the adapter.
+        weight: How much a LoRA counts.
+        task: Which task of a multitask adapter, from 0.
+    """
+
+    name: str
+    weight: float = 1.0
+    task: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one request.
@@ -79,6 +94,11 @@ class AdapterMethod(StrEnum):
     PREFIX_TUNING = "prefix_tuning"
     PROMPT_TUNING = "prompt_tuning"
     P_TUNING = "p_tuning"
+    MULTITASK_PROMPT_TUNING = "multitask_prompt_tuning"
+    ADALORA = "adalora"
+    VERA = "vera"
+    IA3 = "ia3"
+    LN_TUNING = "ln_tuning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +118,7 @@ class Adapter:
         active_requests: Requests that wait or run on this revision now.
         draining_revisions: Replaced revisions that requests still run on.
         error: Why it FAILED; otherwise empty.
+        num_tasks: Tasks that a request chooses from; 0 where it has none to choose.
     """
 
     name: str
@@ -112,3 +133,4 @@ class Adapter:
     active_requests: int
     draining_revisions: tuple[str, ...]
     error: str
+    num_tasks: int

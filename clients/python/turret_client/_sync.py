@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from turret.v1 import inference_pb2
+    from turret_client._messages import AdapterArgument
     from turret_client._results import Adapter, Chunk, Generation
 
 _Response = TypeVar("_Response")
@@ -49,7 +50,7 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: AdapterArgument = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -62,7 +63,7 @@ class Client:
 
         Args:
             prompt: Text, or token ids that are used as they are.
-            adapter: Name of the adapter; None is the base model.
+            adapter: Name of the adapter, or an `AdapterRef`; several are composed; None is the base model.
             max_tokens: Most tokens to generate; None is 256, or what the context leaves if less.
             temperature: 0 is greedy.
             top_p: Nucleus sampling, 0 < top_p <= 1; None is 1.
@@ -94,7 +95,7 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: str | None = None,
+        adapter: AdapterArgument = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float | None = None,

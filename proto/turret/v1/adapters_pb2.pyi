@@ -63,6 +63,11 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_METHOD_PREFIX_TUNING: _AdapterMethod.ValueType  # 2
     ADAPTER_METHOD_PROMPT_TUNING: _AdapterMethod.ValueType  # 3
     ADAPTER_METHOD_P_TUNING: _AdapterMethod.ValueType  # 4
+    ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: _AdapterMethod.ValueType  # 5
+    ADAPTER_METHOD_ADALORA: _AdapterMethod.ValueType  # 6
+    ADAPTER_METHOD_VERA: _AdapterMethod.ValueType  # 7
+    ADAPTER_METHOD_IA3: _AdapterMethod.ValueType  # 8
+    ADAPTER_METHOD_LN_TUNING: _AdapterMethod.ValueType  # 9
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper): ...
 
@@ -71,6 +76,11 @@ ADAPTER_METHOD_LORA: AdapterMethod.ValueType  # 1
 ADAPTER_METHOD_PREFIX_TUNING: AdapterMethod.ValueType  # 2
 ADAPTER_METHOD_PROMPT_TUNING: AdapterMethod.ValueType  # 3
 ADAPTER_METHOD_P_TUNING: AdapterMethod.ValueType  # 4
+ADAPTER_METHOD_MULTITASK_PROMPT_TUNING: AdapterMethod.ValueType  # 5
+ADAPTER_METHOD_ADALORA: AdapterMethod.ValueType  # 6
+ADAPTER_METHOD_VERA: AdapterMethod.ValueType  # 7
+ADAPTER_METHOD_IA3: AdapterMethod.ValueType  # 8
+ADAPTER_METHOD_LN_TUNING: AdapterMethod.ValueType  # 9
 Global___AdapterMethod: _TypeAlias = AdapterMethod  # noqa: Y015
 
 @_typing.final
@@ -259,6 +269,7 @@ class Adapter(_message.Message):
     ACTIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     DRAINING_REVISIONS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    NUM_TASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Digest of the adapter's files. Empty where state is FAILED."""
@@ -278,6 +289,8 @@ class Adapter(_message.Message):
     """Requests that wait or run on this revision now."""
     error: _builtins.str
     """Why it FAILED."""
+    num_tasks: _builtins.int
+    """Tasks that a request chooses from; 0 where it has none to choose."""
     @_builtins.property
     def draining_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replaced revisions that requests still run on."""
@@ -297,10 +310,11 @@ class Adapter(_message.Message):
         active_requests: _builtins.int = ...,
         draining_revisions: _abc.Iterable[_builtins.str] | None = ...,
         error: _builtins.str = ...,
+        num_tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
-from turret_adapters.peft import HostAdapter
+from turret_adapters.host import HostAdapter
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.spec import Method
 from turret_server.api.validation import check_name
@@ -27,6 +27,11 @@ _METHODS = {
     Method.PREFIX_TUNING: adapters_pb2.ADAPTER_METHOD_PREFIX_TUNING,
     Method.PROMPT_TUNING: adapters_pb2.ADAPTER_METHOD_PROMPT_TUNING,
     Method.P_TUNING: adapters_pb2.ADAPTER_METHOD_P_TUNING,
+    Method.MULTITASK_PROMPT_TUNING: adapters_pb2.ADAPTER_METHOD_MULTITASK_PROMPT_TUNING,
+    Method.ADALORA: adapters_pb2.ADAPTER_METHOD_ADALORA,
+    Method.VERA: adapters_pb2.ADAPTER_METHOD_VERA,
+    Method.IA3: adapters_pb2.ADAPTER_METHOD_IA3,
+    Method.LN_TUNING: adapters_pb2.ADAPTER_METHOD_LN_TUNING,
 }
 
 
@@ -56,7 +61,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         adapter = self._read(path)
         self._engine.check_adapter(adapter.spec)
         self._registry.publish(name, adapter)
-        self._engine.prefetch(adapter.spec)
+        if not adapter.tasks:
+            self._engine.prefetch(adapter.spec)
         log.info("loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, path)
 
     def states(self) -> list[str]:
@@ -119,7 +125,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             message.max_rank = spec.max_rank
             message.num_virtual_tokens = spec.num_virtual_tokens
             message.file_bytes = spec.file_bytes
-            message.arena_bytes = self._engine.num_pages(spec) * self._page_bytes
+            message.num_tasks = spec.num_tasks
+            message.arena_bytes = self._engine.num_pages(spec) * max(spec.num_tasks, 1) * self._page_bytes
         return message
 
     def _state(self, status: AdapterStatus) -> adapters_pb2.AdapterState.ValueType:
@@ -129,6 +136,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             return adapters_pb2.ADAPTER_STATE_DRAINING
         if status.spec is None:
             return adapters_pb2.ADAPTER_STATE_FAILED
-        if self._engine.is_resident(status.spec.revision):
+        if any(self._engine.is_resident(revision) for revision in status.spec.resident_revisions):
             return adapters_pb2.ADAPTER_STATE_RESIDENT
         return adapters_pb2.ADAPTER_STATE_STAGED

@@ -15,12 +15,11 @@ import grpc
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_adapters.registry import AdapterRegistry
-from turret_adapters.spec import AdapterSpec
 from turret_server.api.metrics import RequestMetrics
 from turret_server.api.text import TextCodec, TextStream
-from turret_server.api.validation import check_name, check_stop, check_token_ids, sampling_params
+from turret_server.api.validation import check_adapters, check_stop, check_token_ids, sampling_params
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import FinishReason, Output, Request
+from turret_server.engine.request import AdapterUse, FinishReason, Output, Request
 from turret_server.errors import InvalidRequestError
 
 _FINISH_REASONS = {
@@ -32,10 +31,10 @@ _FINISH_REASONS = {
 def _when_over(context: Any, call: Callable[[], None]) -> None:
     """Call back when the call has ended in whatever way: answered, failed, cancelled, disconnected."""
 
-    def done(_: object) -> None:
+    def over(_: object) -> None:
         call()
 
-    context.add_done_callback(done)
+    context.add_done_callback(over)
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Output], output: Output) -> None:
@@ -98,21 +97,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with self._metrics.request() as record:
             stop = check_stop(request)
             token_ids = await self._token_ids(request)
-            adapter = self._acquire(request.adapter, context) if request.adapter else None
+            uses, revision = self._acquire(request, context)
             outputs: asyncio.Queue[Output] = asyncio.Queue()
-            running = self._request(request, token_ids, adapter, context, outputs)
+            running = self._request(request, token_ids, uses, context, outputs)
             self._engine.submit(running)
             _when_over(context, partial(self._engine.cancel, running.request_id))
             record.submitted(len(token_ids))
-            async for piece in self._pieces(running, stop, outputs):
+            async for piece in self._pieces(running, revision, stop, outputs):
                 record.tokens(len(piece.token_ids), piece.usage.cached_tokens)
                 yield piece
 
-    def _acquire(self, name: str, context: grpc.aio.ServicerContext[Any, Any]) -> AdapterSpec:
-        """The name's revision, kept until the call is over, however it ends."""
-        adapter = self._registry.acquire(check_name(name, "adapter"))
-        _when_over(context, partial(self._registry.release, name, adapter))
-        return adapter
+    def _acquire(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> tuple[tuple[AdapterUse, ...], str]:
+        """What the request runs on, kept until the call is over however it ends, and its revision."""
+        lease = self._registry.acquire(check_adapters(request))
+        _when_over(context, partial(self._registry.release, lease))
+        return tuple(AdapterUse(spec, weight) for spec, weight in lease.uses), lease.revision
 
     async def _token_ids(self, request: inference_pb2.GenerateRequest) -> list[int]:
         match request.WhichOneof("prompt"):
@@ -129,16 +130,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self,
         request: inference_pb2.GenerateRequest,
         token_ids: list[int],
-        adapter: AdapterSpec | None,
+        uses: tuple[AdapterUse, ...],
         context: grpc.aio.ServicerContext[Any, Any],
         outputs: asyncio.Queue[Output],
     ) -> Request:
-        num_virtual = adapter.num_virtual_tokens if adapter else 0
+        num_virtual = sum(use.spec.num_virtual_tokens for use in uses)
         remaining = context.time_remaining()
         return Request(
             request_id=next(self._request_ids),
             prompt_token_ids=tuple(token_ids),
-            adapter=adapter,
+            adapters=uses,
             sampling=sampling_params(
                 request,
                 num_context=len(token_ids) + num_virtual,
@@ -150,7 +151,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _pieces(
-        self, running: Request, stop: list[str], outputs: asyncio.Queue[Output]
+        self, running: Request, revision: str, stop: list[str], outputs: asyncio.Queue[Output]
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         text = TextStream(self._codec, stop)
         num_generated = 0
@@ -163,7 +164,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             piece = inference_pb2.GenerateStreamResponse(
                 text=text.push(output.token_id),
                 token_ids=[output.token_id],
-                revision=running.adapter.revision if running.adapter else "",
+                revision=revision,
             )
             reason = output.finish_reason
             if reason:

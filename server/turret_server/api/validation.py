@@ -7,11 +7,14 @@ import re
 import secrets
 
 from turret.v1 import inference_pb2
+from turret_adapters.registry import Named
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
 
 _DEFAULT_MAX_TOKENS = 256
 _MAX_STOP_STRINGS = 16
+_MAX_ADAPTERS = 8
+_MAX_WEIGHT = 100.0
 _MAX_STOP_LENGTH = 256
 _MAX_TEMPERATURE = 100.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -46,6 +49,32 @@ def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
             f"token ids go up to {vocab_size - 1} in this model; found {largest}", field="token_ids"
         )
     return token_ids
+
+
+def check_adapters(request: inference_pb2.GenerateRequest) -> list[Named]:
+    """Names, weights and tasks of the request's adapters.
+
+    Raises:
+        InvalidRequestError: too many, one named twice, or a name or a weight that cannot be.
+    """
+    if len(request.adapters) > _MAX_ADAPTERS:
+        raise InvalidRequestError(
+            f"at most {_MAX_ADAPTERS} adapters in one request; found {len(request.adapters)}",
+            field="adapters",
+        )
+    named = []
+    for ref in request.adapters:
+        weight = ref.weight if ref.HasField("weight") else 1.0
+        if not (math.isfinite(weight) and abs(weight) <= _MAX_WEIGHT):
+            raise InvalidRequestError(
+                f"an adapter's weight is from -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}; found {weight}",
+                field="weight",
+            )
+        task = ref.task if ref.HasField("task") else None
+        named.append(Named(check_name(ref.name, "adapters"), weight, task))
+    if len({(each.name, each.task) for each in named}) < len(named):
+        raise InvalidRequestError("an adapter is named twice", field="adapters")
+    return named
 
 
 def check_stop(request: inference_pb2.GenerateRequest) -> list[str]:

@@ -55,7 +55,8 @@ class Engine:
     """Owns scheduler and pages. Every public method may be called from any thread.
 
     A step that fails ends the requests in it, and the engine goes on. If the engine itself fails, its books
-    may be wrong, and a wrong answer is worse than none: it ends every request and computes no more.
+    may be wrong, and a wrong answer is worse than none: it ends every request, computes no more, sets
+    `failed` and calls `on_failure`.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class Engine:
         self._arriving: deque[Sequence] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self.failed = False
+        self.on_failure: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
 
     def start(self) -> None:
@@ -208,7 +211,10 @@ class Engine:
         except Exception as failure:
             log.critical("the engine failed, and serves no more", exc_info=True)
             error = GenerationFailedError(f"the engine failed: {type(failure).__name__}: {failure}")
+            self.failed = True
         self._end_all(error)
+        if self.failed:
+            self.on_failure()
 
     def _turn(self) -> None:
         self._take_in()

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from turret_server.engine.pages import PagePool
 
 
-def block_keys(parent: bytes, token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
-    """The key of each whole block of `token_ids`, which follow the block with the key `parent`."""
-    key = parent
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        block = array("q", token_ids[start : start + block_size])
-        key = hashlib.blake2b(key + block.tobytes(), digest_size=16).digest()
-        yield key
+def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a whole block of `token_ids` that follows the block with the key `parent`."""
+    return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class PrefixCache:

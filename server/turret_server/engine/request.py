@@ -44,17 +44,31 @@ class Output:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An adapter that a request names, and how much its LoRA counts."""
+
+    spec: AdapterSpec
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation. `deadline` is in seconds of the engine's clock; `sink` is called on its thread."""
+    """One generation. At most one of its adapters has virtual tokens. `deadline` is in seconds of the
+    engine's clock; `sink` is called on its thread.
+    """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
-    adapter: AdapterSpec | None
+    adapters: tuple[AdapterUse, ...] = ()
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
     deadline: float | None
     sink: Callable[[Output], None]
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(use.spec.num_virtual_tokens for use in self.adapters)
 
     def tell(self, output: Output) -> bool:
         """Hand an event to the sink; False where it raises, and so nobody listens any more."""

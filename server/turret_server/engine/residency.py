@@ -1,13 +1,13 @@
 """Adapters in the arena: which revisions have pages, who uses them, which may go.
 
-A revision takes slab pages for its LoRA rows and prefix pages for the keys and values of its virtual
+A revision takes slab pages for its rows and prefix pages for the keys and values of its virtual
 tokens. Filling them never holds up a step: a copy runs beside the batch, and virtual tokens that are
 embeddings are computed by the batch itself, as the tokens of a sequence of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class Residency:
         """Pages that a revision takes when resident."""
         num_pages = self._num_pages.get(spec.revision)
         if num_pages is None:
-            slab = slab_layout(spec.lora, self.page_elements).num_pages
+            slab = slab_layout(spec.rows, self.page_elements).num_pages
             num_pages = slab + -(-spec.num_virtual_tokens // self.block_size)
             self._num_pages[spec.revision] = num_pages
         return num_pages
@@ -104,6 +104,16 @@ class Residency:
         resident.last_used = self.clock
         self._dropped.discard(spec.revision)
         return resident
+
+    def ensure_all(self, specs: Sequence[AdapterSpec]) -> tuple[Resident, ...] | None:
+        """The residents of several revisions; None when there is no room for all of them now."""
+        residents = []
+        for spec in specs:
+            resident = self.ensure(spec)
+            if resident is None:
+                return None
+            residents.append(resident)
+        return tuple(residents)
 
     def _fill(self, spec: AdapterSpec, pages: list[int]) -> Resident:
         num_prefix = -(-spec.num_virtual_tokens // self.block_size)

@@ -67,8 +67,7 @@ class Scheduler:
         """
         num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens - 1
         num_pages = -(-num_tokens // self.block_size) - sequence.num_virtual // self.block_size
-        adapter = sequence.request.adapter
-        return num_pages + (self.residency.num_pages(adapter) if adapter else 0)
+        return num_pages + sum(self.residency.num_pages(use.spec) for use in sequence.request.adapters)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -114,9 +113,9 @@ class Scheduler:
         held += self.cache.pages
         self.pool.check_integrity(held)
         self.cache.check_integrity()
-        assert not any(sequence.block_table or sequence.resident for sequence in self.waiting)
+        assert not any(sequence.block_table or sequence.residents for sequence in self.waiting)
         for resident in self.residency:
-            users = sum(sequence.resident is resident for sequence in self.running)
+            users = sum(resident in sequence.residents for sequence in self.running)
             assert resident.num_users == users, f"{resident.spec.revision}: {users} use it"
 
     def _fail_overdue(self, now: float) -> None:
@@ -127,8 +126,9 @@ class Scheduler:
 
     def _fail_unplaceable(self) -> None:
         for sequence in list(self.waiting):
-            if sequence.awaited and sequence.awaited.error:
-                reason = f"the adapter could not be made resident: {sequence.awaited.error}"
+            errors = [resident.error for resident in sequence.awaited if resident.error]
+            if errors:
+                reason = f"the adapter could not be made resident: {errors[0]}"
                 self.fail(sequence, GenerationFailedError(reason))
 
     def _grow(self) -> None:
@@ -162,9 +162,7 @@ class Scheduler:
                     token_ids=(VIRTUAL_TOKEN,) * count,
                     start=resident.num_virtual_computed,
                     block_table=tuple(resident.prefix_pages),
-                    revision=resident.spec.revision,
-                    sampling=None,
-                    num_generated=0,
+                    prompt=resident.spec.revision,
                 )
             )
 
@@ -176,29 +174,29 @@ class Scheduler:
         for sequence in list(self.waiting):
             if not plan.budget or len(self.running) >= self.limits.max_batch_requests:
                 break
-            adapter = sequence.request.adapter
-            resident = self.residency.ensure(adapter) if adapter else None
-            if adapter and resident is None:
+            residents = self.residency.ensure_all([use.spec for use in sequence.request.adapters])
+            if residents is None:
                 break
-            if resident is not None and not resident.ready:
-                if sequence.awaited not in (None, resident):
+            if not all(resident.ready for resident in residents):
+                if sequence.awaited not in ((), residents):
                     break
-                sequence.awaited = resident
+                sequence.awaited = residents
                 continue
-            if not self._take_pages(sequence, resident, plan):
+            if not self._take_pages(sequence, residents, plan):
                 break
             self.waiting.remove(sequence)
             self.running.append(sequence)
             plan.add(sequence.step(min(sequence.num_remaining, plan.budget)))
 
-    def _take_pages(self, sequence: Sequence, resident: Resident | None, plan: _Plan) -> bool:
+    def _take_pages(self, sequence: Sequence, residents: tuple[Resident, ...], plan: _Plan) -> bool:
         """Share the adapter's prefix and cached blocks, and take pages for the rest of the prompt."""
         num_virtual = sequence.num_virtual
         whole = num_virtual // self.block_size
         # The last token is always computed, for its logits.
         keys = sequence.keys((len(sequence.tokens) - 1) // self.block_size, self.block_size)
         cached = self.cache.match(keys[whole:])
-        shared = resident.prefix_pages[:whole] if resident else []
+        prefix = [page for resident in residents for page in resident.prefix_pages]
+        shared = prefix[:whole]
         missing = -(-len(sequence.tokens) // self.block_size) - len(shared) - len(cached)
         pages = self.pool.allocate(missing)
         if pages is None:
@@ -208,11 +206,11 @@ class Scheduler:
         self.pool.share(shared)
         sequence.block_table = [*shared, *cached, *pages]
         sequence.num_computed = max(num_virtual, (whole + len(cached)) * self.block_size)
-        if resident:
+        for resident in residents:
             self.residency.acquire(resident)
-            sequence.resident = resident
-            if num_virtual % self.block_size and not cached:
-                plan.copies.append(PageCopy(source=resident.prefix_pages[whole], target=pages[0]))
+        sequence.residents = residents
+        if num_virtual % self.block_size and not cached:
+            plan.copies.append(PageCopy(source=prefix[whole], target=pages[0]))
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True
@@ -279,6 +277,6 @@ class Scheduler:
         self.cache.given_back(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
         sequence.block_table = []
         sequence.num_computed = 0
-        if sequence.resident:
-            self.residency.release(sequence.resident)
-            sequence.resident = None
+        for resident in sequence.residents:
+            self.residency.release(resident)
+        sequence.residents = ()

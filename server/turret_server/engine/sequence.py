@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import islice
 
-from turret_server.engine.prefix_cache import block_keys
+from turret_adapters.spec import AdapterSpec
+from turret_server.engine.prefix_cache import block_key
 from turret_server.engine.request import Request
 from turret_server.engine.residency import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
+# A position that no context reaches.
+NEVER = 2**62
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` are the adapter's virtual tokens, the prompt and what was generated.
+    """`tokens` are an adapter's virtual tokens, the prompt and what was generated.
 
-    The keys and values of the first `num_computed` of them are in the pages of `block_table`. `awaited` is
-    the adapter's residence that it last waited for.
+    The keys and values of the first `num_computed` of them are in the pages of `block_table`. The adapters'
+    rows apply from position `active_from` on. `awaited` are the residences that it last waited for.
     """
 
     request: Request
     tokens: list[int]
+    active_from: int = 0
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    resident: Resident | None = None
-    awaited: Resident | None = None
+    residents: tuple[Resident, ...] = ()
+    awaited: tuple[Resident, ...] = ()
     num_cached: int | None = None
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request) -> Sequence:
-        num_virtual = request.adapter.num_virtual_tokens if request.adapter else 0
-        return cls(request=request, tokens=[VIRTUAL_TOKEN] * num_virtual + list(request.prompt_token_ids))
-
-    @property
-    def revision(self) -> str | None:
-        return self.request.adapter.revision if self.request.adapter else None
+        tokens = [VIRTUAL_TOKEN] * request.num_virtual_tokens + list(request.prompt_token_ids)
+        starts = [_active_from(use.spec, tokens) for use in request.adapters]
+        return cls(request=request, tokens=tokens, active_from=max(starts, default=0))
 
     @property
     def num_virtual(self) -> int:
-        return self.request.adapter.num_virtual_tokens if self.request.adapter else 0
+        return self.request.num_virtual_tokens
 
     @property
     def num_generated(self) -> int:
@@ -51,13 +52,22 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
     def keys(self, count: int, block_size: int) -> list[bytes]:
-        """Prefix-cache keys of the first `count` blocks, all of which must be whole."""
-        if count > len(self._keys):
-            known = len(self._keys)
-            parent = self._keys[-1] if known else (self.revision or "").encode()
-            fresh = block_keys(parent, self.tokens[known * block_size :], block_size)
-            self._keys.extend(islice(fresh, count - known))
+        """Prefix-cache keys of the first `count` blocks, all of which must be whole.
+
+        The chain begins as the base's; the block in which the adapters' rows begin to apply, or their
+        prefix stands, and all after it are theirs alone.
+        """
+        for index in range(len(self._keys), count):
+            parent = self._keys[-1] if index else b""
+            end = (index + 1) * block_size
+            if index == (0 if self.num_virtual else self.active_from // block_size):
+                parent += self._salt
+            self._keys.append(block_key(parent, self.tokens[end - block_size : end]))
         return self._keys[:count]
+
+    @property
+    def _salt(self) -> bytes:
+        return ",".join(f"{use.spec.revision}*{use.weight!r}" for use in self.request.adapters).encode()
 
     def step(self, num_tokens: int) -> SequenceStep:
         """Compute the next `num_tokens` tokens, and sample one if none of them remains."""
@@ -67,7 +77,21 @@ class Sequence:
             token_ids=tuple(self.tokens[self.num_computed : end]),
             start=self.num_computed,
             block_table=tuple(self.block_table),
-            revision=self.revision,
+            adapters=tuple((use.spec.revision, use.weight) for use in self.request.adapters),
+            active_from=self.active_from,
             sampling=self.request.sampling if end == len(self.tokens) else None,
             num_generated=self.num_generated,
         )
+
+
+def _active_from(spec: AdapterSpec, tokens: list[int]) -> int:
+    """Where an adapter's rows begin to apply: at the last place where its invocation tokens stand, beyond
+    every position without them, and at 0 where it needs none (activated LoRA, arXiv 2504.12397).
+    """
+    wanted = list(spec.invocation_tokens)
+    if not wanted:
+        return 0
+    for start in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[start : start + len(wanted)] == wanted:
+            return start
+    return NEVER

@@ -16,7 +16,8 @@ class SequenceStep:
     """The tokens that one sequence computes in one step.
 
     `start` is the position of the first. Position p lies in page `block_table[p // block_size]`.
-    `revision` names the adapter whose LoRA rows apply and whose embeddings virtual tokens take.
+    `adapters` are the revisions whose rows apply from position `active_from` on, each with its weight.
+    `prompt` is the revision whose embeddings virtual tokens take.
     `sampling` is None where no token is sampled after the last one.
     """
 
@@ -24,9 +25,11 @@ class SequenceStep:
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[int, ...]
-    revision: str | None
-    sampling: SamplingParams | None
-    num_generated: int
+    adapters: tuple[tuple[str, float], ...] = ()
+    active_from: int = 0
+    prompt: str | None = None
+    sampling: SamplingParams | None = None
+    num_generated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret_server.kernels.bnb_cpu import BitsandbytesCpuOps
+from turret_server.kernels.bnb_cpu import BitsandbytesNF4
+from turret_server.kernels.cpu import CpuOps
 from turret_server.kernels.ops import (
     AttentionBatch,
     AttentionParams,
@@ -19,7 +20,8 @@ from turret_server.kernels.reference import ReferenceOps
 __all__ = [
     "AttentionBatch",
     "AttentionParams",
-    "BitsandbytesCpuOps",
+    "BitsandbytesNF4",
+    "CpuOps",
     "LoraRows",
     "NF4Weight",
     "Ops",
@@ -32,6 +34,6 @@ __all__ = [
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest table that computes in `dtype` on `device`."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and has_avx512bf16():
-        return BitsandbytesCpuOps()
+    if device.type == "cpu" and dtype in {torch.bfloat16, torch.float32}:
+        return CpuOps(dtype)
     return ReferenceOps()

@@ -1,4 +1,4 @@
-"""The NF4 product of bitsandbytes for CPUs with AVX512-BF16; every other op is the reference's.
+"""The NF4 product of bitsandbytes for CPUs with AVX512-BF16.
 
 The kernel computes in bfloat16, and wants out features in multiples of 32 and in features in multiples
 of the quantisation block. Weights of other shapes stay with the reference.
@@ -15,8 +15,8 @@ from turret_server.kernels.reference import ReferenceOps
 _ROWS_PER_PACK = 32
 
 
-class BitsandbytesCpuOps(ReferenceOps):
-    """See `ops.Ops`."""
+class BitsandbytesNF4(ReferenceOps):
+    """See `ops.Ops`; the ops that are not about NF4 are the reference's."""
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
         if weight.out_features % _ROWS_PER_PACK or weight.in_features % weight.state.blocksize:

@@ -1,7 +1,8 @@
 """The table of ops: what a kernel computes, and the tensors it is given.
 
 Shapes: T tokens of the step, S segments, Q sequences, P pages, B slots of a page, H query heads,
-K key-value heads, D head dimension, I and O in and out features, R LoRA rows.
+K key-value heads, D head dimension, I and O in and out features, R LoRA rows, M pages of the longest
+context.
 """
 
 from __future__ import annotations
@@ -57,12 +58,14 @@ class AttentionBatch:
     """Where the tokens of each sequence lie in the step, and its keys and values in the arena.
 
     Sequence q has the tokens query_bounds[q] … query_bounds[q + 1], the last of its context of
-    context_lengths[q] tokens; position p lies in page block_tables[q][p // B], slot p % B.
+    context_lengths[q] tokens; both are int64 on the host. Position p lies in page
+    block_tables[q, p // B], slot p % B. Block tables are as wide as the longest; what a shorter one has
+    at its end counts for nothing.
     """
 
-    query_bounds: tuple[int, ...]
-    context_lengths: tuple[int, ...]
-    block_tables: tuple[torch.Tensor, ...]
+    query_bounds: torch.Tensor
+    context_lengths_Q: torch.Tensor
+    block_tables_QM: torch.Tensor
     pages_T: torch.Tensor
     slots_T: torch.Tensor
 

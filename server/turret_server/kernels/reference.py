@@ -45,10 +45,11 @@ class ReferenceOps:
         self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
     ) -> torch.Tensor:
         out_THD = torch.empty_like(query_THD)
-        for index, block_table in enumerate(batch.block_tables):
-            new = slice(batch.query_bounds[index], batch.query_bounds[index + 1])
-            num_context = batch.context_lengths[index]
-            pages_N2BKD = kv_P2BKD[block_table]
+        bounds = batch.query_bounds.tolist()
+        for index, num_context in enumerate(batch.context_lengths_Q.tolist()):
+            new = slice(bounds[index], bounds[index + 1])
+            num_pages = -(-num_context // kv_P2BKD.shape[2])
+            pages_N2BKD = kv_P2BKD[batch.block_tables_QM[index, :num_pages]]
             key_NKD = pages_N2BKD[:, 0].flatten(0, 1)[:num_context]
             value_NKD = pages_N2BKD[:, 1].flatten(0, 1)[:num_context]
             out_THD[new] = _attend(query_THD[new], key_NKD, value_NKD, params)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from turret_adapters.spec import BaseSpec
+from turret_adapters.spec import BaseSpec, ModuleKind
 
 _SMALLEST_BLOCK = 16
 
 
 def block_size_for(base: BaseSpec) -> int:
-    """Tokens in a page: a multiple of 16 such that a page also holds the widest LoRA row."""
-    widest = max(max(shape.in_features, shape.out_features) for shape in base.linears.values())
+    """Tokens in a page: a multiple of 16 such that a page also holds the widest row of an adapter."""
+    linears = base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT).values()
+    widest = max(max(shape.in_features, shape.out_features) for shape in linears)
     return -(-widest // (base.kv_width * _SMALLEST_BLOCK)) * _SMALLEST_BLOCK
 
 
@@ -51,5 +52,10 @@ class Arena:
             block = kv_NL2KD[index * self.block_size : (index + 1) * self.block_size]
             self._kv_PL2BKD[page, :, :, : len(block)] = block.permute(1, 2, 0, 3, 4)
 
-    def write_row(self, offset: int, row: torch.Tensor) -> None:
-        self.flat[offset : offset + row.numel()] = row
+    def write_rows(self, offset: int, rows_NX: torch.Tensor) -> None:
+        """Write rows one after another from an element offset on."""
+        self.flat[offset : offset + rows_NX.numel()] = rows_NX.reshape(-1)
+
+    def row(self, offset: int, width: int) -> torch.Tensor:
+        """A row; a view."""
+        return self.flat[offset : offset + width]

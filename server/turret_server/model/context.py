@@ -13,15 +13,18 @@ from dataclasses import dataclass
 
 from turret_server.kernels import AttentionBatch, Ops
 from turret_server.model.arena import Arena
-from turret_server.model.lora import LoraBatch
+from turret_server.model.deltas import DeltaBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
+    """`deltas` are what adapters change for the step's tokens, `head_deltas` for those that sample."""
+
     ops: Ops
     arena: Arena
     attention: AttentionBatch
-    lora: LoraBatch | None
+    deltas: DeltaBatch | None
+    head_deltas: DeltaBatch | None
     layers_seen: set[int]
 
 

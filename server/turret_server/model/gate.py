@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from turret_server.errors import UnsupportedModelError
+from turret_server.model.experts import EXPERT_MODELS, EXPERTS_METHOD, has_experts, is_stacked
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Their frequencies follow the longest position of the batch: an answer would depend on who shares it.
@@ -56,6 +56,12 @@ def _check_quantization(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(
             f"the checkpoint is quantised with {found}; give one in 16 or 32 bit, or in bitsandbytes NF4"
         )
+    if quantization and has_experts(config) and quantization.get("quant_method") != EXPERTS_METHOD:
+        raise UnsupportedModelError(
+            f"{config.model_type} models are not served as bitsandbytes quantised them, since it leaves out "
+            "their experts; give a checkpoint in 16 or 32 bit",
+            model=config.model_type,
+        )
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:
@@ -64,14 +70,17 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
     return {str(each.get("rope_type", "default")) for each in (nested or [parameters])}
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse weights that would stay unquantised and out of an adapter's reach.
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse weights that would stay unquantised and out of an adapter's reach; their numbers do not matter.
 
     Raises:
-        UnsupportedModelError: names the first such parameter.
+        UnsupportedModelError: names the model type and the first such parameter.
     """
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 2:
+        if parameter.ndim > 2 and not (has_experts(model.config) and is_stacked(name)):
+            model_type = model.config.model_type
             raise UnsupportedModelError(
-                f"mixture-of-experts models are not served: {name} holds stacked expert weights"
+                f"{model_type} models are not served: {name} holds stacked weights, which are quantised "
+                f"and adapted only in models of type {', '.join(EXPERT_MODELS)}",
+                model=model_type,
             )

@@ -25,11 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from turret_adapters.spec import BaseSpec, LinearShape
+from turret_adapters.spec import BaseSpec
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate
-from turret_server.model.linear import AdaptedLinear, replace_linears
+from turret_server.model.adapted import adapt_modules, base_modules
+from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,11 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization(
+    dtype: torch.dtype, kind: type[BitsAndBytesConfig] = BitsAndBytesConfig
+) -> BitsAndBytesConfig:
     """NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
-    return BitsAndBytesConfig(
+    return kind(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -106,9 +109,11 @@ def load_model(
     if model_class is None:
         raise UnsupportedModelError(f"{config.model_type} is no causal language model of transformers")
     gate.check_config(config, model_class)
+    with torch.device("meta"):
+        gate.check_model(AutoModelForCausalLM.from_config(config))
     model = _load_quantised(name_or_path, config, device, dtype, cache)
-    gate.check_model(model)
-    replace_linears(model, ops)
+    adapt_experts(model, ops)
+    adapt_modules(model, ops)
     _return_freed_memory()
     return LoadedModel(
         model=model,
@@ -139,7 +144,8 @@ def _load_quantised(
         log.info("loading %s from its quantised copy in %s", name_or_path, kept)
         return _from_pretrained(str(kept), options)
     log.info("loading %s and quantising it to NF4", name_or_path)
-    model = _from_pretrained(name_or_path, options | {"quantization_config": quantization(dtype)})
+    kind = ExpertsConfig if has_experts(config) else BitsAndBytesConfig
+    model = _from_pretrained(name_or_path, options | {"quantization_config": quantization(dtype, kind)})
     _keep(model, kept)
     return model
 
@@ -157,7 +163,8 @@ def _keep(model: PreTrainedModel, kept: Path) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=kept.parent)
         try:
-            model.save_pretrained(unfinished)
+            # In the checkpoint's own format, experts would not be what was quantised.
+            model.save_pretrained(unfinished, save_original_format=not has_experts(model.config))
             Path(unfinished).rename(kept)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -195,11 +202,8 @@ def _base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
         num_layers=config.num_hidden_layers,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        linears={
-            module.name: LinearShape(in_features=module.in_features, out_features=module.out_features)
-            for module in model.modules()
-            if isinstance(module, AdaptedLinear)
-        },
+        modules=base_modules(model),
+        tied=bool(config.tie_word_embeddings),
     )
 
 

@@ -9,15 +9,15 @@ from typing import Protocol
 
 import torch
 
-from turret_adapters.peft import HostAdapter
-from turret_adapters.spec import AdapterSpec
+from turret_adapters.host import HostAdapter
+from turret_adapters.spec import AdapterSpec, ModuleKind
 from turret_server.engine.step import PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
+from turret_server.model.deltas import ResidentDeltas, write_slab
 from turret_server.model.load import LoadedModel
-from turret_server.model.lora import ResidentRows, write_slab
 from turret_server.model.sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class ModelRunner:
         self._arena = arena
         self._adapters = adapters
         self._sampler = sampler
-        self._rows: dict[str, dict[str, ResidentRows]] = {}
+        self._linears = loaded.base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT)
+        self._deltas: dict[str, ResidentDeltas] = {}
         self._prompts: dict[str, torch.Tensor] = {}
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-copy")
 
@@ -54,15 +55,7 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: a layer did not.
         """
-        token = SequenceStep(
-            sequence_id=0,
-            token_ids=(0,),
-            start=0,
-            block_table=(0,),
-            revision=None,
-            sampling=None,
-            num_generated=0,
-        )
+        token = SequenceStep(sequence_id=0, token_ids=(0,), start=0, block_table=(0,))
         seen: set[int] = set()
         self._forward(self._batch(Step(sequences=(token,))), seen)
         if len(seen) != self._loaded.base.num_layers:
@@ -99,7 +92,7 @@ class ModelRunner:
         self._copier.submit(copy)
 
     def forget(self, revision: str) -> None:
-        self._rows.pop(revision, None)
+        self._deltas.pop(revision, None)
         self._prompts.pop(revision, None)
 
     @torch.inference_mode()
@@ -108,7 +101,7 @@ class ModelRunner:
     ) -> None:
         revision = adapter.spec.revision
         if slab_pages:
-            self._rows[revision] = write_slab(self._arena, adapter, slab_pages)
+            self._deltas[revision] = write_slab(self._arena, adapter, slab_pages, self._linears)
         if adapter.prefix_kv is not None:
             self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
         if adapter.prompt_embeddings is not None:
@@ -120,25 +113,27 @@ class ModelRunner:
         self._arena.copy_page(copy.source, copy.target)
 
     def _batch(self, step: Step) -> Batch:
-        return make_batch(step, self._rows, block_size=self._arena.block_size, device=self._loaded.device)
+        return make_batch(step, self._deltas, block_size=self._arena.block_size, device=self._loaded.device)
 
     @torch.inference_mode()
     def _forward(self, batch: Batch, layers_seen: set[int]) -> torch.Tensor:
         """Logits of the last token of every sequence that samples, [S, vocabulary]."""
         model = self._loaded.model
-        inputs: dict[str, torch.Tensor] = {"input_ids": batch.token_ids_T[None]}
-        if batch.virtual:
-            inputs = {"inputs_embeds": self._embed(batch)}
         context = StepContext(
             ops=self._loaded.ops,
             arena=self._arena,
             attention=batch.attention,
-            lora=batch.lora,
+            deltas=batch.deltas,
+            head_deltas=batch.head_deltas,
             layers_seen=layers_seen,
         )
         # A step that samples nothing still keeps one position: an empty selection is not for every model.
         keep = batch.last_S if batch.sampled else torch.zeros(1, dtype=torch.long, device=self._loaded.device)
         with step_context(context):
+            if batch.virtual:
+                inputs = {"inputs_embeds": self._embed(batch)}
+            else:
+                inputs = {"input_ids": batch.token_ids_T[None]}
             output = model(
                 **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep
             )

@@ -56,16 +56,16 @@ def test_special_tokens_are_no_text(codec):
 )
 def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(codec, text, stop):
     pieces, stream = run(codec, codec.encode(text), stop)
-    places = [place for place in (text.find(each) for each in stop) if place >= 0]
+    found = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
     shown = "".join(pieces)
-    assert stream.stopped == bool(places)
-    if not places:
-        assert shown == text
-    else:
-        # A token may complete two stop strings at once: the text ends before the earlier.
+    assert stream.stopped == bool(found)
+    if found:
+        # The one that is complete first ends the text, and a token may complete two at once.
         assert text.startswith(shown)
-        assert len(shown) <= min(places)
+        assert len(shown) <= min(found)[1]
         assert not any(each in shown for each in stop)
+    else:
+        assert shown == text
 
 
 def test_what_may_become_a_stop_string_is_held_back(codec):

@@ -272,6 +272,8 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
     def fail(*_: object) -> None:
         raise AssertionError("page 3 is free")
 
+    told = threading.Event()
+    served.engine.on_failure = told.set
     held = served.hold()
     waiting = [served.submit(make_run([1])) for _ in range(4)]
     scheduler = served.engine._scheduler
@@ -291,6 +293,8 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
         assert isinstance(run.error, GenerationFailedError)
         assert "page 3 is free" in str(run.error)
     assert "the engine failed" in caplog.text
+    assert served.engine.failed
+    assert told.is_set()
     with pytest.raises(ShuttingDownError):
         served.submit(make_run([1]))
     served.engine.cancel(held.request.request_id)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fake_device import block_keys
 from turret_server.engine.pages import PagePool
-from turret_server.engine.prefix_cache import PrefixCache, block_keys
+from turret_server.engine.prefix_cache import PrefixCache
 
 
 @pytest.fixture

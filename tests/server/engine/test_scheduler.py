@@ -228,7 +228,7 @@ def test_virtual_tokens_are_computed_in_chunks_before_the_requests_start():
     assert all(stream.request.request_id in lengths(step) for step in steps)
     computed = [part for step in steps for part in step.sequences if part.sequence_id < 0]
     assert [(part.start, len(part.token_ids)) for part in computed] == [(0, 3), (3, 3), (6, 1)]
-    assert {part.revision for part in computed} == {"prefix"}
+    assert {part.prompt for part in computed} == {"prefix"}
     assert all(run.request.request_id not in lengths(step) for step in steps[:-1])
     simulation.finish()
     assert finished(stream, run)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from support.fake_device import make_run, make_spec
-from turret_server.engine.prefix_cache import block_keys
-from turret_server.engine.sequence import Sequence
+from support.fake_device import block_keys, make_run, make_spec
+from turret_server.engine.request import AdapterUse
+from turret_server.engine.sequence import NEVER, Sequence
 from turret_server.engine.step import VIRTUAL_TOKEN
 
 PREFIX = make_spec("prefix", num_virtual=3)
@@ -39,8 +39,8 @@ def test_a_token_is_sampled_once_nothing_remains(num_tokens, samples):
 
 
 def test_a_step_names_the_adapter():
-    assert sequence([1], PREFIX).step(1).revision == "prefix"
-    assert sequence([1]).step(1).revision is None
+    assert sequence([1], PREFIX).step(1).adapters == (("prefix", 1.0),)
+    assert sequence([1]).step(1).adapters == ()
 
 
 def test_keys_are_those_of_all_tokens_however_they_are_asked_for():
@@ -67,3 +67,43 @@ def test_the_same_tokens_under_another_revision_have_other_keys():
         for adapter in (None, make_spec("a", slab_pages=1), make_spec("b", slab_pages=1), PREFIX)
     ]
     assert len({key for chain in keys for key in chain}) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "active_from"),
+    [
+        ([1, 7, 8, 2], 1),
+        ([7, 8, 3, 7, 8, 4], 3),
+        ([7, 7, 8], 1),
+        ([8, 7], NEVER),
+        ([7], NEVER),
+        ([4, 7, 8], 1),
+    ],
+)
+def test_activated_lora_applies_from_the_last_invocation_on(prompt, active_from):
+    activated = make_spec("a", slab_pages=1, invocation=(7, 8))
+    assert sequence(prompt, activated).active_from == active_from
+
+
+def test_blocks_before_the_activation_have_the_keys_of_the_base():
+    activated = make_spec("a", slab_pages=1, invocation=(9,))
+    tokens = [1, 2, 3, 4, 5, 9, 6, 7, 8, 8]
+    keys, base = sequence(tokens, activated).keys(5, 2), sequence(tokens).keys(5, 2)
+    assert keys[:2] == base[:2]
+    assert not set(keys[2:]) & set(base)
+
+
+def test_never_activated_it_has_the_keys_of_the_base():
+    activated = make_spec("a", slab_pages=1, invocation=(9,))
+    assert sequence([1, 2, 3, 4], activated).keys(2, 2) == sequence([1, 2, 3, 4]).keys(2, 2)
+
+
+def test_a_weight_and_the_company_of_another_adapter_make_other_keys():
+    first, second = make_spec("a", slab_pages=1), make_spec("b", slab_pages=1)
+    named = [
+        [AdapterUse(first)],
+        [AdapterUse(first, 0.5)],
+        [AdapterUse(first), AdapterUse(second)],
+        [AdapterUse(first), AdapterUse(second, 0.5)],
+    ]
+    assert len({sequence([1, 2], uses).keys(1, 2)[0] for uses in named}) == 4

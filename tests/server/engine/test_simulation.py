@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from support.fake_device import Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
-from turret_server.engine.request import FinishReason
+from turret_server.engine.request import AdapterUse, FinishReason
 from turret_server.engine.step import Step
 from turret_server.errors import DeadlineError, GenerationFailedError
 
@@ -35,6 +35,20 @@ SIMULATION = settings(
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 14)).map(
     lambda drawn: [7 + position * (position < 2 + 4 * drawn[0]) for position in range(drawn[1])]
 )
+
+
+def _together(named: list[tuple[AdapterSpec, float]]) -> list[AdapterUse]:
+    """As many of these as one request may name: each once, one prefix, activated ones alone."""
+    uses: list[AdapterUse] = []
+    for spec, weight in named:
+        others = [use.spec for use in uses]
+        if (
+            spec not in others
+            and not (spec.prefix and any(other.prefix for other in others))
+            and not (others and (spec.invocation_tokens or others[0].invocation_tokens))
+        ):
+            uses.append(AdapterUse(spec, weight))
+    return uses
 
 
 class RandomLoad(RuleBasedStateMachine):
@@ -63,16 +77,23 @@ class RandomLoad(RuleBasedStateMachine):
         slab_pages=st.integers(0, 4),
         num_virtual=st.integers(0, 11),
         kind=st.sampled_from(PrefixKind),
+        invocation=st.sampled_from([(), (), (7,), (9,), (7, 7)]),
     )
-    def load(self, slab_pages: int, num_virtual: int, kind: PrefixKind) -> AdapterSpec:
+    def load(
+        self, slab_pages: int, num_virtual: int, kind: PrefixKind, invocation: tuple[int, ...]
+    ) -> AdapterSpec:
         self.num_revisions += 1
         return make_spec(
-            f"revision{self.num_revisions}", slab_pages=slab_pages, num_virtual=num_virtual, kind=kind
+            f"revision{self.num_revisions}",
+            slab_pages=slab_pages,
+            num_virtual=num_virtual,
+            kind=kind,
+            invocation=() if num_virtual else invocation,
         )
 
     @rule(
         target=runs,
-        adapter=st.none() | adapters,
+        named=st.lists(st.tuples(adapters, st.sampled_from([1.0, 0.5])), max_size=3),
         prompt=PROMPTS,
         max_tokens=st.integers(1, 12),
         seed=st.integers(0, 1),
@@ -81,7 +102,7 @@ class RandomLoad(RuleBasedStateMachine):
     )
     def submit(
         self,
-        adapter: AdapterSpec | None,
+        named: list[tuple[AdapterSpec, float]],
         prompt: list[int],
         max_tokens: int,
         seed: int,
@@ -90,7 +111,7 @@ class RandomLoad(RuleBasedStateMachine):
     ) -> Run:
         run = make_run(
             prompt,
-            adapter,
+            _together(named),
             max_tokens=max_tokens,
             seed=seed,
             stop_after=stop_after,
@@ -140,8 +161,8 @@ class RandomLoad(RuleBasedStateMachine):
             chosen = data.draw(st.sets(st.sampled_from(ids)))
             for part in step.sequences:
                 if part.sequence_id in chosen and part.sequence_id < 0:
-                    assert part.revision is not None
-                    self.excuse(part.revision)
+                    assert part.prompt is not None
+                    self.excuse(part.prompt)
             self.excused.update(run for run in self.simulation.runs if run.request.request_id in chosen)
             return dict.fromkeys(chosen, "no")
 
@@ -152,7 +173,7 @@ class RandomLoad(RuleBasedStateMachine):
         self.excused.update(
             run
             for run in self.simulation.runs
-            if run.end is None and run.request.adapter and run.request.adapter.revision == revision
+            if run.end is None and revision in {use.spec.revision for use in run.request.adapters}
         )
 
     @invariant()

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 
 from turret_server.kernels import (
-    BitsandbytesCpuOps,
+    BitsandbytesNF4,
     NF4Weight,
     PackedNF4Weight,
     ReferenceOps,
@@ -29,36 +29,41 @@ def weight(out_features: int, in_features: int) -> NF4Weight:
 def test_the_packed_product_is_the_references(num_tokens, out_features, in_features):
     x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
     expected = ReferenceOps().nf4_linear(x.float(), weight_of := weight(out_features, in_features))
-    packed = BitsandbytesCpuOps().pack_nf4(weight_of)
+    packed = BitsandbytesNF4().pack_nf4(weight_of)
     assert isinstance(packed, PackedNF4Weight)
-    found = BitsandbytesCpuOps().nf4_linear(x, packed).float()
+    found = BitsandbytesNF4().nf4_linear(x, packed).float()
     # bfloat16 has 8 bits; the scales are rounded to it once, the product once.
     torch.testing.assert_close(found, expected, atol=0.02 * in_features**0.5, rtol=0.02)
 
 
 @only_avx512bf16
 def test_a_rows_product_does_not_depend_on_the_other_rows():
-    packed = BitsandbytesCpuOps().pack_nf4(weight(64, 128))
+    packed = BitsandbytesNF4().pack_nf4(weight(64, 128))
     x = torch.randn(33, 128, dtype=torch.bfloat16)
-    together = BitsandbytesCpuOps().nf4_linear(x, packed)
+    together = BitsandbytesNF4().nf4_linear(x, packed)
     for index in range(33):
-        assert torch.equal(BitsandbytesCpuOps().nf4_linear(x[index : index + 1], packed)[0], together[index])
+        assert torch.equal(BitsandbytesNF4().nf4_linear(x[index : index + 1], packed)[0], together[index])
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(40, 64), (64, 96)])
 def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(out_features, in_features):
     unpacked = weight(out_features, in_features)
-    assert BitsandbytesCpuOps().pack_nf4(unpacked) is unpacked
+    assert BitsandbytesNF4().pack_nf4(unpacked) is unpacked
     x = torch.randn(3, in_features, dtype=torch.bfloat16)
     torch.testing.assert_close(
-        BitsandbytesCpuOps().nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked)
+        BitsandbytesNF4().nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked)
     )
 
 
 def test_float32_is_never_computed_in_bfloat16():
-    assert type(select_ops(CPU, torch.float32)) is ReferenceOps
+    whole = weight(64, 128)
+    assert select_ops(CPU, torch.float32).pack_nf4(whole) is whole
 
 
 @only_avx512bf16
 def test_bfloat16_takes_the_packed_product():
-    assert type(select_ops(CPU, torch.bfloat16)) is BitsandbytesCpuOps
+    assert isinstance(select_ops(CPU, torch.bfloat16).pack_nf4(weight(64, 128)), PackedNF4Weight)
+
+
+def test_a_dtype_without_kernels_takes_the_reference():
+    assert isinstance(select_ops(CPU, torch.float16), ReferenceOps)

@@ -86,7 +86,7 @@ def test_paged_attention_reads_each_sequence_through_its_block_table(window, sof
     for _, context in lengths:
         table = [pages.pop() for _ in range(math.ceil(context / BLOCK))]
         history = torch.randn(2, context, num_kv_heads, dim)
-        tables.append(torch.tensor(table))
+        tables.append(table)
         histories.append(history)
     bounds = [0]
     for new, _ in lengths:
@@ -98,9 +98,9 @@ def test_paged_attention_reads_each_sequence_through_its_block_table(window, sof
         for position in range(context - new):
             kv[table[position // BLOCK], :, position % BLOCK] = history[:, position]
     batch = AttentionBatch(
-        query_bounds=tuple(bounds),
-        context_lengths=tuple(context for _, context in lengths),
-        block_tables=tuple(tables),
+        query_bounds=torch.tensor(bounds),
+        context_lengths_Q=torch.tensor([context for _, context in lengths]),
+        block_tables_QM=torch.tensor([table + [0] * (5 - len(table)) for table in tables]),
         pages_T=torch.tensor([tables[index][p // BLOCK] for index, p in zip(owner, positions, strict=True)]),
         slots_T=torch.tensor(positions) % BLOCK,
     )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret_adapters.spec import BaseSpec, LinearShape
+from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 from turret_server.model.arena import Arena, block_size_for
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ def base(widest: int) -> BaseSpec:
         num_layers=2,
         num_kv_heads=2,
         head_dim=4,
-        linears={"a": LinearShape(in_features=8, out_features=widest)},
+        modules={"a": ModuleShape(kind=ModuleKind.LINEAR, in_features=8, out_features=widest)},
     )
 
 
@@ -57,9 +57,10 @@ def test_a_prefix_fills_the_first_slots_of_its_pages_in_order():
     assert not arena.layer(0)[1, :, 5:].any()
 
 
-def test_a_row_is_written_where_it_is_read():
+def test_rows_are_written_where_they_are_read():
     arena = Arena(base(8), 2048, dtype=torch.float32, device=CPU)
-    arena.write_row(100, torch.arange(8.0))
+    arena.write_rows(100, torch.arange(8.0).view(2, 4))
+    assert torch.equal(arena.row(104, 4), torch.arange(4.0, 8.0))
     assert torch.equal(arena.flat[100:108], torch.arange(8.0))
     assert not arena.flat[:100].any()
     assert not arena.flat[108:].any()

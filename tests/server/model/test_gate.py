@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -10,7 +9,9 @@ from transformers import (
     GPTNeoXConfig,
     JambaConfig,
     LlamaConfig,
+    MixtralConfig,
     Phi3Config,
+    PreTrainedModel,
     T5Config,
 )
 
@@ -76,8 +77,26 @@ def test_other_quantisations_are_refused(quantization, found):
         check(LlamaConfig(quantization_config=quantization))
 
 
-def test_stacked_experts_are_refused():
-    model = nn.Module()
-    model.experts = nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(UnsupportedModelError, match=r"mixture-of-experts.*experts"):
-        check_model(model)
+def on_meta(config) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "granitemoe", "phimoe"])
+def test_other_stacked_experts_are_refused_by_name(model_type):
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match=rf"{model_type} models are not served: model\.layers"):
+        check_model(on_meta(config))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_models_without_experts_and_with_those_that_are_served_pass(model_type):
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2)
+    check(config)
+    check_model(on_meta(config))
+
+
+def test_experts_that_bitsandbytes_left_in_16_bit_are_refused():
+    quantization = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    with pytest.raises(UnsupportedModelError, match="mixtral models are not served as bitsandbytes"):
+        check(MixtralConfig(quantization_config=quantization))

@@ -14,7 +14,6 @@ def step(sequence_id: int = 0, num_generated: int = 0, **sampling) -> SequenceSt
         token_ids=(1,),
         start=0,
         block_table=(0,),
-        revision=None,
         sampling=SamplingParams(max_tokens=1, **sampling),
         num_generated=num_generated,
     )

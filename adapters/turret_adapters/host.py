@@ -1,0 +1,64 @@
+"""An adapter in host memory, whatever kind it is of.
+
+Shape suffixes: N rows or virtual tokens, X a row's width, L layers, K key-value heads, D a head's width,
+E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from turret_adapters.spec import AdapterSpec, Part, RowGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleDelta:
+    """What an adapter changes in one module: `rows` [N, X] by part, the LoRA rows counting `scaling`-fold.
+
+    `token_ids` name the rows of `Part.TOKENS`, ascending.
+    """
+
+    rows: Mapping[Part, torch.Tensor]
+    scaling: float = 1.0
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAdapter:
+    """An adapter's tensors, contiguous and owning their memory.
+
+    `deltas` is keyed by module path. `prefix_kv` is [N, L, 2, K, D], keys then values, the keys without
+    rotary embedding; `prompt_embeddings` is [N, E]. Where `tasks` is not empty, a request chooses one of
+    these adapters instead of this one.
+    """
+
+    spec: AdapterSpec
+    deltas: Mapping[str, ModuleDelta]
+    prefix_kv: torch.Tensor | None = None
+    prompt_embeddings: torch.Tensor | None = None
+    tasks: tuple[HostAdapter, ...] = ()
+
+
+def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:
+    """What of an adapter's rows the engine has to know."""
+    return tuple(
+        RowGroup(module, part, *rows_NX.shape)
+        for module, delta in deltas.items()
+        for part, rows_NX in delta.rows.items()
+    )
+
+
+class BaseWeights(Protocol):
+    """The base's weights, for what can only be computed with them."""
+
+    def weight(self, module: str) -> torch.Tensor:
+        """Of a linear or the head [out_features, in_features], dequantised, of the embedding
+        [vocabulary, hidden]; in float32.
+        """
+
+    def bias(self, module: str) -> torch.Tensor | None:
+        """Of a linear or the head, [out_features], in float32; None where it has none."""

@@ -1,0 +1,218 @@
+"""The modules in the place of the base's own, which apply to each token what its adapters change.
+
+Every one of them computes the base's output for the whole batch first; where no adapter of the step
+changes it, that is all.
+"""
+
+from __future__ import annotations
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from turret_adapters.spec import ModuleKind, ModuleShape, Part
+from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight
+from turret_server.model.context import StepContext, current_step
+from turret_server.model.deltas import DeltaBatch
+
+
+class Adapted(nn.Module):
+    """A module of ours, with the path of the one in whose place it stands."""
+
+    def __init__(self, name: str, shape: ModuleShape) -> None:
+        super().__init__()
+        self.name = name
+        self.shape = shape
+
+
+class AdaptedLinear(Adapted):
+    """A quantised linear; x [1, T, in_features]. See `Part` for what it computes."""
+
+    def __init__(self, name: str, weight: NF4Weight | PackedNF4Weight, bias: nn.Parameter | None) -> None:
+        shape = _shape(ModuleKind.LINEAR, weight.in_features, weight.out_features, bias)
+        super().__init__(name, shape)
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = current_step()
+        x_TI = x.reshape(-1, self.shape.in_features)
+        if step.deltas is None:
+            y_TO = step.ops.nf4_linear(x_TI, self.weight)
+            if self.bias is not None:
+                y_TO += self.bias
+        else:
+            y_TO = self._adapted(x_TI, step, step.deltas)
+        return y_TO.view(*x.shape[:-1], self.shape.out_features)
+
+    def _adapted(self, x_TI: torch.Tensor, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
+        x_TI = _scaled(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
+        y_TO = step.ops.nf4_linear(x_TI, self.weight)
+        rows = deltas.lora(self.name)
+        if rows is not None:
+            step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
+        y_TO = _scaled(y_TO, self.name, Part.GAIN, step, deltas)
+        return _biased(y_TO, self.name, self.bias, step, deltas)
+
+
+class AdaptedHead(Adapted):
+    """The linear from hidden states to logits, which is not quantised and sees only tokens that sample;
+    x [1, S, hidden].
+    """
+
+    def __init__(self, name: str, module: nn.Linear) -> None:
+        super().__init__(name, _shape(ModuleKind.HEAD, module.in_features, module.out_features, module.bias))
+        self.module = module
+        self.weight = module.weight
+        self.bias = module.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = current_step()
+        if step.head_deltas is None:
+            logits: torch.Tensor = self.module(x)
+            return logits
+        deltas = step.head_deltas
+        x_SE = x[0]
+        y_SV = nn.functional.linear(x_SE, self.weight)
+        for segment, delta, weight in deltas.having(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
+            own_x, where = x_SE[segment.where], segment.where
+            if Part.WEIGHT in delta.parts:
+                y_SV[where] = own_x @ delta.parts[Part.WEIGHT].gather(step.arena).T
+            if Part.TOKENS in delta.parts:
+                y_SV[where, delta.token_ids] = own_x @ delta.parts[Part.TOKENS].gather(step.arena).T
+            if Part.LORA_A in delta.parts:
+                a_RE = delta.parts[Part.LORA_A].gather(step.arena).float()
+                b_VR = delta.parts[Part.LORA_B].gather(step.arena).float()
+                shrunk_SR = own_x.float() @ a_RE.T * (weight * delta.scaling)
+                y_SV[where] += (shrunk_SR @ b_VR.T).to(y_SV.dtype)
+        y_SV = _scaled(y_SV, self.name, Part.GAIN, step, deltas)
+        return _biased(y_SV, self.name, self.bias, step, deltas)[None]
+
+
+class AdaptedEmbedding(Adapted):
+    """The input embedding, whatever its class makes of a row; token ids [1, T]."""
+
+    def __init__(self, name: str, module: nn.Embedding) -> None:
+        super().__init__(
+            name, _shape(ModuleKind.EMBEDDING, module.num_embeddings, module.embedding_dim, None)
+        )
+        # It matters to gradients alone, and would have to be one of the few rows that `_embed` hands over.
+        module.padding_idx = None
+        self.module = module
+        self.weight = module.weight
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        step = current_step()
+        y: torch.Tensor = self.module(token_ids)
+        if step.deltas is None:
+            return y
+        for segment, delta, weight in step.deltas.having(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
+            own_T, where, parts = token_ids[0, segment.where], segment.where, delta.parts
+            if Part.WEIGHT in parts:
+                y[0, where] = self._embed(parts[Part.WEIGHT].gather(step.arena, own_T))
+            if Part.TOKENS in parts:
+                rows_TE = self.weight[own_T]
+                place_T = torch.searchsorted(delta.token_ids, own_T).clamp_(max=len(delta.token_ids) - 1)
+                is_own_T = delta.token_ids[place_T] == own_T
+                rows_TE[is_own_T] = parts[Part.TOKENS].gather(step.arena, place_T[is_own_T])
+                y[0, where] = self._embed(rows_TE)
+            if Part.LORA_A in parts:
+                a_TR = parts[Part.LORA_A].gather(step.arena, own_T).float()
+                b_RE = parts[Part.LORA_B].gather(step.arena).float()
+                scale = weight * delta.scaling * getattr(self.module, "embed_scale", 1.0)
+                y[0, where] += (a_TR @ b_RE * scale).to(y.dtype)
+        return y
+
+    def _embed(self, rows_TE: torch.Tensor) -> torch.Tensor:
+        """What the module makes of these rows."""
+        indices = torch.arange(len(rows_TE), device=rows_TE.device)
+        embedded: torch.Tensor = functional_call(self.module, {"weight": rows_TE}, (indices,))
+        return embedded
+
+
+class AdaptedNorm(Adapted):
+    """Any module with a weight, and perhaps a bias, for each feature; x [1, T, …]."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        weight = module.get_parameter("weight")
+        width = weight.shape[0]
+        super().__init__(name, _shape(ModuleKind.NORM, width, width, getattr(module, "bias", None)))
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step = current_step()
+        y: torch.Tensor = self.module(x)
+        if step.deltas is None:
+            return y
+        for segment, delta, _ in step.deltas.having(self.name, Part.WEIGHT, Part.BIAS):
+            own = {
+                name: delta.parts[part].vector(step.arena)
+                for name, part in (("weight", Part.WEIGHT), ("bias", Part.BIAS))
+                if part in delta.parts
+            }
+            y[:, segment.where] = functional_call(self.module, own, (x[:, segment.where],))
+        return y
+
+
+def _shape(kind: ModuleKind, in_features: int, out_features: int, bias: torch.Tensor | None) -> ModuleShape:
+    return ModuleShape(
+        kind=kind, in_features=in_features, out_features=out_features, has_bias=bias is not None
+    )
+
+
+def _scaled(x_TX: torch.Tensor, name: str, part: Part, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
+    found = list(deltas.having(name, part))
+    if found:
+        x_TX = x_TX.clone()
+    for segment, delta, _ in found:
+        x_TX[segment.where] *= delta.parts[part].vector(step.arena)
+    return x_TX
+
+
+def _biased(
+    y_TO: torch.Tensor, name: str, bias: torch.Tensor | None, step: StepContext, deltas: DeltaBatch
+) -> torch.Tensor:
+    own = list(deltas.having(name, Part.BIAS))
+    if not own:
+        return y_TO if bias is None else y_TO + bias
+    bias_TO = torch.zeros_like(y_TO) if bias is None else bias.expand_as(y_TO).clone()
+    for segment, delta, _ in own:
+        bias_TO[segment.where] = delta.parts[Part.BIAS].vector(step.arena)
+    return y_TO + bias_TO
+
+
+def pack(linear: Linear4bit, ops: Ops) -> NF4Weight | PackedNF4Weight:
+    """The weight of a linear, as an op multiplies with it."""
+    state = linear.weight.quant_state
+    out_features, in_features = state.shape
+    return ops.pack_nf4(NF4Weight(linear.weight.data, state, in_features, out_features))
+
+
+def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
+    """Put ours in the place of every quantised linear, the head, the input embedding and the norms."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        adapted: nn.Module | None = None
+        if isinstance(module, Linear4bit):
+            adapted = AdaptedLinear(name, pack(module, ops), module.bias)
+        elif module is head:
+            adapted = AdaptedHead(name, module)
+        elif module is embedding:
+            adapted = AdaptedEmbedding(name, module)
+        elif _is_norm(module):
+            adapted = AdaptedNorm(name, module)
+        if adapted is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, adapted)
+
+
+def base_modules(model: nn.Module) -> dict[str, ModuleShape]:
+    """The modules that adapters may change, in the model's order."""
+    return {module.name: module.shape for module in model.modules() if isinstance(module, Adapted)}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters())
+    return "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1

@@ -1,0 +1,157 @@
+"""What adapters change in the base's modules: where their rows lie, and which tokens of a step use them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from turret_adapters.host import HostAdapter
+from turret_adapters.slab import slab_layout
+from turret_adapters.spec import Part
+from turret_server.kernels import LoraRows
+from turret_server.model.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRows:
+    """Arena offsets of the rows of one part, int64 [N], each row `width` elements long."""
+
+    offsets_N: torch.Tensor
+    width: int
+
+    def vector(self, arena: Arena) -> torch.Tensor:
+        """The only row, or, of the head, whose rows are one element wide, all of them."""
+        if len(self.offsets_N) > 1:
+            return self.gather(arena).view(-1)
+        return arena.row(int(self.offsets_N[0]), self.width)
+
+    def gather(self, arena: Arena, which: torch.Tensor | None = None) -> torch.Tensor:
+        """Some rows, or all, as a copy [N, width]."""
+        offsets_N = self.offsets_N if which is None else self.offsets_N[which]
+        return arena.flat[offsets_N[:, None] + torch.arange(self.width, device=offsets_N.device)]
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentDelta:
+    """What one adapter changes in one module. `token_ids` are those of `Part.TOKENS`, ascending."""
+
+    scaling: float
+    parts: Mapping[Part, ResidentRows]
+    token_ids: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentDeltas:
+    """What one adapter changes, by module. `lora` are the LoRA rows of linears, which one op applies for
+    all adapters of a step together; `others` is everything else.
+    """
+
+    lora: Mapping[str, ResidentDelta]
+    others: Mapping[str, ResidentDelta]
+
+
+_LORA = frozenset({Part.LORA_A, Part.LORA_B})
+
+
+def write_slab(
+    arena: Arena, adapter: HostAdapter, pages: tuple[int, ...], linears: Container[str]
+) -> ResidentDeltas:
+    """Copy an adapter's rows into its pages and say where they are. The scaling stays out of the rows
+    and is kept in float32, so that it costs no precision.
+    """
+    size = arena.page_elements
+    device = arena.flat.device
+    layout = slab_layout(adapter.spec.rows, size)
+    parts: dict[str, dict[Part, ResidentRows]] = {}
+    for group, runs in zip(adapter.spec.rows, layout.runs, strict=True):
+        rows_NX = adapter.deltas[group.module].rows[group.part]
+        offsets, done = [], 0
+        for run in runs:
+            start = pages[run.offset // size] * size + run.offset % size
+            arena.write_rows(start, rows_NX[done : done + run.count])
+            offsets.append(torch.arange(run.count, device=device) * group.width + start)
+            done += run.count
+        parts.setdefault(group.module, {})[group.part] = ResidentRows(torch.cat(offsets), group.width)
+    deltas = {
+        name: ResidentDelta(
+            adapter.deltas[name].scaling,
+            of_module,
+            torch.tensor(adapter.deltas[name].token_ids, dtype=torch.long, device=device),
+        )
+        for name, of_module in parts.items()
+    }
+    return ResidentDeltas(
+        lora={
+            name: delta for name, delta in deltas.items() if name in linears and _LORA & delta.parts.keys()
+        },
+        others={
+            name: delta for name, delta in deltas.items() if name not in linears or delta.parts.keys() - _LORA
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Neighbouring rows of the batch that the same adapters apply to, each with a weight."""
+
+    start: int
+    end: int
+    adapters: tuple[tuple[ResidentDeltas, float], ...]
+
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.end)
+
+
+@dataclass(slots=True)
+class DeltaBatch:
+    """The adapters of a step's rows. What a linear applies is put together when it first asks."""
+
+    segments: Sequence[Segment]
+    _lora: dict[str, LoraRows | None] = field(default_factory=dict)
+
+    def lora(self, module: str) -> LoraRows | None:
+        """The LoRA rows for one linear, or None where no adapter of this step has any."""
+        if module not in self._lora:
+            self._lora[module] = self._gather(module)
+        return self._lora[module]
+
+    def having(self, module: str, *parts: Part) -> Iterator[tuple[Segment, ResidentDelta, float]]:
+        """The segments for which an adapter changes one of these parts of a module, how, and its weight."""
+        for segment in self.segments:
+            for adapter, weight in segment.adapters:
+                delta = adapter.others.get(module)
+                if delta is not None and not delta.parts.keys().isdisjoint(parts):
+                    yield segment, delta, weight
+
+    def _gather(self, module: str) -> LoraRows | None:
+        starts, ends, bounds = [], [], [0]
+        a_offsets, b_offsets, weights = [], [], []
+        for segment in self.segments:
+            found = [
+                (adapter.lora[module], weight)
+                for adapter, weight in segment.adapters
+                if module in adapter.lora
+            ]
+            if not found:
+                continue
+            starts.append(segment.start)
+            ends.append(segment.end)
+            for delta, weight in found:
+                rows = delta.parts[Part.LORA_A].offsets_N
+                a_offsets.append(rows)
+                b_offsets.append(delta.parts[Part.LORA_B].offsets_N)
+                weights.append(torch.full((len(rows),), weight * delta.scaling, device=rows.device))
+            bounds.append(sum(map(len, weights)))
+        if not starts:
+            return None
+        return LoraRows(
+            token_starts=tuple(starts),
+            token_ends=tuple(ends),
+            row_bounds=tuple(bounds),
+            a_offsets_R=torch.cat(a_offsets),
+            b_offsets_R=torch.cat(b_offsets),
+            weights_R=torch.cat(weights),
+        )

@@ -1,0 +1,212 @@
+"""Mixtures of experts: every expert's projections as quantised linears that adapters may change.
+
+transformers keeps the experts of a layer stacked, [experts, out, in], where bitsandbytes does not see them.
+Here they become one linear for each expert and projection before the weights are read, so that each is
+quantised as it is read, and is kept and read again as every other linear is.
+
+Shape suffixes: T tokens of the step, n those of an expert, K experts of a token, E experts, H hidden size,
+I and O in and out features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from turret_adapters.spec import ModuleKind, ModuleShape
+from turret_server.kernels import LoraRows, NF4Weight, Ops, PackedNF4Weight
+from turret_server.model.adapted import Adapted, pack
+from turret_server.model.context import current_step
+
+# The parts of gate_up_proj and down_proj in checkpoints that hold a tensor for each expert and part.
+_PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "mixtral": (("w1", "w3"), ("w2",)),
+    "olmoe": (("gate_proj", "up_proj"), ("down_proj",)),
+    "qwen2_moe": (("gate_proj", "up_proj"), ("down_proj",)),
+    "qwen3_moe": (("gate_proj", "up_proj"), ("down_proj",)),
+}
+_PROJECTIONS = ("gate_up_proj", "down_proj")
+
+EXPERT_MODELS = tuple(_PARTS)
+EXPERTS_METHOD = "turret_nf4"
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether models of this type have experts, of the one kind that is served."""
+    return config.model_type in _PARTS
+
+
+def is_stacked(parameter: str) -> bool:
+    """Whether a parameter of such a model is of its experts, before they are linears."""
+    return parameter.rpartition(".")[2] in _PROJECTIONS
+
+
+class ExpertLinear(Adapted):
+    """One projection of one expert, quantised and without a bias."""
+
+    def __init__(self, name: str, weight: NF4Weight | PackedNF4Weight) -> None:
+        super().__init__(
+            name,
+            ModuleShape(
+                kind=ModuleKind.EXPERT, in_features=weight.in_features, out_features=weight.out_features
+            ),
+        )
+        self.weight = weight
+
+    def forward(self, x_nI: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """`tokens` are their places in the step, ascending; they matter only where an adapter is in it."""
+        step = current_step()
+        y_nO = step.ops.nf4_linear(x_nI, self.weight)
+        rows = step.deltas.lora(self.name) if step.deltas else None
+        if rows is not None:
+            step.ops.lora_add(y_nO, x_nI, step.arena.flat, _of_tokens(rows, tokens))
+        return y_nO
+
+
+class Experts(nn.Module):
+    """The experts of one layer. `gate_up_proj.e` and `down_proj.e` are of expert e: plain linears until the
+    weights are read, then Linear4bit, and `ExpertLinear` once they are adapted.
+    """
+
+    def __init__(self, stacked: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = _unstacked(stacked.get_parameter("gate_up_proj"))
+        self.down_proj = _unstacked(stacked.get_parameter("down_proj"))
+        self.act_fn = stacked.get_submodule("act_fn")
+
+    def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """As transformers' `MixtralExperts`, in the same order."""
+        sum_TH = torch.zeros_like(x_TH)
+        has_deltas = current_step().deltas is not None
+        choices = experts_TK.flatten()
+        # Stable: the tokens of an expert stay in their order.
+        by_expert = choices.argsort(stable=True)
+        counts = choices.bincount(minlength=len(self.down_proj)).tolist()
+        for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+            if not count:
+                continue
+            chosen_n = by_expert[end - count : end]
+            tokens_n = chosen_n // experts_TK.shape[1]
+            y_nH = self._apply_expert(expert, x_TH[tokens_n], tokens_n.tolist() if has_deltas else ())
+            y_nH = y_nH * weights_TK.flatten()[chosen_n, None]
+            sum_TH.index_add_(0, tokens_n, y_nH.to(sum_TH.dtype))
+        return sum_TH
+
+    def _apply_expert(self, expert: int, x_nH: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        gate_nI, up_nI = self.gate_up_proj[expert](x_nH, tokens).chunk(2, dim=-1)
+        y_nH: torch.Tensor = self.down_proj[expert](self.act_fn(gate_nI) * up_nI, tokens)
+        return y_nH
+
+
+def _unstacked(weight_EOI: torch.Tensor) -> nn.ModuleList:
+    """A linear for each expert, without numbers."""
+    num_experts, out_features, in_features = weight_EOI.shape
+    return nn.ModuleList(
+        nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight_EOI.dtype)
+        for _ in range(num_experts)
+    )
+
+
+def _of_tokens(rows: LoraRows, tokens: Sequence[int]) -> LoraRows:
+    """The segments as they lie among some of the step's tokens, which are ascending."""
+    return replace(
+        rows,
+        token_starts=tuple(bisect_left(tokens, start) for start in rows.token_starts),
+        token_ends=tuple(bisect_left(tokens, end) for end in rows.token_ends),
+    )
+
+
+def adapt_experts(model: PreTrainedModel, ops: Ops) -> None:
+    """Put ours in the place of every quantised linear of an expert."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for projection in _PROJECTIONS:
+                linears = module.get_submodule(projection)
+                for expert, linear in list(linears.named_children()):
+                    assert isinstance(linear, Linear4bit)
+                    own = ExpertLinear(f"{name}.{projection}.{expert}", pack(linear, ops))
+                    setattr(linears, expert, own)
+
+
+@register_quantization_config(EXPERTS_METHOD)
+class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is not typed
+    """bitsandbytes' own, for experts too. A copy of the weights that is kept with it says so."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "load_in_4bit": True})
+        self.quant_method = EXPERTS_METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        # What loads in 4 bit, transformers takes for bitsandbytes' own whatever the method's name.
+        loads = {"load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"}
+        return {key: value for key, value in super().to_dict().items() if key not in loads}
+
+
+@register_quantizer(EXPERTS_METHOD)
+class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """bitsandbytes' own, for a model whose experts are made linears before its weights are read."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any, **options: Any
+    ) -> None:
+        for name, module in list(model.named_modules()):
+            if all(projection in dict(module.named_parameters(recurse=False)) for projection in _PROJECTIONS):
+                model.set_submodule(name, Experts(module))
+        super()._process_model_before_weight_loading(model, device_map, **options)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        """Ours in the place of those that stack experts."""
+        stacked = tuple(f"experts.{projection}" for projection in _PROJECTIONS)
+        others = [each for each in weight_conversions if not each.target_patterns[0].endswith(stacked)]
+        own = [] if self.pre_quantized else _conversions(model.config.model_type)
+        return [*super().update_weight_conversions(others, model), *own]
+
+
+def _conversions(model_type: str) -> list[WeightTransform]:
+    conversions: list[WeightTransform] = []
+    for projection, parts in zip(_PROJECTIONS, _PARTS[model_type], strict=True):
+        of_each = [rf"\.experts\.(\d+)\.{part}\.weight" for part in parts]
+        conversions += [
+            WeightConverter(of_each, rf".experts.{projection}.\1.weight", [_Joined()]),
+            WeightConverter(rf"\.experts\.{projection}$", f".experts.{projection}.0.weight", [_Unstacked()]),
+        ]
+    return conversions
+
+
+class _Joined(ConversionOps):  # type: ignore[misc]
+    """The parts of one expert's projection, one after another."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        source_patterns: list[str],
+        *,
+        full_layer_name: str,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        parts_OI = [input_dict[pattern][0] for pattern in source_patterns]
+        return {full_layer_name: torch.cat(parts_OI) if len(parts_OI) > 1 else parts_OI[0]}
+
+
+class _Unstacked(ConversionOps):  # type: ignore[misc]
+    """The experts of a stacked projection, whose first one is named."""
+
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        [[weight_EOI]] = input_dict.values()
+        stem = full_layer_name.removesuffix("0.weight")
+        return {f"{stem}{expert}.weight": weight_OI for expert, weight_OI in enumerate(weight_EOI)}

@@ -1,0 +1,94 @@
+"""LoRA on the CPU against the reference, on fresh random inputs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from turret_server.kernels import CpuOps, LoraRows, ReferenceOps
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def lora(dtype, num_in, num_out, segments):
+    """An arena and the rows of segments (first token, end, rank), scattered over it in no order."""
+    ranks = [rank for _, _, rank in segments]
+    slots = torch.randperm(sum(ranks) + 3)[: sum(ranks)]
+    arena = torch.randn((sum(ranks) + 3) * (num_in + num_out) + 5, dtype=dtype)
+    return arena, LoraRows(
+        token_starts=tuple(start for start, _, _ in segments),
+        token_ends=tuple(end for _, end, _ in segments),
+        row_bounds=tuple(sum(ranks[:index]) for index in range(len(ranks) + 1)),
+        a_offsets_R=slots * (num_in + num_out) + 5,
+        b_offsets_R=slots * (num_in + num_out) + 5 + num_in,
+        weights_R=torch.rand(sum(ranks)) + 0.5,
+    )
+
+
+def assert_close(found, expected, dtype, num_in):
+    """Both sum in float32, in other orders; in bfloat16 the reference rounds the sum before it adds it, so
+    that the two may differ by an ulp of the sum and an ulp of the result.
+    """
+    scale = expected.float().abs().max().item()
+    tolerance = 2**-7 * scale if dtype == torch.bfloat16 else 1e-6 * num_in**0.5 * scale
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+SEGMENTS = {
+    "none": [],
+    "one token": [(0, 1, 16)],
+    "a token each": [(index, index + 1, random.randint(1, 64)) for index in range(9)],
+    "no rows in one": [(0, 2, 3), (2, 4, 0), (4, 5, 7)],
+    "long": [(0, 150, 13)],
+    "mixed, with gaps": [(1, 2, 64), (2, 9, 1), (11, 80, 5), (80, 81, 8), (90, 160, 33)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 256), (2048, 320), (7, 3), (100, 1000)])
+def test_every_segment_gets_its_own_rows(dtype, segments, num_in, num_out):
+    arena, rows = lora(dtype, num_in, num_out, segments)
+    num_tokens = max((end for _, end, _ in segments), default=0) + 2
+    x, y = torch.randn(num_tokens, num_in, dtype=dtype), torch.randn(num_tokens, num_out, dtype=dtype)
+    expected = y.clone()
+    ReferenceOps().lora_add(expected, x, arena, rows)
+    CpuOps(dtype).lora_add(y, x, arena, rows)
+    assert_close(y, expected, dtype, num_in)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_gets_the_same_whoever_shares_the_step(dtype):
+    num_in, num_out = 200, 328
+    segments = SEGMENTS["mixed, with gaps"]
+    arena, rows = lora(dtype, num_in, num_out, segments)
+    x, y = torch.randn(165, num_in, dtype=dtype), torch.randn(165, num_out, dtype=dtype)
+    together = y.clone()
+    CpuOps(dtype).lora_add(together, x, arena, rows)
+    for index, (start, end, _) in enumerate(segments):
+        some = slice(rows.row_bounds[index], rows.row_bounds[index + 1])
+        for token in range(start, end):
+            alone = y[token : token + 1].clone()
+            own = LoraRows(
+                (0,),
+                (1,),
+                (0, some.stop - some.start),
+                rows.a_offsets_R[some],
+                rows.b_offsets_R[some],
+                rows.weights_R[some],
+            )
+            CpuOps(dtype).lora_add(alone, x[token : token + 1], arena, own)
+            assert torch.equal(alone[0], together[token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_so_and_infinities_too(dtype):
+    arena, rows = lora(dtype, 32, 64, [(0, 3, 4)])
+    x, y = torch.randn(3, 32, dtype=dtype), torch.zeros(3, 64, dtype=dtype)
+    x[0, 5], y[1, 7], y[2, 9] = torch.nan, -torch.inf, torch.inf
+    CpuOps(dtype).lora_add(y, x, arena, rows)
+    assert y[0].isnan().all()
+    assert y[1, 7] == -torch.inf
+    assert y[2, 9] == torch.inf
