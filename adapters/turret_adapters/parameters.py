@@ -1,8 +1,8 @@
-"""`target_parameters`: low-rank pairs of stacked experts, as peft's `ParamWrapper` (tuners/lora/layer.py).
+"""`target_parameters`: low-rank pairs of stacked experts and of routers, as peft's `ParamWrapper`.
 
 peft wraps the module that holds the parameters once for each of them, one wrapper in the other, and keeps
 the pairs of all experts in one: A is [experts · rank, in], expert by expert, and B [out, rank · experts],
-rank by rank.
+rank by rank. A router is one expert.
 
 Shape suffixes: R rank, X experts, I in_features, O out_features.
 """
@@ -52,15 +52,18 @@ def find_parameters(fields: Fields, base: BaseSpec) -> dict[str, list[str]]:
     """The targeted parameters by path, each with the modules of its experts, in the base's order.
 
     Raises:
-        AdapterFormatError: something else than an expert's parameter is named.
+        AdapterFormatError: something else than experts or a router is named.
     """
     names = fields.names(FIELD) or frozenset()
     stacked: dict[str, list[str]] = defaultdict(list)
-    for module in base.of_kind(ModuleKind.EXPERT):
-        stacked[module.rpartition(".")[0]].append(module)
+    for module, shape in base.of_kind(ModuleKind.EXPERT, ModuleKind.ROUTER).items():
+        router = shape.kind is ModuleKind.ROUTER
+        stacked[f"{module}.weight" if router else module.rpartition(".")[0]].append(module)
     for name in sorted(names):
         if not any(_is(path, name) for path in stacked):
-            raise fields.refusal(FIELD, f"without {show(name)}, since only stacked experts are served")
+            raise fields.refusal(
+                FIELD, f"without {show(name)}, since only stacked experts and routers are served"
+            )
     return {path: experts for path, experts in stacked.items() if any(_is(path, name) for name in names)}
 
 

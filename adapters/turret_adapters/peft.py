@@ -91,7 +91,7 @@ def _parse_config(data: bytes) -> tuple[Kind, Fields]:
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         hint = (
-            " (peft's save_as_lora, or convert_to_lora, makes a LORA of it offline)"
+            " (`turret adapters convert` makes a LORA of it)"
             if isinstance(peft_type, str) and peft_type in CONVERTIBLE
             else ""
         )

@@ -159,10 +159,10 @@ def _saved_modules(fields: Fields, base: BaseSpec) -> dict[str, ModuleShape]:
         module: base.modules[module] for module in ending_with(modules_to_save(fields, base), base.modules)
     }
     for module, shape in saved.items():
-        if shape.kind is ModuleKind.LINEAR:
+        if shape.kind in (ModuleKind.LINEAR, ModuleKind.EXPERT, ModuleKind.ROUTER):
             raise AdapterFormatError(
                 f"{CONFIG_NAME}: expected 'modules_to_save' to name norms, embeddings or the head, "
-                f"found {show(module)}, a linear whose weight is quantised"
+                f"found {show(module)}, of kind {shape.kind.value}"
             )
     return saved
 

@@ -53,6 +53,7 @@ class Part(Enum):
 class ModuleKind(Enum):
     LINEAR = "linear"  # quantised
     EXPERT = "expert"  # one expert's part of a stacked parameter, a quantised linear without a bias
+    ROUTER = "router"  # from hidden states to the chances of experts
     HEAD = "head"  # from hidden states to logits
     EMBEDDING = "embedding"
     NORM = "norm"

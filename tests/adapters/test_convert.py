@@ -43,9 +43,10 @@ def original(
     """A folder with an adapter that peft saved with random numbers."""
 
     def make(name: str) -> Path:
-        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_pretrained(base_of("llama"))
+        torch.manual_seed(1)  # here, since making the base model seeds as well
         folder = tmp_path_factory.mktemp(name)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_of("llama")), CONFIGS[name][0])
+        model = get_peft_model(base, CONFIGS[name][0])
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:

@@ -241,9 +241,7 @@ def test_a_method_that_can_be_converted(
     peft_type: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
 ) -> None:
     sound["LORA"].fields["peft_type"] = peft_type
-    refused(
-        sound["LORA"].write(tmp_path), base, AdapterFormatError, peft_type, "save_as_lora", "convert_to_lora"
-    )
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, peft_type, "turret adapters convert")
 
 
 HEAD, EMBED = "base_model.model.lm_head", "base_model.model.model.embed_tokens"

@@ -174,7 +174,7 @@ def test_an_adapter_of_another_base_is_refused(turret, base_of, adapter_of):
     assert result.stderr.endswith(" (ADAPTER_BASE_MISMATCH)\n")
 
 
-def test_dora_and_copies_are_held_against_the_weights(turret, base_of, adapter_of):
+def test_saved_copies_are_held_against_the_models_weights(turret, base_of, adapter_of):
     path = adapter_of("llama", "lora-embedding-head")
     result = turret("adapters", "validate", path, "--model", base_of("llama-tied"))
     assert (result.exit_code, result.stdout) == (1, "")

@@ -104,15 +104,11 @@ MIXTURE_KINDS: dict[str, Callable[[Names], PeftConfig]] = {
         alpha_pattern={r"layers\.1\..*down_proj": 20},
     ),
 }
-# Of these bases peft takes the routers for linears, which are not served.
-_NOT_OF_MIXTURES = {"lora-all-linear"}
 _DTYPES = {"lora-fp16": torch.float16, "lora-bf16": torch.bfloat16}
 
 
 def kinds_of(family: str) -> dict[str, Callable[[Names], PeftConfig]]:
-    if family not in MIXTURES:
-        return KINDS
-    return {kind: config for kind, config in (KINDS | MIXTURE_KINDS).items() if kind not in _NOT_OF_MIXTURES}
+    return KINDS | MIXTURE_KINDS if family in MIXTURES else KINDS
 
 
 def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0) -> Path:

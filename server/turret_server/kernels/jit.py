@@ -5,16 +5,20 @@ numba keeps them in `__pycache__`, or in the user's cache directory where that c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numba
 import torch
+
+THREADS = torch.get_num_threads()
+# numba fixes its count when it is imported, and makes it OpenMP's: with another one it would change torch's.
+os.environ["NUMBA_NUM_THREADS"] = str(THREADS)
+
+import numba  # noqa: E402 (see above)
 
 # OpenMP first: torch and bitsandbytes use it too, and a step then wakes one pool of threads, not two.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-THREADS = torch.get_num_threads()
-numba.config.NUMBA_NUM_THREADS = THREADS
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 

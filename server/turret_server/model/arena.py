@@ -14,8 +14,8 @@ _SMALLEST_BLOCK = 16
 
 def block_size_for(base: BaseSpec) -> int:
     """Tokens in a page: a multiple of 16 such that a page also holds the widest row of an adapter."""
-    linears = base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT).values()
-    widest = max(max(shape.in_features, shape.out_features) for shape in linears)
+    shapes = base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT, ModuleKind.ROUTER).values()
+    widest = max(max(shape.in_features, shape.out_features) for shape in shapes)
     return -(-widest // (base.kv_width * _SMALLEST_BLOCK)) * _SMALLEST_BLOCK
 
 

@@ -13,7 +13,7 @@ import torch
 
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
 from turret_server.kernels import AttentionBatch
-from turret_server.model.deltas import DeltaBatch, ResidentDeltas, Segment
+from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,12 @@ class Batch:
 
 
 def make_batch(
-    step: Step, resident: Mapping[str, ResidentDeltas], *, block_size: int, device: torch.device
+    step: Step,
+    resident: Mapping[str, ResidentDeltas],
+    gathered: GatheredRows,
+    *,
+    block_size: int,
+    device: torch.device,
 ) -> Batch:
     """Pack a step. `resident` are the adapters in the arena that have rows, by revision."""
     sequences = sorted(step.sequences, key=lambda sequence: sequence.adapters)
@@ -66,8 +71,8 @@ def make_batch(
             pages_T=torch.tensor(pages, device=device),
             slots_T=positions_T % block_size,
         ),
-        deltas=_deltas(_active(sequences, bounds), resident),
-        head_deltas=_deltas(_active_samples(sampled), resident),
+        deltas=_deltas(_active(sequences, bounds), resident, gathered),
+        head_deltas=_deltas(_active_samples(sampled), resident, gathered),
         sampled=sampled,
         last_S=torch.tensor(
             [end - 1 for sequence, end in ends if sequence.sampling], device=device, dtype=torch.long
@@ -110,7 +115,9 @@ def _active_samples(sampled: tuple[SequenceStep, ...]) -> Iterator[_Active]:
         yield index, index + (last >= sequence.active_from), sequence.adapters
 
 
-def _deltas(active: Iterator[_Active], resident: Mapping[str, ResidentDeltas]) -> DeltaBatch | None:
+def _deltas(
+    active: Iterator[_Active], resident: Mapping[str, ResidentDeltas], gathered: GatheredRows
+) -> DeltaBatch | None:
     """Neighbours with the same adapters become one segment."""
     segments: list[Segment] = []
     names: tuple[tuple[str, float], ...] = ()
@@ -122,4 +129,4 @@ def _deltas(active: Iterator[_Active], resident: Mapping[str, ResidentDeltas]) -
             start = segments.pop().start  # noqa: PLW2901 (the segment goes on)
         segments.append(Segment(start, end, own))
         names = adapters
-    return DeltaBatch(segments) if segments else None
+    return DeltaBatch(segments, gathered.of(segments)) if segments else None

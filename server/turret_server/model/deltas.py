@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class ResidentDelta:
     token_ids: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ResidentDeltas:
     """What one adapter changes, by module. `lora` are the LoRA rows of linears, which one op applies for
     all adapters of a step together; `others` is everything else.
@@ -105,18 +106,60 @@ class Segment:
         return slice(self.start, self.end)
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """The LoRA rows of one linear for the adapters of a step; `segments` are those that have any."""
+
+    segments: tuple[int, ...]
+    row_bounds: tuple[int, ...]
+    a_offsets_R: torch.Tensor
+    b_offsets_R: torch.Tensor
+    weights_R: torch.Tensor
+
+
+_ByModule = dict[str, _Gathered | None]
+
+
+class GatheredRows:
+    """What linears apply for the adapters of the last few steps: they change more seldom than the tokens."""
+
+    _KEPT = 8
+
+    def __init__(self) -> None:
+        self._by_adapters: OrderedDict[tuple[object, ...], _ByModule] = OrderedDict()
+
+    def of(self, segments: Sequence[Segment]) -> _ByModule:
+        """By module what is gathered already for these adapters in this order; to be added to."""
+        key = tuple(segment.adapters for segment in segments)
+        found = self._by_adapters.setdefault(key, {})
+        self._by_adapters.move_to_end(key)
+        if len(self._by_adapters) > self._KEPT:
+            self._by_adapters.popitem(last=False)
+        return found
+
+
 @dataclass(slots=True)
 class DeltaBatch:
     """The adapters of a step's rows. What a linear applies is put together when it first asks."""
 
     segments: Sequence[Segment]
-    _lora: dict[str, LoraRows | None] = field(default_factory=dict)
+    _gathered: _ByModule = field(default_factory=dict)
 
     def lora(self, module: str) -> LoraRows | None:
         """The LoRA rows for one linear, or None where no adapter of this step has any."""
-        if module not in self._lora:
-            self._lora[module] = self._gather(module)
-        return self._lora[module]
+        if module not in self._gathered:
+            self._gathered[module] = self._gather(module)
+        rows = self._gathered[module]
+        if rows is None:
+            return None
+        return LoraRows(
+            token_starts=tuple(self.segments[index].start for index in rows.segments),
+            token_ends=tuple(self.segments[index].end for index in rows.segments),
+            row_bounds=rows.row_bounds,
+            a_offsets_R=rows.a_offsets_R,
+            b_offsets_R=rows.b_offsets_R,
+            weights_R=rows.weights_R,
+        )
 
     def having(self, module: str, *parts: Part) -> Iterator[tuple[Segment, ResidentDelta, float]]:
         """The segments for which an adapter changes one of these parts of a module, how, and its weight."""
@@ -126,10 +169,10 @@ class DeltaBatch:
                 if delta is not None and not delta.parts.keys().isdisjoint(parts):
                     yield segment, delta, weight
 
-    def _gather(self, module: str) -> LoraRows | None:
-        starts, ends, bounds = [], [], [0]
+    def _gather(self, module: str) -> _Gathered | None:
+        indices, bounds = [], [0]
         a_offsets, b_offsets, weights = [], [], []
-        for segment in self.segments:
+        for index, segment in enumerate(self.segments):
             found = [
                 (adapter.lora[module], weight)
                 for adapter, weight in segment.adapters
@@ -137,19 +180,17 @@ class DeltaBatch:
             ]
             if not found:
                 continue
-            starts.append(segment.start)
-            ends.append(segment.end)
+            indices.append(index)
             for delta, weight in found:
                 rows = delta.parts[Part.LORA_A].offsets_N
                 a_offsets.append(rows)
                 b_offsets.append(delta.parts[Part.LORA_B].offsets_N)
                 weights.append(torch.full((len(rows),), weight * delta.scaling, device=rows.device))
             bounds.append(sum(map(len, weights)))
-        if not starts:
+        if not indices:
             return None
-        return LoraRows(
-            token_starts=tuple(starts),
-            token_ends=tuple(ends),
+        return _Gathered(
+            segments=tuple(indices),
             row_bounds=tuple(bounds),
             a_offsets_R=torch.cat(a_offsets),
             b_offsets_R=torch.cat(b_offsets),

@@ -130,9 +130,9 @@ class CheckpointWeights:
                 "transformers loads under another name; load the adapter into a server instead"
             ) from error
         if isinstance(parameter, Params4bit):
-            found: torch.Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
-            return found.float()
-        return parameter.detach().float()
+            parameter = dequantize_4bit(parameter.data, parameter.quant_state)
+        found: torch.Tensor = parameter.detach().float()
+        return found
 
     @cached_property
     def _model(self) -> PreTrainedModel:

@@ -19,15 +19,18 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch.func import functional_call
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from turret_adapters.spec import ModuleKind, ModuleShape
+from turret_adapters.spec import ModuleKind, ModuleShape, Part
 from turret_server.kernels import LoraRows, NF4Weight, Ops, PackedNF4Weight
 from turret_server.model.adapted import Adapted, pack
+from turret_server.model.arena import Arena
 from turret_server.model.context import current_step
+from turret_server.model.deltas import ResidentDelta
 
 # The parts of gate_up_proj and down_proj in checkpoints that hold a tensor for each expert and part.
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -127,10 +130,56 @@ def _of_tokens(rows: LoraRows, tokens: Sequence[int]) -> LoraRows:
     )
 
 
+class AdaptedRouter(Adapted):
+    """What chooses the experts of a token, which is not quantised; x [T, hidden]."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        weight_EH = module.get_parameter("weight")
+        num_experts, hidden_size = weight_EH.shape
+        super().__init__(
+            name, ModuleShape(kind=ModuleKind.ROUTER, in_features=hidden_size, out_features=num_experts)
+        )
+        self.module = module
+        self.weight = weight_EH
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits, weights and experts of each token."""
+        step = current_step()
+        chosen: tuple[torch.Tensor, ...] = self.module(x_TH)
+        for segment in step.deltas.segments if step.deltas else ():
+            own = [
+                (adapter.others[self.name], weight)
+                for adapter, weight in segment.adapters
+                if self.name in adapter.others
+            ]
+            if own:
+                changed = self._choose(x_TH[segment.where], own, step.arena)
+                for all_TX, own_nX in zip(chosen, changed, strict=True):
+                    all_TX[segment.where] = own_nX
+        return chosen
+
+    def _choose(
+        self, x_nH: torch.Tensor, own: Sequence[tuple[ResidentDelta, float]], arena: Arena
+    ) -> tuple[torch.Tensor, ...]:
+        weight_EH = self.weight.float()
+        for delta, weight in own:
+            a_RH, b_RE = (delta.parts[part].gather(arena).float() for part in (Part.LORA_A, Part.LORA_B))
+            weight_EH = weight_EH + weight * delta.scaling * (b_RE.T @ a_RH)
+        changed: tuple[torch.Tensor, ...] = functional_call(
+            self.module, {"weight": weight_EH.to(self.weight.dtype)}, (x_nH,)
+        )
+        return changed
+
+
 def adapt_experts(model: PreTrainedModel, ops: Ops) -> None:
-    """Put ours in the place of every quantised linear of an expert."""
-    for name, module in model.named_modules():
+    """Put ours in the place of every quantised linear of an expert, and of the routers."""
+    if has_experts(model.config):
+        # Some checkpoints ask for what only training needs.
+        model.config.output_router_logits = False
+    for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
+            router = name.removesuffix("experts") + "gate"
+            model.set_submodule(router, AdaptedRouter(router, model.get_submodule(router)))
             for projection in _PROJECTIONS:
                 linears = module.get_submodule(projection)
                 for expert, linear in list(linears.named_children()):

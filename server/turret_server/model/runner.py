@@ -16,7 +16,7 @@ from turret_server.errors import UnsupportedModelError
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
-from turret_server.model.deltas import ResidentDeltas, write_slab
+from turret_server.model.deltas import GatheredRows, ResidentDeltas, write_slab
 from turret_server.model.load import LoadedModel
 from turret_server.model.sampler import Sampler
 
@@ -43,6 +43,7 @@ class ModelRunner:
         self._sampler = sampler
         self._linears = loaded.base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT)
         self._deltas: dict[str, ResidentDeltas] = {}
+        self._gathered = GatheredRows()
         self._prompts: dict[str, torch.Tensor] = {}
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-copy")
 
@@ -113,7 +114,13 @@ class ModelRunner:
         self._arena.copy_page(copy.source, copy.target)
 
     def _batch(self, step: Step) -> Batch:
-        return make_batch(step, self._deltas, block_size=self._arena.block_size, device=self._loaded.device)
+        return make_batch(
+            step,
+            self._deltas,
+            self._gathered,
+            block_size=self._arena.block_size,
+            device=self._loaded.device,
+        )
 
     @torch.inference_mode()
     def _forward(self, batch: Batch, layers_seen: set[int]) -> torch.Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -10,14 +12,21 @@ from turret_adapters.host import HostAdapter, row_groups
 from turret_adapters.parameters import StackedPair
 from turret_adapters.rows import Rows
 from turret_adapters.slab import slab_layout
-from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind
+from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, ModuleShape, Part
 from turret_server.kernels import NF4Weight
 from turret_server.kernels.reference import ReferenceOps
 from turret_server.model.adapted import base_modules
 from turret_server.model.arena import Arena
 from turret_server.model.context import StepContext, step_context
-from turret_server.model.deltas import DeltaBatch, Segment, write_slab
-from turret_server.model.experts import EXPERT_MODELS, ExpertLinear, Experts
+from turret_server.model.deltas import (
+    DeltaBatch,
+    ResidentDelta,
+    ResidentDeltas,
+    ResidentRows,
+    Segment,
+    write_slab,
+)
+from turret_server.model.experts import EXPERT_MODELS, AdaptedRouter, ExpertLinear, Experts
 
 HIDDEN, WIDTH, EXPERTS, TOP = 64, 128, 5, 2
 SIZES = {
@@ -27,6 +36,7 @@ SIZES = {
     "shared_expert_intermediate_size": WIDTH,
     "num_local_experts": EXPERTS,
     "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -49,14 +59,18 @@ def through_nf4(experts: nn.Module) -> Experts:
 
 
 @pytest.fixture(params=EXPERT_MODELS)
-def experts(request) -> nn.Module:
+def block(request) -> nn.Module:
     config = AutoConfig.for_model(request.param, **SIZES)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").float()
-    experts = model.model.layers[0].mlp.experts
-    for parameter in experts.parameters():
+    for parameter in model.parameters():
         parameter.data.normal_(std=0.2)
-    return experts
+    return model.model.layers[0].mlp
+
+
+@pytest.fixture
+def experts(block) -> nn.Module:
+    return block.experts
 
 
 def routing(num_tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +80,7 @@ def routing(num_tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]
     return experts_TK, weights_TK
 
 
-def run(own: Experts, inputs, arena: Arena | None = None, deltas: DeltaBatch | None = None) -> torch.Tensor:
+def run(own: nn.Module, inputs, arena: Arena | None = None, deltas: DeltaBatch | None = None) -> Any:
     context = StepContext(
         ops=ReferenceOps(), arena=arena, attention=None, deltas=deltas, head_deltas=None, layers_seen=set()
     )
@@ -150,3 +164,37 @@ def test_each_token_gets_what_its_own_adapters_change(experts):
             torch.testing.assert_close(found[start:end], experts(*some), rtol=1e-4, atol=1e-4)
         if uses:
             assert (found[start:end] - run(own, some)).abs().max() > 0.01
+
+
+def test_a_router_chooses_for_each_token_with_its_own_adapters(block):
+    own = AdaptedRouter("gate", block.gate)
+    assert own.shape == ModuleShape(kind=ModuleKind.ROUTER, in_features=HIDDEN, out_features=EXPERTS)
+    a_RH, b_RE = torch.randn(3, HIDDEN), torch.randn(3, EXPERTS)
+    base = BaseSpec(
+        name_or_path="",
+        hidden_size=HIDDEN,
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=32,
+        modules={"gate": own.shape},
+    )
+    arena = Arena(base, 1 << 20, dtype=torch.float32, device=torch.device("cpu"))
+    arena.write_rows(0, a_RH)
+    arena.write_rows(a_RH.numel(), b_RE)
+    rows = {
+        Part.LORA_A: ResidentRows(torch.arange(3) * HIDDEN, HIDDEN),
+        Part.LORA_B: ResidentRows(a_RH.numel() + torch.arange(3) * EXPERTS, EXPERTS),
+    }
+    delta = ResidentDelta(0.5, rows, torch.zeros(0, dtype=torch.long))
+    adapter = ResidentDeltas(lora={}, others={"gate": delta})
+    x_TH = torch.randn(20, HIDDEN)
+    found = run(own, (x_TH,), arena, DeltaBatch([Segment(5, 12, ((adapter, -2.0),))]))
+    with torch.inference_mode():
+        plain = block.gate(x_TH)
+        block.gate.weight += -2.0 * 0.5 * b_RE.T @ a_RH
+        changed = block.gate(x_TH)
+    for found_TX, plain_TX, changed_TX in zip(found, plain, changed, strict=True):
+        torch.testing.assert_close(found_TX[5:12], changed_TX[5:12])
+        assert torch.equal(found_TX[:5], plain_TX[:5])
+        assert torch.equal(found_TX[12:], plain_TX[12:])
+    assert not torch.equal(found[2], plain[2])

@@ -72,3 +72,10 @@ def test_the_copy_that_is_kept_holds_the_same_quantised_weights(base, tmp_path):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert not (tmp_path / "other").exists()
+
+
+def test_what_only_training_needs_is_not_computed(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "asking")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
+    assert not load(folder, tmp_path / "cache").model.config.output_router_logits
