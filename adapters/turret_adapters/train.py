@@ -199,7 +199,8 @@ class _PeakMemory:
             return None
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _peak_resident_bytes() - self._before
+        # The system counts resident pages in batches, so the peak may lag behind by a few.
+        return max(_peak_resident_bytes() - self._before, 0)
 
 
 def _reset_peak_resident_bytes() -> int | None:

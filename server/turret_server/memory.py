@@ -24,6 +24,19 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def parse_memory(memory: str) -> tuple[float, bool]:
+    """A number of bytes, or a fraction and True.
+
+    Raises:
+        ConfigError: it is neither a size nor a fraction.
+    """
+    match = _SIZE.fullmatch(memory.strip())
+    if match is None or not float(match["number"]):
+        raise ConfigError(f"--memory {memory}: expected a size such as 2GiB, or a fraction such as 0.5")
+    number, unit = float(match["number"]), match["unit"].upper()
+    return number * _UNITS[unit], not unit and number <= 1
+
+
 def arena_bytes(memory: str | None, device: torch.device) -> int:
     """Bytes for a size such as "2GiB", a fraction of the free memory such as "0.5", or the default.
 
@@ -34,11 +47,8 @@ def arena_bytes(memory: str | None, device: torch.device) -> int:
     if memory is None:
         wanted = int(free * _DEFAULT_FRACTION[device.type])
         return min(wanted, _DEFAULT_MOST.get(device.type, wanted))
-    match = _SIZE.fullmatch(memory.strip())
-    if match is None:
-        raise ConfigError(f"--memory {memory}: expected a size such as 2GiB, or a fraction such as 0.5")
-    number, unit = float(match["number"]), match["unit"].upper()
-    wanted = int(free * number) if not unit and 0 < number <= 1 else int(number * _UNITS[unit])
+    number, is_fraction = parse_memory(memory)
+    wanted = int(free * number if is_fraction else number)
     if not 0 < wanted <= free:
         raise ConfigError(f"--memory {memory}: {wanted} bytes wanted, but {device.type} has {free} free")
     return wanted

@@ -27,7 +27,7 @@ from turret_server.config import ServerConfig
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError, GenerationFailedError, TurretError
-from turret_server.memory import arena_bytes
+from turret_server.memory import arena_bytes, parse_memory
 from turret_server.model.arena import Arena
 from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
 from turret_server.model.runner import ModelRunner
@@ -172,6 +172,8 @@ def _check(config: ServerConfig) -> None:
             f"--max-batch-requests is from 1 to --max-batch-tokens ({config.max_batch_tokens}); "
             f"found {config.max_batch_requests}"
         )
+    if config.memory:
+        parse_memory(config.memory)
     if config.max_queue < 1:
         raise ConfigError(f"--max-queue is at least 1; found {config.max_queue}")
     if config.adapters and not config.adapters.is_dir():

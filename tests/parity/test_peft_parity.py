@@ -142,12 +142,16 @@ def check(oracle: Oracle, sampler: RecordingSampler, case: Case, requests: list[
     return largest
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_alone(
-    case: Case, family: str, parts: Parts, oracle: Oracle, sampler: RecordingSampler, record_property
-) -> None:
-    if case not in cases_of(family):
-        pytest.skip("not of this family")
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        pytest.param(family, case, id=f"{family}-{case.name}", marks=pytest.mark.xdist_group(family))
+        for family in FAMILIES
+        for case in cases_of(family)
+    ],
+    indirect=["family"],
+)
+def test_alone(case: Case, parts: Parts, oracle: Oracle, sampler: RecordingSampler, record_property) -> None:
     requests = []
     for prompt in prompts(2, seed=1):
         requests.append(submit(parts, prompt, *case.named))

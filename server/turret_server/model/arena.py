@@ -5,6 +5,7 @@ A page holds `block_size` tokens' keys and values of all layers, or LoRA rows, i
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from turret_adapters.spec import BaseSpec, ModuleKind
@@ -26,7 +27,7 @@ class Arena:
         self.block_size = block_size_for(base)
         self.page_elements = self.block_size * base.kv_width
         self.num_pages = num_bytes // self.page_bytes_of(dtype)
-        self.flat = torch.zeros(self.num_pages * self.page_elements, dtype=dtype, device=device)
+        self.flat = _zeros(self.num_pages * self.page_elements, dtype, device)
         self._pages = self.flat.view(self.num_pages, self.page_elements)
         self._kv_PL2BKD = self.flat.view(
             self.num_pages, base.num_layers, 2, self.block_size, base.num_kv_heads, base.head_dim
@@ -59,3 +60,10 @@ class Arena:
     def row(self, offset: int, width: int) -> torch.Tensor:
         """A row; a view."""
         return self.flat[offset : offset + width]
+
+
+def _zeros(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that a CPU's memory takes up only as they are written: torch would write them all at once."""
+    if device.type != "cpu":
+        return torch.zeros(num_elements, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(num_elements * dtype.itemsize, dtype=np.uint8)).view(dtype)
