@@ -11,6 +11,7 @@ from bitsandbytes.functional import has_avx512bf16
 from turret_server.kernels import cpu_attention, cpu_lora
 from turret_server.kernels.bnb_cpu import BitsandbytesNF4
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
+from turret_server.kernels.parallel import THREADS
 from turret_server.kernels.reference import ReferenceOps
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ class CpuOps:
         self._nf4 = BitsandbytesNF4() if fast else ReferenceOps()
         started = time.perf_counter()
         self._warm(dtype)
-        log.info("kernels for %s ready in %.1f s", dtype, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        log.info("kernels for %s on %d threads, ready in %.1f s", dtype, THREADS, seconds)
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
         return self._nf4.pack_nf4(weight)

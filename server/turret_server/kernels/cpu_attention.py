@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from turret_server.kernels.jit import THREADS, as_array, compiled, compiled_parallel
+from turret_server.kernels.jit import as_array, compiled
 from turret_server.kernels.lanes import (
     LANES,
     add,
@@ -32,6 +31,7 @@ from turret_server.kernels.lanes import (
     zeros,
 )
 from turret_server.kernels.ops import AttentionBatch, AttentionParams
+from turret_server.kernels.parallel import on_all_threads
 from turret_server.kernels.vector import SPAN, dots, exp, load_span, store_span
 
 _ROWS = 32  # that one thread takes at a time
@@ -76,7 +76,6 @@ def paged_attention(
         params.window or _EVERYTHING,
         float(params.softcap or 0),
         _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
-        THREADS,
     )
     return out_THD
 
@@ -99,7 +98,7 @@ def _write_kv(
         kv[value : value + width] = value_TX[token]
 
 
-@compiled_parallel
+@compiled
 def _attend(
     out_THD: Any,
     query_THD: Any,
@@ -114,26 +113,23 @@ def _attend(
     window: int,
     softcap: float,
     sinks_H: Any,
-    workers: int,
 ) -> None:
-    for worker in numba.prange(workers):
-        _attend_some(
-            worker,
-            workers,
-            out_THD,
-            query_THD,
-            kv,
-            page_stride,
-            block_size,
-            num_kv_heads,
-            query_bounds,
-            context_lengths_Q,
-            block_tables_QM,
-            np.float32(scaling),
-            window,
-            np.float32(softcap),
-            sinks_H,
-        )
+    arguments = (
+        out_THD,
+        query_THD,
+        kv,
+        page_stride,
+        block_size,
+        num_kv_heads,
+        query_bounds,
+        context_lengths_Q,
+        block_tables_QM,
+        np.float32(scaling),
+        window,
+        np.float32(softcap),
+        sinks_H,
+    )
+    on_all_threads(_attend_some, arguments)
 
 
 @compiled
@@ -217,6 +213,7 @@ def _locate(
 
 @compiled
 def _score(scores_4N: Any, query_THD: Any, at: Any, kv: Any, keys_N: Any, scaling: Any, softcap: Any) -> None:
+    """Four rows' scores for every position."""
     for n in range(0, len(keys_N), _TILE):
         keys = (keys_N[n], keys_N[n + 1], keys_N[n + 2], keys_N[n + 3])
         products = dots(zeros(16), query_THD, at, kv, keys, query_THD.shape[2])

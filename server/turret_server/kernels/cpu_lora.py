@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from turret_server.kernels.jit import THREADS, as_array, compiled, compiled_parallel
+from turret_server.kernels.jit import as_array, compiled
 from turret_server.kernels.lanes import add, add_outer, splat, zeros
 from turret_server.kernels.ops import LoraRows
+from turret_server.kernels.parallel import on_all_threads
 from turret_server.kernels.vector import SPAN, dots, load_span, store_span
 
 _BLOCK = 64  # tokens of a segment that one thread takes at a time
@@ -38,11 +38,10 @@ def lora_add(y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: 
         rows.a_offsets_R.numpy(),
         rows.b_offsets_R.numpy(),
         rows.weights_R.numpy(),
-        THREADS,
     )
 
 
-@compiled_parallel
+@compiled
 def _lora_add(
     y_TO: Any,
     x_TI: Any,
@@ -51,16 +50,13 @@ def _lora_add(
     a_offsets_R: Any,
     b_offsets_R: Any,
     weights_R: Any,
-    workers: int,
 ) -> None:
     max_rank = 0
     for segment in range(segments_4S.shape[1]):
         max_rank = max(max_rank, segments_4S[3, segment] - segments_4S[2, segment])
     shrunk = np.empty(len(y_TO) * max_rank, np.float32)
-    for worker in numba.prange(workers):
-        _shrink(worker, workers, shrunk, max_rank, x_TI, arena, segments_4S, a_offsets_R, weights_R)
-    for worker in numba.prange(workers):
-        _expand(worker, workers, shrunk, max_rank, y_TO, arena, segments_4S, b_offsets_R)
+    on_all_threads(_shrink, (shrunk, max_rank, x_TI, arena, segments_4S, a_offsets_R, weights_R))
+    on_all_threads(_expand, (shrunk, max_rank, y_TO, arena, segments_4S, b_offsets_R))
 
 
 @compiled

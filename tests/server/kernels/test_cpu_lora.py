@@ -92,3 +92,18 @@ def test_what_is_not_a_number_stays_so_and_infinities_too(dtype):
     assert y[0].isnan().all()
     assert y[1, 7] == -torch.inf
     assert y[2, 9] == torch.inf
+
+
+def test_the_number_of_threads_changes_nothing():
+    arena, rows = lora(torch.float32, 200, 900, SEGMENTS["mixed, with gaps"])
+    x, y = torch.randn(165, 200), torch.randn(165, 900)
+    on_one, on_three = y.clone(), y.clone()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        CpuOps(torch.float32).lora_add(on_one, x, arena, rows)
+        torch.set_num_threads(3)
+        CpuOps(torch.float32).lora_add(on_three, x, arena, rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(on_one, on_three)
