@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from support.models import MIXTURES
 from turret_adapters.spec import ModuleKind
 from turret_server.kernels.reference import ReferenceOps
-from turret_server.model.load import LoadedModel, load_model
+from turret_server.model.load import LoadedModel, load_model, quantization
+from turret_server.model.weights import ModelWeights
 
 CPU = torch.device("cpu")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -79,3 +80,34 @@ def test_what_only_training_needs_is_not_computed(base, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
     assert not load(folder, tmp_path / "cache").model.config.output_router_logits
+
+
+def linears_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    weights = ModelWeights(loaded.model, loaded.ops)
+    return {name: weights.weight(name) for name in loaded.base.of_kind(ModuleKind.LINEAR)}
+
+
+def test_a_checkpoint_in_bitsandbytes_nf4_is_read_as_it_is(base_of, tmp_path):
+    base, folder = base_of("llama"), tmp_path / "nf4-checkpoint"
+    quantised = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=quantization(torch.float32), dtype=torch.float32
+    )
+    quantised.save_pretrained(folder)
+    for file in base.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    first, second = linears_of(load(base, tmp_path / "cache")), linears_of(load(folder, tmp_path / "none"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_checkpoint_in_the_same_folder_is_quantised_anew(base_of, tmp_path):
+    folder = shutil.copytree(base_of("llama"), tmp_path / "model")
+    first = linears_of(load(folder, tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(-1)
+    model.save_pretrained(folder)
+    second = linears_of(load(folder, tmp_path / "cache"))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == [
+        "model.layers.0.mlp.up_proj"
+    ]
