@@ -25,6 +25,7 @@ from turret_server.kernels.lanes import (
     load,
     maximum,
     multiply,
+    prefetch,
     splat,
     store,
     subtract,
@@ -36,6 +37,8 @@ from turret_server.kernels.vector import SPAN, dots, exp, load_span, store_span
 
 _ROWS = 32  # that one thread takes at a time
 _TILE = 4  # rows, and positions, whose products are in registers together
+_AHEAD = 32  # positions, whose keys and values lie apart: the CPU does not guess where
+_LINE = 32  # elements, no more than a cache line has
 _EVERYTHING = 1 << 40
 _LEAST = np.float32(-40)  # tanh is −1 from there down, and exp(−2x) stays finite
 _NO_SINKS = np.empty(0, np.float32)
@@ -180,7 +183,7 @@ def _attend_some(
                         _place(rows[2], start, group, num_heads, kv_head, head_dim),
                         _place(rows[3], start, group, num_heads, kv_head, head_dim),
                     )
-                    _score(scores_4N, query_THD, at, kv, keys_N, scaling, softcap)
+                    _score(scores_4N, query_THD, at, kv, keys_N, value_offset, scaling, softcap)
                     for i in range(_TILE):
                         position, head = past + rows[i] // group, kv_head * group + rows[i] % group
                         _soften(scores_4N[i], position, low, window, sinks_H, head)
@@ -212,10 +215,24 @@ def _locate(
 
 
 @compiled
-def _score(scores_4N: Any, query_THD: Any, at: Any, kv: Any, keys_N: Any, scaling: Any, softcap: Any) -> None:
+def _score(
+    scores_4N: Any,
+    query_THD: Any,
+    at: Any,
+    kv: Any,
+    keys_N: Any,
+    value_offset: int,
+    scaling: Any,
+    softcap: Any,
+) -> None:
     """Four rows' scores for every position."""
     for n in range(0, len(keys_N), _TILE):
         keys = (keys_N[n], keys_N[n + 1], keys_N[n + 2], keys_N[n + 3])
+        later = min(n + _AHEAD, len(keys_N) - _TILE)
+        soon = (keys_N[later], keys_N[later + 1], keys_N[later + 2], keys_N[later + 3])
+        for line in range(0, 2 * _LINE, _LINE):
+            prefetch(kv, soon, line)
+            prefetch(kv, soon, value_offset + line)
         products = dots(zeros(16), query_THD, at, kv, keys, query_THD.shape[2])
         for i in range(_TILE):
             for j in range(_TILE):

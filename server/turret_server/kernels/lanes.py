@@ -136,6 +136,22 @@ def load_first(_: Any, array: Any, starts: Any, index: Any, count: Any) -> Any:
 
 
 @_intrinsic
+def prefetch(_: Any, array: Any, starts: Any, index: Any) -> Any:
+    """Ask for the cache lines at start + index of a tuple of starts: they are read soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte = ir.IntType(8).as_pointer()
+        for start in cgutils.unpack_tuple(builder, arguments[1]):
+            line = builder.bitcast(builder.gep(base, [builder.add(start, arguments[2])]), byte)
+            flags = (ir.Constant(_I32, flag) for flag in (0, 3, 1))  # to read, to keep, data
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *flags)
+        return context.get_dummy_value()
+
+    return types.none(array, UniTuple(types.intp, starts.count), types.intp), generate
+
+
+@_intrinsic
 def store(_: Any, array: Any, index: Any, value: Any) -> Any:
     """Write sixteen elements from `index` on."""
     return types.none(array, types.intp, value), _store

@@ -64,6 +64,6 @@ class Arena:
 
 def _zeros(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros that a CPU's memory takes up only as they are written: torch would write them all at once."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not num_elements:
         return torch.zeros(num_elements, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(num_elements * dtype.itemsize, dtype=np.uint8)).view(dtype)
