@@ -134,8 +134,9 @@ class ModelRunner:
             head_deltas=batch.head_deltas,
             layers_seen=layers_seen,
         )
-        # A step that samples nothing still keeps one position: an empty selection is not for every model.
-        keep = batch.last_S if batch.sampled else torch.zeros(1, dtype=torch.long, device=self._loaded.device)
+        # At least two rows, of which nobody may want any: torch multiplies one row in another order than
+        # several, and an answer must not depend on who shares the step.
+        keep = torch.cat([batch.last_S, batch.last_S.new_zeros(max(0, 2 - len(batch.last_S)))])
         with step_context(context):
             if batch.virtual:
                 inputs = {"inputs_embeds": self._embed(batch)}
@@ -144,7 +145,7 @@ class ModelRunner:
             output = model(
                 **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep
             )
-        logits_SV: torch.Tensor = output.logits[0]
+        logits_SV: torch.Tensor = output.logits[0, : len(batch.last_S)]
         return logits_SV
 
     def _embed(self, batch: Batch) -> torch.Tensor:
