@@ -17,7 +17,9 @@ class ServerConfig:
     """What `turret serve` is started with.
 
     `memory` is the arena's size in bytes ("2GiB"), a fraction of the device's free memory ("0.5"),
-    or None for a default that suits the device.
+    or None for a default that suits the device; `host_memory` is what adapters may take of the host's,
+    likewise. `max_queue` and `max_queue_tokens` hold for every tenant that the file `tenants` says nothing
+    else of.
     """
 
     model: str
@@ -27,8 +29,12 @@ class ServerConfig:
     device: str = "auto"
     dtype: str = "auto"
     memory: str | None = None
+    host_memory: str | None = None
     max_batch_tokens: int = 512
     max_batch_requests: int = 64
+    max_step_seconds: float = 0.25
     max_queue: int = 1024
+    max_queue_tokens: int = 2**20
+    tenants: Path | None = None
     cache: Path = field(default_factory=default_cache)
     log_level: str = "info"

@@ -21,10 +21,14 @@ from typing import ClassVar
 
 
 class TurretError(Exception):
-    """Something a user can cause. `metadata` travels as the metadata of google.rpc.ErrorInfo."""
+    """Something a user can cause. `metadata` travels as the metadata of google.rpc.ErrorInfo, `retry_after`,
+    in seconds, as google.rpc.RetryInfo.
+    """
 
     reason: ClassVar[str]
     code: ClassVar[str]
+
+    retry_after: float | None = None
 
     def __init__(self, message: str, **metadata: object) -> None:
         super().__init__(message)
@@ -60,10 +64,14 @@ class RequestTooLargeError(TurretError):
 
 
 class QueueFullError(TurretError):
-    """As many requests wait as may wait."""
+    """As much of the tenant waits as may. `retry_after` is in seconds."""
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:
+        super().__init__(message, **metadata)
+        self.retry_after = retry_after
 
 
 class DeadlineError(TurretError):

@@ -24,6 +24,7 @@ from turret_server.api.metrics import AdapterStates, EngineMetrics, RequestMetri
 from turret_server.api.rpc import RpcServer, split_address
 from turret_server.api.validation import check_name
 from turret_server.config import ServerConfig
+from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError, GenerationFailedError, TurretError
@@ -33,6 +34,7 @@ from turret_server.model.load import LoadedModel, load_model, select_device, sel
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
 from turret_server.model.weights import ModelWeights
+from turret_server.tenants import read_tenants
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         UnsupportedModelError: the model cannot be served.
     """
     _check(config)
+    limits = TenantLimits(max_queued_requests=config.max_queue, max_queued_tokens=config.max_queue_tokens)
+    tenants = read_tenants(config.tenants, limits)
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
@@ -77,8 +81,12 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         num_pages=arena.num_pages,
         page_elements=arena.page_elements,
         block_size=arena.block_size,
-        limits=Limits(max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests),
-        max_queue=config.max_queue,
+        limits=Limits(
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_requests=config.max_batch_requests,
+            max_step_seconds=config.max_step_seconds,
+        ),
+        tenants=tenants,
         on_stats=EngineMetrics(metrics, arena.page_bytes).record,
     )
     registry.on_gone = engine.drop
@@ -174,8 +182,13 @@ def _check(config: ServerConfig) -> None:
         )
     if config.memory:
         parse_memory(config.memory)
-    if config.max_queue < 1:
-        raise ConfigError(f"--max-queue is at least 1; found {config.max_queue}")
+    for option, value in (
+        ("--max-queue", config.max_queue),
+        ("--max-queue-tokens", config.max_queue_tokens),
+        ("--max-step-seconds", config.max_step_seconds),
+    ):
+        if not value > 0:
+            raise ConfigError(f"{option} is above 0; found {value}")
     if config.adapters and not config.adapters.is_dir():
         raise ConfigError(f"--adapters {config.adapters}: there is no such folder")
 

@@ -10,17 +10,26 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache, block_key
-from turret_server.engine.request import AdapterUse, FinishReason, Output, Request, SamplingParams
+from turret_server.engine.request import (
+    DEFAULT_TENANT,
+    AdapterUse,
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+)
 from turret_server.engine.residency import Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence as EngineSequence
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step, StepResult
+from turret_server.errors import RequestTooLargeError
 
 PAGE_ELEMENTS = 8
 _VOCABULARY = 1_000_003
@@ -246,6 +255,10 @@ def make_run(
     seed: int = 0,
     stop_after: int | None = None,
     deadline: float | None = None,
+    tenant: str = DEFAULT_TENANT,
+    priority: int = 0,
+    cache_salt: str = "",
+    pinned: bool = False,
 ) -> Run:
     """A request whose sink is a `Run`; with `stop_after`, the token of that index is one that stops it."""
     run = Run()
@@ -259,6 +272,10 @@ def make_run(
             stop_token_ids=stop_token_ids,
             deadline=deadline,
             sink=run.sink,
+            tenant=tenant,
+            priority=priority,
+            cache_salt=cache_salt,
+            pinned=pinned,
         )
 
     run.request = request(frozenset())
@@ -278,51 +295,57 @@ class Simulation:
         max_batch_tokens: int = 64,
         max_batch_requests: int = 8,
         immediate: bool = True,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.device = FakeDevice(num_pages, block_size, immediate=immediate)
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool)
         self.inbox: deque[Callable[[], None]] = deque()
+
+        def weight(tenant: str) -> float:
+            return (weights or {}).get(tenant, 1.0)
+
         self.residency = Residency(
             pool=self.pool,
             memory=self.device,
             page_elements=PAGE_ELEMENTS,
             block_size=block_size,
             post=self.inbox.append,
+            weight=weight,
         )
-        self.limits = Limits(max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests)
+        self.limits = Limits(
+            max_batch_tokens=max_batch_tokens, max_batch_requests=max_batch_requests, max_step_seconds=1.0
+        )
+        self.started: list[int] = []
         self.scheduler = Scheduler(
             pool=self.pool,
             cache=self.cache,
             residency=self.residency,
             limits=self.limits,
             block_size=block_size,
+            weight=weight,
+            on_start=lambda request: self.started.append(request.request_id),
         )
+        # As if prompts took no time, so that steps are as large as the limits let them be.
+        self.scheduler.pacing.measured(0, 1, 0.0)
         self.now = 0.0
         self.runs: list[Run] = []
 
     def fits(self, run: Run) -> bool:
-        return self.scheduler.num_pages(EngineSequence.of(run.request)) <= self.pool.num_pages
+        try:
+            self.scheduler.allocation.check_fits(EngineSequence.of(run.request))
+        except RequestTooLargeError:
+            return False
+        return True
 
-    def submit(
-        self,
-        prompt: Sequence[int],
-        adapter: Adapters = None,
-        *,
-        max_tokens: int = 4,
-        seed: int = 0,
-        stop_after: int | None = None,
-        deadline: float | None = None,
-    ) -> Run:
-        run = make_run(
-            prompt, adapter, max_tokens=max_tokens, seed=seed, stop_after=stop_after, deadline=deadline
-        )
-        return self.add(run)
+    def submit(self, prompt: Sequence[int], adapter: Adapters = None, **options: Any) -> Run:
+        """A request made by `make_run`, in the queue."""
+        return self.add(make_run(prompt, adapter, **options))
 
     def add(self, run: Run) -> Run:
         assert self.fits(run), "the engine would have refused it"
         self.runs.append(run)
-        self.scheduler.add(EngineSequence.of(run.request))
+        self.scheduler.add(EngineSequence.of(run.request, self.now))
         return run
 
     def cancel(self, run: Run) -> None:
@@ -337,7 +360,7 @@ class Simulation:
             result = self.device.run(step)
             errors = faults(step)
             tokens = {id_: token for id_, token in result.token_ids.items() if id_ not in errors}
-            self.scheduler.update(step, StepResult(token_ids=tokens, errors=errors))
+            self.scheduler.update(step, StepResult(token_ids=tokens, errors=errors), 0.0)
         self.check()
         return step
 
@@ -357,6 +380,7 @@ class Simulation:
 
     def check(self) -> None:
         self.scheduler.check_integrity()
+        assert len(self.started) == len(set(self.started)), "a request left the queue twice"
         for run in self.runs:
             run.check()
 
@@ -365,13 +389,16 @@ class Simulation:
         self.take_in()
         assert not self.scheduler.running
         assert not self.scheduler.waiting
+        for sequence in list(self.scheduler.allocation.pinned):
+            self.scheduler.allocation.unpin(sequence.request.request_id)
         for resident in list(self.residency):
-            self.residency.drop(resident.spec.revision)
+            self.scheduler.drop(resident.spec.revision)
         assert not list(self.residency)
         assert not self.device.placed
         assert self.pool.num_free + self.cache.num_idle == self.pool.num_pages
         assert len(self.cache.pages) == self.cache.num_idle
-        self.cache.evict(self.pool.num_pages)
+        while self.cache.num_idle:
+            self.cache.evict()
         assert self.pool.num_free == self.pool.num_pages
 
     def _check_step(self, step: Step) -> None:

@@ -49,7 +49,7 @@ def raising_turret_errors(address: str) -> Iterator[None]:
 def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
     code = error.code()
     details = error.details() or ""
-    info = _error_info(error)
+    info, retry_after = _details(error)
     if info is None:
         template = _TRANSPORT_MESSAGES.get(code, "{details}")
         message = template.format(address=address, details=details)
@@ -57,18 +57,26 @@ def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
     else:
         message = details
     return _CLASSES.get(code, errors.TurretError)(
-        message or code.name, reason=info.reason, metadata=info.metadata, code=code
+        message or code.name,
+        reason=info.reason,
+        metadata=info.metadata,
+        code=code,
+        retry_after=retry_after,
     )
 
 
-def _error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo | None:
+def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
+    """What the server said of the cause, and in how many seconds to try again."""
     try:
         status = rpc_status.from_call(cast("grpc.Call", error))
     except ValueError:
         # The transport gave the call another status than the server did: the details are not its own.
-        return None
+        return None, None
+    found, retry_after = None, None
     for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == "turret":
-            return info
-    return None
+            found = info
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return found, retry_after

@@ -31,6 +31,7 @@ class TurretError(Exception):
         reason: Stable name of the cause such as ADAPTER_NOT_FOUND; empty where the server gave none.
         metadata: The cause's details, such as the adapter's name.
         code: gRPC status code.
+        retry_after: In how many seconds the server says that it may go better; None where it says nothing.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class TurretError(Exception):
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
         code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.code = code
+        self.retry_after = retry_after
 
 
 class InvalidArgumentError(TurretError):

@@ -53,6 +53,8 @@ class GenerateRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text, tokenised by the model's own tokenizer with its special tokens."""
     max_tokens: _builtins.int
@@ -65,6 +67,14 @@ class GenerateRequest(_message.Message):
     """Sample among the k likeliest tokens; 0 (the default) means all."""
     seed: _builtins.int
     """Same seed, prompt, adapter revision and parameters: same tokens. Unset: chosen by the server."""
+    priority: _builtins.int
+    """From -10 to 10. A request stands in its tenant's queue as if it had come 10 seconds earlier for each
+    step. Against other tenants it counts for nothing.
+    """
+    cache_salt: _builtins.str
+    """Cached blocks of the prompt are shared only among requests with the same salt, so that nobody without it
+    learns from answering times what was asked before. At most 128 characters.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -92,10 +102,12 @@ class GenerateRequest(_message.Message):
         top_k: _builtins.int = ...,
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
+        priority: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "adapters", b"adapters", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "adapters", b"adapters", "cache_salt", b"cache_salt", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015

@@ -29,7 +29,11 @@ class InferenceServiceStub:
     """Generates text with the base model or with one of its adapters.
 
     Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG.
+    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
+    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+
+    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
+    proportion to their weights. Without it the tenant is "default".
     """
 
     def __init__(self, channel):
@@ -54,7 +58,11 @@ class InferenceServiceServicer:
     """Generates text with the base model or with one of its adapters.
 
     Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG.
+    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
+    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+
+    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
+    proportion to their weights. Without it the tenant is "default".
     """
 
     def Generate(self, request, context):
@@ -97,7 +105,11 @@ class InferenceService:
     """Generates text with the base model or with one of its adapters.
 
     Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG.
+    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
+    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+
+    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
+    proportion to their weights. Without it the tenant is "default".
     """
 
     @staticmethod

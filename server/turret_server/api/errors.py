@@ -1,13 +1,14 @@
-"""Errors become gRPC statuses with google.rpc.ErrorInfo here, and nowhere else."""
+"""Errors become gRPC statuses with google.rpc.ErrorInfo, and RetryInfo, here and nowhere else."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -23,12 +24,21 @@ _MAX_MESSAGE_BYTES = 1024
 
 
 def to_status(error: TurretError | AdapterError) -> status_pb2.Status:
-    detail = any_pb2.Any()
     metadata = error.metadata if isinstance(error, TurretError) else {}
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))
+    details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))]
+    if isinstance(error, TurretError) and error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromTimedelta(timedelta(seconds=error.retry_after))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     return status_pb2.Status(
-        code=code_pb2.Code.Value(error.code), message=_shorten(str(error)), details=[detail]
+        code=code_pb2.Code.Value(error.code), message=_shorten(str(error)), details=details
     )
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
 
 
 def _shorten(message: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
+from turret_server.engine.admission import Admission, TenantLimits
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.request import FinishReason, Output, Request
@@ -21,8 +22,6 @@ from turret_server.engine.step import Step, StepResult
 from turret_server.errors import (
     AdapterTooLargeError,
     GenerationFailedError,
-    QueueFullError,
-    RequestTooLargeError,
     ShuttingDownError,
     TurretError,
 )
@@ -48,6 +47,8 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_preempted: int
+    num_evicted: int
+    num_filling: int
     pages: dict[str, int]
 
 
@@ -68,20 +69,34 @@ class Engine:
         page_elements: int,
         block_size: int,
         limits: Limits,
-        max_queue: int,
+        tenants: Callable[[str], TenantLimits],
         on_stats: Callable[[EngineStats], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        def weight(tenant: str) -> float:
+            return tenants(tenant).weight
+
         pool = PagePool(num_pages)
         cache = PrefixCache(pool)
         residency = Residency(
-            pool=pool, memory=memory, page_elements=page_elements, block_size=block_size, post=self._post
+            pool=pool,
+            memory=memory,
+            page_elements=page_elements,
+            block_size=block_size,
+            post=self._post,
+            weight=weight,
         )
+        self._admission = Admission(tenants)
         self._scheduler = Scheduler(
-            pool=pool, cache=cache, residency=residency, limits=limits, block_size=block_size
+            pool=pool,
+            cache=cache,
+            residency=residency,
+            limits=limits,
+            block_size=block_size,
+            weight=weight,
+            on_start=self._admission.leave,
         )
         self._runner = runner
-        self._max_queue = max_queue
         self._on_stats = on_stats
         self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
@@ -107,20 +122,16 @@ class Engine:
         """Queue a request; its sink gets every token and exactly one end.
 
         Raises:
-            QueueFullError: as many requests wait as may.
+            QueueFullError: its tenant has as much waiting as may.
             RequestTooLargeError: it could never fit, even alone.
             ShuttingDownError: the engine stops.
         """
-        sequence = Sequence.of(request)
-        self._check_fits(sequence)
+        sequence = Sequence.of(request, self._clock())
+        self._scheduler.allocation.check_fits(sequence)
         with self._wake:
             if self._stopping:
                 raise ShuttingDownError("the server is shutting down; send the request to another")
-            if len(self._arriving) + len(self._scheduler.waiting) >= self._max_queue:
-                raise QueueFullError(
-                    f"{self._max_queue} requests are waiting already; try again later",
-                    max_queue=self._max_queue,
-                )
+            self._admission.enter(request)
             self._arriving.append(sequence)
             self._wake.notify()
 
@@ -144,16 +155,20 @@ class Engine:
             )
 
     def prefetch(self, spec: AdapterSpec) -> None:
-        """Make an adapter resident if there is room, before a request asks for it."""
-
-        def ensure() -> None:
-            self._scheduler.residency.ensure(spec)
-
-        self._post(ensure)
+        """Make an adapter resident if there is free room, before a request asks for it."""
+        self._post(lambda: self._scheduler.residency.prefetch(spec))
 
     def drop(self, revision: str) -> None:
-        """Free a revision that no request will name again."""
-        self._post(lambda: self._scheduler.residency.drop(revision))
+        """Free a revision that no request will name again, and unpin its prompts."""
+        self._post(lambda: self._scheduler.drop(revision))
+
+    def unpin(self, request_id: int) -> None:
+        """Let a pinned prompt go like any other."""
+        self._post(lambda: self._scheduler.allocation.unpin(request_id))
+
+    def is_pinned(self, request_id: int) -> bool:
+        """Whether the prompt of a request is pinned; not any more once its adapter's revision is gone."""
+        return self._scheduler.allocation.is_pinned(request_id)
 
     def is_resident(self, revision: str) -> bool:
         resident = self._scheduler.residency.get(revision)
@@ -188,16 +203,6 @@ class Engine:
         if failures:
             raise failures[0]
 
-    def _check_fits(self, sequence: Sequence) -> None:
-        needed, available = self._scheduler.num_pages(sequence), self._scheduler.pool.num_pages
-        if needed > available:
-            raise RequestTooLargeError(
-                f"prompt, tokens to generate and adapter take {needed} pages, but the arena has {available}; "
-                "ask for fewer tokens or start the server with more --memory",
-                needed_pages=needed,
-                arena_pages=available,
-            )
-
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
             self._inbox.append(command)
@@ -206,7 +211,8 @@ class Engine:
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                self._turn()
+                if not self.turn():
+                    self._sleep()
             error: TurretError = ShuttingDownError("the server stopped before the request finished")
         except Exception as failure:
             log.critical("the engine failed, and serves no more", exc_info=True)
@@ -216,15 +222,16 @@ class Engine:
         if self.failed:
             self.on_failure()
 
-    def _turn(self) -> None:
+    def turn(self) -> bool:
+        """Take in what was asked, compute one step, hand out what came of it; False where there was none.
+
+        The engine's thread does nothing else, and whoever has not started it may call it instead.
+        """
         self._take_in()
         step = self._scheduler.schedule(self._clock())
-        started = self._clock()
-        if step is not None:
-            self._run(step)
-        self._on_stats(self._stats(step, self._clock() - started))
-        if step is None:
-            self._sleep()
+        seconds = self._run(step) if step is not None else 0.0
+        self._on_stats(self._stats(step, seconds))
+        return step is not None
 
     def _take_in(self) -> None:
         # At one moment: a request that is cancelled at once must be there before its cancellation.
@@ -241,14 +248,18 @@ class Engine:
         for sequence in (*self._arriving, *self._scheduler.sequences):
             sequence.request.tell(Output(finish_reason=FinishReason.FAILED, error=error))
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step) -> float:
+        started = self._clock()
         try:
             result = self._runner.run(step)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(step.sequences))
             reason = f"{type(error).__name__}: {error}"
             result = StepResult(token_ids={}, errors={part.sequence_id: reason for part in step.sequences})
-        self._scheduler.update(step, result)
+        seconds = self._clock() - started
+        self._admission.computed(step.num_tokens, seconds)
+        self._scheduler.update(step, result, seconds)
+        return seconds
 
     def _sleep(self) -> None:
         with self._wake:
@@ -264,6 +275,7 @@ class Engine:
             "prefix": sum(len(resident.prefix_pages) for resident in residents),
             "cache": scheduler.cache.num_idle,
             "free": scheduler.pool.num_free,
+            "pinned": scheduler.allocation.num_pinned,
         }
         pages["sequence"] = scheduler.pool.num_pages - sum(pages.values())
         return EngineStats(
@@ -272,5 +284,7 @@ class Engine:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_preempted=scheduler.num_preempted,
+            num_evicted=scheduler.residency.num_evicted,
+            num_filling=scheduler.residency.num_filling,
             pages=pages,
         )

@@ -16,17 +16,22 @@ class Reclaimer(Protocol):
 
     @property
     def num_idle(self) -> int:
-        """Pages that `evict` can free."""
+        """Pages that it can free."""
 
-    def evict(self, count: int) -> None:
-        """Free `count` pages or more, or all there are."""
+    @property
+    def oldest(self) -> int:
+        """When that which it would evict next was last used, in ticks of the pool; only if any is idle."""
+
+    def evict(self) -> int:
+        """Free the pages of what is to go first, and say how many they were."""
 
 
 class PagePool:
-    """`num_pages` pages of the arena, handed out by number."""
+    """`num_pages` pages of the arena, handed out by number. `clock` counts the engine's steps."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self.clock = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._holders = [0] * num_pages
         self._reclaimers: list[Reclaimer] = []
@@ -35,8 +40,12 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def tick(self) -> None:
+        """A step begins: what is used from here on is newer than all before."""
+        self.clock += 1
+
     def add_reclaimer(self, reclaimer: Reclaimer) -> None:
-        """Ask it for pages when they run out; the first added first."""
+        """Ask it for pages when they run out."""
         self._reclaimers.append(reclaimer)
 
     def allocate(self, count: int) -> list[int] | None:
@@ -79,15 +88,12 @@ class PagePool:
         assert len(self._free) + len(counted) == self.num_pages, "free and held pages do not add up"
 
     def _reclaim(self, missing: int) -> bool:
-        """Free so many pages more, or none if there are not so many: what is kept is worth something."""
-        shares = []
-        for reclaimer in self._reclaimers:
-            if missing > 0:
-                share = min(missing, reclaimer.num_idle)
-                shares.append((reclaimer, share))
-                missing -= share
-        if missing > 0:
+        """Free so many pages more, what was used longest ago first, or none if there are not so many: what
+        is kept is worth something.
+        """
+        if missing > 0 and missing > sum(reclaimer.num_idle for reclaimer in self._reclaimers):
             return False
-        for reclaimer, share in shares:
-            reclaimer.evict(share)
+        while missing > 0:
+            idle = (reclaimer for reclaimer in self._reclaimers if reclaimer.num_idle)
+            missing -= min(idle, key=lambda reclaimer: reclaimer.oldest).evict()
         return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from itertools import islice
 
 from turret_server.engine.pages import PagePool
 
@@ -29,8 +28,8 @@ class PrefixCache:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._pages: dict[bytes, int] = {}
-        # The keys of pages that only the cache holds, in the order in which they were given back.
-        self._idle: dict[bytes, None] = {}
+        # When the pages that only the cache holds were given back, by key, the earliest first.
+        self._idle: dict[bytes, int] = {}
         pool.add_reclaimer(self)
 
     @property
@@ -41,6 +40,10 @@ class PrefixCache:
     def num_idle(self) -> int:
         """Pages that only the cache holds."""
         return len(self._idle)
+
+    @property
+    def oldest(self) -> int:
+        return next(iter(self._idle.values()))
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest cached run of `keys` from its start, now also held by the caller."""
@@ -66,13 +69,14 @@ class PrefixCache:
             page = self._pages.get(key)
             if page is not None and self._pool.num_holders(page) == 1:
                 self._idle.pop(key, None)
-                self._idle[key] = None
+                self._idle[key] = self._pool.clock
 
-    def evict(self, count: int) -> None:
-        """Give up to `count` pages back that nobody else holds, the least recently used first."""
-        for key in list(islice(self._idle, count)):
-            del self._idle[key]
-            self._pool.release([self._pages.pop(key)])
+    def evict(self) -> int:
+        """Give the page back that was used longest ago of those that nobody else holds."""
+        key = next(iter(self._idle))
+        del self._idle[key]
+        self._pool.release([self._pages.pop(key)])
+        return 1
 
     def check_integrity(self) -> None:
         """Prove that exactly the pages that nobody else holds count as idle.

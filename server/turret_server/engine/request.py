@@ -52,10 +52,17 @@ class AdapterUse:
     weight: float = 1.0
 
 
+# Whose request it is where nobody says.
+DEFAULT_TENANT = "default"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One generation. At most one of its adapters has virtual tokens. `deadline` is in seconds of the
     engine's clock; `sink` is called on its thread.
+
+    Cached blocks are found only by requests with the same `cache_salt`. With `pinned`, the blocks of the
+    prompt stay in the cache until they are unpinned by the request's id.
     """
 
     request_id: int
@@ -65,10 +72,19 @@ class Request:
     stop_token_ids: frozenset[int]
     deadline: float | None
     sink: Callable[[Output], None]
+    tenant: str = DEFAULT_TENANT
+    priority: int = 0
+    cache_salt: str = ""
+    pinned: bool = False
 
     @property
     def num_virtual_tokens(self) -> int:
         return sum(use.spec.num_virtual_tokens for use in self.adapters)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer, if the answer is as long as it may be."""
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
 
     def tell(self, output: Output) -> bool:
         """Hand an event to the sink; False where it raises, and so nobody listens any more."""

@@ -7,13 +7,22 @@ embeddings are computed by the batch itself, as the tokens of a sequence of thei
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from turret_adapters.slab import slab_layout
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server.engine.pages import PagePool
+from turret_server.engine.request import DEFAULT_TENANT
+
+# How many adapters are filled at once. One that waits for its turn to be read needs no pages yet.
+MAX_FILLING = 8
+
+# In how many steps half of an adapter's past uses are forgotten.
+_HALF_LIFE = 1000
 
 
 class AdapterMemory(Protocol):
@@ -32,20 +41,33 @@ class AdapterMemory(Protocol):
         """Its pages are about to be used for something else."""
 
 
+class Absence(Enum):
+    """Why an adapter is not even on its way."""
+
+    NO_ROOM = "no room"
+    BUSY = "as many are being filled as may be at once"
+
+
 @dataclass(slots=True, eq=False)
 class Resident:
     """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending.
 
-    With an `error`, filling them failed, and the pages are gone.
+    With an `error`, filling them failed, and the pages are gone. `tenant` asked for it last. In ticks of the
+    pool: somebody who waits looked at it at `needed`, or used it until `last_used`; at `last_begun` requests
+    had begun on it `num_begun` times, the older ones counting less.
     """
 
     spec: AdapterSpec
     slab_pages: list[int]
     prefix_pages: list[int]
+    tenant: str
     copying: bool
     num_virtual_computed: int
     num_users: int = 0
+    needed: int = 0
     last_used: int = 0
+    last_begun: int = 0
+    num_begun: float = 0.0
     error: str | None = None
 
     @property
@@ -56,17 +78,28 @@ class Resident:
     def pages(self) -> list[int]:
         return self.slab_pages + self.prefix_pages
 
+    @property
+    def num_pages(self) -> int:
+        return len(self.slab_pages) + len(self.prefix_pages)
+
 
 @dataclass(slots=True)
 class Residency:
-    """Least recently used revisions give their pages up; one in use, or being filled, never does."""
+    """Revisions that nobody uses give their pages up; one in use, or being filled, never does.
+
+    First goes what is large, was used long ago and seldom, and belongs to a tenant who has much of the arena
+    for its weight: a tenant that asks for one cold adapter after another evicts its own, and still what
+    others have not touched for long.
+    """
 
     pool: PagePool
     memory: AdapterMemory
     page_elements: int
     block_size: int
     post: Callable[[Callable[[], None]], None]
-    clock: int = 0
+    weight: Callable[[str], float] = lambda _: 1.0
+    num_evicted: int = 0
+    num_filling: int = 0
     _residents: dict[str, Resident] = field(default_factory=dict)
     _dropped: set[str] = field(default_factory=set)
     _num_pages: dict[str, int] = field(default_factory=dict)
@@ -86,46 +119,51 @@ class Residency:
             self._num_pages[spec.revision] = num_pages
         return num_pages
 
-    def tick(self) -> None:
-        """A step begins: what is used from here on is newer than all before."""
-        self.clock += 1
-
     def get(self, revision: str) -> Resident | None:
         return self._residents.get(revision)
 
-    def ensure(self, spec: AdapterSpec) -> Resident | None:
-        """The resident of a revision, being filled if it was not there; None when there is no room now."""
+    def prefetch(self, spec: AdapterSpec) -> None:
+        """Fill an adapter that nobody has asked for yet, if there is room that nobody else uses."""
+        if self.num_pages(spec) <= self.pool.num_free:
+            self.ensure(spec, DEFAULT_TENANT)
+
+    def ensure(self, spec: AdapterSpec, tenant: str) -> Resident | Absence:
+        """The resident of a revision, being filled if it was not there, or why it cannot be now."""
         resident = self._residents.get(spec.revision)
         if resident is None:
+            if self.num_filling >= MAX_FILLING:
+                return Absence.BUSY
             pages = self.pool.allocate(self.num_pages(spec))
             if pages is None:
-                return None
-            resident = self._fill(spec, pages)
-        resident.last_used = self.clock
+                return Absence.NO_ROOM
+            resident = self._fill(spec, tenant, pages)
+        resident.needed = resident.last_used = self.pool.clock
         self._dropped.discard(spec.revision)
         return resident
 
-    def ensure_all(self, specs: Sequence[AdapterSpec]) -> tuple[Resident, ...] | None:
-        """The residents of several revisions; None when there is no room for all of them now."""
+    def ensure_all(self, specs: Sequence[AdapterSpec], tenant: str) -> tuple[Resident, ...] | Absence:
+        """The residents of several revisions, or why not all of them can be on their way now."""
         residents = []
         for spec in specs:
-            resident = self.ensure(spec)
-            if resident is None:
-                return None
+            resident = self.ensure(spec, tenant)
+            if isinstance(resident, Absence):
+                return resident
             residents.append(resident)
         return tuple(residents)
 
-    def _fill(self, spec: AdapterSpec, pages: list[int]) -> Resident:
+    def _fill(self, spec: AdapterSpec, tenant: str, pages: list[int]) -> Resident:
         num_prefix = -(-spec.num_virtual_tokens // self.block_size)
         computed = spec.prefix is not None and spec.prefix.kind is PrefixKind.EMBEDDING
         resident = Resident(
             spec=spec,
             slab_pages=pages[: len(pages) - num_prefix],
             prefix_pages=pages[len(pages) - num_prefix :],
+            tenant=tenant,
             copying=True,
             num_virtual_computed=0 if computed else spec.num_virtual_tokens,
         )
         self._residents[spec.revision] = resident
+        self.num_filling += 1
         self.memory.place(
             spec,
             tuple(resident.slab_pages),
@@ -136,6 +174,7 @@ class Residency:
 
     def _copied(self, resident: Resident, error: str | None) -> None:
         resident.copying = False
+        self.num_filling -= 1
         if error is not None:
             self.fail(resident, error)
         elif resident.spec.revision in self._dropped:
@@ -145,13 +184,18 @@ class Residency:
         """Residents whose virtual tokens are still to be computed and whose embeddings have arrived."""
         return [r for r in self._residents.values() if not r.copying and not r.ready]
 
-    def acquire(self, resident: Resident) -> None:
+    def acquire(self, resident: Resident, tenant: str) -> None:
+        """A request of the tenant begins on it."""
         assert resident.ready
+        age = self.pool.clock - resident.last_begun
+        resident.num_begun = 1 + resident.num_begun * 0.5 ** (age / _HALF_LIFE)
+        resident.last_begun = self.pool.clock
         resident.num_users += 1
-        resident.last_used = self.clock
+        resident.tenant = tenant
 
     def release(self, resident: Resident) -> None:
         resident.num_users -= 1
+        resident.last_used = self.pool.clock
         assert resident.num_users >= 0
         if not resident.num_users and resident.spec.revision in self._dropped:
             self._free(resident)
@@ -175,22 +219,37 @@ class Residency:
     @property
     def num_idle(self) -> int:
         """Pages of idle revisions."""
-        return sum(len(resident.pages) for resident in self._idle())
+        return sum(resident.num_pages for resident in self._idle())
 
-    def evict(self, count: int) -> None:
-        """Free at least `count` pages of idle revisions, or all, the least recently used first."""
-        for resident in sorted(self._idle(), key=lambda resident: resident.last_used):
-            if count <= 0:
-                break
-            count -= len(resident.pages)
-            self._free(resident)
+    @property
+    def oldest(self) -> int:
+        return self._next_to_go().last_used
+
+    def evict(self) -> int:
+        """Free the pages of the idle revision that is to go first."""
+        resident = self._next_to_go()
+        self._free(resident)
+        self.num_evicted += 1
+        return resident.num_pages
+
+    def _next_to_go(self) -> Resident:
+        held: Counter[str] = Counter()
+        for resident in self._residents.values():
+            held[resident.tenant] += resident.num_pages
+
+        def waste(resident: Resident) -> float:
+            age = self.pool.clock - resident.last_used
+            share = held[resident.tenant] / self.weight(resident.tenant)
+            return age * resident.num_pages * share / (1 + resident.num_begun)
+
+        return max((resident for resident in self._idle() if resident.num_pages), key=waste)
 
     def _idle(self) -> list[Resident]:
         """Those that nobody uses, that are not being filled, and that this step has not looked at."""
         return [
             resident
             for resident in self._residents.values()
-            if resident.ready and not resident.num_users and resident.last_used < self.clock
+            if resident.ready and not resident.num_users and resident.needed < self.pool.clock
         ]
 
     def _free(self, resident: Resident) -> None:

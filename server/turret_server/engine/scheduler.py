@@ -3,30 +3,41 @@
 There is no prefill phase and no decode phase: a sequence has tokens that are not computed yet, many at
 its start and one later, and a step gives some sequences some tokens within a budget (the scheduler of
 vLLM V1; chunked prefill as in Sarathi-Serve, arXiv 2403.02310). Sequences that wait for one token come
-first, so that a long prompt does not hold up a running stream.
+first, so that a long prompt does not hold up a running stream; the rest of the budget goes to prompts in
+the order of `fairness`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from turret_server.engine.allocation import Allocation
+from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, FairQueue
+from turret_server.engine.pacing import Pacing
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
-from turret_server.engine.request import FinishReason, Output
-from turret_server.engine.residency import Residency, Resident
+from turret_server.engine.request import FinishReason, Output, Request
+from turret_server.engine.residency import Absence, Residency, Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import VIRTUAL_TOKEN, PageCopy, SequenceStep, Step, StepResult
-from turret_server.errors import DeadlineError, GenerationFailedError, TurretError
+from turret_server.errors import DeadlineError, GenerationFailedError, RequestTooLargeError, TurretError
+
+# Of how many requests that cannot start yet the adapters are fetched ahead, and how many, for each that may
+# run, are looked at to find some whose adapters are there.
+_PREFETCHED = 8
+_LOOKED_AT = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Most tokens in one step, and most requests that run at once: no more than tokens, so that all go on."""
+    """Most tokens in one step, how long it should last at most, and most requests that run at once: no more
+    than tokens, so that all go on.
+    """
 
     max_batch_tokens: int
     max_batch_requests: int
+    max_step_seconds: float
 
 
 @dataclass(slots=True)
@@ -34,6 +45,7 @@ class _Plan:
     """A step in the making. Virtual tokens to compute get negative ids, the others their request's."""
 
     budget: int
+    num_streams: int = 0
     sequences: list[SequenceStep] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     prompts: dict[int, Resident] = field(default_factory=dict)
@@ -43,109 +55,141 @@ class _Plan:
         self.budget -= len(sequence.token_ids)
 
 
-@dataclass(slots=True)
 class Scheduler:
-    pool: PagePool
-    cache: PrefixCache
-    residency: Residency
-    limits: Limits
-    block_size: int
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
-    num_preempted: int = 0
-    _prompts: dict[int, Resident] = field(default_factory=dict)
+    """`weight` is a tenant's; `on_start` is told each request that leaves the queue, once."""
+
+    def __init__(
+        self,
+        *,
+        pool: PagePool,
+        cache: PrefixCache,
+        residency: Residency,
+        limits: Limits,
+        block_size: int,
+        weight: Callable[[str], float] = lambda _: 1.0,
+        on_start: Callable[[Request], None] = lambda _: None,
+    ) -> None:
+        self.pool = pool
+        self.cache = cache
+        self.residency = residency
+        self.limits = limits
+        self.waiting = FairQueue(weight)
+        self.running: list[Sequence] = []
+        self.allocation = Allocation(pool, cache, residency, block_size)
+        self.pacing = Pacing(limits.max_batch_tokens, limits.max_step_seconds)
+        self.num_preempted = 0
+        self._on_start = on_start
+        self._by_id: dict[int, Sequence] = {}
+        self._plan = _Plan(budget=0)
 
     @property
     def sequences(self) -> Iterator[Sequence]:
-        yield from self.running
-        yield from self.waiting
-
-    def num_pages(self, sequence: Sequence) -> int:
-        """Pages that the sequence and its adapter take when its last token is generated.
-
-        That token is computed no more, and whole pages of the adapter's prefix are the sequence's as well.
-        """
-        num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens - 1
-        num_pages = -(-num_tokens // self.block_size) - sequence.num_virtual // self.block_size
-        return num_pages + sum(self.residency.num_pages(use.spec) for use in sequence.request.adapters)
+        yield from self._by_id.values()
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._by_id[sequence.request.request_id] = sequence
+        self.waiting.add(sequence)
+        try:
+            # Once more, for a prompt may have been pinned since.
+            self.allocation.check_fits(sequence)
+        except RequestTooLargeError as error:
+            self.fail(sequence, error)
 
     def schedule(self, now: float) -> Step | None:
         """Plan the next step; None when nothing can be computed now. `now` is compared with deadlines."""
-        self.residency.tick()
-        self.num_preempted = 0
+        self.pool.tick()
+        self.num_preempted = self.residency.num_evicted = 0
+        if not self._by_id:
+            self.waiting.forget()
         self._fail_overdue(now)
-        self._fail_unplaceable()
         self._grow()
-        plan = _Plan(budget=self.limits.max_batch_tokens)
-        self._continue(plan)
+        streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
+        self._plan = plan = _Plan(self.pacing.budget(len(streams)), len(streams))
+        for sequence in streams:
+            self._compute(sequence, plan)
         self._compute_prompts(plan)
-        self._admit(plan)
-        self._prompts = plan.prompts
+        self._compute_or_start(plan)
         if not plan.sequences:
             return None
         return Step(sequences=tuple(plan.sequences), copies=tuple(plan.copies))
 
-    def update(self, step: Step, result: StepResult) -> None:
-        """Take in what a step computed: keep whole blocks, hand tokens on, end what has ended."""
-        running = {sequence.request.request_id: sequence for sequence in self.running}
+    def update(self, step: Step, result: StepResult, seconds: float) -> None:
+        """Take in what a step computed: keep whole blocks, hand tokens on, end what has ended. It took so
+        many seconds.
+        """
+        plan = self._plan
+        self.pacing.measured(plan.num_streams, step.num_tokens - plan.num_streams, seconds)
         for part in step.sequences:
-            if part.sequence_id in self._prompts:
-                self._update_prompt(self._prompts[part.sequence_id], part, result)
+            if part.sequence_id in plan.prompts:
+                self._update_prompt(plan.prompts[part.sequence_id], part, result)
             else:
-                self._update_sequence(running[part.sequence_id], part, result)
+                self._update_sequence(self._by_id[part.sequence_id], part, result)
 
     def cancel(self, request_id: int) -> None:
         """End a request without another word; one that has ended already is left alone."""
-        for sequence in list(self.sequences):
-            if sequence.request.request_id == request_id:
-                self._end(sequence, FinishReason.CANCELLED)
+        sequence = self._by_id.get(request_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.CANCELLED)
+
+    def drop(self, revision: str) -> None:
+        """No request will name this revision again, and no prompt stays pinned for it."""
+        self.allocation.drop(revision)
+        self.residency.drop(revision)
 
     def fail(self, sequence: Sequence, error: TurretError) -> None:
         self._end(sequence, FinishReason.FAILED, error)
 
     def check_integrity(self) -> None:
         """Prove that every page is where the books say; see `PagePool.check_integrity`."""
-        held = [page for sequence in self.sequences for page in sequence.block_table]
+        holders = [*self.running, *self.allocation.pinned]
+        held = [page for sequence in holders for page in sequence.block_table]
         held += [page for resident in self.residency for page in resident.pages]
         held += self.cache.pages
         self.pool.check_integrity(held)
         self.cache.check_integrity()
-        assert not any(sequence.block_table or sequence.residents for sequence in self.waiting)
+        waiting = list(self.waiting)
+        assert not any(sequence.block_table or sequence.residents for sequence in waiting)
+        assert {*waiting, *self.running} == set(self._by_id.values())
         for resident in self.residency:
-            users = sum(resident in sequence.residents for sequence in self.running)
+            users = sum(resident in sequence.residents for sequence in holders)
             assert resident.num_users == users, f"{resident.spec.revision}: {users} use it"
 
     def _fail_overdue(self, now: float) -> None:
-        for sequence in list(self.sequences):
+        for sequence in list(self._by_id.values()):
             deadline = sequence.request.deadline
             if deadline is not None and now >= deadline:
                 self.fail(sequence, DeadlineError("the deadline passed before the request finished"))
 
-    def _fail_unplaceable(self) -> None:
-        for sequence in list(self.waiting):
-            errors = [resident.error for resident in sequence.awaited if resident.error]
-            if errors:
-                reason = f"the adapter could not be made resident: {errors[0]}"
-                self.fail(sequence, GenerationFailedError(reason))
-
     def _grow(self) -> None:
-        """Give every running sequence the page of its next token, at the cost of the youngest ones."""
+        """Give every running sequence the page of its next token, at the cost of others if need be."""
         for sequence in list(self.running):
-            while sequence.block_table and len(sequence.block_table) * self.block_size < len(sequence.tokens):
-                pages = self.pool.allocate(1)
-                if pages is None:
-                    self._preempt(self.running[-1])
-                else:
-                    sequence.block_table += pages
+            while self.allocation.needs_page(sequence) and not self.allocation.grow(sequence):
+                self._preempt(self._victim())
 
-    def _continue(self, plan: _Plan) -> None:
-        """Let running sequences go on, those that wait for a single token first."""
-        for sequence in sorted(self.running, key=lambda sequence: sequence.num_remaining > 1):
-            if plan.budget:
-                plan.add(sequence.step(min(sequence.num_remaining, plan.budget)))
+    def _victim(self) -> Sequence:
+        """Who gives way: whoever did so least often, of those the tenant that was given most, and of its
+        requests the one with the least to compute again. As every page that is taken from somebody stands
+        for a token that somebody generated, requests do not take pages from each other for ever.
+        """
+        return min(
+            self.running,
+            key=lambda sequence: (
+                sequence.num_preempted,
+                -self.waiting.counter(sequence.tenant),
+                sequence.num_computed,
+                -sequence.request.request_id,
+            ),
+        )
+
+    def _compute(self, sequence: Sequence, plan: _Plan) -> None:
+        """Let the sequence have what is left of the budget, and its tenant pay for what is new."""
+        part = sequence.step(min(sequence.num_remaining, plan.budget))
+        plan.add(part)
+        end = part.start + len(part.token_ids)
+        prompt = min(end, sequence.num_prompt) - max(part.start, sequence.num_charged)
+        cost = PROMPT_COST * max(prompt, 0) + (GENERATED_COST if part.sampling else 0.0)
+        sequence.num_charged = max(sequence.num_charged, end)
+        self.waiting.charge(sequence.tenant, cost)
 
     def _compute_prompts(self, plan: _Plan) -> None:
         """Compute the virtual tokens of adapters that bring embeddings, into the adapter's own pages."""
@@ -153,7 +197,7 @@ class Scheduler:
             count = min(resident.spec.num_virtual_tokens - resident.num_virtual_computed, plan.budget)
             if not count:
                 break
-            resident.last_used = self.residency.clock
+            resident.needed = resident.last_used = self.pool.clock
             sequence_id = -1 - len(plan.prompts)
             plan.prompts[sequence_id] = resident
             plan.add(
@@ -166,54 +210,61 @@ class Scheduler:
                 )
             )
 
-    def _admit(self, plan: _Plan) -> None:
-        """Start waiting sequences in order. One whose adapter is on its way lets others pass, once: if the
-        adapter came and had to go again, it does not. Nor does one for which there are no pages, or a long
-        prompt would wait for ever.
+    def _compute_or_start(self, plan: _Plan) -> None:
+        """Go on with prompts and start requests, in the fair order of both, until one that cannot start may
+        not be passed. Once nobody can start, fetch the adapters of those who will be next.
         """
-        for sequence in list(self.waiting):
-            if not plan.budget or len(self.running) >= self.limits.max_batch_requests:
+        prompts = [sequence for sequence in self.running if sequence.num_remaining > 1]
+        num_prompts, num_seen, num_ahead = len(prompts), 0, 0
+        passing = True
+        for sequence in self.waiting.in_order(prompts):
+            if sequence.block_table:
+                num_prompts -= 1
+                if plan.budget:
+                    self._compute(sequence, plan)
+            elif passing:
+                full = not plan.budget or len(self.running) >= self.limits.max_batch_requests
+                passing = self._start(sequence, plan, first=not num_seen, full=full)
+                num_seen, num_ahead = num_seen + 1, num_ahead + full
+                passing &= num_ahead < _PREFETCHED
+                passing &= num_seen < _LOOKED_AT * self.limits.max_batch_requests
+            if not passing and not num_prompts:
                 break
-            residents = self.residency.ensure_all([use.spec for use in sequence.request.adapters])
-            if residents is None:
-                break
-            if not all(resident.ready for resident in residents):
-                if sequence.awaited not in ((), residents):
-                    break
-                sequence.awaited = residents
-                continue
-            if not self._take_pages(sequence, residents, plan):
-                break
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            plan.add(sequence.step(min(sequence.num_remaining, plan.budget)))
 
-    def _take_pages(self, sequence: Sequence, residents: tuple[Resident, ...], plan: _Plan) -> bool:
-        """Share the adapter's prefix and cached blocks, and take pages for the rest of the prompt."""
-        num_virtual = sequence.num_virtual
-        whole = num_virtual // self.block_size
-        # The last token is always computed, for its logits.
-        keys = sequence.keys((len(sequence.tokens) - 1) // self.block_size, self.block_size)
-        cached = self.cache.match(keys[whole:])
-        prefix = [page for resident in residents for page in resident.prefix_pages]
-        shared = prefix[:whole]
-        missing = -(-len(sequence.tokens) // self.block_size) - len(shared) - len(cached)
-        pages = self.pool.allocate(missing)
-        if pages is None:
-            self.pool.release(cached)
-            self.cache.given_back(keys[whole : whole + len(cached)])
+    def _start(self, sequence: Sequence, plan: _Plan, *, first: bool, full: bool) -> bool:
+        """Start a sequence if it can be, or have its adapter brought. False where nobody may pass it: where
+        there are no pages for it, or a long prompt would wait for ever; and where the first of all loses its
+        adapter again while it waits, or it would wait as long.
+        """
+        lost = next((resident.error for resident in sequence.awaited if resident.error), None)
+        if lost:
+            error = GenerationFailedError(f"the adapter could not be made resident: {lost}")
+            self.fail(sequence, error)
+            return True
+        specs = [use.spec for use in sequence.request.adapters]
+        residents = self.residency.ensure_all(specs, sequence.tenant)
+        if isinstance(residents, Absence):
+            return residents is Absence.BUSY
+        if not all(resident.ready for resident in residents):
+            again = sequence.awaited not in ((), residents)
+            sequence.awaited = residents
+            return not (first and again)
+        if full:
+            return True
+        copies = self.allocation.take(sequence, residents)
+        if copies is None:
             return False
-        self.pool.share(shared)
-        sequence.block_table = [*shared, *cached, *pages]
-        sequence.num_computed = max(num_virtual, (whole + len(cached)) * self.block_size)
-        for resident in residents:
-            self.residency.acquire(resident)
-        sequence.residents = residents
-        if num_virtual % self.block_size and not cached:
-            plan.copies.append(PageCopy(source=prefix[whole], target=pages[0]))
-        if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
+        plan.copies += copies
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self._leave_queue(sequence)
+        self._compute(sequence, plan)
         return True
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        if not sequence.started:
+            sequence.started = True
+            self._on_start(sequence.request)
 
     def _update_prompt(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
@@ -227,8 +278,11 @@ class Scheduler:
         if error is not None:
             self.fail(sequence, GenerationFailedError(f"the step failed for this request: {error}"))
             return
-        self._keep_blocks(sequence, len(part.token_ids))
+        self.allocation.keep(sequence, len(part.token_ids))
         if part.sampling is None:
+            return
+        if sequence.request.pinned:
+            self._pin(sequence)
             return
         token_id = result.token_ids[part.sequence_id]
         sequence.tokens.append(token_id)
@@ -239,14 +293,18 @@ class Scheduler:
         if not sequence.request.tell(output) and not reason:
             self._remove(sequence)
 
-    def _keep_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count `num_tokens` as computed and offer the blocks that became whole to the cache."""
-        before = max(sequence.num_computed, sequence.num_virtual) // self.block_size
-        sequence.num_computed += num_tokens
-        after = sequence.num_computed // self.block_size
-        keys = sequence.keys(after, self.block_size)
-        for index in range(before, after):
-            self.cache.insert(keys[index], sequence.block_table[index])
+    def _pin(self, sequence: Sequence) -> None:
+        """Its prompt is computed, and no token is wanted."""
+        try:
+            self.allocation.pin(sequence, beside=self._by_id.values())
+        except RequestTooLargeError as error:
+            self.fail(sequence, error)
+            return
+        del self._by_id[sequence.request.request_id]
+        self.running.remove(sequence)
+        sequence.request.tell(
+            Output(finish_reason=FinishReason.LENGTH, cached_tokens=sequence.num_cached or 0)
+        )
 
     @staticmethod
     def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
@@ -259,24 +317,20 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; its tokens stay, and are computed again when there is room."""
         self.num_preempted += 1
-        self._release(sequence)
+        sequence.num_preempted += 1
+        self.allocation.release(sequence)
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: TurretError | None = None) -> None:
         self._remove(sequence)
         sequence.request.tell(Output(finish_reason=reason, error=error))
 
     def _remove(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Give pages and adapter back; what the prefix cache keeps of them can be found again."""
-        self.pool.release(sequence.block_table)
-        self.cache.given_back(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
-        sequence.block_table = []
-        sequence.num_computed = 0
-        for resident in sequence.residents:
-            self.residency.release(resident)
-        sequence.residents = ()
+        del self._by_id[sequence.request.request_id]
+        if sequence.block_table:
+            self.running.remove(sequence)
+            self.allocation.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._leave_queue(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
@@ -13,38 +14,63 @@ from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 # A position that no context reaches.
 NEVER = 2**62
 
+# A request stands in its tenant's queue as if it had come so much earlier for each step of priority. So a
+# more important one passes those that came a while before it, and nobody is passed for ever.
+HEAD_START_SECONDS = 10.0
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` are an adapter's virtual tokens, the prompt and what was generated.
 
     The keys and values of the first `num_computed` of them are in the pages of `block_table`. The adapters'
-    rows apply from position `active_from` on. `awaited` are the residences that it last waited for.
+    rows apply from position `active_from` on. `awaited` are the residences that it last waited for. `order`
+    is its place among its tenant's: the lowest is served first. The tenant was charged for the first
+    `num_charged` tokens.
     """
 
     request: Request
     tokens: list[int]
+    order: tuple[float, int] = (0.0, 0)
     active_from: int = 0
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     residents: tuple[Resident, ...] = ()
     awaited: tuple[Resident, ...] = ()
     num_cached: int | None = None
+    num_charged: int = 0
+    num_preempted: int = 0
+    started: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request) -> Sequence:
+    def of(cls, request: Request, arrival: float = 0.0) -> Sequence:
+        """A request that arrived at this time of the engine's clock."""
         tokens = [VIRTUAL_TOKEN] * request.num_virtual_tokens + list(request.prompt_token_ids)
         starts = [_active_from(use.spec, tokens) for use in request.adapters]
-        return cls(request=request, tokens=tokens, active_from=max(starts, default=0))
+        return cls(
+            request=request,
+            tokens=tokens,
+            order=(arrival - HEAD_START_SECONDS * request.priority, request.request_id),
+            active_from=max(starts, default=0),
+        )
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
 
     @property
     def num_virtual(self) -> int:
         return self.request.num_virtual_tokens
 
     @property
+    def num_prompt(self) -> int:
+        """Virtual tokens and those of the prompt."""
+        return self.num_virtual + len(self.request.prompt_token_ids)
+
+    @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_virtual - len(self.request.prompt_token_ids)
+        return len(self.tokens) - self.num_prompt
 
     @property
     def num_remaining(self) -> int:
@@ -58,12 +84,18 @@ class Sequence:
         prefix stands, and all after it are theirs alone.
         """
         for index in range(len(self._keys), count):
-            parent = self._keys[-1] if index else b""
+            parent = self._keys[-1] if index else self._root
             end = (index + 1) * block_size
             if index == (0 if self.num_virtual else self.active_from // block_size):
                 parent += self._salt
             self._keys.append(block_key(parent, self.tokens[end - block_size : end]))
         return self._keys[:count]
+
+    @property
+    def _root(self) -> bytes:
+        """Where the chain begins. A salt is hashed, so that it cannot be chosen to look like a revision."""
+        salt = self.request.cache_salt.encode()
+        return hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
 
     @property
     def _salt(self) -> bytes:

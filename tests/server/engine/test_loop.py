@@ -9,6 +9,7 @@ import pytest
 
 from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.request import FinishReason, Output
 from turret_server.engine.scheduler import Limits
@@ -50,7 +51,7 @@ class Gate(FakeDevice):
 
 
 class Served:
-    def __init__(self, max_queue: int = 8) -> None:
+    def __init__(self, tenant_limits: TenantLimits = TenantLimits()) -> None:  # noqa: B008 (frozen)
         self.device = Gate()
         self.now = 0.0
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
@@ -60,8 +61,8 @@ class Served:
             num_pages=NUM_PAGES,
             page_elements=PAGE_ELEMENTS,
             block_size=BLOCK_SIZE,
-            limits=Limits(max_batch_tokens=32, max_batch_requests=2),
-            max_queue=max_queue,
+            limits=Limits(max_batch_tokens=32, max_batch_requests=2, max_step_seconds=1.0),
+            tenants=lambda _: tenant_limits,
             on_stats=self._record,
             clock=lambda: self.now,
         )
@@ -133,7 +134,7 @@ def test_requests_of_all_kinds_run_beside_each_other(served):
 
 
 def test_many_threads_may_ask_at_once():
-    served = Served(max_queue=1000)
+    served = Served(TenantLimits(max_queued_requests=1000))
     served.engine.start()
     runs: list[Run] = []
 
@@ -201,7 +202,8 @@ def test_a_request_that_could_never_fit_is_refused(served, spec, num_prompt, max
     else:
         with pytest.raises(RequestTooLargeError) as refused:
             served.submit(run)
-        assert refused.value.metadata == {"needed_pages": str(pages), "arena_pages": "16"}
+        assert refused.value.metadata["needed_pages"] == str(pages)
+        assert refused.value.metadata["arena_pages"] == "16"
         assert run.outputs == []
 
 
@@ -222,15 +224,17 @@ def test_the_largest_adapter_can_be_used(served, num_virtual):
 
 
 def test_no_more_wait_than_may():
-    served = Served(max_queue=2)
+    served = Served(TenantLimits(max_queued_requests=2))
     served.engine.start()
     held = served.hold()
     waiting = [served.submit(make_run([1])) for _ in range(2)]
     with pytest.raises(QueueFullError) as refused:
         served.submit(make_run([1]))
-    assert refused.value.metadata == {"max_queue": "2"}
+    assert refused.value.metadata["tenant"] == "default"
+    assert refused.value.retry_after > 0
+    other = served.submit(make_run([1], tenant="other"))
     served.device.open.set()
-    served.wait(held, *waiting)
+    served.wait(held, other, *waiting)
     later = served.submit(make_run([1]))
     served.wait(later)
     served.engine.stop()
@@ -361,7 +365,7 @@ def ask_until_refused(served: Served, accepted: list[Run], started: threading.Ev
 
 def test_whatever_is_asked_while_it_stops_is_refused_or_ended():
     for _ in range(30):
-        served = Served(max_queue=1000)
+        served = Served(TenantLimits(max_queued_requests=1000))
         served.engine.start()
         accepted: list[Run] = []
         started = threading.Event()
@@ -408,6 +412,6 @@ def test_statistics_say_who_has_the_pages(served):
     assert all(sum(stats.pages.values()) == NUM_PAGES for stats in seen)
     # Six virtual tokens: a page that is shared, and one that the request has a copy of.
     during = next(stats for stats in seen if stats.num_running)
-    assert during.pages == {"lora": 3, "prefix": 2, "cache": 0, "free": 8, "sequence": 3}
-    assert seen[-1].pages == {"lora": 3, "prefix": 2, "cache": 3, "free": 8, "sequence": 0}
+    assert during.pages == {"lora": 3, "prefix": 2, "cache": 0, "free": 8, "pinned": 0, "sequence": 3}
+    assert seen[-1].pages == {"lora": 3, "prefix": 2, "cache": 3, "free": 8, "pinned": 0, "sequence": 0}
     assert sum(stats.step.num_tokens for stats in seen if stats.step) == 9 + 2

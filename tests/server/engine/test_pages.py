@@ -8,20 +8,24 @@ from turret_server.engine.pages import PagePool
 
 
 class Keeper:
-    """A reclaimer that holds `pages` of a pool."""
+    """A reclaimer that holds `count` pages of a pool, the first since `oldest`, each a tick newer."""
 
-    def __init__(self, pool: PagePool, count: int) -> None:
+    def __init__(self, pool: PagePool, count: int, oldest: int = 0, at_once: int = 1) -> None:
         self.pool = pool
         self.pages = pool.allocate(count) or []
+        self.oldest = oldest
+        self.at_once = at_once
         pool.add_reclaimer(self)
 
     @property
     def num_idle(self) -> int:
         return len(self.pages)
 
-    def evict(self, count: int) -> None:
-        gone, self.pages = self.pages[:count], self.pages[count:]
+    def evict(self) -> int:
+        gone, self.pages = self.pages[: self.at_once], self.pages[self.at_once :]
         self.pool.release(gone)
+        self.oldest += 1
+        return len(gone)
 
 
 def test_a_page_is_handed_out_once():
@@ -65,13 +69,20 @@ def test_free_pages_go_before_kept_ones():
     assert keeper.num_idle == 2
 
 
-def test_kept_pages_are_reclaimed_in_order_and_no_more_than_needed():
-    pool = PagePool(6)
-    first, second = Keeper(pool, 2), Keeper(pool, 2)
+def test_what_was_used_longest_ago_is_reclaimed_and_no_more_than_needed():
+    pool = PagePool(8)
+    first, second = Keeper(pool, 4, oldest=10), Keeper(pool, 2, oldest=11)
+    assert pool.allocate(5) is not None
+    assert (first.num_idle, second.num_idle) == (2, 1)
     assert pool.allocate(3) is not None
-    assert (first.num_idle, second.num_idle) == (1, 2)
-    assert pool.allocate(2) is not None
-    assert (first.num_idle, second.num_idle) == (0, 1)
+    assert (first.num_idle, second.num_idle) == (0, 0)
+
+
+def test_a_keeper_may_free_more_than_is_needed():
+    pool = PagePool(4)
+    keeper = Keeper(pool, 4, at_once=3)
+    assert pool.allocate(1) is not None
+    assert (keeper.num_idle, pool.num_free) == (1, 2)
 
 
 def test_nothing_is_reclaimed_in_vain():

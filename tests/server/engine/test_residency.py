@@ -7,7 +7,7 @@ import pytest
 from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_spec
 from turret_adapters.spec import PrefixKind
 from turret_server.engine.pages import PagePool
-from turret_server.engine.residency import Residency
+from turret_server.engine.residency import MAX_FILLING, Absence, Residency
 
 BLOCK_SIZE = 4
 
@@ -25,14 +25,20 @@ class World(Residency):
             block_size=BLOCK_SIZE,
             post=self.inbox.append,
         )
-        self.tick()
+        self.pool.tick()
 
     def complete(self, index: int = 0, error: str | None = None) -> None:
         self.device.complete(index, error)
         self.inbox.popleft()()
 
-    def fill(self, spec):
-        resident = self.ensure(spec)
+    def tick(self) -> None:
+        self.pool.tick()
+
+    def ensure(self, spec, tenant="a"):
+        return super().ensure(spec, tenant)
+
+    def fill(self, spec, tenant="a"):
+        resident = self.ensure(spec, tenant)
         self.complete()
         self.tick()
         return resident
@@ -98,7 +104,7 @@ def test_the_one_used_longest_ago_makes_room(world):
     world.fill(OTHER)
     world.ensure(LORA)
     world.tick()
-    assert world.ensure(THIRD)
+    assert world.ensure(THIRD).pages
     assert world.get("other") is None
     assert world.get("lora")
 
@@ -111,30 +117,30 @@ def test_one_that_is_needed_makes_no_room(world, state):
         world.complete()
     world.tick()
     if state == "in use":
-        world.acquire(resident)
+        world.acquire(resident, "a")
     world.tick()
     if state == "just looked at":
         world.ensure(spec)
     assert world.num_idle == 0
-    assert world.ensure(make_spec("large", slab_pages=7)) is None
+    assert world.ensure(make_spec("large", slab_pages=7)) is Absence.NO_ROOM
     assert world.get(spec.revision) is resident
 
 
 def test_one_that_was_needed_makes_room_afterwards(world):
     resident = world.fill(LORA)
-    world.acquire(resident)
+    world.acquire(resident, "a")
     world.tick()
     world.release(resident)
     assert world.num_idle == 3
-    assert world.ensure(make_spec("large", slab_pages=7))
+    assert world.ensure(make_spec("large", slab_pages=7)).pages
     assert world.get("lora") is None
     assert world.device.placed == {}
 
 
 def test_nobody_goes_when_there_would_still_be_too_little_room(world):
     world.fill(LORA)
-    world.acquire(world.fill(OTHER))
-    assert world.ensure(make_spec("large", slab_pages=6)) is None
+    world.acquire(world.fill(OTHER), "a")
+    assert world.ensure(make_spec("large", slab_pages=6)) is Absence.NO_ROOM
     assert world.get("lora")
 
 
@@ -153,8 +159,8 @@ def test_one_that_is_computed_is_freed_at_once_too(world):
 
 def test_one_in_use_that_is_dropped_is_freed_after_its_last_user(world):
     resident = world.fill(LORA)
-    world.acquire(resident)
-    world.acquire(resident)
+    world.acquire(resident, "a")
+    world.acquire(resident, "a")
     world.drop("lora")
     world.release(resident)
     assert world.get("lora") is resident
@@ -210,3 +216,100 @@ def test_users_that_are_let_go_too_often_are_noticed():
     world = World(8)
     with pytest.raises(AssertionError):
         world.release(world.fill(LORA))
+
+
+def test_no_more_are_filled_at_once_than_may():
+    world = World(2 * MAX_FILLING)
+    specs = [make_spec(f"r{index}", slab_pages=1) for index in range(MAX_FILLING + 1)]
+    assert all(world.ensure(spec).pages for spec in specs[:-1])
+    assert world.ensure(specs[-1]) is Absence.BUSY
+    assert world.pool.num_free == MAX_FILLING
+    world.complete(error="no")
+    assert world.ensure(specs[-1]).pages
+
+
+def test_all_or_none_of_a_requests_adapters_are_on_their_way(world):
+    assert world.ensure_all([LORA, make_spec("large", slab_pages=7)], "a") is Absence.NO_ROOM
+    lora, other = world.ensure_all([LORA, OTHER], "a")
+    assert (lora.spec, other.spec) == (LORA, OTHER)
+
+
+def test_what_nobody_asked_for_yet_takes_only_free_pages(world):
+    world.fill(LORA)
+    world.prefetch(make_spec("large", slab_pages=6))
+    assert world.get("lora")
+    assert world.get("large") is None
+    world.prefetch(make_spec("small", slab_pages=5))
+    assert world.get("small")
+
+
+def begin(world, resident, times=1, tenant="a"):
+    for _ in range(times):
+        world.ensure(resident.spec, tenant)
+        world.acquire(resident, tenant)
+        world.tick()
+        world.release(resident)
+        world.tick()
+
+
+def test_one_that_is_used_often_stays_for_longer(world):
+    often, seldom = world.fill(LORA), world.fill(OTHER)
+    begin(world, often, times=5)
+    begin(world, seldom)
+    for _ in range(3):
+        world.tick()
+    world.ensure(THIRD)
+    assert world.get("lora")
+    assert world.get("other") is None
+
+
+def test_uses_long_ago_count_for_little(world):
+    old, new = world.fill(LORA), world.fill(OTHER)
+    begin(world, old, times=5)
+    world.pool.clock += 20_000
+    begin(world, new)
+    begin(world, old)
+    assert new.num_begun == 1
+    assert 1 < old.num_begun < 1.001
+
+
+def test_of_equals_the_large_one_goes():
+    world = World(8)
+    world.fill(make_spec("large", slab_pages=4))
+    world.fill(make_spec("small", slab_pages=3))
+    world.pool.clock += 100
+    world.ensure(make_spec("new", slab_pages=3))
+    assert world.get("small")
+    assert world.get("large") is None
+
+
+@pytest.mark.parametrize("weights", [{}, {"few": 1.0, "many": 1.0}, {"few": 3.0, "many": 3.0}])
+def test_a_tenant_with_a_thousand_cold_adapters_evicts_its_own(weights):
+    world = World(20)
+    world.weight = lambda tenant: weights.get(tenant, 1.0)
+    hot = [world.fill(make_spec(f"hot{index}", slab_pages=1), "few") for index in range(4)]
+    for index in range(1000):
+        begin(world, hot[index % 4], tenant="few")
+        cold = world.fill(make_spec(f"cold{index}", slab_pages=1), "many")
+        begin(world, cold, tenant="many")
+        assert all(world.get(resident.spec.revision) for resident in hot)
+    world.check()
+
+
+def test_what_an_absent_tenant_left_behind_goes_in_the_end():
+    world = World(20)
+    for index in range(10):
+        world.fill(make_spec(f"left{index}", slab_pages=1), "absent")
+    for index in range(300):
+        begin(world, world.fill(make_spec(f"cold{index}", slab_pages=1), "many"), tenant="many")
+    assert {resident.tenant for resident in world} == {"many"}
+
+
+def test_a_tenant_with_more_weight_keeps_more():
+    world = World(24)
+    world.weight = {"light": 1.0, "heavy": 3.0}.__getitem__
+    for index in range(600):
+        for tenant in ("light", "heavy"):
+            begin(world, world.fill(make_spec(f"{tenant}{index}", slab_pages=1), tenant), tenant=tenant)
+    held = [resident.tenant for resident in world]
+    assert held.count("heavy") > 1.3 * held.count("light")

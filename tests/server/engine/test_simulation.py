@@ -124,11 +124,11 @@ class RandomLoad(RuleBasedStateMachine):
     @rule(adapter=adapters)
     def prefetch(self, adapter: AdapterSpec) -> None:
         if self.simulation.residency.num_pages(adapter) < self.simulation.pool.num_pages:
-            self.simulation.residency.ensure(adapter)
+            self.simulation.residency.prefetch(adapter)
 
     @rule(adapter=adapters)
     def drop(self, adapter: AdapterSpec) -> None:
-        self.simulation.residency.drop(adapter.revision)
+        self.simulation.scheduler.drop(adapter.revision)
 
     @precondition(lambda self: self.simulation.device.pending)
     @rule(data=st.data(), fails=st.integers(0, 4).map(lambda drawn: drawn == 4))
