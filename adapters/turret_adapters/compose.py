@@ -41,16 +41,11 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
         )
 
 
-def join_prefixes(adapters: Sequence[HostAdapter]) -> HostAdapter:
-    """One adapter whose virtual tokens are those of all, in order. They must be of one kind.
-
-    Keys in a prefix carry no rotary embedding, so keys and values keep their meaning wherever they stand;
-    embeddings are computed to keys and values in their place.
-    """
-    specs = [adapter.spec for adapter in adapters]
+def joined_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:
+    """One adapter whose virtual tokens are those of all, in order. They must be of one kind."""
     [kind] = {spec.prefix.kind for spec in specs if spec.prefix}
     digest = hashlib.sha256("+".join(spec.revision for spec in specs).encode()).hexdigest()
-    spec = AdapterSpec(
+    return AdapterSpec(
         revision=f"joined-{digest[:32]}",
         method=Method.PREFIX_TUNING if kind is PrefixKind.KEY_VALUE else Method.PROMPT_TUNING,
         rows=(),
@@ -59,10 +54,19 @@ def join_prefixes(adapters: Sequence[HostAdapter]) -> HostAdapter:
         num_parameters=sum(spec.num_parameters for spec in specs),
         file_bytes=sum(spec.file_bytes for spec in specs),
     )
-    if kind is PrefixKind.KEY_VALUE:
-        parts = [adapter.prefix_kv for adapter in adapters if adapter.prefix_kv is not None]
-        return HostAdapter(spec=spec, deltas={}, prefix_kv=torch.cat([part.float() for part in parts]))
-    prompts = [adapter.prompt_embeddings for adapter in adapters if adapter.prompt_embeddings is not None]
-    return HostAdapter(
-        spec=spec, deltas={}, prompt_embeddings=torch.cat([prompt.float() for prompt in prompts])
-    )
+
+
+def join_prefixes(adapters: Sequence[HostAdapter]) -> HostAdapter:
+    """The tensors of `joined_spec`.
+
+    Keys in a prefix carry no rotary embedding, so keys and values keep their meaning wherever they stand;
+    embeddings are computed to keys and values in their place.
+    """
+    spec = joined_spec([adapter.spec for adapter in adapters])
+    keys_values = [adapter.prefix_kv.float() for adapter in adapters if adapter.prefix_kv is not None]
+    if keys_values:
+        return HostAdapter(spec=spec, deltas={}, prefix_kv=torch.cat(keys_values))
+    prompts = [
+        adapter.prompt_embeddings.float() for adapter in adapters if adapter.prompt_embeddings is not None
+    ]
+    return HostAdapter(spec=spec, deltas={}, prompt_embeddings=torch.cat(prompts))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -42,14 +43,30 @@ class HostAdapter:
     prompt_embeddings: torch.Tensor | None = None
     tasks: tuple[HostAdapter, ...] = ()
 
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors take."""
+        tensors = [rows_NX for delta in self.deltas.values() for rows_NX in delta.rows.values()]
+        tensors += [tensor for tensor in (self.prefix_kv, self.prompt_embeddings) if tensor is not None]
+        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return own + sum(task.num_bytes for task in self.tasks)
+
 
 def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:
     """What of an adapter's rows the engine has to know."""
-    return tuple(
-        RowGroup(module, part, *rows_NX.shape)
-        for module, delta in deltas.items()
-        for part, rows_NX in delta.rows.items()
+    return _shared(
+        tuple(
+            RowGroup(module, part, *rows_NX.shape)
+            for module, delta in deltas.items()
+            for part, rows_NX in delta.rows.items()
+        )
     )
+
+
+@lru_cache(maxsize=1024)
+def _shared(groups: tuple[RowGroup, ...]) -> tuple[RowGroup, ...]:
+    """One object for all that are equal: thousands of adapters are of a few shapes."""
+    return groups
 
 
 class BaseWeights(Protocol):

@@ -6,7 +6,6 @@ each kind of adapter holds.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.kinds import CONVERTIBLE, KINDS
 from turret_adapters.plan import Content, Kind
 from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, describe, open_inside, resolve
-from turret_adapters.spec import TASK_MARK, AdapterSpec, BaseSpec, PrefixSpec
+from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 from turret_adapters.tensors import LENGTH_BYTES, MAX_TENSORS_BYTES, check_entries, read_header, read_tensor
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -77,7 +76,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdap
         prompt_embeddings=content.prompt_embeddings,
         tasks=tuple(
             HostAdapter(
-                spec=dataclasses.replace(spec, revision=f"{spec.revision}{TASK_MARK}{task}", num_tasks=0),
+                spec=spec.of_task(task),
                 deltas={},
                 prompt_embeddings=rows_NE,
             )

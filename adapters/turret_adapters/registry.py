@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from turret_adapters.compose import check_composition, join_prefixes
+from turret_adapters.compose import check_composition, join_prefixes, joined_spec
 from turret_adapters.errors import AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
+from turret_adapters.host_memory import HostMemory
 from turret_adapters.spec import TASK_MARK, AdapterSpec
 
 
@@ -62,27 +63,41 @@ class _Name:
     requests: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(slots=True)
+class _Joined:
+    """Several prefixes in one, for `num_requests` requests that name them together."""
+
+    parts: tuple[str, ...]
+    num_requests: int = 0
+
+
 class AdapterRegistry:
-    """All methods may be called from any thread. `on_gone` is told each revision that nothing needs any
-    more, on the thread that gave it up; whoever keeps copies elsewhere sets it before the first `publish`.
+    """All methods may be called from any thread. Tensors are in `memory`.
+
+    `on_gone` is told each revision that nothing needs any more, on the thread that gave it up; whoever keeps
+    copies elsewhere sets it before the first `publish`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: HostMemory | None = None) -> None:
         self.on_gone: Callable[[str], None] = lambda _: None
+        self._memory = HostMemory() if memory is None else memory
         self._lock = threading.Lock()
         self._names: dict[str, _Name] = {}
-        self._tensors: dict[str, HostAdapter] = {}
-        self._joined: dict[str, HostAdapter] = {}
-        self._num_joined: Counter[str] = Counter()
+        self._specs: dict[str, AdapterSpec] = {}
+        # How many names and requests need a revision.
+        self._needed: Counter[str] = Counter()
+        self._joined: dict[str, _Joined] = {}
 
     def publish(self, name: str, adapter: HostAdapter) -> None:
         """Make `name` point at this revision from now on."""
         spec = adapter.spec
         with self._lock:
-            self._tensors.setdefault(spec.revision, adapter)
+            self._memory.put(adapter)
+            self._specs[spec.revision] = spec
+            self._needed[spec.revision] += 1
             entry = self._names.setdefault(name, _Name())
-            entry.current, entry.error = spec, ""
-            gone = self._collect()
+            replaced, entry.current, entry.error = entry.current, spec, ""
+            gone = self._let_go(replaced.revision) if replaced else []
         self._tell(gone)
 
     def fail(self, name: str, error: str) -> None:
@@ -110,7 +125,8 @@ class AdapterRegistry:
                 draining_revisions=tuple(sorted(entry.requests)),
                 unloaded=True,
             )
-            gone = self._collect()
+            gone = self._let_go(current.revision) if current else []
+            self._tidy(name)
         self._tell(gone)
         return status
 
@@ -124,25 +140,23 @@ class AdapterRegistry:
         """
         with self._lock:
             wholes = [self._loaded(each.name) for each in named]
-            parts = [
-                _of_task(each, self._tensors[whole.revision])
-                for each, whole in zip(named, wholes, strict=True)
-            ]
-            uses = [(part.spec, each.weight) for each, part in zip(named, parts, strict=True)]
+            parts = [_of_task(each, whole) for each, whole in zip(named, wholes, strict=True)]
+            uses = [(part, each.weight) for each, part in zip(named, parts, strict=True)]
             check_composition([(each.name, *use) for each, use in zip(named, uses, strict=True)])
-            prefixes = [part for part in parts if part.spec.prefix]
-            joined = join_prefixes(prefixes) if len(prefixes) > 1 else None
+            prefixes = [part for part in parts if part.prefix]
+            joined = joined_spec(prefixes) if len(prefixes) > 1 else None
             if joined:
-                self._joined[joined.spec.revision] = joined
-                self._num_joined[joined.spec.revision] += 1
-                uses = [use for use in uses if not use[0].prefix] + [(joined.spec, 1.0)]
+                recipe = _Joined(tuple(prefix.revision for prefix in prefixes))
+                self._joined.setdefault(joined.revision, recipe).num_requests += 1
+                uses = [use for use in uses if not use[0].prefix] + [(joined, 1.0)]
             for each, whole in zip(named, wholes, strict=True):
                 self._names[each.name].requests[whole.revision] += 1
+                self._needed[whole.revision] += 1
         return Lease(
             pins=tuple((each.name, whole) for each, whole in zip(named, wholes, strict=True)),
-            joined=joined.spec.revision if joined else None,
+            joined=joined.revision if joined else None,
             uses=tuple(uses),
-            revision="+".join(part.spec.revision for part in parts),
+            revision="+".join(part.revision for part in parts),
         )
 
     def release(self, lease: Lease) -> None:
@@ -158,16 +172,16 @@ class AdapterRegistry:
         entry = self._names[name]
         entry.requests[spec.revision] -= 1
         assert entry.requests[spec.revision] >= 0, f"{name} was released more often than acquired"
-        if entry.requests[spec.revision]:
-            return []
-        del entry.requests[spec.revision]
-        return self._collect() if entry.current != spec else []
+        if not entry.requests[spec.revision]:
+            del entry.requests[spec.revision]
+        self._tidy(name)
+        return self._let_go(spec.revision)
 
     def _unjoin(self, revision: str) -> list[str]:
-        self._num_joined[revision] -= 1
-        if self._num_joined[revision]:
+        self._joined[revision].num_requests -= 1
+        if self._joined[revision].num_requests:
             return []
-        del self._num_joined[revision], self._joined[revision]
+        del self._joined[revision]
         return [revision]
 
     def _loaded(self, name: str) -> AdapterSpec:
@@ -177,15 +191,22 @@ class AdapterRegistry:
         return entry.current
 
     def tensors(self, revision: str) -> HostAdapter:
-        """The tensors of a revision, or of a task of one, that a name or a request needs."""
+        """The tensors of a revision, or of a task of one, that a name or a request needs; they may have to be
+        read first.
+
+        Raises:
+            AdapterError: they cannot be read again.
+        """
         with self._lock:
-            return self._find(revision)
+            joined = self._joined.get(revision)
+        if joined:
+            return join_prefixes([self._find(part) for part in joined.parts])
+        return self._find(revision)
 
     def _find(self, revision: str) -> HostAdapter:
-        if revision in self._joined:
-            return self._joined[revision]
         whole, _, task = revision.partition(TASK_MARK)
-        return self._tensors[whole].tasks[int(task)] if task else self._tensors[whole]
+        adapter = self._memory.get(whole)
+        return adapter.tasks[int(task)] if task else adapter
 
     def status(self, name: str) -> AdapterStatus:
         """What there is to say of one name.
@@ -204,7 +225,7 @@ class AdapterRegistry:
     def _status(self, name: str, entry: _Name) -> AdapterStatus:
         current = entry.current
         draining = sorted(entry.requests.keys() - {current.revision if current else None})
-        shown = current or (self._tensors[draining[-1]].spec if draining else None)
+        shown = current or (self._specs[draining[-1]] if draining else None)
         return AdapterStatus(
             name=name,
             spec=shown,
@@ -225,31 +246,34 @@ class AdapterRegistry:
             return AdapterNotFoundError(f"adapter {name!r} could not be loaded: {error}")
         return AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
 
-    def _collect(self) -> list[str]:
-        """Forget what nothing needs: names without revision, error and requests; revisions without both."""
-        for name, entry in list(self._names.items()):
-            if entry.current is None and not entry.error and not entry.requests:
-                del self._names[name]
-        needed = {entry.current.revision for entry in self._names.values() if entry.current}
-        needed.update(revision for entry in self._names.values() for revision in entry.requests)
-        gone = self._tensors.keys() - needed
-        of_tasks = [task.spec.revision for revision in gone for task in self._tensors[revision].tasks]
-        for revision in gone:
-            del self._tensors[revision]
-        return sorted([*gone, *of_tasks])
+    def _let_go(self, revision: str) -> list[str]:
+        """One name or request needs a revision no longer; what is gone with the last."""
+        self._needed[revision] -= 1
+        if self._needed[revision]:
+            return []
+        del self._needed[revision]
+        self._memory.drop(revision)
+        return sorted({revision, *self._specs.pop(revision).resident_revisions})
+
+    def _tidy(self, name: str) -> None:
+        """Forget a name without revision, error and requests."""
+        entry = self._names[name]
+        if entry.current is None and not entry.error and not entry.requests:
+            del self._names[name]
 
     def _tell(self, gone: list[str]) -> None:
         for revision in gone:
             self.on_gone(revision)
 
 
-def _of_task(named: Named, adapter: HostAdapter) -> HostAdapter:
-    num_tasks = adapter.spec.num_tasks
-    if not num_tasks and named.task is None:
-        return adapter
-    if not num_tasks:
+def _of_task(named: Named, spec: AdapterSpec) -> AdapterSpec:
+    if not spec.num_tasks and named.task is None:
+        return spec
+    if not spec.num_tasks:
         raise AdapterTaskError(f"adapter {named.name!r} has no tasks; name it without one")
-    if named.task is None or not 0 <= named.task < num_tasks:
+    if named.task is None or not 0 <= named.task < spec.num_tasks:
         found = "none" if named.task is None else named.task
-        raise AdapterTaskError(f"adapter {named.name!r} has the tasks 0 to {num_tasks - 1}; found {found}")
-    return adapter.tasks[named.task]
+        raise AdapterTaskError(
+            f"adapter {named.name!r} has the tasks 0 to {spec.num_tasks - 1}; found {found}"
+        )
+    return spec.of_task(named.task)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turret_adapters.spec import RowGroup
+from turret_adapters.spec import BaseSpec, ModuleKind, Part, RowGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +48,13 @@ def slab_layout(groups: Sequence[RowGroup], page_elements: int) -> SlabLayout:
             missing -= run.count
         runs.append(tuple(placed))
     return SlabLayout(num_pages=-(-position // page_elements), runs=tuple(runs))
+
+
+def lora_rows(base: BaseSpec, rank: int) -> tuple[RowGroup, ...]:
+    """The rows of a LoRA of one rank on every linear of a base."""
+    linears = base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT)
+    return tuple(
+        RowGroup(name, part, rank, width)
+        for name, shape in linears.items()
+        for part, width in ((Part.LORA_A, shape.in_features), (Part.LORA_B, shape.out_features))
+    )

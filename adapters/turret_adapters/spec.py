@@ -6,7 +6,7 @@ The engine plans memory with these; the readers in `kinds/` fill them in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 # Stands in a revision between an adapter's digest and the number of one of its tasks.
@@ -135,7 +135,11 @@ class AdapterSpec:
         """What of it requests run on: itself, or each of its tasks."""
         if not self.num_tasks:
             return [self.revision]
-        return [f"{self.revision}{TASK_MARK}{task}" for task in range(self.num_tasks)]
+        return [self.of_task(task).revision for task in range(self.num_tasks)]
+
+    def of_task(self, task: int) -> AdapterSpec:
+        """What a request for one of the tasks runs on."""
+        return replace(self, revision=f"{self.revision}{TASK_MARK}{task}", num_tasks=0)
 
     @property
     def num_virtual_tokens(self) -> int:

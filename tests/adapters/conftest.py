@@ -19,6 +19,7 @@ from torch import nn
 
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
+from turret_adapters.store import AdapterStore
 
 # No two widths are alike, so that a mistaken one is seen: hidden 32, query 48, key-value 24, MLP 40.
 SIZES = {
@@ -260,3 +261,22 @@ def _sound_files(save: Callable[..., Saved]) -> dict[str, Files]:
 def sound(_sound_files: dict[str, Files]) -> dict[str, Files]:
     """For each method a sound adapter, the test's own copy."""
     return copy.deepcopy(_sound_files)
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., AdapterStore]]:
+    """Opens the test's store; several are as those of several processes, for their locks are their own."""
+    opened: list[AdapterStore] = []
+
+    def open_store(max_bytes: int | None = None) -> AdapterStore:
+        opened.append(AdapterStore(tmp_path / "store", max_bytes))
+        return opened[-1]
+
+    yield open_store
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., AdapterStore]) -> AdapterStore:
+    return open_store()
