@@ -8,6 +8,15 @@ import pytest
 
 # Test processes share the cores with the servers they start: more threads than cores wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU its kernels run in Triton's interpreter; Triton asks when it is first imported.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def data_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Servers that are not told where to keep adapters keep them where no test finds another's."""
+    os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

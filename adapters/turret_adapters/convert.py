@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from turret_adapters.digest import MAX_CONFIG_BYTES
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 from turret_adapters.fields import parse_object, refusal, show
 from turret_adapters.kinds import KINDS
 from turret_adapters.kinds.lora import MAX_RANK
-from turret_adapters.peft import MAX_CONFIG_BYTES
 from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, open_inside, resolve
 from turret_adapters.tensors import MODULE_PREFIX
 

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from turret_adapters.errors import AdapterNotFoundError
@@ -16,7 +16,7 @@ from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.intake import Progress, untold
 from turret_adapters.names import Names, Published
 from turret_adapters.peft import read_adapter
-from turret_adapters.policy import Policy
+from turret_adapters.policy import Policy, public
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store import AdapterStore
 from turret_adapters.store_errors import RevisionCorruptError
@@ -89,13 +89,42 @@ class AdapterLibrary:
 
     def publish(self, name: str, revision: str, source: str) -> None:
         """Write down what a name serves from now on."""
-        self._names.publish(name, revision, source)
+        self._names.publish(name, revision, as_recorded(source))
 
     def forget(self, name: str) -> None:
         """Write down that a name serves nothing; one that is not known is left alone."""
         with suppress(AdapterNotFoundError):
             self._names.remove(name)
 
+    def find(self, name: str, beginning: str) -> Published:
+        """The revision of a name, current or earlier, that begins like this.
+
+        Raises:
+            AdapterError: there is no such name, or not exactly one such revision.
+        """
+        return self._names.find(name, beginning)
+
+    def rollback_target(self, name: str, beginning: str | None) -> Published:
+        """What a name goes back to: the revision before its current one, or one that begins like this.
+
+        Raises:
+            AdapterError: there is no such name, or none such before its current revision.
+        """
+        return self._names.rollback_target(name, beginning)
+
+    def rollback(self, target: Published) -> None:
+        """Write down that a name serves an earlier revision again, and forget those after it."""
+        self._names.rollback(target.name, target.revision)
+
+    def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
+        """What each name serves and served, the latest first; of one that is not known, nothing."""
+        return self._names.histories(names)
+
     def names(self) -> dict[str, Published]:
         """What every name served when that was last written down."""
         return self._names.current()
+
+
+def as_recorded(source: str) -> str:
+    """A source for records: a path as it is, a URL without what may be secret in it."""
+    return public(source) if "://" in source else source

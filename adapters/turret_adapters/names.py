@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,16 @@ class Names:
             database.execute("DELETE FROM published WHERE base = ? AND name = ?", (self._base, name))
 
     def rollback_target(self, name: str, revision: str | None = None) -> Published:
-        """What `rollback` would make current.
+        """What `rollback` would make current; the beginning of a revision is enough.
 
         Raises:
             AdapterNotFoundError: there is no such name.
             RevisionNotFoundError: it has no earlier revision, or not this one.
         """
-        return _earlier(self.history(name), revision)
+        history = self.history(name)
+        if revision is not None:
+            revision = _beginning_with(history, revision).revision
+        return _earlier(history, revision)
 
     def rollback(self, name: str, revision: str | None = None) -> Published:
         """Makes `name` serve the revision before its current one, or the latest earlier one that is
@@ -162,6 +165,20 @@ class Names:
         """
         with self._transaction() as database:
             return self._history(database, name)
+
+    def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
+        """The histories of several names; that of one that is not known is empty."""
+        with self._transaction() as database:
+            return {name: self._rows(database, name) for name in names}
+
+    def find(self, name: str, beginning: str) -> Published:
+        """The latest of a name's revisions, current or earlier, that begins like this.
+
+        Raises:
+            AdapterNotFoundError: there is no such name.
+            RevisionNotFoundError: none of its revisions begins so, or several do.
+        """
+        return _beginning_with(self.history(name), beginning)
 
     def needed(self, depth: int = 2) -> set[str]:
         """The latest `depth` revisions of every name of every base: what the store must keep."""
@@ -258,3 +275,12 @@ def _earlier(history: list[Published], revision: str | None) -> Published:
     wanted = "an earlier revision" if revision is None else f"an earlier revision {revision!r}"
     found = ", ".join(published.revision for published in history[1:]) or "none"
     raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected {wanted}, found {found}")
+
+
+def _beginning_with(history: list[Published], beginning: str) -> Published:
+    found = [published for published in history if published.revision.startswith(beginning)]
+    if len({published.revision for published in found}) == 1:
+        return found[0]
+    others = ", ".join(dict.fromkeys(published.revision for published in found or history))
+    wanted = "one revision that begins with" if found else "a revision that begins with"
+    raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected {wanted} {beginning!r}, found {others}")

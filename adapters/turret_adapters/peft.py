@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from turret_adapters.errors import AdapterFormatError, AdapterSourceError
+from turret_adapters.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, REVISION_LENGTH
+from turret_adapters.errors import AdapterSourceError
 from turret_adapters.fields import Fields, parse_object, refusal
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.kinds import CONVERTIBLE, KINDS
 from turret_adapters.plan import Content, Kind
-from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, describe, open_inside, resolve
+from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, describe, open_inside, refuse_pickle, resolve
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
-from turret_adapters.tensors import LENGTH_BYTES, MAX_TENSORS_BYTES, check_entries, read_header, read_tensor
-
-MAX_CONFIG_BYTES = 1 << 20
-REVISION_LENGTH = 32
-
-_PICKLE_NAME = "adapter_model.bin"
+from turret_adapters.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
 
 
 def read_adapter(path: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter:
@@ -50,7 +46,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdap
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
     plan = kind.plan(fields, base)
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)
@@ -104,12 +100,3 @@ def _prefix_spec(content: Content) -> PrefixSpec | None:
     if content.prefix_kind is None:
         return None
     return PrefixSpec(num_virtual_tokens=content.num_virtual_tokens, kind=content.prefix_kind)
-
-
-def _refuse_pickle(folder: Path) -> None:
-    names = {place.name for place in folder.iterdir()}
-    if TENSORS_NAME not in names and _PICKLE_NAME in names:
-        raise AdapterFormatError(
-            f"expected {TENSORS_NAME}, found {_PICKLE_NAME}, a pickle, which may run code when read (load it "
-            "with peft where that is safe, then save_pretrained(path, safe_serialization=True))"
-        )

@@ -35,11 +35,14 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An adapter as a request names it: how much its LoRA counts, and which of its tasks."""
+    """An adapter as a request names it: how much its LoRA counts, which of its tasks, and which revision if
+    not the one that the name has now.
+    """
 
     name: str
     weight: float = 1.0
     task: int | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +78,18 @@ class AdapterRegistry:
     """All methods may be called from any thread. Tensors are in `memory`.
 
     `on_gone` is told each revision that nothing needs any more, on the thread that gave it up; whoever keeps
-    copies elsewhere sets it before the first `publish`.
+    copies elsewhere sets it before the first `publish`. `on_change` is told how each name stands after a
+    change of it, in the order of the changes: nothing changes before it returns, and it calls nothing here.
     """
 
     def __init__(self, memory: HostMemory | None = None) -> None:
         self.on_gone: Callable[[str], None] = lambda _: None
+        self.on_change: Callable[[AdapterStatus], None] = lambda _: None
         self._memory = HostMemory() if memory is None else memory
         self._lock = threading.Lock()
         self._names: dict[str, _Name] = {}
         self._specs: dict[str, AdapterSpec] = {}
-        # How many names and requests need a revision.
+        # How many names, requests and holders need a revision.
         self._needed: Counter[str] = Counter()
         self._joined: dict[str, _Joined] = {}
 
@@ -98,7 +103,41 @@ class AdapterRegistry:
             entry = self._names.setdefault(name, _Name())
             replaced, entry.current, entry.error = entry.current, spec, ""
             gone = self._let_go(replaced.revision) if replaced else []
+            self.on_change(self._status(name, entry))
         self._tell(gone)
+
+    def add(self, adapter: HostAdapter) -> None:
+        """Hold a revision that no name needs to point at, until it is let go of."""
+        revision = adapter.spec.revision
+        with self._lock:
+            self._memory.put(adapter)
+            self._specs[revision] = adapter.spec
+            self._needed[revision] += 1
+
+    def hold(self, revision: str) -> bool:
+        """Hold a revision that is here until it is let go of; False if it is not here."""
+        with self._lock:
+            if revision not in self._specs:
+                return False
+            self._needed[revision] += 1
+            return True
+
+    def unhold(self, revision: str) -> None:
+        """Let go of a revision that was added or held."""
+        with self._lock:
+            gone = self._let_go(revision)
+        self._tell(gone)
+
+    def serves(self, name: str, revision: str) -> bool:
+        """Whether a request that names no revision may get this one."""
+        with self._lock:
+            entry = self._names.get(name)
+            return entry is not None and entry.current is not None and entry.current.revision == revision
+
+    def has(self, revision: str) -> bool:
+        """Whether a revision, a task of one, or several prefixes in one are needed by anything."""
+        with self._lock:
+            return revision in self._joined or revision.partition(TASK_MARK)[0] in self._specs
 
     def fail(self, name: str, error: str) -> None:
         """Record why there is no adapter of this name; a name that has one keeps it."""
@@ -106,6 +145,7 @@ class AdapterRegistry:
             entry = self._names.setdefault(name, _Name())
             if entry.current is None:
                 entry.error = error
+                self.on_change(self._status(name, entry))
 
     def remove(self, name: str) -> AdapterStatus:
         """Take the name away from new requests, and say what it was.
@@ -127,11 +167,13 @@ class AdapterRegistry:
             )
             gone = self._let_go(current.revision) if current else []
             self._tidy(name)
+            self.on_change(self._status(name, entry) if name in self._names else status)
         self._tell(gone)
         return status
 
     def acquire(self, named: Sequence[Named]) -> Lease:
-        """What a request that names these adapters runs on; it stays until the lease is released.
+        """What a request that names these adapters runs on; it stays until the lease is released. Whoever
+        names a revision holds it meanwhile.
 
         Raises:
             AdapterNotFoundError: there is no such name, or it could not be loaded.
@@ -139,7 +181,7 @@ class AdapterRegistry:
             AdapterCompositionError: they cannot be in one request.
         """
         with self._lock:
-            wholes = [self._loaded(each.name) for each in named]
+            wholes = [self._whole(each) for each in named]
             parts = [_of_task(each, whole) for each, whole in zip(named, wholes, strict=True)]
             uses = [(part, each.weight) for each, part in zip(named, parts, strict=True)]
             check_composition([(each.name, *use) for each, use in zip(named, uses, strict=True)])
@@ -174,8 +216,15 @@ class AdapterRegistry:
         assert entry.requests[spec.revision] >= 0, f"{name} was released more often than acquired"
         if not entry.requests[spec.revision]:
             del entry.requests[spec.revision]
-        self._tidy(name)
+            self._tidy(name)
+            self._drained(name, entry, spec)
         return self._let_go(spec.revision)
+
+    def _drained(self, name: str, entry: _Name, spec: AdapterSpec) -> None:
+        if name not in self._names:
+            self.on_change(AdapterStatus(name=name, spec=spec, unloaded=True))
+        elif entry.current is None or entry.current.revision != spec.revision:
+            self.on_change(self._status(name, entry))
 
     def _unjoin(self, revision: str) -> list[str]:
         self._joined[revision].num_requests -= 1
@@ -184,10 +233,12 @@ class AdapterRegistry:
         del self._joined[revision]
         return [revision]
 
-    def _loaded(self, name: str) -> AdapterSpec:
-        entry = self._entry(name)
+    def _whole(self, named: Named) -> AdapterSpec:
+        entry = self._entry(named.name)
+        if named.revision is not None:
+            return self._specs[named.revision]
         if entry.current is None:
-            raise self._not_found(name, entry.error)
+            raise self._not_found(named.name, entry.error)
         return entry.current
 
     def tensors(self, revision: str) -> HostAdapter:
@@ -221,6 +272,18 @@ class AdapterRegistry:
         """Every name in order, those that only drain included."""
         with self._lock:
             return [self._status(name, entry) for name, entry in sorted(self._names.items())]
+
+    def look(self, seen: Callable[[list[AdapterStatus]], None]) -> None:
+        """Hand over what `statuses` says; nothing changes before `seen` returns, and it calls nothing here."""
+        with self._lock:
+            seen([self._status(name, entry) for name, entry in sorted(self._names.items())])
+
+    def tell(self, name: str) -> None:
+        """Tell `on_change` how a name stands, if there is one."""
+        with self._lock:
+            entry = self._names.get(name)
+            if entry is not None:
+                self.on_change(self._status(name, entry))
 
     def _status(self, name: str, entry: _Name) -> AdapterStatus:
         current = entry.current

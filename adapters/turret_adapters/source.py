@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from turret_adapters.errors import AdapterSourceError
+from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+_PICKLE_NAME = "adapter_model.bin"
 NAMES_SHOWN = 5
 
 
@@ -41,6 +42,21 @@ def resolve(path: str) -> Path:
         found = f"{', '.join(map(repr, names[:NAMES_SHOWN]))}{more}" if names else "an empty one"
         raise AdapterSourceError(f"{path!r}: expected a folder with {CONFIG_NAME}, found {found}")
     return folder
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Says what to do about an adapter that was saved without safetensors.
+
+    Raises:
+        AdapterFormatError: a pickle stands where the tensors should.
+        OSError: the folder cannot be read.
+    """
+    names = {place.name for place in folder.iterdir()}
+    if TENSORS_NAME not in names and _PICKLE_NAME in names:
+        raise AdapterFormatError(
+            f"expected {TENSORS_NAME}, found {_PICKLE_NAME}, a pickle, which may run code when read (load it "
+            "with peft where that is safe, then save_pretrained(path, safe_serialization=True))"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from turret_adapters.digest import REVISION_LENGTH, digest_of_folder
 from turret_adapters.intake import Intake, Progress, untold
-from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, resolve
+from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, refuse_pickle, resolve
 from turret_adapters.staging import exclusive, make_locked, remove_abandoned, seal, sync
 from turret_adapters.store_errors import (
     RevisionCorruptError,
@@ -85,10 +85,12 @@ class AdapterStore:
 
         Raises:
             AdapterSourceError: there is no adapter, it cannot be read, or it changes.
+            AdapterFormatError: its tensors are a pickle.
             SourceTooLargeError, StoreFullError, StoreFailedError
         """
         source = resolve(str(folder))
         with self.staging() as staged:
+            refuse_pickle(source)
             intake = Intake(staged, min(max_bytes, self._most()), progress)
             for name in (CONFIG_NAME, TENSORS_NAME):
                 intake.copy(source, name)

@@ -14,12 +14,12 @@ from io import BufferedReader
 
 import torch
 
+from turret_adapters.digest import MAX_TENSORS_BYTES
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError
 from turret_adapters.fields import parse_object, show
 from turret_adapters.source import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.spec import BaseSpec
 
-MAX_TENSORS_BYTES = 8 << 30
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 8
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ from turret_client import DEFAULT_ADDRESS, AdapterRef, Client
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from turret_client import Adapter, Chunk, Generation
+    from turret_client import Adapter, AdapterRevision, Chunk, Generation, PinnedPrompt
 
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
 
-_server_option = click.option(
+server_option = click.option(
     "--server",
     metavar="HOST:PORT",
     envvar="TURRET_SERVER",
@@ -45,6 +46,22 @@ def _adapter_ref(value: str) -> AdapterRef:
         raise click.BadParameter(f"expected NAME[#TASK][=WEIGHT], found {value!r}") from error
 
 
+adapter_option = click.option(
+    "--adapter",
+    multiple=True,
+    callback=lambda _ctx, _param, values: [_adapter_ref(value) for value in values],
+    metavar="NAME[#TASK][=WEIGHT]",
+    help="Adapter to use; several are composed. Without it: the base model.",
+)
+cache_salt_option = click.option(
+    "--cache-salt",
+    default="",
+    metavar="S",
+    help="Share cached blocks of the prompt only with requests of the same salt, so that nobody without it "
+    "learns from answering times what was asked.",
+)
+
+
 @click.command(
     epilog="""\b
 Examples:
@@ -52,17 +69,12 @@ Examples:
   turret generate --adapter pirate --temperature 0.8 --seed 7 --stop "." "Where is the treasure?"
   turret generate --adapter pirate=0.7 --adapter formal=0.3 "Where is the treasure?"
   turret generate --adapter summary --no-stream --json < report.txt
+  turret generate --tenant acme --priority -5 --cache-salt "$SECRET" "Once upon a time"
 """
 )
 @click.argument("prompt", required=False)
-@click.option(
-    "--adapter",
-    multiple=True,
-    callback=lambda _ctx, _param, values: [_adapter_ref(value) for value in values],
-    metavar="NAME[#TASK][=WEIGHT]",
-    help="Adapter to use; several are composed. Without it: the base model.",
-)
-@_server_option
+@adapter_option
+@server_option
 @click.option(
     "--max-tokens",
     type=click.IntRange(1, _INT32_MAX),
@@ -103,24 +115,40 @@ Examples:
     metavar="S",
     help="End before this text; may be given up to 16 times.",
 )
+@click.option(
+    "--tenant",
+    metavar="NAME",
+    help='For whom: tenants share the server fairly, by their weights. Without it: "default".',
+)
+@click.option(
+    "--priority",
+    type=click.IntRange(-10, 10),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Stand in the tenant's queue as if the request had come 10 N seconds earlier; from -10 to 10.",
+)
+@cache_salt_option
 @click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
 @json_option
-def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool, **options: Any) -> None:
+def generate(
+    prompt: str | None, *, server: str, tenant: str | None, no_stream: bool, as_json: bool, **options: Any
+) -> None:
     """Generate text after PROMPT and print it as it comes.
 
     Without PROMPT, or where it is "-", the prompt is read from standard input, less one newline at its end.
     Ctrl-C cancels the request.
     """
-    text = _read_stdin(prompt) if prompt in (None, "-") else prompt
-    with Client(server) as client:
+    text = read_stdin(prompt) if prompt in (None, "-") else prompt
+    with Client(server, tenant=tenant) as client:
         if no_stream:
             generation = client.generate(text, **options)
-            click.echo(_json(generation) if as_json else generation.text)
+            click.echo(to_json(generation) if as_json else generation.text)
             return
         with closing(client.stream(text, **options)) as chunks:
             if as_json:
                 for chunk in chunks:
-                    click.echo(_json(chunk))
+                    click.echo(to_json(chunk))
             else:
                 _print_stream(chunks)
 
@@ -145,7 +173,7 @@ Examples:
   turret adapters list --json | jq -r .name
 """,
 )
-@_server_option
+@server_option
 @json_option
 def list_(*, server: str, as_json: bool) -> None:
     """List all adapters in the order of their names."""
@@ -154,7 +182,7 @@ def list_(*, server: str, as_json: bool) -> None:
     if not found and not as_json:
         click.echo("no adapters", err=True)
     else:
-        _print_adapters(found, as_json=as_json)
+        print_adapters(found, as_json=as_json)
 
 
 @adapters.command(
@@ -165,19 +193,20 @@ Example:
 )
 @click.argument("name")
 @click.argument("path")
-@_server_option
+@server_option
 @json_option
 def load(name: str, path: str, *, server: str, as_json: bool) -> None:
-    """Serve the peft adapter in the folder PATH under NAME.
+    """Serve the peft adapter at PATH under NAME.
 
-    PATH is a folder of the server's machine. Where NAME is in use it flips to the new revision at once;
-    requests that began on the old one end on the old one.
+    PATH is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging Face
+    hub, or the URL of a folder or archive, as far as the server was started with --allow-source for it. Where
+    NAME is in use it flips to the new revision at once; requests that began on the old one end on the old one.
     """
     with Client(server) as client:
         # A server on this machine has another working directory.
         here = Path(path)
         found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
-        _print_adapters([found], as_json=as_json)
+        print_adapters([found], as_json=as_json)
 
 
 @adapters.command(
@@ -187,12 +216,12 @@ Example:
 """
 )
 @click.argument("name")
-@_server_option
+@server_option
 @json_option
 def unload(name: str, *, server: str, as_json: bool) -> None:
     """Take NAME away. Requests that run on it end on it; then its memory is freed."""
     with Client(server) as client:
-        _print_adapters([client.unload_adapter(name)], as_json=as_json)
+        print_adapters([client.unload_adapter(name)], as_json=as_json)
 
 
 @adapters.command(
@@ -202,16 +231,16 @@ Example:
 """
 )
 @click.argument("name")
-@_server_option
+@server_option
 @json_option
 def show(name: str, *, server: str, as_json: bool) -> None:
     """Show all that is known of one adapter."""
     with Client(server) as client:
         adapter = client.get_adapter(name)
-    click.echo(_json(adapter) if as_json else _details(adapter))
+    click.echo(to_json(adapter) if as_json else _details(adapter))
 
 
-def _read_stdin(prompt: str | None) -> str:
+def read_stdin(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("Give a PROMPT, or pipe one in.")
     try:
@@ -231,22 +260,27 @@ def _print_stream(chunks: Iterable[Chunk]) -> None:
             click.echo()
 
 
-def _print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
+def print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
     if as_json:
         for adapter in found:
-            click.echo(_json(adapter))
+            click.echo(to_json(adapter))
     else:
         click.echo(_table(found))
 
 
-def _json(result: Generation | Chunk | Adapter) -> str:
+def to_json(result: Generation | Chunk | Adapter | PinnedPrompt) -> str:
     return json.dumps(asdict(result))
 
 
 def _table(found: Sequence[Adapter]) -> str:
     words = ("NAME", "STATE", "METHOD", "REVISION")
     numbers = ("RANK", "VIRTUAL", "PARAMETERS", "FILE", "ARENA", "ACTIVE")
-    rows = [(*words, *numbers), *map(_row, found)]
+    return format_table(words, numbers, map(_row, found))
+
+
+def format_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns with these titles, those of words to the left and those of numbers to the right."""
+    rows = [(*words, *numbers), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -289,7 +323,13 @@ def _details(adapter: Adapter) -> str:
     if adapter.error:
         lines["error"] = adapter.error
     width = max(map(len, lines))
-    return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())
+    told = [f"{key.ljust(width)}  {value}" for key, value in lines.items()]
+    return "\n".join([*told, *(f"{'history'.ljust(width)}  {_history(each)}" for each in adapter.history)])
+
+
+def _history(published: AdapterRevision) -> str:
+    when = datetime.fromtimestamp(published.published_at, UTC).isoformat(" ", "seconds")
+    return f"{when}  {published.revision}  {published.source}"
 
 
 def _count(number: int) -> str:

@@ -12,18 +12,27 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turret"
 
 
+def default_store() -> Path:
+    """Where adapters are kept: `$XDG_DATA_HOME/turret`, or `~/.local/share/turret`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "turret"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """What `turret serve` is started with.
 
     `memory` is the arena's size in bytes ("2GiB"), a fraction of the device's free memory ("0.5"),
     or None for a default that suits the device; `host_memory` is what adapters may take of the host's,
-    likewise. `max_queue` and `max_queue_tokens` hold for every tenant that the file `tenants` says nothing
-    else of.
+    likewise; `store_size` is what they may take of the disk, None for as much as there is.
+    `allow_sources` are folders, and beginnings of URLs, that adapters may be loaded from besides `adapters`.
+    `max_queue` and `max_queue_tokens` hold for every tenant that the file `tenants` says nothing else of.
     """
 
     model: str
     adapters: Path | None = None
+    store: Path = field(default_factory=default_store)
+    store_size: str | None = None
+    allow_sources: tuple[str, ...] = ()
     listen: str = "127.0.0.1:50051"
     metrics: str | None = "127.0.0.1:9090"
     device: str = "auto"

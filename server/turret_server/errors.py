@@ -3,9 +3,12 @@
 TurretError
 ├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
 ├── PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG
+├── PromptNotFoundError       NOT_FOUND            PROMPT_NOT_FOUND
 ├── AdapterTooLargeError      FAILED_PRECONDITION  ADAPTER_TOO_LARGE
 ├── RequestTooLargeError      FAILED_PRECONDITION  REQUEST_TOO_LARGE
 ├── QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL
+├── TooManyCallsError         RESOURCE_EXHAUSTED   TOO_MANY_CALLS
+├── SlowWatcherError          RESOURCE_EXHAUSTED   SLOW_WATCHER
 ├── DeadlineError             DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 ├── ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
 ├── GenerationFailedError     INTERNAL             GENERATION_FAILED
@@ -49,6 +52,13 @@ class PromptTooLongError(TurretError):
     code = "INVALID_ARGUMENT"
 
 
+class PromptNotFoundError(TurretError):
+    """No prompt is pinned under the name."""
+
+    reason = "PROMPT_NOT_FOUND"
+    code = "NOT_FOUND"
+
+
 class AdapterTooLargeError(TurretError):
     """The adapter takes more pages than the arena has."""
 
@@ -72,6 +82,20 @@ class QueueFullError(TurretError):
     def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:
         super().__init__(message, **metadata)
         self.retry_after = retry_after
+
+
+class TooManyCallsError(TurretError):
+    """As many calls of this kind run, or wait, as may."""
+
+    reason = "TOO_MANY_CALLS"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class SlowWatcherError(TurretError):
+    """Who watches takes changes slower than they come, and would miss some."""
+
+    reason = "SLOW_WATCHER"
+    code = "RESOURCE_EXHAUSTED"
 
 
 class DeadlineError(TurretError):

@@ -1,4 +1,4 @@
-"""How large the arena is: what the user asked for, against what the device has."""
+"""How much memory is used: what the user asked for, against what there is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(i?B)?", re.IGNO
 # memory belongs to other processes too.
 _DEFAULT_FRACTION = {"cuda": 0.8, "cpu": 0.25}
 _DEFAULT_MOST = {"cpu": 4 * 2**30}
+_DEFAULT_HOST_MEMORY = "0.25"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -24,7 +25,7 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def parse_memory(memory: str) -> tuple[float, bool]:
+def parse_memory(option: str, memory: str) -> tuple[float, bool]:
     """A number of bytes, or a fraction and True.
 
     Raises:
@@ -32,7 +33,7 @@ def parse_memory(memory: str) -> tuple[float, bool]:
     """
     match = _SIZE.fullmatch(memory.strip())
     if match is None or not float(match["number"]):
-        raise ConfigError(f"--memory {memory}: expected a size such as 2GiB, or a fraction such as 0.5")
+        raise ConfigError(f"{option} {memory}: expected a size such as 2GiB, or a fraction such as 0.5")
     number, unit = float(match["number"]), match["unit"].upper()
     return number * _UNITS[unit], not unit and number <= 1
 
@@ -43,12 +44,25 @@ def arena_bytes(memory: str | None, device: torch.device) -> int:
     Raises:
         ConfigError: it is neither, or more than there is.
     """
-    free = free_bytes(device)
     if memory is None:
-        wanted = int(free * _DEFAULT_FRACTION[device.type])
+        wanted = int(free_bytes(device) * _DEFAULT_FRACTION[device.type])
         return min(wanted, _DEFAULT_MOST.get(device.type, wanted))
-    number, is_fraction = parse_memory(memory)
+    return _bytes("--memory", memory, device)
+
+
+def host_bytes(memory: str | None) -> int:
+    """The same for adapters in the host's memory.
+
+    Raises:
+        ConfigError: it is neither, or more than there is.
+    """
+    return _bytes("--host-memory", memory or _DEFAULT_HOST_MEMORY, torch.device("cpu"))
+
+
+def _bytes(option: str, memory: str, device: torch.device) -> int:
+    number, is_fraction = parse_memory(option, memory)
+    free = free_bytes(device)
     wanted = int(free * number if is_fraction else number)
     if not 0 < wanted <= free:
-        raise ConfigError(f"--memory {memory}: {wanted} bytes wanted, but {device.type} has {free} free")
+        raise ConfigError(f"{option} {memory}: {wanted} bytes wanted, but {device.type} has {free} free")
     return wanted

@@ -48,7 +48,7 @@ def _limits(where: str, table: object, default: TenantLimits) -> TenantLimits:
     if unknown:
         raise ConfigError(f"{where}: {unknown[0]!r} is not known; there are {', '.join(sorted(_FIELDS))}")
     for name, value in table.items():
-        types = (int, float) if name == "weight" else (int,)
+        types, kind = ((int, float), "number") if name == "weight" else ((int,), "whole number")
         if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
-            raise ConfigError(f"{where}: {name} is a number above 0; found {value!r}")
+            raise ConfigError(f"{where}: {name} is a {kind} above 0; found {value!r}")
     return replace(default, **table)

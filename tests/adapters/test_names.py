@@ -71,6 +71,22 @@ def test_bases_share_the_file_but_not_the_names(open_names: Callable[..., Names]
         llama.history("poet")
 
 
+def test_a_revision_is_found_by_its_beginning(open_names: Callable[..., Names]) -> None:
+    names = open_names()
+    for revision in ("aaaa1111", "aaaa2222", "bbbb3333", "aaaa1111"):
+        names.publish("poet", revision, "")
+    assert names.find("poet", "bbbb").revision == "bbbb3333"
+    assert names.find("poet", "aaaa1").number == names.history("poet")[0].number
+    with pytest.raises(RevisionNotFoundError, match="one revision .* found aaaa1111, aaaa2222"):
+        names.find("poet", "aaaa")
+    with pytest.raises(RevisionNotFoundError, match="found aaaa1111, bbbb3333, aaaa2222"):
+        names.find("poet", "cccc")
+    with pytest.raises(AdapterNotFoundError):
+        names.find("bard", "aaaa")
+    assert names.rollback_target("poet", "aaaa2").revision == "aaaa2222"
+    assert names.histories(["poet", "bard"]) == {"poet": names.history("poet"), "bard": []}
+
+
 def test_what_any_base_names_is_needed(open_names: Callable[..., Names]) -> None:
     llama, qwen = open_names("llama"), open_names("qwen")
     for revision in ("r1", "r2", "r3"):

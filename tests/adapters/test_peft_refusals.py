@@ -16,12 +16,13 @@ import torch
 from peft.utils.peft_types import PeftType
 
 from turret_adapters import peft, targets
+from turret_adapters.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
 from turret_adapters.host import BaseWeights
 from turret_adapters.kinds import KINDS
-from turret_adapters.peft import MAX_CONFIG_BYTES, read_adapter
+from turret_adapters.peft import read_adapter
 from turret_adapters.spec import BaseSpec, ModuleKind
-from turret_adapters.tensors import MAX_HEADER_BYTES, MAX_TENSORS_BYTES
+from turret_adapters.tensors import MAX_HEADER_BYTES
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 MANY = {f"p{index}": 1 for index in range(5000)}

@@ -175,6 +175,53 @@ def test_a_revision_released_too_often_is_noticed(registry):
         registry.release(held)
 
 
+def test_a_revision_that_no_name_has_stays_while_it_is_held_or_a_request_runs_on_it(registry):
+    registry.publish("poet", host("2"))
+    assert not registry.hold("1")
+    registry.add(host("1"))
+    held = registry.acquire([Named("poet", revision="1")])
+    assert held.revision == "1"
+    assert registry.status("poet").spec.revision == "2"
+    assert registry.status("poet").draining_revisions == ("1",)
+    assert registry.hold("1")
+    registry.unhold("1")
+    registry.unhold("1")
+    assert (registry.gone, registry.has("1")) == ([], True)
+    registry.release(held)
+    assert (registry.gone, registry.has("1")) == (["1"], False)
+
+
+def test_a_name_serves_its_current_revision_alone(registry):
+    registry.publish("poet", host("1"))
+    registry.publish("poet", host("2"))
+    assert registry.serves("poet", "2")
+    assert not registry.serves("poet", "1")
+    assert not registry.serves("bard", "2")
+
+
+def test_every_change_of_a_name_is_told(registry):
+    told = []
+    registry.on_change = told.append
+    registry.publish("poet", host("1"))
+    held = acquire(registry, "poet")
+    registry.publish("poet", host("2"))
+    registry.release(held)
+    registry.release(acquire(registry, "poet"))
+    registry.remove("poet")
+    registry.fail("bard", "broken")
+    said = [
+        (each.name, each.spec and each.spec.revision, each.draining_revisions, each.unloaded, each.error)
+        for each in told
+    ]
+    assert said == [
+        ("poet", "1", (), False, ""),
+        ("poet", "2", ("1",), False, ""),
+        ("poet", "2", (), False, ""),
+        ("poet", "2", (), True, ""),
+        ("bard", None, (), False, "broken"),
+    ]
+
+
 NAMES = st.sampled_from(["a", "b", "c"])
 REVISIONS = st.sampled_from(["1", "2", "3", "4"])
 

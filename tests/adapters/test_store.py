@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from support.adapter_files import digest, files, read_folder, revision, write_folder
-from turret_adapters import digest as digests
-from turret_adapters import peft, tensors
-from turret_adapters.errors import AdapterSourceError
+from turret_adapters import peft
+from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 from turret_adapters.host import BaseWeights
+from turret_adapters.source import TENSORS_NAME
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store import AdapterStore
 from turret_adapters.store_errors import (
@@ -57,10 +57,12 @@ def test_a_stored_adapter_has_the_revision_that_its_reader_finds(
         assert peft.read_adapter(store.path(found), base, weights).spec.revision == found, method
 
 
-def test_the_store_takes_what_the_reader_takes() -> None:
-    assert digests.MAX_CONFIG_BYTES == peft.MAX_CONFIG_BYTES
-    assert digests.MAX_TENSORS_BYTES == tensors.MAX_TENSORS_BYTES
-    assert digests.REVISION_LENGTH == peft.REVISION_LENGTH
+def test_a_pickle_is_refused_with_what_to_do_about_it(store: AdapterStore, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "source", b"x")
+    (folder / TENSORS_NAME).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterFormatError, match="safe_serialization=True"):
+        store.add(folder)
+    assert store.revisions() == {}
 
 
 def test_the_two_files_are_stored_as_they_are(store: AdapterStore, tmp_path: Path) -> None:

@@ -8,11 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2, timestamp_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from turret.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    prompts_pb2,
+    prompts_pb2_grpc,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,10 +52,17 @@ PIRATE = adapters_pb2.Adapter(
     arena_bytes=9 * 1024 * 1024,
     active_requests=2,
     draining_revisions=["fedcba", "abcdef"],
+    history=[
+        adapters_pb2.AdapterRevision(
+            revision="0123", source="/srv/pirate", published_at=timestamp_pb2.Timestamp(seconds=1, nanos=500000000)
+        )
+    ],
 )
 BROKEN = adapters_pb2.Adapter(
     name="broken", state=adapters_pb2.ADAPTER_STATE_FAILED, error="adapter_config.json is not JSON"
 )
+
+RULES = prompts_pb2.PinnedPrompt(name="rules", revision="r1", prompt_tokens=40)
 
 
 def failure(
@@ -58,13 +72,23 @@ def failure(
     domain: str = "turret",
     reason: str = "",
     metadata: Mapping[str, str] | None = None,
+    retry_after: float | None = None,
 ) -> grpc.Status:
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(domain=domain, reason=reason, metadata=metadata))
-    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=[detail]))
+    messages = [error_details_pb2.ErrorInfo(domain=domain, reason=reason, metadata=metadata)]
+    if retry_after is not None:
+        delay = duration_pb2.Duration(nanos=int(retry_after * 1e9))
+        messages.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    details = [any_pb2.Any() for _ in messages]
+    for detail, message_ in zip(details, messages, strict=True):
+        detail.Pack(message_)
+    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=details))
 
 
-class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_grpc.AdapterServiceServicer):
+class ScriptedServer(
+    inference_pb2_grpc.InferenceServiceServicer,
+    adapters_pb2_grpc.AdapterServiceServicer,
+    prompts_pb2_grpc.PromptServiceServicer,
+):
     """Answers the constants above.
 
     Attributes:
@@ -72,7 +96,9 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_g
         endless: A stream repeats its first chunk for ever.
         hold: Calls never end by themselves; a stream gives its first chunk.
         adapters: What ListAdapters answers, two a page.
+        prompts: What ListPinnedPrompts answers.
         requests: What came.
+        tenants: For whom, call by call; None where nobody was named.
         began: Set when a call has come.
         ended: Set when a call is over, from whichever side.
     """
@@ -82,12 +108,15 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_g
         self.endless = False
         self.hold = False
         self.adapters: Sequence[adapters_pb2.Adapter] = (PIRATE,)
+        self.prompts: Sequence[prompts_pb2.PinnedPrompt] = (RULES,)
         self.requests: list[Any] = []
+        self.tenants: list[str | None] = []
         self.began = threading.Event()
         self.ended = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(4))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
+        prompts_pb2_grpc.add_PromptServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Self:
@@ -120,6 +149,17 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_g
         self._hold_or_fail(context)
         return adapters_pb2.UnloadAdapterResponse(adapter=PIRATE)
 
+    def RollbackAdapter(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.RollbackAdapterResponse(adapter=PIRATE)
+
+    def WatchAdapters(self, request, context) -> Iterator[adapters_pb2.WatchAdaptersResponse]:
+        self._begin(request, context)
+        yield adapters_pb2.WatchAdaptersResponse(adapter=PIRATE)
+        self._hold_or_fail(context)
+        yield adapters_pb2.WatchAdaptersResponse(adapter=BROKEN)
+
     def GetAdapter(self, request, context):
         self._begin(request, context)
         self._hold_or_fail(context)
@@ -135,8 +175,24 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer, adapters_pb2_g
             next_page_token=str(end) if end < len(self.adapters) else "",
         )
 
+    def PinPrompt(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return prompts_pb2.PinPromptResponse(prompt=RULES)
+
+    def UnpinPrompt(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return prompts_pb2.UnpinPromptResponse()
+
+    def ListPinnedPrompts(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return prompts_pb2.ListPinnedPromptsResponse(prompts=self.prompts)
+
     def _begin(self, request, context) -> None:
         self.requests.append(request)
+        self.tenants.append(dict(context.invocation_metadata()).get("turret-tenant"))
         context.add_callback(self.ended.set)
         self.began.set()
 

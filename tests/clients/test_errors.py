@@ -42,7 +42,12 @@ METHODS = {
     "load_adapter": ("pirate", "/srv/pirate"),
     "unload_adapter": ("pirate",),
     "get_adapter": ("pirate",),
+    "rollback_adapter": ("pirate",),
+    "watch_adapters": (),
     "list_adapters": (),
+    "pin_prompt": ("rules", "Answer briefly."),
+    "unpin_prompt": ("rules",),
+    "list_pinned_prompts": (),
 }
 
 
@@ -87,11 +92,28 @@ def test_a_server_that_is_stopping_is_not_taken_for_none(call, server, script):
         call("generate", "Hello")
 
 
-@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_the_server_says_when_to_try_again(call, server, script):
+    server.failure = script.failure(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.75
+    )
+    with pytest.raises(ResourceExhaustedError) as caught:
+        call("generate", "Hello")
+    assert caught.value.retry_after == 0.75
+    assert caught.value.reason == "QUEUE_FULL"
+
+
+def test_where_the_server_does_not_say_when_to_try_again_nobody_guesses(call, server, script):
+    server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
+    with pytest.raises(ResourceExhaustedError) as caught:
+        call("generate", "Hello")
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize("method", ["generate", "stream", "pin_prompt"])
 def test_timeout_is_the_deadline(call, server, method):
     server.hold = True
     with pytest.raises(DeadlineExceededError, match="within the timeout") as caught:
-        call(method, "Hello", timeout=0.05)
+        call(method, *METHODS[method], timeout=0.05)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 

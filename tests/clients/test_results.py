@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_client import (
     Adapter,
     AdapterMethod,
     AdapterRef,
+    AdapterRevision,
     AdapterState,
     AsyncClient,
     Chunk,
     Client,
     FinishReason,
     Generation,
+    GenerationOptions,
+    PinnedPrompt,
     Usage,
 )
 
@@ -33,6 +37,7 @@ PIRATE = Adapter(
     draining_revisions=("fedcba", "abcdef"),
     error="",
     num_tasks=0,
+    history=(AdapterRevision(revision="0123", source="/srv/pirate", published_at=1.5),),
 )
 
 
@@ -72,6 +77,8 @@ def test_all_fields_reach_the_server(call, server, method):
         top_k=40,
         seed=0,
         stop=["\n", "END"],
+        priority=-10,
+        cache_salt="pepper",
         timeout=60,
     )
     assert server.requests == [
@@ -84,6 +91,8 @@ def test_all_fields_reach_the_server(call, server, method):
             top_k=40,
             seed=0,
             stop=["\n", "END"],
+            priority=-10,
+            cache_salt="pepper",
         )
     ]
 
@@ -107,6 +116,49 @@ def test_an_empty_list_of_tokens_is_not_a_missing_prompt(call, server, method):
 def test_one_stop_string_is_not_taken_for_its_characters(call, method):
     with pytest.raises(TypeError, match="stop=\\['END'\\]"):
         call(method, "Hello", stop="END")
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_a_misspelt_option_is_no_option(call, server, method):
+    with pytest.raises(TypeError, match="max_token"):
+        call(method, "Hello", max_token=3)
+    assert server.requests == []
+
+
+def test_every_option_of_the_protocol_is_one_of_the_client():
+    fields = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert set(GenerationOptions.__annotations__) - {"adapter"} == fields - {"text", "token_ids", "adapters"}
+    described = set(re.findall(r"^        (\w+): ", GenerationOptions.__doc__, re.MULTILINE))
+    assert described == set(GenerationOptions.__annotations__)
+
+
+@pytest.mark.parametrize("prompt", ["Answer briefly.", [1, 2, 3]])
+def test_pin(call, server, prompt):
+    pinned = call("pin_prompt", "rules", prompt, adapter=["pirate"], cache_salt="pepper", timeout=60)
+    assert pinned == PinnedPrompt(name="rules", revision="r1", prompt_tokens=40)
+    expected = prompts_pb2.PinPromptRequest(
+        name="rules",
+        adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
+        cache_salt="pepper",
+    )
+    if isinstance(prompt, str):
+        expected.text = prompt
+    else:
+        expected.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    assert server.requests == [expected]
+
+
+def test_unpin(call, server):
+    assert call("unpin_prompt", "rules") is None
+    assert server.requests == [prompts_pb2.UnpinPromptRequest(name="rules")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_list_pinned_prompts(call, server, count):
+    server.prompts = [prompts_pb2.PinnedPrompt(name=f"p{index}", prompt_tokens=7) for index in range(count)]
+    assert call("list_pinned_prompts") == [
+        PinnedPrompt(name=f"p{index}", revision="", prompt_tokens=7) for index in range(count)
+    ]
 
 
 @pytest.mark.parametrize("method", ["get_adapter", "unload_adapter"])
@@ -158,10 +210,11 @@ def test_every_finish_reason_of_the_protocol_has_its_member():
     ]
 
 
-def test_adapter_mirrors_the_message():
-    assert list(Adapter.__dataclass_fields__) == [
-        field.name for field in adapters_pb2.Adapter.DESCRIPTOR.fields
-    ]
+@pytest.mark.parametrize(
+    ("result", "message"), [(Adapter, adapters_pb2.Adapter), (PinnedPrompt, prompts_pb2.PinnedPrompt)]
+)
+def test_results_mirror_their_messages(result, message):
+    assert list(result.__dataclass_fields__) == [field.name for field in message.DESCRIPTOR.fields]
 
 
 def test_a_long_answer_arrives(call, server):

@@ -136,8 +136,10 @@ def test_generate_no_stream_json_is_one_object(turret):
 def test_generate_sends_every_option(turret, server):
     turret(
         *("generate", "--adapter", "pirate", "--max-tokens", "5", "--temperature", "0.5", "--top-p", "0.25"),
-        *("--top-k", "40", "--seed", "0", "--stop", "\n", "--stop", "END", "Hello"),
+        *("--top-k", "40", "--seed", "0", "--stop", "\n", "--stop", "END"),
+        *("--tenant", "acme", "--priority", "-3", "--cache-salt", "pepper", "Hello"),
     )
+    assert server.tenants == ["acme"]
     assert server.requests == [
         inference_pb2.GenerateRequest(
             text="Hello",
@@ -148,6 +150,8 @@ def test_generate_sends_every_option(turret, server):
             top_k=40,
             seed=0,
             stop=["\n", "END"],
+            priority=-3,
+            cache_salt="pepper",
         )
     ]
 
@@ -297,9 +301,14 @@ def test_list_of_nothing(turret, server):
         ),
         (("unload", "pirate"), adapters_pb2.UnloadAdapterRequest(name="pirate")),
         (("show", "pirate"), adapters_pb2.GetAdapterRequest(name="pirate")),
+        (("rollback", "pirate"), adapters_pb2.RollbackAdapterRequest(name="pirate")),
+        (
+            ("rollback", "pirate", "01234567"),
+            adapters_pb2.RollbackAdapterRequest(name="pirate", revision="01234567"),
+        ),
     ],
 )
-def test_load_unload_and_show_print_the_adapter(turret, server, arguments, request_):
+def test_load_unload_show_and_rollback_print_the_adapter(turret, server, arguments, request_):
     human = turret("adapters", *arguments)
     machine = turret("adapters", *arguments, "--json")
     assert human.exit_code == machine.exit_code == 0
@@ -322,7 +331,17 @@ def test_show_tells_all(turret):
         "arena           9.0 MiB",
         "active          2",
         "draining        fedcba, abcdef",
+        "history         1970-01-01 00:00:01+00:00  0123  /srv/pirate",
     ]
+
+
+def test_watch_prints_each_change(turret):
+    assert turret("adapters", "watch").stdout.splitlines() == [
+        "pirate  resident  0123456789ab  draining fedcba, abcdef",
+        "broken  failed  adapter_config.json is not JSON",
+    ]
+    printed = turret("adapters", "watch", "--json").stdout.splitlines()
+    assert [json.loads(line)["name"] for line in printed] == ["pirate", "broken"]
 
 
 @pytest.mark.parametrize("options", [(), ("--no-stream",), ("--json",)], ids=" ".join)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from turret_server.errors import ConfigError
-from turret_server.memory import arena_bytes
+from turret_server.memory import arena_bytes, host_bytes
 
 CPU = torch.device("cpu")
 
@@ -31,3 +31,10 @@ def test_the_default_leaves_most_of_the_memory_alone():
 def test_what_cannot_be_is_refused_with_what_was_said(memory):
     with pytest.raises(ConfigError, match="--memory"):
         arena_bytes(memory, CPU)
+
+
+def test_the_hosts_memory_is_given_likewise():
+    assert host_bytes("64MiB") == 64 * 2**20
+    assert 0 < host_bytes(None) <= psutil.virtual_memory().available / 2
+    with pytest.raises(ConfigError, match="--host-memory plenty"):
+        host_bytes("plenty")

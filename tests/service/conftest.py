@@ -23,7 +23,7 @@ def served(base_of, adapter_of, quantised_cache):
     )
     with serving(config) as served:
         for name in ADAPTERS:
-            served.parts.adapters.load(name, str(adapter_of("llama", name)))
+            served.parts.lifecycle.load(name, str(adapter_of("llama", name)))
         yield served
 
 

@@ -11,7 +11,7 @@ from turret_client import AdapterMethod, AdapterRef, InvalidArgumentError
 @pytest.fixture(scope="module")
 def served(served, adapter_of):
     for name in ("lora-attention", "ia3", "multitask", "p-tuning-v2"):
-        served.parts.adapters.load(name, str(adapter_of("llama", name)))
+        served.parts.lifecycle.load(name, str(adapter_of("llama", name)))
     return served
 
 

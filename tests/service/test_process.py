@@ -17,6 +17,8 @@ from support.prompts import PROMPT, until
 from support.serving import TURRET, server_process
 from turret_client import AdapterState, Client, NotFoundError
 
+SERVICES = {"turret.v1.InferenceService", "turret.v1.AdapterService", "turret.v1.PromptService"}
+
 
 @pytest.fixture(scope="module")
 def folder(adapter_of, tmp_path_factory):
@@ -26,6 +28,7 @@ def folder(adapter_of, tmp_path_factory):
         shutil.copytree(adapter_of("llama", name), folder / name)
     (folder / "broken").mkdir()
     (folder / "broken" / "adapter_config.json").write_text("{}")
+    (folder / "broken" / "adapter_model.safetensors").touch()
     return folder
 
 
@@ -60,13 +63,13 @@ def test_folders_are_served_under_their_names_and_a_broken_one_is_listed(client)
 def test_health_and_reflection_answer(server):
     with grpc.insecure_channel(server.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "turret.v1.InferenceService", "turret.v1.AdapterService"):
+        for service in ("", *SERVICES):
             answer = health.Check(health_pb2.HealthCheckRequest(service=service))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         [listed] = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         names = {service.name for service in listed.list_services_response.service}
-        assert {"turret.v1.InferenceService", "turret.v1.AdapterService"} <= names
+        assert names >= SERVICES
 
 
 def test_metrics_tell_what_happened(server, client):

@@ -244,7 +244,9 @@ class Run:
             assert self.tokens == expected
             assert expected[-1] in self.request.stop_token_ids
         elif self.end is FinishReason.LENGTH:
-            assert len(self.tokens) == self.request.sampling.max_tokens
+            # A pinned prompt generates nothing.
+            wanted = 0 if self.request.pinned else self.request.sampling.max_tokens
+            assert len(self.tokens) == wanted
 
 
 def make_run(

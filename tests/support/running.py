@@ -66,6 +66,8 @@ def submit(
     prompt: Sequence[int],
     *named: Named,
     max_tokens: int = 12,
+    temperature: float = 0.0,
+    seed: int = 0,
     reach: int = 1,
 ) -> Running:
     lease = parts.registry.acquire(named)
@@ -75,7 +77,7 @@ def submit(
             request_id=running.request_id,
             prompt_token_ids=running.prompt,
             adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
-            sampling=SamplingParams(max_tokens=max_tokens),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
             stop_token_ids=frozenset(),
             deadline=None,
             sink=running.sink,

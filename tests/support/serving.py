@@ -11,12 +11,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.rpc import RpcServer
-from turret_server.config import ServerConfig
+from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.serve import Parts, assemble
 
@@ -35,8 +36,10 @@ class Served:
 
 @contextmanager
 def serving(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Served]:
-    """The whole server on a loopback port, in threads of this process."""
-    with assemble(config, sampler) as parts:
+    """The whole server on a loopback port, in threads of this process, with nothing in its store unless
+    `config` names another.
+    """
+    with TemporaryDirectory() as store, assemble(_alone(config, Path(store)), sampler) as parts:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
@@ -50,8 +53,12 @@ def serving(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Se
             loop.close()
 
 
+def _alone(config: ServerConfig, store: Path) -> ServerConfig:
+    return replace(config, store=store) if config.store == default_store() else config
+
+
 async def _start(parts: Parts) -> tuple[RpcServer, int]:
-    server = RpcServer(parts.inference, parts.adapters, [ErrorInterceptor()])
+    server = RpcServer(parts.inference, parts.adapters, parts.prompts, [ErrorInterceptor()])
     return server, await server.start("127.0.0.1:0")
 
 
@@ -59,12 +66,13 @@ class ServerProcess:
     """`turret serve` as a user starts it. `log` grows while it runs."""
 
     def __init__(self, *arguments: str) -> None:
+        self._data = TemporaryDirectory()
         command = [TURRET, "serve", *arguments]
         self.process = subprocess.Popen(  # noqa: S603 (the command is this test's)
             [*command, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "XDG_DATA_HOME": self._data.name},
         )
         self.log: list[str] = []
         self._ready = threading.Event()
@@ -107,6 +115,7 @@ class ServerProcess:
         self._reader.join()
         assert self.process.stderr
         self.process.stderr.close()
+        self._data.cleanup()
         return status
 
 

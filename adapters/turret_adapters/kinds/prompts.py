@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from turret_adapters.digest import MAX_TENSORS_BYTES
 from turret_adapters.errors import AdapterBaseError
 from turret_adapters.fields import COMMON, Fields, Policy, Use, refusal
 from turret_adapters.host import BaseWeights
@@ -18,7 +19,7 @@ from turret_adapters.plan import Content, Kind, Tensors
 from turret_adapters.rows import computed
 from turret_adapters.source import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, Method, PrefixKind
-from turret_adapters.tensors import MAX_TENSORS_BYTES, WIDTH, Expected
+from turret_adapters.tensors import WIDTH, Expected
 
 MAX_VIRTUAL_TOKENS = 4096
 MAX_TASKS = 1024

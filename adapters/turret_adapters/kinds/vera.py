@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from turret_adapters.digest import MAX_TENSORS_BYTES
 from turret_adapters.fields import COMMON, Fields, Policy, Use, refusal
 from turret_adapters.host import BaseWeights
 from turret_adapters.plan import Content, Kind, Tensors
@@ -17,7 +18,7 @@ from turret_adapters.replaced import Replaced, plan_replaced
 from turret_adapters.rows import computed
 from turret_adapters.spec import BaseSpec, Method, ModuleKind, ModuleShape
 from turret_adapters.targets import BY_LAYER, Targets
-from turret_adapters.tensors import MAX_TENSORS_BYTES, MODULE_PREFIX, VOCABULARY, WIDTH, Expected
+from turret_adapters.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 
 MAX_RANK = 1024
 

@@ -23,7 +23,8 @@ class Server:
         started = time.monotonic()
         with log.open("w") as file:
             self._process = subprocess.Popen(  # noqa: S603 (the command is this package's own)
-                [turret, "serve", "--model", model, "--cache", cache, *ports], stderr=file
+                [turret, "serve", "--model", model, "--cache", cache, "--store", cache / "adapters", *ports],
+                stderr=file,
             )
         try:
             self.address = self._wait_for(r"serving on (\S+)")

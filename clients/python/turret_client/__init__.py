@@ -12,14 +12,17 @@ it is a `TurretError`; the tree of its classes stands in `turret_client.errors`.
 
 from turret_client._async import AsyncClient
 from turret_client._channel import DEFAULT_ADDRESS
+from turret_client._options import GenerationOptions
 from turret_client._results import (
     Adapter,
     AdapterMethod,
     AdapterRef,
+    AdapterRevision,
     AdapterState,
     Chunk,
     FinishReason,
     Generation,
+    PinnedPrompt,
     Usage,
 )
 from turret_client._sync import Client
@@ -40,6 +43,7 @@ __all__ = [
     "Adapter",
     "AdapterMethod",
     "AdapterRef",
+    "AdapterRevision",
     "AdapterState",
     "AsyncClient",
     "CancelledError",
@@ -49,9 +53,11 @@ __all__ = [
     "FailedPreconditionError",
     "FinishReason",
     "Generation",
+    "GenerationOptions",
     "InternalError",
     "InvalidArgumentError",
     "NotFoundError",
+    "PinnedPrompt",
     "ResourceExhaustedError",
     "TurretError",
     "UnavailableError",

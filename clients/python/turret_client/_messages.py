@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_client._results import (
     Adapter,
     AdapterMethod,
     AdapterRef,
+    AdapterRevision,
     AdapterState,
     Chunk,
     FinishReason,
     Generation,
+    PinnedPrompt,
     Usage,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from turret_client._options import AdapterArgument
 
 _FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -42,21 +46,21 @@ _METHODS = {
     adapters_pb2.ADAPTER_METHOD_LN_TUNING: AdapterMethod.LN_TUNING,
 }
 
-# One name, one name with its weight and task, or several of either.
-AdapterArgument: TypeAlias = "str | AdapterRef | Sequence[str | AdapterRef] | None"
-
 
 def generate_request(
     prompt: str | Sequence[int],
     *,
-    adapter: AdapterArgument,
-    max_tokens: int | None,
-    temperature: float,
-    top_p: float | None,
-    top_k: int,
-    seed: int | None,
-    stop: Sequence[str],
+    adapter: AdapterArgument = None,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    priority: int = 0,
+    cache_salt: str = "",
 ) -> inference_pb2.GenerateRequest:
+    """From `GenerationOptions`; the defaults stand here."""
     if isinstance(stop, str):
         raise TypeError(f"stop is a sequence of strings; for one string write stop=[{stop!r}]")
     request = inference_pb2.GenerateRequest(
@@ -67,12 +71,28 @@ def generate_request(
         top_k=top_k,
         seed=seed,
         stop=stop,
+        priority=priority,
+        cache_salt=cache_salt,
     )
+    _set_prompt(request, prompt)
+    return request
+
+
+def pin_request(
+    name: str, prompt: str | Sequence[int], *, adapter: AdapterArgument, cache_salt: str
+) -> prompts_pb2.PinPromptRequest:
+    request = prompts_pb2.PinPromptRequest(name=name, adapters=_adapter_refs(adapter), cache_salt=cache_salt)
+    _set_prompt(request, prompt)
+    return request
+
+
+def _set_prompt(
+    request: inference_pb2.GenerateRequest | prompts_pb2.PinPromptRequest, prompt: str | Sequence[int]
+) -> None:
     if isinstance(prompt, str):
         request.text = prompt
     else:
         request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
-    return request
 
 
 def _adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
@@ -118,7 +138,20 @@ def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
         draining_revisions=tuple(message.draining_revisions),
         error=message.error,
         num_tasks=message.num_tasks,
+        history=tuple(map(_revision_from, message.history)),
     )
+
+
+def _revision_from(message: adapters_pb2.AdapterRevision) -> AdapterRevision:
+    return AdapterRevision(
+        revision=message.revision,
+        source=message.source,
+        published_at=message.published_at.ToMilliseconds() / 1000,
+    )
+
+
+def pinned_prompt_from(message: prompts_pb2.PinnedPrompt) -> PinnedPrompt:
+    return PinnedPrompt(name=message.name, revision=message.revision, prompt_tokens=message.prompt_tokens)
 
 
 def _usage_from(message: inference_pb2.Usage) -> Usage:

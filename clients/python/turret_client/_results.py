@@ -82,7 +82,7 @@ class AdapterState(StrEnum):
     FAILED = "failed"
     """Could not be read when the server started."""
     UNLOADED = "unloaded"
-    """Gone; only `unload_adapter` answers it."""
+    """Gone; only `unload_adapter` and `watch_adapters` answer it."""
 
 
 class AdapterMethod(StrEnum):
@@ -102,6 +102,21 @@ class AdapterMethod(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRevision:
+    """That a name came to serve a revision.
+
+    Attributes:
+        revision: Digest of its files; a request can name it as `name@revision`.
+        source: Where it was loaded from, without what may be secret in a URL.
+        published_at: When, in seconds since 1970 by the server's clock.
+    """
+
+    revision: str
+    source: str
+    published_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter that the server has under a name.
 
@@ -116,9 +131,11 @@ class Adapter:
         file_bytes: Size of its safetensors file.
         arena_bytes: What it takes in the arena when resident, in whole pages.
         active_requests: Requests that wait or run on this revision now.
-        draining_revisions: Replaced revisions that requests still run on.
+        draining_revisions: Other revisions that requests run on: replaced ones, and earlier ones that
+            requests name.
         error: Why it FAILED; otherwise empty.
         num_tasks: Tasks that a request chooses from; 0 where it has none to choose.
+        history: What the name serves and served, the latest first.
     """
 
     name: str
@@ -134,3 +151,19 @@ class Adapter:
     draining_revisions: tuple[str, ...]
     error: str
     num_tasks: int
+    history: tuple[AdapterRevision, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedPrompt:
+    """A prompt whose blocks the server keeps in memory.
+
+    Attributes:
+        name: Name that it was pinned under.
+        revision: That of its adapter; empty for the base model.
+        prompt_tokens: Tokens of the prompt, without an adapter's virtual tokens.
+    """
+
+    name: str
+    revision: str
+    prompt_tokens: int

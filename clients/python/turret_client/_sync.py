@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 
-from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2_grpc
-from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS
-from turret_client._messages import adapter_from, chunk_from, generate_request, generation_from
+from turret.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2_grpc,
+    prompts_pb2,
+    prompts_pb2_grpc,
+)
+from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, call_metadata
+from turret_client._messages import (
+    adapter_from,
+    chunk_from,
+    generate_request,
+    generation_from,
+    pin_request,
+    pinned_prompt_from,
+)
 from turret_client._status import raising_turret_errors
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from turret.v1 import inference_pb2
-    from turret_client._messages import AdapterArgument
-    from turret_client._results import Adapter, Chunk, Generation
+    from turret_client._options import AdapterArgument, GenerationOptions
+    from turret_client._results import Adapter, Chunk, Generation, PinnedPrompt
 
+_Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
 
@@ -29,12 +43,17 @@ class Client:
     answers, and what each method names beside it.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        """Makes a client of the server at `address`, HOST:PORT. The first call connects."""
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, tenant: str | None = None) -> None:
+        """Makes a client of the server at `address`, HOST:PORT. The first call connects.
+
+        Every call is made for `tenant`: tenants share the server fairly. None is the server's "default".
+        """
         self.address = address
+        self._metadata = call_metadata(tenant)
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
+        self._prompts = prompts_pb2_grpc.PromptServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -50,59 +69,32 @@ class Client:
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: AdapterArgument = None,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Generates to the end, then answers.
 
         Args:
             prompt: Text, or token ids that are used as they are.
-            adapter: Name of the adapter, or an `AdapterRef`; several are composed; None is the base model.
-            max_tokens: Most tokens to generate; None is 256, or what the context leaves if less.
-            temperature: 0 is greedy.
-            top_p: Nucleus sampling, 0 < top_p <= 1; None is 1.
-            top_k: Sample among the k likeliest tokens; 0 is all.
-            seed: Same seed, prompt, adapter revision and parameters: same tokens. None: the server's choice.
-            stop: Generation ends before the first of these strings; at most 16.
             timeout: Seconds until the call is given up; None is never.
+            **options: See `GenerationOptions`.
 
         Raises:
             InvalidArgumentError: A field has a value that it cannot have, or the prompt is too long.
             NotFoundError: No adapter has that name.
             FailedPreconditionError: Request and adapter do not fit into the server's memory.
-            ResourceExhaustedError: Too many requests wait.
+            ResourceExhaustedError: Too much of the tenant waits; `retry_after` says when to try again.
             DeadlineExceededError: `timeout` passed.
         """
-        request = generate_request(
-            prompt,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-        )
-        return generation_from(self._answer(self._inference.Generate.future(request, timeout=timeout)))
+        request = generate_request(prompt, **options)
+        return generation_from(self._answer(self._inference.Generate, request, timeout=timeout))
 
     def stream(
         self,
         prompt: str | Sequence[int],
         *,
-        adapter: AdapterArgument = None,
-        max_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generator[Chunk]:
         """Generates and yields what is new as it comes.
 
@@ -111,16 +103,7 @@ class Client:
 
         The arguments and errors are those of `generate`; the errors come from the iteration.
         """
-        request = generate_request(
-            prompt,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-        )
+        request = generate_request(prompt, **options)
         return self._chunks(request, timeout)
 
     def load_adapter(self, name: str, path: str) -> Adapter:
@@ -134,7 +117,7 @@ class Client:
             FailedPreconditionError: The adapter does not go with this server's model or memory.
         """
         request = adapters_pb2.LoadAdapterRequest(name=name, path=path)
-        return adapter_from(self._answer(self._adapters.LoadAdapter.future(request)).adapter)
+        return adapter_from(self._answer(self._adapters.LoadAdapter, request).adapter)
 
     def unload_adapter(self, name: str) -> Adapter:
         """Takes the name away. Requests that run on the adapter end on it.
@@ -143,7 +126,20 @@ class Client:
             NotFoundError: No adapter has that name.
         """
         request = adapters_pb2.UnloadAdapterRequest(name=name)
-        return adapter_from(self._answer(self._adapters.UnloadAdapter.future(request)).adapter)
+        return adapter_from(self._answer(self._adapters.UnloadAdapter, request).adapter)
+
+    def rollback_adapter(self, name: str, revision: str | None = None) -> Adapter:
+        """Serves an earlier revision under the name again and forgets those after it.
+
+        Args:
+            name: The adapter's name.
+            revision: The first 8 or more digits of the one to go back to; None is that before the current.
+
+        Raises:
+            NotFoundError: No adapter has that name, or none such is before its current revision.
+        """
+        request = adapters_pb2.RollbackAdapterRequest(name=name, revision=revision or "")
+        return adapter_from(self._answer(self._adapters.RollbackAdapter, request).adapter)
 
     def get_adapter(self, name: str) -> Adapter:
         """What the server has under the name.
@@ -152,20 +148,88 @@ class Client:
             NotFoundError: No adapter has that name.
         """
         request = adapters_pb2.GetAdapterRequest(name=name)
-        return adapter_from(self._answer(self._adapters.GetAdapter.future(request)).adapter)
+        return adapter_from(self._answer(self._adapters.GetAdapter, request).adapter)
 
     def list_adapters(self) -> list[Adapter]:
         """All adapters in the order of their names."""
         adapters: list[Adapter] = []
         request = adapters_pb2.ListAdaptersRequest()
         while True:
-            page = self._answer(self._adapters.ListAdapters.future(request))
+            page = self._answer(self._adapters.ListAdapters, request)
             adapters.extend(map(adapter_from, page.adapters))
             if not page.next_page_token:
                 return adapters
             request.page_token = page.next_page_token
 
-    def _answer(self, call: grpc.CallFuture[_Response]) -> _Response:
+    def watch_adapters(self) -> Generator[Adapter]:
+        """Yields every adapter as it is, then each as it is after every change of it, without its history.
+
+        The call begins with the first that is asked for. Leaving the loop early, or closing the generator,
+        ends it. An adapter that is gone comes a last time, UNLOADED.
+
+        Raises:
+            ResourceExhaustedError: Changes came faster than they were taken; watch again.
+        """
+        call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._metadata)
+        try:
+            with raising_turret_errors(self.address):
+                for response in call:
+                    yield adapter_from(response.adapter)
+        finally:
+            call.cancel()  # type: ignore[no-untyped-call]
+
+    def pin_prompt(
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        *,
+        adapter: AdapterArgument = None,
+        cache_salt: str = "",
+        timeout: float | None = None,
+    ) -> PinnedPrompt:
+        """Computes a prompt and keeps it in memory: requests that begin with it compute only the rest.
+
+        It stays until it is unpinned, or its adapter is replaced or unloaded. A name in use is pinned anew.
+
+        Args:
+            name: What to unpin it by.
+            prompt: Text, or token ids that are used as they are; whole blocks of it are kept.
+            adapter: As in `generate`; only requests with the same adapters and weights find the prompt.
+            cache_salt: As in `generate`; only requests with the same salt find the prompt.
+            timeout: Seconds until the call is given up; None is never.
+
+        Raises:
+            InvalidArgumentError: The name cannot be one, or the prompt is shorter than a block, or too long.
+            NotFoundError: No adapter has that name.
+            FailedPreconditionError: Pinned prompts would take more of the server's memory than they may.
+            ResourceExhaustedError: Too much of the tenant waits; `retry_after` says when to try again.
+            DeadlineExceededError: `timeout` passed.
+        """
+        request = pin_request(name, prompt, adapter=adapter, cache_salt=cache_salt)
+        response = self._answer(self._prompts.PinPrompt, request, timeout=timeout)
+        return pinned_prompt_from(response.prompt)
+
+    def unpin_prompt(self, name: str) -> None:
+        """Lets a pinned prompt go when its memory is needed, like any other.
+
+        Raises:
+            NotFoundError: No prompt is pinned under that name; it may have gone with its adapter.
+        """
+        self._answer(self._prompts.UnpinPrompt, prompts_pb2.UnpinPromptRequest(name=name))
+
+    def list_pinned_prompts(self) -> list[PinnedPrompt]:
+        """Pinned prompts in the order of their names."""
+        request = prompts_pb2.ListPinnedPromptsRequest()
+        response = self._answer(self._prompts.ListPinnedPrompts, request)
+        return [pinned_prompt_from(prompt) for prompt in response.prompts]
+
+    def _answer(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None = None,
+    ) -> _Response:
+        call = method.future(request, timeout=timeout, metadata=self._metadata)
         try:
             with raising_turret_errors(self.address):
                 return call.result()
@@ -174,7 +238,7 @@ class Client:
             call.cancel()  # type: ignore[no-untyped-call]
 
     def _chunks(self, request: inference_pb2.GenerateRequest, timeout: float | None) -> Generator[Chunk]:
-        call = self._inference.GenerateStream(request, timeout=timeout)
+        call = self._inference.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         try:
             with raising_turret_errors(self.address):
                 yield from map(chunk_from, call)

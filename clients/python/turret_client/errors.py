@@ -2,7 +2,7 @@
 
 TurretError
 ├── InvalidArgumentError       INVALID_ARGUMENT     the request can never be served as it is
-├── NotFoundError              NOT_FOUND            no adapter has that name
+├── NotFoundError              NOT_FOUND            no adapter or no pinned prompt has that name
 ├── ResourceExhaustedError     RESOURCE_EXHAUSTED   the server is full; try again later
 ├── FailedPreconditionError    FAILED_PRECONDITION  this server cannot serve it
 ├── DeadlineExceededError      DEADLINE_EXCEEDED    the timeout passed first
@@ -56,7 +56,7 @@ class InvalidArgumentError(TurretError):
 
 
 class NotFoundError(TurretError):
-    """No adapter has that name."""
+    """No adapter, or no pinned prompt, has that name."""
 
 
 class ResourceExhaustedError(TurretError):

@@ -22,37 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18turret/v1/adapters.proto\x12\tturret.v1\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\":\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.turret.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xc1\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.turret.v1.AdapterState\x12(\n\x06method\x18\x04 \x01(\x0e\x32\x18.turret.v1.AdapterMethod\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12\x1a\n\x12num_virtual_tokens\x18\x07 \x01(\x05\x12\x12\n\nfile_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x61rena_bytes\x18\t \x01(\x03\x12\x17\n\x0f\x61\x63tive_requests\x18\n \x01(\x05\x12\x1a\n\x12\x64raining_revisions\x18\x0b \x03(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x11\n\tnum_tasks\x18\r \x01(\x05*\xb5\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x41PTER_STATE_STAGED\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x05*\xc0\x02\n\rAdapterMethod\x12\x1e\n\x1a\x41\x44\x41PTER_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_METHOD_LORA\x10\x01\x12 \n\x1c\x41\x44\x41PTER_METHOD_PREFIX_TUNING\x10\x02\x12 \n\x1c\x41\x44\x41PTER_METHOD_PROMPT_TUNING\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_P_TUNING\x10\x04\x12*\n&ADAPTER_METHOD_MULTITASK_PROMPT_TUNING\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_METHOD_ADALORA\x10\x06\x12\x17\n\x13\x41\x44\x41PTER_METHOD_VERA\x10\x07\x12\x16\n\x12\x41\x44\x41PTER_METHOD_IA3\x10\x08\x12\x1c\n\x18\x41\x44\x41PTER_METHOD_LN_TUNING\x10\t2\xce\x02\n\x0e\x41\x64\x61pterService\x12L\n\x0bLoadAdapter\x12\x1d.turret.v1.LoadAdapterRequest\x1a\x1e.turret.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.turret.v1.UnloadAdapterRequest\x1a .turret.v1.UnloadAdapterResponse\x12I\n\nGetAdapter\x12\x1c.turret.v1.GetAdapterRequest\x1a\x1d.turret.v1.GetAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.turret.v1.ListAdaptersRequest\x1a\x1f.turret.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18turret/v1/adapters.proto\x12\tturret.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"0\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\":\n\x13LoadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x15UnloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"8\n\x16RollbackAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\">\n\x17RollbackAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.turret.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x16\n\x14WatchAdaptersRequest\"<\n\x15WatchAdaptersResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.turret.v1.Adapter\"\xee\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.turret.v1.AdapterState\x12(\n\x06method\x18\x04 \x01(\x0e\x32\x18.turret.v1.AdapterMethod\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x10\n\x08max_rank\x18\x06 \x01(\x05\x12\x1a\n\x12num_virtual_tokens\x18\x07 \x01(\x05\x12\x12\n\nfile_bytes\x18\x08 \x01(\x03\x12\x13\n\x0b\x61rena_bytes\x18\t \x01(\x03\x12\x17\n\x0f\x61\x63tive_requests\x18\n \x01(\x05\x12\x1a\n\x12\x64raining_revisions\x18\x0b \x03(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x11\n\tnum_tasks\x18\r \x01(\x05\x12+\n\x07history\x18\x0e \x03(\x0b\x32\x1a.turret.v1.AdapterRevision\"e\n\x0f\x41\x64\x61pterRevision\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x30\n\x0cpublished_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xb5\x01\n\x0c\x41\x64\x61pterState\x12\x1d\n\x19\x41\x44\x41PTER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x44\x41PTER_STATE_STAGED\x10\x01\x12\x1a\n\x16\x41\x44\x41PTER_STATE_RESIDENT\x10\x02\x12\x1a\n\x16\x41\x44\x41PTER_STATE_DRAINING\x10\x03\x12\x18\n\x14\x41\x44\x41PTER_STATE_FAILED\x10\x04\x12\x1a\n\x16\x41\x44\x41PTER_STATE_UNLOADED\x10\x05*\xc0\x02\n\rAdapterMethod\x12\x1e\n\x1a\x41\x44\x41PTER_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13\x41\x44\x41PTER_METHOD_LORA\x10\x01\x12 \n\x1c\x41\x44\x41PTER_METHOD_PREFIX_TUNING\x10\x02\x12 \n\x1c\x41\x44\x41PTER_METHOD_PROMPT_TUNING\x10\x03\x12\x1b\n\x17\x41\x44\x41PTER_METHOD_P_TUNING\x10\x04\x12*\n&ADAPTER_METHOD_MULTITASK_PROMPT_TUNING\x10\x05\x12\x1a\n\x16\x41\x44\x41PTER_METHOD_ADALORA\x10\x06\x12\x17\n\x13\x41\x44\x41PTER_METHOD_VERA\x10\x07\x12\x16\n\x12\x41\x44\x41PTER_METHOD_IA3\x10\x08\x12\x1c\n\x18\x41\x44\x41PTER_METHOD_LN_TUNING\x10\t2\xfe\x03\n\x0e\x41\x64\x61pterService\x12L\n\x0bLoadAdapter\x12\x1d.turret.v1.LoadAdapterRequest\x1a\x1e.turret.v1.LoadAdapterResponse\x12R\n\rUnloadAdapter\x12\x1f.turret.v1.UnloadAdapterRequest\x1a .turret.v1.UnloadAdapterResponse\x12X\n\x0fRollbackAdapter\x12!.turret.v1.RollbackAdapterRequest\x1a\".turret.v1.RollbackAdapterResponse\x12I\n\nGetAdapter\x12\x1c.turret.v1.GetAdapterRequest\x1a\x1d.turret.v1.GetAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.turret.v1.ListAdaptersRequest\x1a\x1f.turret.v1.ListAdaptersResponse\x12T\n\rWatchAdapters\x12\x1f.turret.v1.WatchAdaptersRequest\x1a .turret.v1.WatchAdaptersResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'turret.v1.adapters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTERSTATE']._serialized_start=817
-  _globals['_ADAPTERSTATE']._serialized_end=998
-  _globals['_ADAPTERMETHOD']._serialized_start=1001
-  _globals['_ADAPTERMETHOD']._serialized_end=1321
-  _globals['_LOADADAPTERREQUEST']._serialized_start=39
-  _globals['_LOADADAPTERREQUEST']._serialized_end=87
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=89
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=147
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=149
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=185
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=187
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=247
-  _globals['_GETADAPTERREQUEST']._serialized_start=249
-  _globals['_GETADAPTERREQUEST']._serialized_end=282
-  _globals['_GETADAPTERRESPONSE']._serialized_start=284
-  _globals['_GETADAPTERRESPONSE']._serialized_end=341
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=343
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=403
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=405
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=490
-  _globals['_ADAPTER']._serialized_start=493
-  _globals['_ADAPTER']._serialized_end=814
-  _globals['_ADAPTERSERVICE']._serialized_start=1324
-  _globals['_ADAPTERSERVICE']._serialized_end=1658
+  _globals['_ADAPTERSTATE']._serialized_start=1206
+  _globals['_ADAPTERSTATE']._serialized_end=1387
+  _globals['_ADAPTERMETHOD']._serialized_start=1390
+  _globals['_ADAPTERMETHOD']._serialized_end=1710
+  _globals['_LOADADAPTERREQUEST']._serialized_start=72
+  _globals['_LOADADAPTERREQUEST']._serialized_end=120
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=122
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=180
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=182
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=218
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=220
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=280
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_start=282
+  _globals['_ROLLBACKADAPTERREQUEST']._serialized_end=338
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_start=340
+  _globals['_ROLLBACKADAPTERRESPONSE']._serialized_end=402
+  _globals['_GETADAPTERREQUEST']._serialized_start=404
+  _globals['_GETADAPTERREQUEST']._serialized_end=437
+  _globals['_GETADAPTERRESPONSE']._serialized_start=439
+  _globals['_GETADAPTERRESPONSE']._serialized_end=496
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=498
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=558
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=560
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=645
+  _globals['_WATCHADAPTERSREQUEST']._serialized_start=647
+  _globals['_WATCHADAPTERSREQUEST']._serialized_end=669
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_start=671
+  _globals['_WATCHADAPTERSRESPONSE']._serialized_end=731
+  _globals['_ADAPTER']._serialized_start=734
+  _globals['_ADAPTER']._serialized_end=1100
+  _globals['_ADAPTERREVISION']._serialized_start=1102
+  _globals['_ADAPTERREVISION']._serialized_end=1203
+  _globals['_ADAPTERSERVICE']._serialized_start=1713
+  _globals['_ADAPTERSERVICE']._serialized_end=2223
 # @@protoc_insertion_point(module_scope)

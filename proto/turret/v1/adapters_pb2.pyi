@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -35,7 +36,7 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
     """Could not be read when the server started."""
     ADAPTER_STATE_UNLOADED: _AdapterState.ValueType  # 5
-    """Gone; only UnloadAdapter answers it."""
+    """Gone; only UnloadAdapter and WatchAdapters answer it."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper): ...
 
@@ -49,7 +50,7 @@ ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
 """Could not be read when the server started."""
 ADAPTER_STATE_UNLOADED: AdapterState.ValueType  # 5
-"""Gone; only UnloadAdapter answers it."""
+"""Gone; only UnloadAdapter and WatchAdapters answer it."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _AdapterMethod:
@@ -167,6 +168,49 @@ class UnloadAdapterResponse(_message.Message):
 Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
 
 @_typing.final
+class RollbackAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    revision: _builtins.str
+    """The first 8 or more digits of the revision to go back to. Empty: that before the current one."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterRequest: _TypeAlias = RollbackAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterResponse: _TypeAlias = RollbackAdapterResponse  # noqa: Y015
+
+@_typing.final
 class GetAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -254,6 +298,43 @@ class ListAdaptersResponse(_message.Message):
 Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
+class WatchAdaptersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersRequest: _TypeAlias = WatchAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class WatchAdaptersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """Its history is left out."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015
+
+@_typing.final
 class Adapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -270,6 +351,7 @@ class Adapter(_message.Message):
     DRAINING_REVISIONS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     NUM_TASKS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Digest of the adapter's files. Empty where state is FAILED."""
@@ -293,7 +375,13 @@ class Adapter(_message.Message):
     """Tasks that a request chooses from; 0 where it has none to choose."""
     @_builtins.property
     def draining_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Replaced revisions that requests still run on."""
+        """Other revisions that requests run on: replaced ones, and earlier ones that requests name."""
+
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRevision]:
+        """What the name serves and served, the latest first, at most 32. A request can name each of them as
+        name@revision, as long as the server's store has it.
+        """
 
     def __init__(
         self,
@@ -311,11 +399,41 @@ class Adapter(_message.Message):
         draining_revisions: _abc.Iterable[_builtins.str] | None = ...,
         error: _builtins.str = ...,
         num_tasks: _builtins.int = ...,
+        history: _abc.Iterable[Global___AdapterRevision] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "history", b"history", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class AdapterRevision(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    PUBLISHED_AT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    source: _builtins.str
+    """Where it was loaded from, without what may be secret in a URL."""
+    @_builtins.property
+    def published_at(self) -> _timestamp_pb2.Timestamp:
+        """When the name came to serve it."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        source: _builtins.str = ...,
+        published_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["published_at", b"published_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["published_at", b"published_at", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterRevision: _TypeAlias = AdapterRevision  # noqa: Y015

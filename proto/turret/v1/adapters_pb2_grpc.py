@@ -45,6 +45,11 @@ class AdapterServiceStub:
                 request_serializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.RollbackAdapter = channel.unary_unary(
+                '/turret.v1.AdapterService/RollbackAdapter',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/turret.v1.AdapterService/GetAdapter',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -54,6 +59,11 @@ class AdapterServiceStub:
                 '/turret.v1.AdapterService/ListAdapters',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/turret.v1.AdapterService/WatchAdapters',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
                 _registered_method=True)
 
 
@@ -76,6 +86,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollbackAdapter(self, request, context):
+        """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
+        those after it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -84,6 +102,15 @@ class AdapterServiceServicer:
 
     def ListAdapters(self, request, context):
         """Adapters in the order of their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
+        or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
+        RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +129,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterResponse.SerializeToString,
             ),
+            'RollbackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapter,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.GetAdapterRequest.FromString,
@@ -111,6 +143,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.ListAdaptersRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +216,33 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
+    def RollbackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.AdapterService/RollbackAdapter',
+            turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetAdapter(request,
             target,
             options=(),
@@ -222,6 +286,33 @@ class AdapterService:
             '/turret.v1.AdapterService/ListAdapters',
             turret_dot_v1_dot_adapters__pb2.ListAdaptersRequest.SerializeToString,
             turret_dot_v1_dot_adapters__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/turret.v1.AdapterService/WatchAdapters',
+            turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

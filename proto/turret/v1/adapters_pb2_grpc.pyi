@@ -39,9 +39,18 @@ class AdapterServiceStub:
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
+    RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]
+    """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
+    those after it.
+    """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     """Adapters in the order of their names."""
+    WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
+    """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
+    or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
+    RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -54,9 +63,18 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
+    RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]  # type: ignore[assignment]
+    """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
+    those after it.
+    """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Adapters in the order of their names."""
+    WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
+    or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
+    RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Loads, replaces and unloads adapters while requests run."""
@@ -80,6 +98,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
 
     @_abc_1.abstractmethod
+    def RollbackAdapter(
+        self,
+        request: _adapters_pb2.RollbackAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.RollbackAdapterResponse, _abc.Awaitable[_adapters_pb2.RollbackAdapterResponse]]:
+        """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
+        those after it.
+        """
+
+    @_abc_1.abstractmethod
     def GetAdapter(
         self,
         request: _adapters_pb2.GetAdapterRequest,
@@ -93,5 +121,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
         """Adapters in the order of their names."""
+
+    @_abc_1.abstractmethod
+    def WatchAdapters(
+        self,
+        request: _adapters_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
+        """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
+        or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
+        RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

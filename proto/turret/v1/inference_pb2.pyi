@@ -136,6 +136,9 @@ class AdapterRef(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """The name, or name@revision for one revision of the name's history: the first 8 digits are enough where no
+    other begins so. It is read when it is asked for, and goes with the last request that names it.
+    """
     weight: _builtins.float
     """How much a LoRA counts. Unset: 1."""
     task: _builtins.int

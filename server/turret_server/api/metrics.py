@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from turret_adapters.errors import AdapterError
+from turret_adapters.host_memory import HostMemory
 from turret_server.engine.loop import EngineStats
 from turret_server.errors import TurretError
 
@@ -106,6 +107,12 @@ class EngineMetrics:
         self._preemptions = Counter(
             "turret_preemptions", "Requests put back because pages ran out.", registry=registry
         )
+        self._evictions = Counter(
+            "turret_adapter_evictions", "Adapters that gave their pages up to others.", registry=registry
+        )
+        self._filling = Gauge(
+            "turret_filling_adapters", "Adapters on their way into the arena.", registry=registry
+        )
         self._pages = Gauge("turret_arena_pages", "Pages by owner.", ["owner"], registry=registry)
         Gauge("turret_arena_page_bytes", "Size of a page.", registry=registry).set(page_bytes)
 
@@ -117,26 +124,39 @@ class EngineMetrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._preemptions.inc(stats.num_preempted)
+        self._evictions.inc(stats.num_evicted)
+        self._filling.set(stats.num_filling)
         for owner, count in stats.pages.items():
             self._pages.labels(owner).set(count)
 
 
-class AdapterStates(Collector):
-    """Counts adapters by state when it is asked, so that there is nothing to keep in step."""
+class AdapterMetrics(Collector):
+    """Counts adapters by state, and what is in host memory, when it is asked, so that there is nothing to
+    keep in step.
+    """
 
-    def __init__(self, states: Callable[[], Iterable[str]], registry: CollectorRegistry) -> None:
+    def __init__(
+        self, states: Callable[[], Iterable[str]], memory: HostMemory, registry: CollectorRegistry
+    ) -> None:
         self._states = states
+        self._memory = memory
         registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        return [self._family()]
+        return self._families([], 0, 0)
 
     def collect(self) -> Iterable[Metric]:
-        family = self._family()
-        for state, count in Count(self._states()).items():
-            family.add_metric([state], count)
-        return [family]
+        return self._families(self._states(), self._memory.num_bytes, self._memory.num_reads)
 
     @staticmethod
-    def _family() -> GaugeMetricFamily:
-        return GaugeMetricFamily("turret_adapters", "Adapters by state.", labels=["state"])
+    def _families(states: Iterable[str], num_bytes: int, num_reads: int) -> list[Metric]:
+        adapters = GaugeMetricFamily("turret_adapters", "Adapters by state.", labels=["state"])
+        for state, count in Count(states).items():
+            adapters.add_metric([state], count)
+        return [
+            adapters,
+            GaugeMetricFamily("turret_host_adapter_bytes", "Adapters in host memory.", num_bytes),
+            CounterMetricFamily(
+                "turret_adapter_disk_reads", "Adapters read again from the store.", num_reads
+            ),
+        ]

@@ -1,7 +1,8 @@
-"""The gRPC server: this project's two services, the standard health service, and reflection."""
+"""The gRPC server: this project's services, the standard health service, and reflection."""
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,20 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from turret.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    prompts_pb2,
+    prompts_pb2_grpc,
+)
 from turret_server.errors import ConfigError
 
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    prompts_pb2.DESCRIPTOR.services_by_name["PromptService"].full_name,
 )
 
 
@@ -30,17 +39,28 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches HOST:PORT."""
+    host = split_address(address)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class RpcServer:
     def __init__(
         self,
         inference: inference_pb2_grpc.InferenceServiceServicer,
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
+        prompts: prompts_pb2_grpc.PromptServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
     ) -> None:
         # Two servers on one port would share its calls between them, in silence.
         self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are behind
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from collections.abc import Iterable
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import Named
-from turret_server.engine.request import SamplingParams
+from turret_server.engine.request import DEFAULT_TENANT, SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
 
 _DEFAULT_MAX_TOKENS = 256
@@ -17,22 +18,53 @@ _MAX_ADAPTERS = 8
 _MAX_WEIGHT = 100.0
 _MAX_STOP_LENGTH = 256
 _MAX_TEMPERATURE = 100.0
+_MAX_PRIORITY = 10
+_MAX_CACHE_SALT_LENGTH = 128
+_TENANT_KEY = "turret-tenant"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_REVISION = re.compile(r"[0-9a-f]{8,32}")
 
 
-def check_name(name: str, field: str = "name") -> str:
-    """Hand an adapter's name on if it can be one.
+def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:
+    """Hand a name on if an adapter, or what else it is to be the name of, can have it.
 
     Raises:
-        InvalidRequestError: the name is none that an adapter can have.
+        InvalidRequestError: it cannot.
     """
     if not _NAME.fullmatch(name):
         raise InvalidRequestError(
-            "an adapter's name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter "
+            f"{of}'s name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter "
             f"or a digit; found {name[:140]!r}",
             field=field,
         )
     return name
+
+
+def check_revision(beginning: str, field: str = "revision") -> str:
+    """Hand the beginning of a revision on if it is long enough to tell one from others.
+
+    Raises:
+        InvalidRequestError: it is not, or no revision begins so.
+    """
+    if not _REVISION.fullmatch(beginning):
+        raise InvalidRequestError(
+            f"a revision is given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}", field=field
+        )
+    return beginning
+
+
+def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """For whom a call is made.
+
+    Raises:
+        InvalidRequestError: several tenants are named, or what is named cannot be one.
+    """
+    named = {str(value) for key, value in metadata if key == _TENANT_KEY}
+    if len(named) > 1:
+        raise InvalidRequestError(
+            f"a call is made for one tenant; the metadata {_TENANT_KEY} names {len(named)}", field=_TENANT_KEY
+        )
+    return check_name(named.pop(), _TENANT_KEY, "a tenant") if named else DEFAULT_TENANT
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
@@ -55,7 +87,7 @@ def check_adapters(request: inference_pb2.GenerateRequest) -> list[Named]:
     """Names, weights and tasks of the request's adapters.
 
     Raises:
-        InvalidRequestError: too many, one named twice, or a name or a weight that cannot be.
+        InvalidRequestError: too many, one named twice, or a name, a revision or a weight that cannot be.
     """
     if len(request.adapters) > _MAX_ADAPTERS:
         raise InvalidRequestError(
@@ -71,7 +103,9 @@ def check_adapters(request: inference_pb2.GenerateRequest) -> list[Named]:
                 field="weight",
             )
         task = ref.task if ref.HasField("task") else None
-        named.append(Named(check_name(ref.name, "adapters"), weight, task))
+        name, mark, beginning = ref.name.partition("@")
+        revision = check_revision(beginning, "adapters") if mark else None
+        named.append(Named(check_name(name, "adapters"), weight, task, revision))
     if len({(each.name, each.task) for each in named}) < len(named):
         raise InvalidRequestError("an adapter is named twice", field="adapters")
     return named
@@ -93,6 +127,34 @@ def check_stop(request: inference_pb2.GenerateRequest) -> list[str]:
                 f"a stop string has 1 to {_MAX_STOP_LENGTH} characters; found {len(stop)}", field="stop"
             )
     return list(request.stop)
+
+
+def check_priority(request: inference_pb2.GenerateRequest) -> int:
+    """The request's priority within its tenant.
+
+    Raises:
+        InvalidRequestError: it is out of its range.
+    """
+    if abs(request.priority) > _MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority is from -{_MAX_PRIORITY} to {_MAX_PRIORITY}; found {request.priority}",
+            field="priority",
+        )
+    return request.priority
+
+
+def check_cache_salt(request: inference_pb2.GenerateRequest) -> str:
+    """With whom the request shares cached blocks.
+
+    Raises:
+        InvalidRequestError: it is too long.
+    """
+    if len(request.cache_salt) > _MAX_CACHE_SALT_LENGTH:
+        raise InvalidRequestError(
+            f"cache_salt has at most {_MAX_CACHE_SALT_LENGTH} characters; found {len(request.cache_salt)}",
+            field="cache_salt",
+        )
+    return request.cache_salt
 
 
 def sampling_params(
