@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from support.models import save_tokenizer
 from support.running import RecordingSampler, Running, submit, wait
 from turret_adapters.registry import Named
 from turret_server.config import ServerConfig
 from turret_server.kernels import has_avx512bf16
-from turret_server.serve import assemble
+from turret_server.serve import Parts, assemble
 
 NAMED = [(), (Named("lora-all-linear"),), (Named("rslora"),), (Named("p-tuning-v2"),), (Named("dora"),)]
 
 
-@pytest.mark.skipif(not has_avx512bf16(), reason="the CPU has no AVX512-BF16")
+only_avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="the CPU has no AVX512-BF16")
+
+
+@only_avx512bf16
 def test_logits_alone_are_those_in_company_to_the_bit(base_of, adapter_of, quantised_cache):
+    def load(parts: Parts) -> None:
+        for name in {each.name for named in NAMED for each in named}:
+            parts.lifecycle.load(name, str(adapter_of("llama", name)))
+
+    compare(base_of("llama"), quantised_cache, load)
+
+
+@only_avx512bf16
+def test_nor_do_wide_logits_depend_on_company(tmp_path, quantised_cache):
+    """So wide that matrix libraries multiply one row in another order than several."""
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=2048,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    compare(tmp_path, quantised_cache, lambda _: None, [() for _ in NAMED])
+
+
+def compare(
+    model: Path,
+    cache: Path,
+    load: Callable[[Parts], None],
+    named: Sequence[tuple[Named, ...]] = NAMED,
+) -> None:
+    """Ask for five answers, one after another and all together."""
     sampler = RecordingSampler()
     config = ServerConfig(
-        model=str(base_of("llama")),
+        model=str(model),
         dtype="bfloat16",
         device="cpu",
         memory="8MiB",
         max_batch_tokens=32,
         max_batch_requests=8,
-        cache=quantised_cache,
+        cache=cache,
     )
     prompts = [list(range(start, start + 45)) for start in range(10, 210, 40)]
     with assemble(config, sampler) as parts:
-        for name in {each.name for named in NAMED for each in named}:
-            parts.adapters.load(name, str(adapter_of("llama", name)))
+        load(parts)
 
         def ask(index: int) -> Running:
-            return submit(parts, prompts[index], *NAMED[index], max_tokens=12)
+            return submit(parts, prompts[index], *named[index], max_tokens=12)
 
         alone = []
-        for index in range(len(NAMED)):
+        for index in range(len(named)):
             alone.append(ask(index))
             wait(alone[-1])
-        company = [ask(index) for index in range(len(NAMED))]
+        company = [ask(index) for index in range(len(named))]
         wait(*company)
     for single, together in zip(alone, company, strict=True):
         assert single.token_ids == together.token_ids

@@ -105,7 +105,7 @@ def parts(family, base_of, adapter_of, quantised_cache, sampler):
     )
     with assemble(config, sampler) as parts:
         for kind in kinds_of(family):
-            parts.adapters.load(kind, str(adapter_of(family, kind)))
+            parts.lifecycle.load(kind, str(adapter_of(family, kind)))
         yield parts
 
 

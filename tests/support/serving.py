@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.rpc import RpcServer
 from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
-from turret_server.serve import Parts, assemble
+from turret_server.serve import Parts, assemble, make_server
 
 # The command that the package installs.
 TURRET = str(Path(sys.executable).with_name("turret"))
@@ -58,7 +57,7 @@ def _alone(config: ServerConfig, store: Path) -> ServerConfig:
 
 
 async def _start(parts: Parts) -> tuple[RpcServer, int]:
-    server = RpcServer(parts.inference, parts.adapters, parts.prompts, [ErrorInterceptor()])
+    server = make_server(parts)
     return server, await server.start("127.0.0.1:0")
 
 

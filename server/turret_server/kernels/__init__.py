@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret_server.kernels.bnb_cpu import BitsandbytesNF4
 from turret_server.kernels.cpu import CpuOps
 from turret_server.kernels.ops import (
     AttentionBatch,
@@ -20,7 +21,6 @@ from turret_server.kernels.reference import ReferenceOps
 __all__ = [
     "AttentionBatch",
     "AttentionParams",
-    "BitsandbytesNF4",
     "CpuOps",
     "LoraRows",
     "NF4Weight",
@@ -34,6 +34,10 @@ __all__ = [
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest table that computes in `dtype` on `device`."""
+    if device.type == "cuda" and find_spec("triton"):
+        from turret_server.kernels.gpu import GpuOps  # noqa: PLC0415 (not everybody has Triton)
+
+        return GpuOps(dtype)
     if device.type == "cpu" and dtype in {torch.bfloat16, torch.float32}:
         return CpuOps(dtype)
     return ReferenceOps()

@@ -1,18 +1,22 @@
-"""The ops for CPUs: kernels in numba, and bitsandbytes' NF4 product where the CPU and the dtype have it."""
+"""The ops for CPUs: kernels in numba. In float32, and without AVX512-BF16, products are the reference's."""
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
+import numpy as np
 import torch
-from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.functional import has_avx512bf16, quantize_4bit
 
-from turret_server.kernels import cpu_attention, cpu_lora
-from turret_server.kernels.bnb_cpu import BitsandbytesNF4
+from turret_server.kernels import cpu_attention, cpu_dense, cpu_lora, cpu_nf4, cpu_norm
+from turret_server.kernels.jit import as_array
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 from turret_server.kernels.parallel import THREADS
 from turret_server.kernels.reference import ReferenceOps
+
+_NOTHING_SOON = np.empty(0, np.uint16), np.empty(0, np.int64)
 
 log = logging.getLogger(__name__)
 
@@ -21,21 +25,61 @@ class CpuOps:
     """See `ops.Ops`. What a token gets does not depend on the other tokens of the step, to the bit."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        fast = dtype == torch.bfloat16 and has_avx512bf16()
-        self._nf4 = BitsandbytesNF4() if fast else ReferenceOps()
+        self._has_pairs = dtype == torch.bfloat16 and has_avx512bf16()
+        self._reference = ReferenceOps()
+        self._arena: tuple[torch.Tensor, Any] | None = None
         started = time.perf_counter()
         self._warm(dtype)
         seconds = time.perf_counter() - started
         log.info("kernels for %s on %d threads, ready in %.1f s", dtype, THREADS, seconds)
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
-        return self._nf4.pack_nf4(weight)
+        return cpu_nf4.pack(weight) if self._has_pairs else weight
 
     def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
-        return self._nf4.nf4_linear(x_TI, weight)
+        if isinstance(weight, NF4Weight):
+            return self._reference.nf4_linear(x_TI, weight)
+        y_TO = x_TI.new_empty(len(x_TI), weight.out_features)
+        cpu_nf4.multiply(as_array(y_TO), as_array(x_TI.contiguous()), weight, *_NOTHING_SOON)
+        return y_TO
+
+    def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+        if self._has_pairs and cpu_dense.fits(weight_OI):
+            return cpu_dense.linear(x_TI, weight_OI)
+        return self._reference.linear(x_TI, weight_OI)
+
+    def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return cpu_norm.rms_norm(x_TI, weight_I, epsilon)
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
-        cpu_lora.lora_add(y_TO, x_TI, arena, rows)
+        cpu_lora.lora_add(as_array(y_TO), as_array(x_TI.contiguous()), self._array_of(arena), rows)
+
+    def adapted_linear(
+        self,
+        x_TI: torch.Tensor,
+        weight: NF4Weight | PackedNF4Weight,
+        arena: torch.Tensor,
+        rows: LoraRows | None,
+    ) -> torch.Tensor:
+        if rows is None:
+            return self.nf4_linear(x_TI, weight)
+        if isinstance(weight, NF4Weight):
+            y_TO = self._reference.nf4_linear(x_TI, weight)
+            self.lora_add(y_TO, x_TI, arena, rows)
+            return y_TO
+        y_TO = x_TI.new_empty(len(x_TI), weight.out_features)
+        arrays = as_array(y_TO), as_array(x_TI.contiguous())
+        # The product waits for its registers, and the rows come from memory meanwhile.
+        soon = cpu_lora.runs(rows, weight.in_features, weight.out_features, cpu_nf4.RUN)
+        cpu_nf4.multiply(*arrays, weight, self._array_of(arena), soon)
+        cpu_lora.lora_add(*arrays, self._array_of(arena), rows)
+        return y_TO
+
+    def _array_of(self, arena: torch.Tensor) -> Any:
+        """Kept: every linear of every step asks with the same one."""
+        if self._arena is None or self._arena[0] is not arena:
+            self._arena = arena, as_array(arena)
+        return self._arena[1]
 
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
@@ -56,3 +100,8 @@ class CpuOps:
         batch = AttentionBatch(torch.arange(2), one, place[None], place, place)
         self.write_kv(kv, token, token, batch)
         self.paged_attention(token, kv, batch, AttentionParams(1.0, None, None, None))
+        self.rms_norm(token[0], token[0, 0], 0.0)
+        if self._has_pairs:
+            self.linear(torch.ones(1, 64, dtype=dtype), torch.ones(1, 64, dtype=dtype))
+            data, state = quantize_4bit(torch.ones(64, 64, dtype=dtype), quant_type="nf4")
+            self.nf4_linear(torch.ones(1, 64, dtype=dtype), self.pack_nf4(NF4Weight(data, state, 64, 64)))

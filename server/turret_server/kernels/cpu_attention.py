@@ -9,6 +9,7 @@ For the letters in tensor names see `ops.py`. Arrays without letters are flat.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,7 @@ def write_kv(
         kv_P2BKD.stride(1),
         as_array(key_TKD.flatten(1)),
         as_array(value_TKD.flatten(1)),
-        batch.pages_T.numpy(),
-        batch.slots_T.numpy(),
+        *_arrays(batch)[3:],
     )
 
 
@@ -72,15 +72,25 @@ def paged_attention(
         kv_P2BKD.stride(0),
         kv_P2BKD.shape[2],
         kv_P2BKD.shape[3],
-        batch.query_bounds.numpy(),
-        batch.context_lengths_Q.numpy(),
-        batch.block_tables_QM.numpy(),
+        *_arrays(batch)[:3],
         float(params.scaling),
         params.window or _EVERYTHING,
         float(params.softcap or 0),
         _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
     )
     return out_THD
+
+
+@lru_cache(maxsize=2)
+def _arrays(batch: AttentionBatch) -> tuple[Any, Any, Any, Any, Any]:
+    """What the kernels take of a batch: every layer of a step asks with the same one."""
+    return (
+        batch.query_bounds.numpy(),
+        batch.context_lengths_Q.numpy(),
+        batch.block_tables_QM.numpy(),
+        batch.pages_T.numpy(),
+        batch.slots_T.numpy(),
+    )
 
 
 def _flat(kv_P2BKD: torch.Tensor) -> Any:

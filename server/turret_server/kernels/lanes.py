@@ -2,8 +2,7 @@
 
 With them the order of every sum is written down instead of being the compiler's choice; LLVM cuts them to
 the width that the CPU has. Memory is a flat index into an array without gaps, of float32 or of bfloat16
-seen as uint16; no index is checked. numba caches a kernel by its own file: after a change here, delete the
-`.nbi` files in `__pycache__`.
+seen as uint16; no index is checked.
 """
 
 # ruff: noqa: ARG001 (the signatures are numba's)
@@ -185,34 +184,89 @@ def zeros(_: Any, count: Any) -> Any:
     return result(count), generate
 
 
+def rows(context: Any, builder: Any, kind: Any, array: Any, starts: Any, index: Any) -> list[Any]:
+    """In an intrinsic: for each of a tuple of starts, the sixteen elements from start + index on."""
+    memory = _Memory(context, builder, kind, array)
+    places = (builder.add(start, index) for start in cgutils.unpack_tuple(builder, starts))
+    return [memory.load(place, None) for place in places]
+
+
+def add_each(builder: Any, sums: Any, rows: list[Any], columns: list[Any]) -> Any:
+    """In an intrinsic: what `add_outer` does."""
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            at = i * len(columns) + j
+            before = builder.extract_value(sums, at)
+            after = _call(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, row, column, before)
+            sums = builder.insert_value(sums, after, at)
+    return sums
+
+
 @_intrinsic
 def add_outer(_: Any, sums: Any, rows: Any, columns: Any) -> Any:
     """sums[i · len(columns) + j] + rows[i] · columns[j], all of them vectors."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         result, *factors = arguments
-        rows, columns = (cgutils.unpack_tuple(builder, factor) for factor in factors)
-        for i, row in enumerate(rows):
-            for j, column in enumerate(columns):
-                at = i * len(columns) + j
-                before = builder.extract_value(result, at)
-                after = _call(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, row, column, before)
-                result = builder.insert_value(result, after, at)
-        return result
+        return add_each(builder, result, *(cgutils.unpack_tuple(builder, factor) for factor in factors))
 
     return sums(sums, rows, columns), generate
 
 
 @_intrinsic
+def add_scaled(_: Any, array: Any, starts: Any, vectors: Any, scales: Any) -> Any:
+    """Vector j from starts[i] on += vectors[i · len(scales) + j] · scales[j].
+
+    Starts may be the same at the end: all that is read is read before anything is written.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, starts, vectors, scales = arguments
+        memory = _Memory(context, builder, signature.args[0], array)
+        columns, rows = cgutils.unpack_tuple(builder, scales), cgutils.unpack_tuple(builder, vectors)
+        results = []
+        for i, start in enumerate(cgutils.unpack_tuple(builder, starts)):
+            for j, column in enumerate(columns):
+                at = builder.add(start, ir.Constant(start.type, j * LANES))
+                factors = rows[i * len(columns) + j], column, memory.load(at, None)
+                results.append((at, _call(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, *factors)))
+        for at, value in results:
+            memory.store(value, at, None)
+        return context.get_dummy_value()
+
+    return types.none(array, UniTuple(types.intp, starts.count), vectors, scales), generate
+
+
+@_intrinsic
 def lane_sums(_: Any, vectors: Any) -> Any:
-    """The sum of the lanes of each vector of a tuple: lanes i and i + 8 first, then i + 4, i + 2, i + 1."""
+    """The sum of the lanes of each vector of a tuple, of a power of two: lanes i and i + 8 first, then i + 4,
+    i + 2, i + 1. Two vectors share each addition as long as there are two.
+    """
     result = UniTuple(types.float32, vectors.count)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums = [_fold(builder, value, builder.fadd) for value in cgutils.unpack_tuple(builder, arguments[0])]
-        return context.make_tuple(builder, signature.return_type, sums)
+        sums = _sums(builder, cgutils.unpack_tuple(builder, arguments[0]))
+        # With fewer vectors than lanes, the sums come again and again.
+        of_each = [builder.extract_element(sums, ir.Constant(_I32, i)) for i in range(vectors.count)]
+        return context.make_tuple(builder, signature.return_type, of_each)
 
     return result(vectors), generate
+
+
+def _sums(builder: Any, values: list[Any]) -> Any:
+    width = LANES
+    while width > 1:
+        width //= 2
+        pairs = zip(values[::2], values[1::2], strict=True) if len(values) > 1 else ((values[0], values[0]),)
+        values = [builder.fadd(*_halves(builder, *pair, width)) for pair in pairs]
+    return values[0]
+
+
+def _halves(builder: Any, a: Any, b: Any, width: int) -> tuple[Any, Any]:
+    """The lower halves of the runs of 2 · width lanes of two vectors, and the upper ones."""
+    starts = [lane for lane in range(2 * LANES) if lane % (2 * width) < width]
+    low, high = (ir.Constant(_BITS, [lane + shift for lane in starts]) for shift in (0, width))
+    return builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
 
 
 @_intrinsic

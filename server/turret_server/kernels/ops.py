@@ -24,9 +24,9 @@ class NF4Weight:
     out_features: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedNF4Weight:
-    """A 4-bit weight in the order of the CPU kernel, with its scales de-nested once, in bfloat16."""
+    """A 4-bit weight in the order of a table's kernel, its scales de-nested once, in the compute dtype."""
 
     data: torch.Tensor
     absmax: torch.Tensor
@@ -36,13 +36,14 @@ class PackedNF4Weight:
     out_features: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LoraRows:
     """The LoRA rows that one linear applies in this step, segment by segment.
 
     Segment s covers the tokens token_starts[s] … token_ends[s] and the rows
     row_bounds[s] … row_bounds[s + 1]. Row r reads A at a_offsets[r] and B at b_offsets[r], both element
-    offsets in the arena, and counts weights[r]-fold.
+    offsets in the arena, and counts weights[r]-fold. A decode step has the very rows of the step before it,
+    so that a table may keep what it makes of them.
     """
 
     token_starts: tuple[int, ...]
@@ -53,7 +54,7 @@ class LoraRows:
     weights_R: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionBatch:
     """Where the tokens of each sequence lie in the step, and its keys and values in the arena.
 
@@ -93,8 +94,23 @@ class Ops(Protocol):
     def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
         """X · Wᵀ, [T, O]."""
 
+    def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+        """X · Wᵀ with a weight that is not quantised, [T, O]."""
+
+    def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """Weight · (x / √(mean(x²) + epsilon)), in float32, rounded before the weight and after."""
+
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         """y[t] += Σ_r weights[r] · (A_r · x[t]) · B_r over the rows of t's segment, in place."""
+
+    def adapted_linear(
+        self,
+        x_TI: torch.Tensor,
+        weight: NF4Weight | PackedNF4Weight,
+        arena: torch.Tensor,
+        rows: LoraRows | None,
+    ) -> torch.Tensor:
+        """`nf4_linear`, to which `lora_add` adds the rows if there are any, [T, O]."""
 
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch

@@ -23,6 +23,14 @@ class ReferenceOps:
         weight_OI = dequantize_4bit(weight.data, weight.state).to(x_TI.dtype)
         return torch.nn.functional.linear(x_TI, weight_OI)
 
+    def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x_TI, weight_OI)
+
+    def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
+        whole_TI = x_TI.float()
+        scale_T1 = torch.rsqrt(whole_TI.square().mean(-1, keepdim=True) + epsilon)
+        return weight_I * (whole_TI * scale_T1).to(x_TI.dtype)
+
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         for segment, (start, end) in enumerate(zip(rows.token_starts, rows.token_ends, strict=True)):
             some = slice(rows.row_bounds[segment], rows.row_bounds[segment + 1])
@@ -30,6 +38,18 @@ class ReferenceOps:
             b_RO = _gather_rows(arena, rows.b_offsets_R[some], y_TO.shape[1])
             shrunk_TR = (x_TI[start:end].float() @ a_RI.T) * rows.weights_R[some]
             y_TO[start:end] += (shrunk_TR @ b_RO).to(y_TO.dtype)
+
+    def adapted_linear(
+        self,
+        x_TI: torch.Tensor,
+        weight: NF4Weight | PackedNF4Weight,
+        arena: torch.Tensor,
+        rows: LoraRows | None,
+    ) -> torch.Tensor:
+        y_TO = self.nf4_linear(x_TI, weight)
+        if rows is not None:
+            self.lora_add(y_TO, x_TI, arena, rows)
+        return y_TO
 
     def write_kv(
         self,

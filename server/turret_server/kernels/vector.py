@@ -25,6 +25,7 @@ from turret_server.kernels.lanes import (
     whole,
     zero_below,
 )
+from turret_server.kernels.pairs import PAIRS, add_dots
 
 SPAN = 4 * LANES
 
@@ -32,12 +33,12 @@ SPAN = 4 * LANES
 @compiled
 def dots(sums: Any, a: Any, a_starts: Any, b: Any, b_starts: Any, width: int) -> Any:
     """Every row of `a` times every row of `b`, `width` elements each; `sums` are zeros, one a product."""
-    full = width - width % LANES
-    for i in range(0, full, LANES):
-        sums = add_outer(sums, load(a, a_starts, i), load(b, b_starts, i))
-    if full < width:
-        rest = width - full
-        sums = add_outer(sums, load_first(a, a_starts, full, rest), load_first(b, b_starts, full, rest))
+    full = width - width % PAIRS
+    for i in range(0, full, PAIRS):
+        sums = add_dots(sums, a, a_starts, b, b_starts, i)
+    for i in range(full, width, LANES):
+        rest = width - i
+        sums = add_outer(sums, load_first(a, a_starts, i, rest), load_first(b, b_starts, i, rest))
     return lane_sums(sums)
 
 

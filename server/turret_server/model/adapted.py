@@ -11,6 +11,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from turret_adapters.spec import ModuleKind, ModuleShape, Part
 from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight
@@ -48,11 +49,12 @@ class AdaptedLinear(Adapted):
         return y_TO.view(*x.shape[:-1], self.shape.out_features)
 
     def _adapted(self, x_TI: torch.Tensor, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
-        x_TI = _scaled(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
-        y_TO = step.ops.nf4_linear(x_TI, self.weight)
-        rows = deltas.lora(self.name)
-        if rows is not None:
-            step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
+        changes = deltas.changes(self.name)
+        if changes:
+            x_TI = _scaled(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
+        y_TO = step.ops.adapted_linear(x_TI, self.weight, step.arena.flat, deltas.lora(self.name))
+        if not changes:
+            return y_TO if self.bias is None else y_TO + self.bias
         y_TO = _scaled(y_TO, self.name, Part.GAIN, step, deltas)
         return _biased(y_TO, self.name, self.bias, step, deltas)
 
@@ -70,12 +72,10 @@ class AdaptedHead(Adapted):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = current_step()
-        if step.head_deltas is None:
-            logits: torch.Tensor = self.module(x)
-            return logits
-        deltas = step.head_deltas
-        x_SE = x[0]
-        y_SV = nn.functional.linear(x_SE, self.weight)
+        x_SE, deltas = x[0], step.head_deltas
+        y_SV = step.ops.linear(x_SE, self.weight)
+        if deltas is None:
+            return (y_SV if self.bias is None else y_SV + self.bias)[None]
         for segment, delta, weight in deltas.having(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
             own_x, where = x_SE[segment.where], segment.where
             if Part.WEIGHT in delta.parts:
@@ -140,11 +140,17 @@ class AdaptedNorm(Adapted):
         width = weight.shape[0]
         super().__init__(name, _shape(ModuleKind.NORM, width, width, getattr(module, "bias", None)))
         self.module = module
+        self.weight = weight
+        self.epsilon: float | None = vars(module)["variance_epsilon"] if _is_rms_norm(module) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = current_step()
-        y: torch.Tensor = self.module(x)
-        if step.deltas is None:
+        y: torch.Tensor
+        if self.epsilon is None or x.dtype != self.weight.dtype:
+            y = self.module(x)
+        else:
+            y = step.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.epsilon).view(x.shape)
+        if step.deltas is None or not step.deltas.changes(self.name):
             return y
         for segment, delta, _ in step.deltas.having(self.name, Part.WEIGHT, Part.BIAS):
             own = {
@@ -211,6 +217,12 @@ def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
 def base_modules(model: nn.Module) -> dict[str, ModuleShape]:
     """The modules that adapters may change, in the model's order."""
     return {module.name: module.shape for module in model.modules() if isinstance(module, Adapted)}
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether it computes what Llama's does: transformers writes the same lines for many families."""
+    own, known = type(module).forward.__code__, LlamaRMSNorm.forward.__code__
+    return (own.co_code, own.co_names, own.co_consts) == (known.co_code, known.co_names, known.co_consts)
 
 
 def _is_norm(module: nn.Module) -> bool:

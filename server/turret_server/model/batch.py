@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
 from turret_server.kernels import AttentionBatch
@@ -44,59 +47,46 @@ def make_batch(
 ) -> Batch:
     """Pack a step. `resident` are the adapters in the arena that have rows, by revision."""
     sequences = sorted(step.sequences, key=lambda sequence: sequence.adapters)
-    bounds = [0]
-    for sequence in sequences:
-        bounds.append(bounds[-1] + len(sequence.token_ids))
-    token_ids = [token for sequence in sequences for token in sequence.token_ids]
-    positions = [
-        position
-        for sequence in sequences
-        for position in range(sequence.start, sequence.start + len(sequence.token_ids))
-    ]
-    pages = [
-        sequence.block_table[position // block_size]
-        for sequence in sequences
-        for position in range(sequence.start, sequence.start + len(sequence.token_ids))
-    ]
-    ends = list(zip(sequences, bounds[1:], strict=True))
+    starts_Q = np.array([sequence.start for sequence in sequences])
+    counts_Q = np.array([len(sequence.token_ids) for sequence in sequences])
+    bounds = np.concatenate([[0], np.cumsum(counts_Q)])
+    token_ids_T = np.fromiter(chain.from_iterable(each.token_ids for each in sequences), np.int64, bounds[-1])
+    block_tables_QM = _block_tables(sequences, -(-(starts_Q + counts_Q) // block_size))
+    sequence_T = np.repeat(np.arange(len(sequences)), counts_Q)
+    positions_T = np.arange(bounds[-1]) + (starts_Q - bounds[:-1])[sequence_T]
+    samples_Q = np.array([sequence.sampling is not None for sequence in sequences])
     sampled = tuple(sequence for sequence in sequences if sequence.sampling)
-    positions_T = torch.tensor(positions, device=device)
+
+    def placed(array: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
     return Batch(
-        token_ids_T=torch.tensor(token_ids, device=device).clamp_(min=0),
-        positions_T=positions_T,
+        token_ids_T=placed(token_ids_T.clip(min=0)),
+        positions_T=placed(positions_T),
         attention=AttentionBatch(
-            query_bounds=torch.tensor(bounds),
-            context_lengths_Q=torch.tensor([_context_length(sequence) for sequence in sequences]),
-            block_tables_QM=_block_tables(sequences, block_size).to(device),
-            pages_T=torch.tensor(pages, device=device),
-            slots_T=positions_T % block_size,
+            query_bounds=torch.from_numpy(bounds),
+            context_lengths_Q=torch.from_numpy(starts_Q + counts_Q),
+            block_tables_QM=placed(block_tables_QM),
+            pages_T=placed(block_tables_QM[sequence_T, positions_T // block_size]),
+            slots_T=placed(positions_T % block_size),
         ),
-        deltas=_deltas(_active(sequences, bounds), resident, gathered),
+        deltas=_deltas(_active(sequences, bounds.tolist()), resident, gathered),
         head_deltas=_deltas(_active_samples(sampled), resident, gathered),
         sampled=sampled,
-        last_S=torch.tensor(
-            [end - 1 for sequence, end in ends if sequence.sampling], device=device, dtype=torch.long
-        ),
+        last_S=placed(bounds[1:][samples_Q] - 1),
         virtual=tuple(
-            (bounds[index] + offset, sequence.prompt or "", sequence.start + offset)
-            for index, sequence in enumerate(sequences)
-            for offset, token in enumerate(sequence.token_ids)
-            if token == VIRTUAL_TOKEN
+            (int(index), sequences[sequence_T[index]].prompt or "", int(positions_T[index]))
+            for index in np.flatnonzero(token_ids_T == VIRTUAL_TOKEN)
         ),
     )
 
 
-def _context_length(sequence: SequenceStep) -> int:
-    return sequence.start + len(sequence.token_ids)
-
-
-def _block_tables(sequences: list[SequenceStep], block_size: int) -> torch.Tensor:
+def _block_tables(sequences: list[SequenceStep], num_pages_Q: NDArray[np.int64]) -> NDArray[np.int64]:
     """The pages of every context, [Q, M]; a shorter one is filled up with page 0, which it never reads."""
-    tables = [
-        torch.tensor(sequence.block_table[: -(-_context_length(sequence) // block_size)])
-        for sequence in sequences
-    ]
-    return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+    tables_QM = np.zeros((len(sequences), num_pages_Q.max()), np.int64)
+    for table_M, sequence, num_pages in zip(tables_QM, sequences, num_pages_Q, strict=True):
+        table_M[:num_pages] = sequence.block_table[:num_pages]
+    return tables_QM
 
 
 _Active = tuple[int, int, tuple[tuple[str, float], ...]]
@@ -129,4 +119,4 @@ def _deltas(
             start = segments.pop().start  # noqa: PLW2901 (the segment goes on)
         segments.append(Segment(start, end, own))
         names = adapters
-    return DeltaBatch(segments, gathered.of(segments)) if segments else None
+    return DeltaBatch(segments, gathered) if segments else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -117,7 +118,24 @@ class _Gathered:
     weights_R: torch.Tensor
 
 
-_ByModule = dict[str, _Gathered | None]
+class _Combination:
+    """What the adapters of a step come to, in this order: `changed` are the modules that they change by more
+    than LoRA rows. `rows` is what linears apply where the segments lie at these places in the batch: in
+    decoding, they lie there step after step.
+    """
+
+    _KEPT = 4
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.gathered: dict[str, _Gathered | None] = {}
+        self.changed = frozenset(
+            module for segment in segments for adapter, _ in segment.adapters for module in adapter.others
+        )
+        self._rows: OrderedDict[tuple[tuple[int, int], ...], dict[str, LoraRows | None]] = OrderedDict()
+
+    def rows(self, segments: Sequence[Segment]) -> dict[str, LoraRows | None]:
+        """By module, to be added to."""
+        return _kept(self._rows, tuple((each.start, each.end) for each in segments), dict, self._KEPT)
 
 
 class GatheredRows:
@@ -126,30 +144,51 @@ class GatheredRows:
     _KEPT = 8
 
     def __init__(self) -> None:
-        self._by_adapters: OrderedDict[tuple[object, ...], _ByModule] = OrderedDict()
+        self._by_adapters: OrderedDict[tuple[object, ...], _Combination] = OrderedDict()
 
-    def of(self, segments: Sequence[Segment]) -> _ByModule:
-        """By module what is gathered already for these adapters in this order; to be added to."""
+    def of(self, segments: Sequence[Segment]) -> _Combination:
+        """What is known already of these adapters in this order; to be added to."""
         key = tuple(segment.adapters for segment in segments)
-        found = self._by_adapters.setdefault(key, {})
-        self._by_adapters.move_to_end(key)
-        if len(self._by_adapters) > self._KEPT:
-            self._by_adapters.popitem(last=False)
-        return found
+        return _kept(self._by_adapters, key, lambda: _Combination(segments), self._KEPT)
 
 
-@dataclass(slots=True)
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def _kept(recent: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value], most: int) -> _Value:
+    """The value of a key, made when it is new; those that were not asked for the longest go."""
+    if key not in recent:
+        recent[key] = make()
+    recent.move_to_end(key)
+    if len(recent) > most:
+        recent.popitem(last=False)
+    return recent[key]
+
+
 class DeltaBatch:
     """The adapters of a step's rows. What a linear applies is put together when it first asks."""
 
-    segments: Sequence[Segment]
-    _gathered: _ByModule = field(default_factory=dict)
+    def __init__(self, segments: Sequence[Segment], gathered: GatheredRows) -> None:
+        self.segments = segments
+        self._combination = gathered.of(segments)
+        self._rows = self._combination.rows(segments)
 
     def lora(self, module: str) -> LoraRows | None:
         """The LoRA rows for one linear, or None where no adapter of this step has any."""
-        if module not in self._gathered:
-            self._gathered[module] = self._gather(module)
-        rows = self._gathered[module]
+        if module not in self._rows:
+            self._rows[module] = self._place(module)
+        return self._rows[module]
+
+    def changes(self, module: str) -> bool:
+        """Whether an adapter changes it by more than a linear's LoRA rows."""
+        return module in self._combination.changed
+
+    def _place(self, module: str) -> LoraRows | None:
+        gathered = self._combination.gathered
+        if module not in gathered:
+            gathered[module] = self._gather(module)
+        rows = gathered[module]
         if rows is None:
             return None
         return LoraRows(

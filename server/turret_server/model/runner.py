@@ -22,9 +22,12 @@ from turret_server.model.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
+# While one waits for the disk, another copies; more would only take cores from the steps.
+_NUM_LOADERS = 2
+
 
 class HostAdapters(Protocol):
-    """Where the tensors of a revision are while they are in host memory."""
+    """Brings the tensors of a revision, from host memory or from further away."""
 
     def tensors(self, revision: str) -> HostAdapter: ...
 
@@ -32,8 +35,8 @@ class HostAdapters(Protocol):
 class ModelRunner:
     """The engine's `Runner` and `AdapterMemory`: computes steps, fills pages with adapters.
 
-    `run` is called on the engine's thread. `place` copies on a thread of its own, into pages that nobody
-    else reads yet.
+    `run` is called on the engine's thread. `place` brings adapters from wherever they are on threads of its
+    own, and copies them into pages that nobody else reads yet.
     """
 
     def __init__(self, loaded: LoadedModel, arena: Arena, adapters: HostAdapters, sampler: Sampler) -> None:
@@ -45,10 +48,12 @@ class ModelRunner:
         self._deltas: dict[str, ResidentDeltas] = {}
         self._gathered = GatheredRows()
         self._prompts: dict[str, torch.Tensor] = {}
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-copy")
+        self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
+        on_gpu = loaded.device.type == "cuda"
+        self._copies = torch.cuda.Stream(loaded.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        self._copier.shutdown()
+        self._loaders.shutdown(cancel_futures=True)
 
     def check(self) -> None:
         """Run one token and see that every layer came through our attention; warms the kernels as well.
@@ -90,7 +95,7 @@ class ModelRunner:
             else:
                 done(None)
 
-        self._copier.submit(copy)
+        self._loaders.submit(copy)
 
     def forget(self, revision: str) -> None:
         self._deltas.pop(revision, None)
@@ -101,14 +106,16 @@ class ModelRunner:
         self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]
     ) -> None:
         revision = adapter.spec.revision
-        if slab_pages:
-            self._deltas[revision] = write_slab(self._arena, adapter, slab_pages, self._linears)
-        if adapter.prefix_kv is not None:
-            self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
-        if adapter.prompt_embeddings is not None:
-            self._prompts[revision] = adapter.prompt_embeddings.to(self._loaded.device, self._loaded.dtype)
-        if self._loaded.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(self._copies):
+            if slab_pages:
+                self._deltas[revision] = write_slab(self._arena, adapter, slab_pages, self._linears)
+            if adapter.prefix_kv is not None:
+                self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
+            if adapter.prompt_embeddings is not None:
+                prompt = adapter.prompt_embeddings.to(self._loaded.device, self._loaded.dtype)
+                self._prompts[revision] = prompt
+        if self._copies:
+            self._copies.synchronize()
 
     def _copy_page(self, copy: PageCopy) -> None:
         self._arena.copy_page(copy.source, copy.target)
@@ -134,18 +141,15 @@ class ModelRunner:
             head_deltas=batch.head_deltas,
             layers_seen=layers_seen,
         )
-        # At least two rows, of which nobody may want any: torch multiplies one row in another order than
-        # several, and an answer must not depend on who shares the step.
-        keep = torch.cat([batch.last_S, batch.last_S.new_zeros(max(0, 2 - len(batch.last_S)))])
         with step_context(context):
             if batch.virtual:
                 inputs = {"inputs_embeds": self._embed(batch)}
             else:
                 inputs = {"input_ids": batch.token_ids_T[None]}
             output = model(
-                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=keep
+                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=batch.last_S
             )
-        logits_SV: torch.Tensor = output.logits[0, : len(batch.last_S)]
+        logits_SV: torch.Tensor = output.logits[0]
         return logits_SV
 
     def _embed(self, batch: Batch) -> torch.Tensor:

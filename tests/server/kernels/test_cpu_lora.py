@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 
-from turret_server.kernels import CpuOps, LoraRows, ReferenceOps
+from turret_server.kernels import CpuOps, LoraRows, NF4Weight, ReferenceOps
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -107,3 +108,17 @@ def test_the_number_of_threads_changes_nothing():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(on_one, on_three)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_in", "num_out"), [(64, 256), (1024, 70), (640, 1600)])
+def test_an_adapted_linear_is_the_product_and_the_rows(dtype, num_in, num_out):
+    ops = CpuOps(dtype)
+    values = torch.randn(num_out, num_in, dtype=dtype)
+    weight = ops.pack_nf4(NF4Weight(*quantize_4bit(values, quant_type="nf4"), num_in, num_out))
+    arena, rows = lora(dtype, num_in, num_out, SEGMENTS["mixed, with gaps"])
+    x = torch.randn(165, num_in, dtype=dtype)
+    expected = ops.nf4_linear(x, weight)
+    assert torch.equal(ops.adapted_linear(x, weight, arena, None), expected)
+    ops.lora_add(expected, x, arena, rows)
+    assert torch.equal(ops.adapted_linear(x, weight, arena, rows), expected)

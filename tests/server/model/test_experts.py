@@ -20,6 +20,7 @@ from turret_server.model.arena import Arena
 from turret_server.model.context import StepContext, step_context
 from turret_server.model.deltas import (
     DeltaBatch,
+    GatheredRows,
     ResidentDelta,
     ResidentDeltas,
     ResidentRows,
@@ -153,7 +154,7 @@ def test_each_token_gets_what_its_own_adapters_change(experts):
         for start, end, uses in zip(bounds, bounds[1:], of_segments, strict=False)
         if uses
     ]
-    found = run(own, inputs, arena, DeltaBatch(segments))
+    found = run(own, inputs, arena, DeltaBatch(segments, GatheredRows()))
     originals = {name: parameter.data.clone() for name, parameter in experts.named_parameters()}
     for start, end, uses in zip(bounds, bounds[1:], of_segments, strict=False):
         for name, parameter in experts.named_parameters():
@@ -188,7 +189,7 @@ def test_a_router_chooses_for_each_token_with_its_own_adapters(block):
     delta = ResidentDelta(0.5, rows, torch.zeros(0, dtype=torch.long))
     adapter = ResidentDeltas(lora={}, others={"gate": delta})
     x_TH = torch.randn(20, HIDDEN)
-    found = run(own, (x_TH,), arena, DeltaBatch([Segment(5, 12, ((adapter, -2.0),))]))
+    found = run(own, (x_TH,), arena, DeltaBatch([Segment(5, 12, ((adapter, -2.0),))], GatheredRows()))
     with torch.inference_mode():
         plain = block.gate(x_TH)
         block.gate.weight += -2.0 * 0.5 * b_RE.T @ a_RH

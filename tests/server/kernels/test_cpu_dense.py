@@ -1,0 +1,36 @@
+"""The product with a weight that is not quantised, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turret_server.kernels import CpuOps, ReferenceOps, has_avx512bf16
+
+DTYPES = [torch.float32, torch.bfloat16]
+only_avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="the CPU has no AVX512-BF16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 7, 33])
+@pytest.mark.parametrize(("num_out", "num_in"), [(1, 32), (70, 96), (1000, 64), (40, 50)])
+def test_it_is_the_references(dtype, num_tokens, num_out, num_in):
+    x, weight = torch.randn(num_tokens, num_in, dtype=dtype), torch.randn(num_out, num_in, dtype=dtype)
+    expected = ReferenceOps().linear(x.float(), weight.float())
+    found = CpuOps(dtype).linear(x, weight)
+    assert found.dtype == dtype
+    # One rounding of the sum to bfloat16, which has 8 bits.
+    torch.testing.assert_close(
+        found.float(), expected, atol=1e-4, rtol=2**-7 if dtype == torch.bfloat16 else 1e-4
+    )
+
+
+@only_avx512bf16
+def test_a_row_does_not_depend_on_the_other_rows():
+    x, weight = (torch.randn(count, 2048, dtype=torch.bfloat16) for count in (10, 2050))
+    ops = CpuOps(torch.bfloat16)
+    together = ops.linear(x, weight)
+    for count in (1, 2, 3, 5):
+        for start in range(10 - count):
+            some = slice(start, start + count)
+            assert torch.equal(ops.linear(x[some], weight), together[some])
