@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test parity check format proto clean
+.PHONY: help demo test parity bench bench-peers load page-size simulate check format proto clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml deploy/constraints.txt
 	@echo "Installing into $(VENV) ..."
@@ -27,6 +27,22 @@ test: $(READY)  ## Run the test suite
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
 	@$(BIN)/python tests/parity/matrix.py
 
+bench: $(READY)  ## Measure Turret beside its peers, and write tests/bench/RESULTS.md (ARGS=--quick: a trial run)
+	@PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(READY)  ## Build llama.cpp and install vLLM for it, into .bench
+	@PYTHONPATH=tests $(BIN)/python -m bench.install_peers
+
+load: $(READY)  ## Serve 2,000 adapters on memory for 40, and a long prompt beside streams; writes tests/load/*.md
+	@PYTHONPATH=tests $(BIN)/python -m load.many_adapters
+	@PYTHONPATH=tests $(BIN)/python -m load.long_prompt
+
+page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
+	@PYTHONPATH=tests $(BIN)/python -m bench.page_size
+
+simulate: $(READY)  ## Run the engine in virtual time, and write tests/simulation/SIMULATION.md and its pictures
+	@PYTHONPATH=tests $(BIN)/python -m simulation.plots
+
 check: $(READY)  ## Lint, types, layers, protocol, container files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -43,5 +59,5 @@ proto: $(READY)  ## Generate the stubs from proto/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto \
 	  --grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/turret/v1/*.proto
 
-clean:  ## Remove the environment and what the demo made
-	rm -rf $(VENV) .demo
+clean:  ## Remove the environment and what the demo and the measurements made
+	rm -rf $(VENV) .demo .bench .load

@@ -11,8 +11,15 @@ import click
 
 from turret_adapters.errors import AdapterError
 from turret_client import TurretError
-from turret_server import client_commands, offline_commands
-from turret_server.config import ServerConfig, default_cache
+from turret_server import (
+    adapter_commands,
+    bench_command,
+    client_commands,
+    offline_commands,
+    prompt_commands,
+    tenant_commands,
+)
+from turret_server.config import ServerConfig, default_cache, default_store
 from turret_server.errors import TurretError as ServerError
 
 if TYPE_CHECKING:
@@ -88,11 +95,40 @@ Examples:
     help="Folder whose subfolders are adapters to load at the start, each under its folder's name.",
 )
 @click.option(
+    "--watch",
+    is_flag=True,
+    help="Load, swap and unload adapters when their folders in --adapters appear, change or vanish.",
+)
+@click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=default_store,
+    show_default="$XDG_DATA_HOME/turret or ~/.local/share/turret",
+    metavar="DIR",
+    help="Where adapters and their names are kept: after a restart the same names serve the same revisions. "
+    "Several servers may share it.",
+)
+@click.option(
+    "--store-size",
+    metavar="SIZE",
+    help='Most that adapters may take in the store, such as "50GiB"; those that no name needs go first. '
+    "Without it as much as the disk has.",
+)
+@click.option(
+    "--allow-source",
+    "allow_sources",
+    multiple=True,
+    metavar="DIR_OR_URL",
+    help='Folder, or beginning of a URL such as "hf://owner" or "https://models.example.com/", that adapters '
+    "may be loaded from besides --adapters; may be repeated. A server that listens on loopback alone takes "
+    "any folder of the machine without it.",
+)
+@click.option(
     "--listen",
     default=_DEFAULTS["listen"],
     show_default=True,
     metavar="HOST:PORT",
-    help="Where to answer gRPC. Whoever reaches it may use the server: there are no passwords.",
+    help="Where to answer gRPC. Beyond this machine only for tenants with keys, see --tenants.",
 )
 @click.option(
     "--metrics",
@@ -126,12 +162,30 @@ Examples:
     'the device such as "0.5".',
 )
 @click.option(
+    "--host-memory",
+    default="auto",
+    show_default=True,
+    callback=_none_where("auto"),
+    metavar="SIZE",
+    help="What adapters that are not in the arena may take of the host's memory, as for --memory. Those that "
+    "find no place are read from the disk when a request names them.",
+)
+@click.option(
     "--max-batch-tokens",
     type=click.IntRange(min=1),
     default=_DEFAULTS["max_batch_tokens"],
     show_default=True,
     metavar="N",
     help="Most tokens in one step.",
+)
+@click.option(
+    "--max-step-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_DEFAULTS["max_step_seconds"],
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a step should last at most: prompts are computed in pieces of that length, and tokens of "
+    "others come between them.",
 )
 @click.option(
     "--max-batch-requests",
@@ -147,7 +201,48 @@ Examples:
     default=_DEFAULTS["max_queue"],
     show_default=True,
     metavar="N",
-    help="Most requests that wait; more are refused.",
+    help="Most requests of a tenant that wait; more are refused.",
+)
+@click.option(
+    "--max-queue-tokens",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS["max_queue_tokens"],
+    show_default=True,
+    metavar="N",
+    help="Most tokens, of prompts and to generate, of a tenant's requests that wait.",
+)
+@click.option(
+    "--tenants",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="TOML file with a table [tenants.NAME] for each tenant: keys or identities by which it is known, "
+    "adapters that it may use, load and unload, its weight and its limits. It is read again when it changes. "
+    "`turret tenants --help` has an example.",
+)
+@click.option(
+    "--allow-unauthenticated",
+    is_flag=True,
+    help="Listen where others reach it although no tenant has a key and anybody may do everything: for a "
+    "network, or a proxy, that lets nobody in.",
+)
+@click.option(
+    "--tls-cert",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM file of the server's certificate and its chain. Renewed files are taken for new connections.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM file of the certificate's key, without a password.",
+)
+@click.option(
+    "--tls-client-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="PEM file of the authority that signed the clients' certificates. With it clients must have one, and "
+    "its names may be a tenant's identities.",
 )
 @click.option(
     "--cache",
@@ -187,5 +282,11 @@ def serve(**settings: Any) -> None:
 
 main.add_command(client_commands.generate)
 main.add_command(client_commands.adapters)
+main.add_command(prompt_commands.prompts)
+main.add_command(bench_command.bench)
+main.add_command(tenant_commands.tenants)
+client_commands.adapters.add_command(adapter_commands.upload)
+client_commands.adapters.add_command(adapter_commands.rollback)
+client_commands.adapters.add_command(adapter_commands.watch)
 client_commands.adapters.add_command(offline_commands.validate)
 client_commands.adapters.add_command(offline_commands.convert)

@@ -1,0 +1,111 @@
+"""From records to figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+from turret_client.bench._run import Record
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """The value below which `fraction` of them lie, between two of them in proportion (numpy's "linear").
+
+    `values` are in ascending order, and at least one.
+    """
+    position = fraction * (len(values) - 1)
+    below = int(position)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (values[above] - values[below]) * (position - below)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latencies:
+    """How a time in seconds is distributed."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latencies | None:
+        """None where nothing was measured."""
+        if not seconds:
+            return None
+        ascending = sorted(seconds)
+        return cls(
+            mean=sum(ascending) / len(ascending),
+            p50=percentile(ascending, 0.5),
+            p90=percentile(ascending, 0.9),
+            p99=percentile(ascending, 0.99),
+            max=ascending[-1],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The figures of a run.
+
+    Attributes:
+        seconds: From the first request to the end of the last.
+        unfinished: Requests that were running when the run was interrupted.
+        errors: Failed requests by reason.
+        prompt_tokens: Of the requests that succeeded; so are cached_tokens and adapters.
+        generated_tokens: All that came, whatever became of their requests.
+        first_token_seconds: From when a request was due to its first token.
+        inter_token_seconds: Between two tokens of a request.
+        request_seconds: From when a request was due to its end, of those that succeeded.
+        adapters: Requests by adapter; the base model under "".
+    """
+
+    seconds: float
+    succeeded: int
+    failed: int
+    unfinished: int
+    errors: dict[str, int]
+    requests_per_second: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    output_tokens_per_second: float
+    first_token_seconds: Latencies | None
+    inter_token_seconds: Latencies | None
+    request_seconds: Latencies | None
+    adapters: dict[str, int]
+
+    def as_json(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The figures, and what they were made from."""
+        return asdict(self) | {"records": [asdict(record) for record in records]}
+
+
+def summarise(records: Sequence[Record], seconds: float) -> Summary:
+    succeeded = [record for record in records if record.succeeded]
+    errors = Counter(record.error for record in records if record.error)
+    generated_tokens = sum(len(record.token_seconds) for record in records)
+    return Summary(
+        seconds=seconds,
+        succeeded=len(succeeded),
+        failed=errors.total(),
+        unfinished=sum(record.ended is None for record in records),
+        errors=dict(errors.most_common()),
+        requests_per_second=len(succeeded) / seconds if seconds else 0.0,
+        prompt_tokens=sum(record.prompt_tokens for record in succeeded),
+        cached_tokens=sum(record.cached_tokens for record in succeeded),
+        generated_tokens=generated_tokens,
+        output_tokens_per_second=generated_tokens / seconds if seconds else 0.0,
+        first_token_seconds=Latencies.of(
+            [record.token_seconds[0] - record.due for record in records if record.token_seconds]
+        ),
+        inter_token_seconds=Latencies.of(
+            [after - before for record in records for before, after in pairwise(record.token_seconds)]
+        ),
+        request_seconds=Latencies.of(
+            [record.ended - record.due for record in succeeded if record.ended is not None]
+        ),
+        adapters=dict(Counter(record.adapter or "" for record in succeeded).most_common()),
+    )
