@@ -61,14 +61,15 @@ class Admission:
             if queued.requests >= limits.max_queued_requests:
                 excess = max(excess, queued.tokens // queued.requests)
                 self._refuse(
-                    f"{queued.requests} requests of tenant {request.tenant!r} are waiting already, as many as may",
+                    f"{queued.requests} requests of tenant {request.tenant!r} are waiting already, as many "
+                    "as may",
                     request,
                     excess,
                 )
             if queued.requests and excess > 0:
                 self._refuse(
-                    f"requests of {queued.tokens} tokens of tenant {request.tenant!r} are waiting already, and "
-                    f"this one has {request.num_tokens}; {limits.max_queued_tokens} may wait",
+                    f"requests of {queued.tokens} tokens of tenant {request.tenant!r} are waiting already, "
+                    f"and this one has {request.num_tokens}; {limits.max_queued_tokens} may wait",
                     request,
                     excess,
                 )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.request import Request
-from turret_server.engine.residency import Residency, Resident
+from turret_server.engine.residency import Residency
+from turret_server.engine.resident import Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import PageCopy
 from turret_server.errors import RequestTooLargeError
@@ -36,7 +37,13 @@ class Allocation:
     @property
     def num_pinned(self) -> int:
         """Pages of pinned prompts, without those of their adapters."""
-        return len({page for sequence in self._pinned.values() for page in sequence.block_table})
+        return len(
+            {
+                page
+                for sequence in self._pinned.values()
+                for page in sequence.block_table[sequence.num_virtual // self._block_size :]
+            }
+        )
 
     def is_pinned(self, request_id: int) -> bool:
         return request_id in self._pinned
@@ -61,8 +68,8 @@ class Allocation:
         pinned = self._num_pinned_beside(sequence.request)
         if sequence.request.pinned and needed + pinned > available * _MOST_PINNED:
             raise RequestTooLargeError(
-                f"pinned prompts may take {int(available * _MOST_PINNED)} of the arena's {available} pages; this "
-                f"one takes {needed} with its adapters and others take {pinned}; unpin one or start the "
+                f"pinned prompts may take {int(available * _MOST_PINNED)} of the arena's {available} pages; "
+                f"this one takes {needed} with its adapters and others take {pinned}; unpin one or start the "
                 "server with more --memory",
                 needed_pages=needed,
                 arena_pages=available,
@@ -158,11 +165,12 @@ class Allocation:
             raise
         whole = sequence.num_virtual // self._block_size
         count = sequence.num_prompt // self._block_size
-        computed = sequence.keys(sequence.num_computed // self._block_size, self._block_size)
-        # Those of the cache, where others computed the same at the same time.
-        cached = self._cache.match(computed[whole:count])
+        keys = sequence.keys(count, self._block_size)[whole:]
+        # Those of the cache, where others computed the same at the same time; its own where those are gone.
+        for key, page in zip(keys, sequence.block_table[whole:count], strict=True):
+            self._cache.insert(key, page)
+        cached = self._cache.match(keys)
         self._pool.release(sequence.block_table[whole:])
-        self._cache.given_back(computed)
         sequence.block_table = [*sequence.block_table[:whole], *cached]
         sequence.num_computed = count * self._block_size
 
@@ -179,10 +187,14 @@ class Allocation:
                 self.unpin(request_id)
 
     def _num_pinned_beside(self, request: Request) -> int:
-        """Pages of pinned prompts and their adapters that are not the request's own."""
+        """Pages of pinned prompts and their adapters that are not the request's own.
+
+        Other threads ask as well, while the engine's pins and unpins.
+        """
         own = {use.spec.revision for use in request.adapters}
-        pages = {page for sequence in self._pinned.values() for page in sequence.block_table}
-        for sequence in self._pinned.values():
+        pinned = list(self._pinned.values())
+        pages = {page for sequence in pinned for page in sequence.block_table}
+        for sequence in pinned:
             for resident in sequence.residents:
                 (pages.difference_update if resident.spec.revision in own else pages.update)(resident.pages)
         return len(pages)

@@ -2,10 +2,13 @@
 
 Every tenant has a virtual token counter (VTC, Sheng et al., arXiv 2401.00588): what was computed for it,
 divided by its weight. Tenants that keep asking are given service in proportion to their weights, whatever
-they ask for; one that asks for little is served at once; nothing is left undone while anybody waits. A
-tenant whose requests wait may fall behind another by no more than one request of each, so its oldest request
-is served after a bounded amount of work: the requests of its own before it, and as much for every other
-tenant, in proportion to the weights.
+they ask for; one that asks for little is served at once; nothing is left undone while anybody waits.
+
+While two tenants wait, the one that was given more starts nothing, so it gets ahead by no more than what its
+running requests are still owed: B · C / w, if B requests run at once, the largest costs C, and its weight is
+w. So a request with others of its tenant before it that cost Q starts after the engine has done at most
+(Q + B · C) · W / w + B · C of work, where W is the weight of all who wait, and its adapter was loaded. One of
+a tenant that has nothing else there waits for no more than B · C, which is what runs already.
 """
 
 from __future__ import annotations
@@ -88,10 +91,10 @@ class FairQueue:
         lines = {tenant: self._line(ready.get(tenant, []), tenant) for tenant in tenants}
         while heap:
             counter, tenant = heappop(heap)
-            sequence = next(lines[tenant], None)
-            if sequence is not None:
-                cost = max(PROMPT_COST * sequence.num_remaining, GENERATED_COST) / self._weight(tenant)
-                yield sequence
+            following = next(lines[tenant], None)
+            if following is not None:
+                cost = max(PROMPT_COST * following.num_remaining, GENERATED_COST) / self._weight(tenant)
+                yield following
                 heappush(heap, (counter + cost, tenant))
 
     def _line(self, ready: list[Sequence], tenant: str) -> Iterator[Sequence]:

@@ -269,10 +269,9 @@ class Engine:
 
     def _stats(self, step: Step | None, seconds: float) -> EngineStats:
         scheduler = self._scheduler
-        residents = list(scheduler.residency)
         pages = {
-            "lora": sum(len(resident.slab_pages) for resident in residents),
-            "prefix": sum(len(resident.prefix_pages) for resident in residents),
+            "lora": scheduler.residency.num_slab_pages,
+            "prefix": scheduler.residency.num_prefix_pages,
             "cache": scheduler.cache.num_idle,
             "free": scheduler.pool.num_free,
             "pinned": scheduler.allocation.num_pinned,

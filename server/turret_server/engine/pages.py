@@ -19,8 +19,10 @@ class Reclaimer(Protocol):
         """Pages that it can free."""
 
     @property
-    def oldest(self) -> int:
-        """When that which it would evict next was last used, in ticks of the pool; only if any is idle."""
+    def oldest(self) -> float:
+        """When that which it would evict next was last used, in ticks of the pool, or as if it were; infinity
+        where nothing is idle.
+        """
 
     def evict(self) -> int:
         """Free the pages of what is to go first, and say how many they were."""
@@ -91,9 +93,12 @@ class PagePool:
         """Free so many pages more, what was used longest ago first, or none if there are not so many: what
         is kept is worth something.
         """
-        if missing > 0 and missing > sum(reclaimer.num_idle for reclaimer in self._reclaimers):
+        num_idle = 0
+        for reclaimer in self._reclaimers:
+            if num_idle < missing:
+                num_idle += reclaimer.num_idle
+        if num_idle < missing:
             return False
         while missing > 0:
-            idle = (reclaimer for reclaimer in self._reclaimers if reclaimer.num_idle)
-            missing -= min(idle, key=lambda reclaimer: reclaimer.oldest).evict()
+            missing -= min(self._reclaimers, key=lambda reclaimer: reclaimer.oldest).evict()
         return True

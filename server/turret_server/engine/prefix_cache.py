@@ -7,6 +7,7 @@ adapter's revision: equal keys mean equal keys and values (vLLM's automatic pref
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Sequence
 
@@ -42,8 +43,8 @@ class PrefixCache:
         return len(self._idle)
 
     @property
-    def oldest(self) -> int:
-        return next(iter(self._idle.values()))
+    def oldest(self) -> float:
+        return next(iter(self._idle.values()), math.inf)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The pages of the longest cached run of `keys` from its start, now also held by the caller."""

@@ -7,7 +7,7 @@ embeddings are computed by the batch itself, as the tokens of a sequence of thei
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,14 +15,13 @@ from typing import Protocol
 
 from turret_adapters.slab import slab_layout
 from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server.engine.eviction import EvictionOrder
 from turret_server.engine.pages import PagePool
 from turret_server.engine.request import DEFAULT_TENANT
+from turret_server.engine.resident import Resident
 
 # How many adapters are filled at once. One that waits for its turn to be read needs no pages yet.
 MAX_FILLING = 8
-
-# In how many steps half of an adapter's past uses are forgotten.
-_HALF_LIFE = 1000
 
 
 class AdapterMemory(Protocol):
@@ -48,48 +47,10 @@ class Absence(Enum):
     BUSY = "as many are being filled as may be at once"
 
 
-@dataclass(slots=True, eq=False)
-class Resident:
-    """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending.
-
-    With an `error`, filling them failed, and the pages are gone. `tenant` asked for it last. In ticks of the
-    pool: somebody who waits looked at it at `needed`, or used it until `last_used`; at `last_begun` requests
-    had begun on it `num_begun` times, the older ones counting less.
-    """
-
-    spec: AdapterSpec
-    slab_pages: list[int]
-    prefix_pages: list[int]
-    tenant: str
-    copying: bool
-    num_virtual_computed: int
-    num_users: int = 0
-    needed: int = 0
-    last_used: int = 0
-    last_begun: int = 0
-    num_begun: float = 0.0
-    error: str | None = None
-
-    @property
-    def ready(self) -> bool:
-        return not self.copying and self.num_virtual_computed == self.spec.num_virtual_tokens
-
-    @property
-    def pages(self) -> list[int]:
-        return self.slab_pages + self.prefix_pages
-
-    @property
-    def num_pages(self) -> int:
-        return len(self.slab_pages) + len(self.prefix_pages)
-
-
 @dataclass(slots=True)
 class Residency:
-    """Revisions that nobody uses give their pages up; one in use, or being filled, never does.
-
-    First goes what is large, was used long ago and seldom, and belongs to a tenant who has much of the arena
-    for its weight: a tenant that asks for one cold adapter after another evicts its own, and still what
-    others have not touched for long.
+    """Revisions that nobody uses give their pages up, in the order of `eviction`; one in use, or being
+    filled, never does.
     """
 
     pool: PagePool
@@ -100,11 +61,16 @@ class Residency:
     weight: Callable[[str], float] = lambda _: 1.0
     num_evicted: int = 0
     num_filling: int = 0
+    num_slab_pages: int = 0
+    num_prefix_pages: int = 0
     _residents: dict[str, Resident] = field(default_factory=dict)
     _dropped: set[str] = field(default_factory=set)
     _num_pages: dict[str, int] = field(default_factory=dict)
+    _computed: list[Resident] = field(default_factory=list)
+    _order: EvictionOrder = field(init=False)
 
     def __post_init__(self) -> None:
+        self._order = EvictionOrder(self.weight)
         self.pool.add_reclaimer(self)
 
     def __iter__(self) -> Iterator[Resident]:
@@ -163,6 +129,10 @@ class Residency:
             num_virtual_computed=0 if computed else spec.num_virtual_tokens,
         )
         self._residents[spec.revision] = resident
+        self.num_slab_pages += len(resident.slab_pages)
+        self.num_prefix_pages += len(resident.prefix_pages)
+        if computed:
+            self._computed.append(resident)
         self.num_filling += 1
         self.memory.place(
             spec,
@@ -182,13 +152,13 @@ class Residency:
 
     def to_compute(self) -> list[Resident]:
         """Residents whose virtual tokens are still to be computed and whose embeddings have arrived."""
-        return [r for r in self._residents.values() if not r.copying and not r.ready]
+        self._computed = [resident for resident in self._computed if not resident.gone and not resident.ready]
+        return [resident for resident in self._computed if not resident.copying]
 
     def acquire(self, resident: Resident, tenant: str) -> None:
         """A request of the tenant begins on it."""
         assert resident.ready
-        age = self.pool.clock - resident.last_begun
-        resident.num_begun = 1 + resident.num_begun * 0.5 ** (age / _HALF_LIFE)
+        resident.num_begun = 1 + resident.uses(self.pool.clock)
         resident.last_begun = self.pool.clock
         resident.num_users += 1
         resident.tenant = tenant
@@ -219,41 +189,28 @@ class Residency:
     @property
     def num_idle(self) -> int:
         """Pages of idle revisions."""
-        return sum(resident.num_pages for resident in self._idle())
+        return sum(
+            resident.num_pages for resident in self._residents.values() if resident.is_idle(self.pool.clock)
+        )
 
     @property
-    def oldest(self) -> int:
-        return self._next_to_go().last_used
+    def oldest(self) -> float:
+        resident = self._order.worst(self._residents.values(), self.pool.clock)
+        return math.inf if resident is None else self.pool.clock - resident.age(self.pool.clock)
 
     def evict(self) -> int:
         """Free the pages of the idle revision that is to go first."""
-        resident = self._next_to_go()
+        resident = self._order.worst(self._residents.values(), self.pool.clock)
+        assert resident is not None
         self._free(resident)
         self.num_evicted += 1
         return resident.num_pages
 
-    def _next_to_go(self) -> Resident:
-        held: Counter[str] = Counter()
-        for resident in self._residents.values():
-            held[resident.tenant] += resident.num_pages
-
-        def waste(resident: Resident) -> float:
-            age = self.pool.clock - resident.last_used
-            share = held[resident.tenant] / self.weight(resident.tenant)
-            return age * resident.num_pages * share / (1 + resident.num_begun)
-
-        return max((resident for resident in self._idle() if resident.num_pages), key=waste)
-
-    def _idle(self) -> list[Resident]:
-        """Those that nobody uses, that are not being filled, and that this step has not looked at."""
-        return [
-            resident
-            for resident in self._residents.values()
-            if resident.ready and not resident.num_users and resident.needed < self.pool.clock
-        ]
-
     def _free(self, resident: Resident) -> None:
         del self._residents[resident.spec.revision]
+        resident.gone = True
         self._dropped.discard(resident.spec.revision)
+        self.num_slab_pages -= len(resident.slab_pages)
+        self.num_prefix_pages -= len(resident.prefix_pages)
         self.memory.forget(resident.spec.revision)
         self.pool.release(resident.pages)

@@ -18,7 +18,8 @@ from turret_server.engine.pacing import Pacing
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.request import FinishReason, Output, Request
-from turret_server.engine.residency import Absence, Residency, Resident
+from turret_server.engine.residency import Absence, Residency
+from turret_server.engine.resident import Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import VIRTUAL_TOKEN, PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import DeadlineError, GenerationFailedError, RequestTooLargeError, TurretError

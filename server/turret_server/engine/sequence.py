@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.prefix_cache import block_key
 from turret_server.engine.request import Request
-from turret_server.engine.residency import Resident
+from turret_server.engine.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
 # A position that no context reaches.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ class Keeper:
     def __init__(self, pool: PagePool, count: int, oldest: int = 0, at_once: int = 1) -> None:
         self.pool = pool
         self.pages = pool.allocate(count) or []
-        self.oldest = oldest
+        self.next = oldest
         self.at_once = at_once
         pool.add_reclaimer(self)
 
@@ -21,10 +23,14 @@ class Keeper:
     def num_idle(self) -> int:
         return len(self.pages)
 
+    @property
+    def oldest(self) -> float:
+        return self.next if self.pages else math.inf
+
     def evict(self) -> int:
         gone, self.pages = self.pages[: self.at_once], self.pages[self.at_once :]
         self.pool.release(gone)
-        self.oldest += 1
+        self.next += 1
         return len(gone)
 
 

@@ -7,7 +7,9 @@ import pytest
 from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_spec
 from turret_adapters.spec import PrefixKind
 from turret_server.engine.pages import PagePool
+from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.residency import MAX_FILLING, Absence, Residency
+from turret_server.engine.resident import Resident
 
 BLOCK_SIZE = 4
 
@@ -15,7 +17,7 @@ BLOCK_SIZE = 4
 class World(Residency):
     """Residency whose placements end when the test says so."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, **weights: float) -> None:
         self.device = FakeDevice(num_pages, BLOCK_SIZE)
         self.inbox: deque = deque()
         super().__init__(
@@ -24,6 +26,7 @@ class World(Residency):
             page_elements=PAGE_ELEMENTS,
             block_size=BLOCK_SIZE,
             post=self.inbox.append,
+            weight=lambda tenant: weights.get(tenant, 1.0),
         )
         self.pool.tick()
 
@@ -45,6 +48,8 @@ class World(Residency):
 
     def check(self) -> None:
         self.pool.check_integrity([page for resident in self for page in resident.pages])
+        assert self.num_slab_pages == sum(len(resident.slab_pages) for resident in self)
+        assert self.num_prefix_pages == sum(len(resident.prefix_pages) for resident in self)
 
 
 @pytest.fixture
@@ -266,7 +271,7 @@ def test_one_that_is_used_often_stays_for_longer(world):
 def test_uses_long_ago_count_for_little(world):
     old, new = world.fill(LORA), world.fill(OTHER)
     begin(world, old, times=5)
-    world.pool.clock += 20_000
+    world.pool.clock += 100_000
     begin(world, new)
     begin(world, old)
     assert new.num_begun == 1
@@ -285,8 +290,7 @@ def test_of_equals_the_large_one_goes():
 
 @pytest.mark.parametrize("weights", [{}, {"few": 1.0, "many": 1.0}, {"few": 3.0, "many": 3.0}])
 def test_a_tenant_with_a_thousand_cold_adapters_evicts_its_own(weights):
-    world = World(20)
-    world.weight = lambda tenant: weights.get(tenant, 1.0)
+    world = World(20, **weights)
     hot = [world.fill(make_spec(f"hot{index}", slab_pages=1), "few") for index in range(4)]
     for index in range(1000):
         begin(world, hot[index % 4], tenant="few")
@@ -306,10 +310,72 @@ def test_what_an_absent_tenant_left_behind_goes_in_the_end():
 
 
 def test_a_tenant_with_more_weight_keeps_more():
-    world = World(24)
-    world.weight = {"light": 1.0, "heavy": 3.0}.__getitem__
+    world = World(24, light=1.0, heavy=3.0)
     for index in range(600):
         for tenant in ("light", "heavy"):
             begin(world, world.fill(make_spec(f"{tenant}{index}", slab_pages=1), tenant), tenant=tenant)
     held = [resident.tenant for resident in world]
     assert held.count("heavy") > 1.3 * held.count("light")
+
+
+def test_one_that_is_used_often_outlives_cached_blocks_that_were_used_later():
+    """Those are seldom asked for again. In the end it goes all the same."""
+    world = World(8)
+    cache = PrefixCache(world.pool)
+    begin(world, world.fill(LORA), times=9)
+    stayed = 0
+    while world.get("lora"):
+        [page] = world.pool.allocate(1)
+        key = bytes([stayed])
+        cache.insert(key, page)
+        world.pool.release([page])
+        cache.given_back([key])
+        world.tick()
+        stayed += 1
+    assert 3 * (world.pool.num_pages - 3) < stayed < 100
+
+
+def test_one_that_was_evicted_and_came_back_is_not_taken_for_what_it_was():
+    world = World(12)
+    old = [world.fill(make_spec(f"r{index}", slab_pages=1)) for index in range(12)]
+    world.tick()
+    assert world.pool.allocate(1)
+    gone = next(one for one in old if world.get(one.spec.revision) is None)
+    world.drop("r11" if gone.spec.revision != "r11" else "r10")
+    again = world.fill(gone.spec)
+    assert again is not gone
+    while world.num_idle:
+        world.evict()
+    assert list(world) == []
+
+
+def test_to_evict_many_does_not_look_at_all_for_each(monkeypatch):
+    world = World(1000)
+    for index in range(1000):
+        world.fill(make_spec(f"r{index}", slab_pages=1))
+    looked_at = 0
+    age = Resident.age
+
+    def count(resident, clock):
+        nonlocal looked_at
+        looked_at += 1
+        return age(resident, clock)
+
+    monkeypatch.setattr(Resident, "age", count)
+    for index in range(500):
+        assert world.fill(make_spec(f"new{index}", slab_pages=1))
+    # Every sixteen steps all are put in order, and each eviction looks at the first of them.
+    assert looked_at < 1000 * (500 / 16 + 2) + 2 * 500
+
+
+def test_every_idle_one_can_be_evicted_however_old_the_order_is():
+    world = World(16)
+    residents = [world.fill(make_spec(f"r{index}", slab_pages=1)) for index in range(16)]
+    assert world.pool.allocate(1)
+    # All of those that were to go next are used, and those after them must go.
+    for resident in residents[1:8]:
+        world.ensure(resident.spec)
+    assert world.pool.allocate(8)
+    assert {resident.spec.revision for resident in world} == {f"r{index}" for index in range(1, 8)}
+    world.tick()
+    assert world.num_idle == 7

@@ -22,14 +22,16 @@ from support.fake_device import Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server.engine.request import AdapterUse, FinishReason
 from turret_server.engine.step import Step
-from turret_server.errors import DeadlineError, GenerationFailedError
+from turret_server.errors import DeadlineError, GenerationFailedError, RequestTooLargeError
 
 SIMULATION = settings(
-    max_examples=150,
+    max_examples=250,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+WEIGHTS = st.sampled_from([1.0, 4.0])
 
 # Prompts that begin alike, so that blocks are found again.
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 14)).map(
@@ -56,21 +58,37 @@ class RandomLoad(RuleBasedStateMachine):
     adapters = Bundle("adapters")
 
     @initialize(
-        num_pages=st.integers(4, 24),
+        target=adapters,
+        num_pages=st.integers(6, 48),
         block_size=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 16),
         max_batch_requests=st.integers(1, 6),
+        immediate=st.booleans(),
+        weights=st.fixed_dictionaries({"a": WEIGHTS, "b": WEIGHTS}),
     )
-    def start(self, num_pages: int, block_size: int, max_batch_tokens: int, max_batch_requests: int) -> None:
+    def start(
+        self,
+        num_pages: int,
+        block_size: int,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        immediate: bool,  # noqa: FBT001
+        weights: dict[str, float],
+    ) -> AdapterSpec:
+        """There is an adapter from the start, or a rule that names some would end the example."""
         self.simulation = Simulation(
             num_pages=num_pages,
             block_size=block_size,
             max_batch_tokens=max_batch_tokens,
             max_batch_requests=min(max_batch_requests, max_batch_tokens),
-            immediate=False,
+            immediate=immediate,
+            weights=weights,
         )
         self.num_revisions = 0
         self.excused: set[Run] = set()
+        self.ended: set[Run] = set()
+        self.pinned: set[Run] = set()
+        return make_spec("first", slab_pages=1)
 
     @rule(
         target=adapters,
@@ -99,6 +117,10 @@ class RandomLoad(RuleBasedStateMachine):
         seed=st.integers(0, 1),
         stop_after=st.none() | st.integers(0, 8),
         patience=st.none() | st.integers(1, 20),
+        tenant=st.sampled_from("ab"),
+        priority=st.integers(-1, 1),
+        cache_salt=st.sampled_from(["", "", "x"]),
+        pinned=st.integers(0, 5).map(lambda drawn: drawn == 5),
     )
     def submit(
         self,
@@ -108,14 +130,22 @@ class RandomLoad(RuleBasedStateMachine):
         seed: int,
         stop_after: int | None,
         patience: int | None,
+        tenant: str,
+        priority: int,
+        cache_salt: str,
+        pinned: bool,  # noqa: FBT001
     ) -> Run:
         run = make_run(
             prompt,
             _together(named),
-            max_tokens=max_tokens,
+            max_tokens=1 if pinned else max_tokens,
             seed=seed,
             stop_after=stop_after,
             deadline=None if patience is None else self.simulation.now + patience,
+            tenant=tenant,
+            priority=priority,
+            cache_salt=cache_salt,
+            pinned=pinned,
         )
         if self.simulation.fits(run):
             self.simulation.add(run)
@@ -129,6 +159,7 @@ class RandomLoad(RuleBasedStateMachine):
     @rule(adapter=adapters)
     def drop(self, adapter: AdapterSpec) -> None:
         self.simulation.scheduler.drop(adapter.revision)
+        self.pinned -= {run for run in self.pinned if adapter in (use.spec for use in run.request.adapters)}
 
     @precondition(lambda self: self.simulation.device.pending)
     @rule(data=st.data(), fails=st.integers(0, 4).map(lambda drawn: drawn == 4))
@@ -145,11 +176,17 @@ class RandomLoad(RuleBasedStateMachine):
         if run in self.simulation.runs:
             assert run.end is (ended or FinishReason.CANCELLED)
 
+    @rule(run=runs)
+    def unpin(self, run: Run) -> None:
+        """Only this lets a prompt go: what is pinned is looked at after each step."""
+        self.simulation.scheduler.allocation.unpin(run.request.request_id)
+        self.pinned.discard(run)
+
     @rule(seconds=st.integers(1, 6))
     def wait(self, seconds: int) -> None:
         self.simulation.now += seconds
 
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.integers(1, 12))
     def run_steps(self, count: int) -> None:
         for _ in range(count):
             self.simulation.step()
@@ -182,9 +219,21 @@ class RandomLoad(RuleBasedStateMachine):
             if isinstance(run.error, DeadlineError):
                 assert run.request.deadline is not None
                 assert self.simulation.now >= run.request.deadline
+            elif isinstance(run.error, RequestTooLargeError):
+                assert run.request.pinned, "one that was let in is not refused"
             elif run.error is not None:
                 assert isinstance(run.error, GenerationFailedError)
                 assert run in self.excused
+
+    @invariant()
+    def what_is_pinned_stays(self) -> None:
+        allocation = self.simulation.scheduler.allocation
+        for run in self.simulation.runs:
+            if run.request.pinned and run.end is FinishReason.LENGTH and run not in self.ended:
+                self.ended.add(run)
+                self.pinned.add(run)
+        held = {run for run in self.ended if allocation.is_pinned(run.request.request_id)}
+        assert held == self.pinned
 
     @invariant()
     def the_books_add_up(self) -> None:
@@ -196,6 +245,6 @@ class RandomLoad(RuleBasedStateMachine):
         self.simulation.check_nothing_is_left()
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_every_request_gets_its_own_tokens_and_one_end(part):  # noqa: ARG001 (halves for two workers)
+@pytest.mark.parametrize("part", range(4))
+def test_every_request_gets_its_own_tokens_and_one_end(part):  # noqa: ARG001 (parts for several workers)
     run_state_machine_as_test(RandomLoad, settings=SIMULATION)
