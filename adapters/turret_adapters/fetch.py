@@ -38,11 +38,11 @@ def fetch(source: str, store: AdapterStore, policy: Policy, progress: Progress =
         SourceTooLargeError, SourceUnavailableError, StoreFullError, StoreFailedError
     """
     url = hub_url(source) or source
+    deadline = Deadline(policy.timeout)
     if "://" not in url:
-        return store.add(policy.folder(source), progress, policy.max_bytes)
+        return store.add(policy.folder(source), _in_time(deadline, progress), policy.max_bytes)
     # A hub's revision stands behind an @.
     scheme = policy.url(url.partition("@")[0] if url.startswith("hf://") else url).scheme
-    deadline = Deadline(policy.timeout)
     with store.staging() as staged:
         intake = Intake(staged, policy.max_bytes, progress)
         if scheme not in ("http", "https"):
@@ -52,6 +52,16 @@ def fetch(source: str, store: AdapterStore, policy: Policy, progress: Progress =
         else:
             _take_folder(url, intake, policy, deadline)
         return store.adopt(staged)
+
+
+def _in_time(deadline: Deadline, progress: Progress) -> Progress:
+    """A disk across the network may be slower than anything that is downloaded."""
+
+    def told(done: int, total: int | None) -> None:
+        deadline.left()
+        progress(done, total)
+
+    return told
 
 
 def _take_folder(url: str, intake: Intake, policy: Policy, deadline: Deadline) -> None:

@@ -7,7 +7,7 @@ E hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -50,6 +50,23 @@ class HostAdapter:
         tensors += [tensor for tensor in (self.prefix_kv, self.prompt_embeddings) if tensor is not None]
         own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return own + sum(task.num_bytes for task in self.tasks)
+
+    def page_locked(self) -> HostAdapter:
+        """The same in memory from which a GPU copies while it computes."""
+
+        def lock(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        return replace(
+            self,
+            deltas={
+                module: replace(delta, rows={part: rows.pin_memory() for part, rows in delta.rows.items()})
+                for module, delta in self.deltas.items()
+            },
+            prefix_kv=lock(self.prefix_kv),
+            prompt_embeddings=lock(self.prompt_embeddings),
+            tasks=tuple(task.page_locked() for task in self.tasks),
+        )
 
 
 def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:

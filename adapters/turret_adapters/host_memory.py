@@ -27,14 +27,22 @@ class _Kept:
 
 class HostMemory:
     """All methods may be called from any thread. `read` brings a revision back; it may take its time, and may
-    be asked for several at once, but never for one twice at the same time.
+    be asked for several at once, but never for one twice at the same time. With `page_locked`, tensors are
+    kept where a GPU copies from while it computes.
     """
 
-    def __init__(self, max_bytes: int | None = None, read: Callable[[str], HostAdapter] = _nowhere) -> None:
+    def __init__(
+        self,
+        max_bytes: int | None = None,
+        read: Callable[[str], HostAdapter] = _nowhere,
+        *,
+        page_locked: bool = False,
+    ) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.num_reads = 0
         self._read = read
+        self._page_locked = page_locked
         self._lock = threading.Lock()
         self._clock = 0
         # Every revision that may be asked for, and those of them that are in memory.
@@ -47,6 +55,7 @@ class HostMemory:
 
     def put(self, adapter: HostAdapter) -> None:
         """Know an adapter, and keep it until there is no room for it."""
+        adapter = adapter.page_locked() if self._page_locked else adapter
         with self._lock:
             self._known.add(adapter.spec.revision)
             self._keep(adapter)
@@ -84,6 +93,7 @@ class HostMemory:
                 f"expected revision {revision} where it was kept, found {adapter.spec.revision}: its files "
                 "have changed; load it again"
             )
+        adapter = adapter.page_locked() if self._page_locked else adapter
         with self._lock:
             self.num_reads += 1
             if revision in self._known:

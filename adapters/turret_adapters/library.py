@@ -14,12 +14,18 @@ from turret_adapters.errors import AdapterNotFoundError
 from turret_adapters.fetch import fetch
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.intake import Progress, untold
-from turret_adapters.names import Names, Published
+from turret_adapters.names import MAX_HISTORY, Names, Published, Split
 from turret_adapters.peft import read_adapter
 from turret_adapters.policy import Policy, public
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store import AdapterStore
-from turret_adapters.store_errors import RevisionCorruptError
+from turret_adapters.store_errors import (
+    RevisionCorruptError,
+    RevisionNotFoundError,
+    SourceUnavailableError,
+    StoreBusyError,
+)
+from turret_adapters.uploads import Upload
 
 
 class AdapterLibrary:
@@ -35,8 +41,11 @@ class AdapterLibrary:
         self._weights = weights
         self._lock = threading.Lock()
         self._kept: set[str] = set()
+        self._closing = threading.Event()
 
     def close(self) -> None:
+        """Ends what is being fetched, at its next bytes, and gives up what is kept."""
+        self._closing.set()
         self._names.close()
         self._store.close()
 
@@ -47,11 +56,44 @@ class AdapterLibrary:
         Raises:
             AdapterError: there is none, it may not be fetched, or it cannot be served on this base.
         """
-        revision = fetch(source, self._store, self._policy, progress)
+
+        def told(done: int, total: int | None) -> None:
+            if self._closing.is_set():
+                raise SourceUnavailableError("the server stops; load the adapter again when it is back")
+            progress(done, total)
+
+        with self._held(fetch(source, self._store, self._policy, told)) as adapter:
+            yield adapter
+
+    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
+        """Begins an upload or goes on with it, see `AdapterStore.receive`.
+
+        Raises:
+            AdapterError: it cannot be, or not now.
+        """
+        return self._store.receive(digest, config, size, owner)
+
+    @contextmanager
+    def finish(self, upload: Upload) -> Iterator[HostAdapter]:
+        """The adapter that has come. Unless it is kept in the block, it may go.
+
+        Raises:
+            AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
+        """
+        with self._held(upload.finish()) as adapter:
+            yield adapter
+
+    @contextmanager
+    def _held(self, revision: str) -> Iterator[HostAdapter]:
+        served = False
         try:
             yield self.read(revision)
+            served = True
         finally:
             self._store.release(revision)
+            if not served and revision not in self._names.needed(MAX_HISTORY):
+                with suppress(RevisionNotFoundError, StoreBusyError):
+                    self._store.remove(revision)
             if self._store.max_bytes is not None:
                 self._store.collect(self._names.needed)
 
@@ -115,6 +157,18 @@ class AdapterLibrary:
     def rollback(self, target: Published) -> None:
         """Write down that a name serves an earlier revision again, and forget those after it."""
         self._names.rollback(target.name, target.revision)
+
+    def split(self, name: str, beginning: str, percent: int) -> Split | None:
+        """Write down which percent of a name's requests go to another revision of its history.
+
+        Raises:
+            AdapterError: there is no such name, or not exactly one such revision besides its current one.
+        """
+        return self._names.split(name, beginning, percent)
+
+    def splits(self) -> dict[str, Split]:
+        """The names of which some requests go to another revision than the current one."""
+        return self._names.splits()
 
     def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
         """What each name serves and served, the latest first; of one that is not known, nothing."""

@@ -2,46 +2,23 @@
 
 One SQLite file serves every server on the machine; names belong to a base model, so that two servers with
 different bases share a store but not names. Each name has a stack of revisions: publishing pushes, rolling
-back pops.
-Durability is SQLite's: write-ahead log, synchronised at each commit (https://www.sqlite.org/wal.html).
+back pops. Besides, some percent of a name's requests may go to another revision of its stack.
 """
 
 from __future__ import annotations
 
 import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from turret_adapters.errors import AdapterNotFoundError
-from turret_adapters.staging import exclusive
-from turret_adapters.store_errors import (
-    NamesCorruptError,
-    RevisionNotFoundError,
-    StoreBusyError,
-    StoreFailedError,
-    StoreFullError,
-    errors_of_the_store,
-)
+from turret_adapters.names_database import NamesDatabase
+from turret_adapters.store_errors import RevisionNotFoundError
 
-SCHEMA_VERSION = 1
 MAX_HISTORY = 32
-BUSY_SECONDS = 30.0
 
-_SCHEMA = """
-CREATE TABLE published (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    base TEXT NOT NULL,
-    name TEXT NOT NULL,
-    revision TEXT NOT NULL,
-    source TEXT NOT NULL,
-    published_at REAL NOT NULL
-) STRICT;
-CREATE INDEX by_name ON published (base, name, number);
-"""
 _COLUMNS = "name, revision, source, published_at, number"
 
 
@@ -58,6 +35,14 @@ class Published:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """That `percent` of a name's requests go to a revision besides its current one."""
+
+    revision: str
+    percent: int
+
+
 class Names:
     """The names of one base model. All methods may be called from any thread, and from several processes."""
 
@@ -72,27 +57,15 @@ class Names:
             NamesCorruptError: it is no sound database, or a newer Turret made it.
             StoreBusyError, StoreFullError, StoreFailedError
         """
-        self._place = place
         self._base = base
-        self._lock = threading.Lock()
-        # Two processes that switch a new file to the write-ahead log at once refuse each other.
-        with errors_of_the_store(place.parent), exclusive(place.parent), self._told():
-            self._database = sqlite3.connect(
-                place, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._set_up()
-            except BaseException:
-                self._database.close()
-                raise
+        self._database = NamesDatabase(place)
 
     def close(self) -> None:
-        with self._lock:
-            self._database.close()
+        self._database.close()
 
     def publish(self, name: str, revision: str, source: str) -> Published:
         """Makes `name` serve a revision from now on. One that it serves already is published once."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             current = self._rows(database, name)[:1]
             if current and current[0].revision == revision:
                 database.execute(
@@ -107,6 +80,7 @@ class Names:
             rows = self._rows(database, name)
             for published in rows[MAX_HISTORY:]:
                 database.execute("DELETE FROM published WHERE number = ?", (published.number,))
+            self._tidy_split(database, name)
             return rows[0]
 
     def remove(self, name: str) -> None:
@@ -115,41 +89,71 @@ class Names:
         Raises:
             AdapterNotFoundError: there is no such name.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             self._history(database, name)
-            database.execute("DELETE FROM published WHERE base = ? AND name = ?", (self._base, name))
+            for table in ("published", "split"):
+                database.execute(
+                    f"DELETE FROM {table} WHERE base = ? AND name = ?",  # noqa: S608 -- a constant
+                    (self._base, name),
+                )
 
     def rollback_target(self, name: str, revision: str | None = None) -> Published:
-        """What `rollback` would make current; the beginning of a revision is enough.
+        """What `rollback` would make current.
 
         Raises:
             AdapterNotFoundError: there is no such name.
             RevisionNotFoundError: it has no earlier revision, or not this one.
         """
-        history = self.history(name)
-        if revision is not None:
-            revision = _beginning_with(history, revision).revision
-        return _earlier(history, revision)
+        return _earlier(self.history(name), revision)
 
     def rollback(self, name: str, revision: str | None = None) -> Published:
-        """Makes `name` serve the revision before its current one, or the latest earlier one that is
+        """Makes `name` serve the revision before its current one, or the latest earlier one that begins with
         `revision`. Those after it are forgotten.
 
         Raises:
             AdapterNotFoundError: there is no such name.
             RevisionNotFoundError: it has no earlier revision, or not this one.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             target = _earlier(self._history(database, name), revision)
             database.execute(
                 "DELETE FROM published WHERE base = ? AND name = ? AND number > ?",
                 (self._base, name, target.number),
             )
+            self._tidy_split(database, name)
             return target
+
+    def split(self, name: str, beginning: str, percent: int) -> Split | None:
+        """Makes `percent` of a name's requests go to another revision of its history; 0 of them ends that.
+
+        Raises:
+            AdapterNotFoundError: there is no such name.
+            RevisionNotFoundError: none of its earlier revisions begins so, or several do.
+        """
+        with self._database.transaction() as database:
+            history = self._history(database, name)
+            database.execute("DELETE FROM split WHERE base = ? AND name = ?", (self._base, name))
+            if not percent:
+                return None
+            others = [published for published in history if published.revision != history[0].revision]
+            split = Split(_only(name, others, beginning).revision, percent)
+            database.execute(
+                "INSERT INTO split (base, name, revision, percent) VALUES (?, ?, ?, ?)",
+                (self._base, name, split.revision, percent),
+            )
+            return split
+
+    def splits(self) -> dict[str, Split]:
+        """The names of which some requests go to another revision than the current one."""
+        with self._database.transaction() as database:
+            rows = database.execute(
+                "SELECT name, revision, percent FROM split WHERE base = ? ORDER BY name", (self._base,)
+            )
+            return {name: Split(revision, percent) for name, revision, percent in rows}
 
     def current(self) -> dict[str, Published]:
         """Each name with what it serves."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             rows = database.execute(
                 f"SELECT {_COLUMNS} FROM published WHERE number IN "  # noqa: S608 -- a constant
                 "(SELECT MAX(number) FROM published WHERE base = ? GROUP BY name) ORDER BY name",
@@ -163,12 +167,12 @@ class Names:
         Raises:
             AdapterNotFoundError: there is no such name.
         """
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             return self._history(database, name)
 
     def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
         """The histories of several names; that of one that is not known is empty."""
-        with self._transaction() as database:
+        with self._database.transaction() as database:
             return {name: self._rows(database, name) for name in names}
 
     def find(self, name: str, beginning: str) -> Published:
@@ -178,17 +182,30 @@ class Names:
             AdapterNotFoundError: there is no such name.
             RevisionNotFoundError: none of its revisions begins so, or several do.
         """
-        return _beginning_with(self.history(name), beginning)
+        return _only(name, self.history(name), beginning)
 
     def needed(self, depth: int = 2) -> set[str]:
-        """The latest `depth` revisions of every name of every base: what the store must keep."""
-        with self._transaction() as database:
+        """The latest `depth` revisions of every name of every base, and those that share its requests: what
+        the store must keep.
+        """
+        with self._database.transaction() as database:
             rows = database.execute(
                 "SELECT DISTINCT revision FROM (SELECT revision, ROW_NUMBER() OVER "
-                "(PARTITION BY base, name ORDER BY number DESC) AS place FROM published) WHERE place <= ?",
+                "(PARTITION BY base, name ORDER BY number DESC) AS place FROM published) WHERE place <= ? "
+                "UNION SELECT revision FROM split",
                 (depth,),
             )
             return {revision for (revision,) in rows}
+
+    def _tidy_split(self, database: sqlite3.Connection, name: str) -> None:
+        """Ends a split with a revision that has become current, or is no longer in the history."""
+        rows = self._rows(database, name)
+        others = {published.revision for published in rows} - {rows[0].revision}
+        ended = database.execute(
+            "SELECT revision FROM split WHERE base = ? AND name = ?", (self._base, name)
+        ).fetchone()
+        if ended and ended[0] not in others:
+            database.execute("DELETE FROM split WHERE base = ? AND name = ?", (self._base, name))
 
     def _history(self, database: sqlite3.Connection, name: str) -> list[Published]:
         rows = self._rows(database, name)
@@ -204,83 +221,22 @@ class Names:
         )
         return [Published(*row) for row in rows]
 
-    def _set_up(self) -> None:
-        database = self._database
-        (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise StoreFailedError(
-                f"names {str(self._place)!r}: expected a file system with shared memory, as SQLite's "
-                "write-ahead log needs, found none (put the store on a local disk)"
-            )
-        database.execute("PRAGMA synchronous = FULL")
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise NamesCorruptError(
-                f"names {str(self._place)!r}: expected schema {SCHEMA_VERSION}, found {version} "
-                "(serve this store with the version of Turret that made it, or choose another folder)"
-            )
-        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise self._corrupt(verdict)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._told():
-            self._database.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._database
-                self._database.execute("COMMIT")
-            except BaseException:
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tells SQLite's errors as an `AdapterError`."""
-        try:
-            yield
-        except sqlite3.ProgrammingError:
-            raise
-        except sqlite3.DatabaseError as error:
-            where = f"names {str(self._place)!r}: "
-            match error.sqlite_errorcode & 0xFF:  # the rest is detail
-                case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR:
-                    raise self._corrupt(str(error)) from error
-                case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                    raise StoreBusyError(
-                        f"{where}another process has kept it locked for {BUSY_SECONDS:g} s"
-                    ) from error
-                case sqlite3.SQLITE_FULL:
-                    raise StoreFullError(f"{where}the disk is full (free some space)") from error
-                case _:
-                    raise StoreFailedError(
-                        f"{where}{error} (the server must be able to write in that folder)"
-                    ) from error
-
-    def _corrupt(self, found: str) -> NamesCorruptError:
-        return NamesCorruptError(
-            f"names {str(self._place)!r}: expected a sound SQLite database, found {found!r}. Stop the "
-            "servers, move it and its -wal and -shm files away (or repair it with SQLite's `.recover`), "
-            "start them, and load the adapters by name again; their files in the store are not touched"
-        )
+def _earlier(history: list[Published], beginning: str | None) -> Published:
+    if beginning is not None:
+        return _only(history[0].name, history[1:], beginning)
+    if not history[1:]:
+        raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected an earlier revision, found none")
+    return history[1]
 
 
-def _earlier(history: list[Published], revision: str | None) -> Published:
-    for published in history[1:]:
-        if revision in (None, published.revision):
-            return published
-    wanted = "an earlier revision" if revision is None else f"an earlier revision {revision!r}"
-    found = ", ".join(published.revision for published in history[1:]) or "none"
-    raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected {wanted}, found {found}")
-
-
-def _beginning_with(history: list[Published], beginning: str) -> Published:
-    found = [published for published in history if published.revision.startswith(beginning)]
+def _only(name: str, among: list[Published], beginning: str) -> Published:
+    """The latest of those that begin like this, if all of them are one revision."""
+    found = [published for published in among if published.revision.startswith(beginning)]
     if len({published.revision for published in found}) == 1:
         return found[0]
-    others = ", ".join(dict.fromkeys(published.revision for published in found or history))
-    wanted = "one revision that begins with" if found else "a revision that begins with"
-    raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected {wanted} {beginning!r}, found {others}")
+    others = ", ".join(dict.fromkeys(published.revision for published in found or among))
+    raise RevisionNotFoundError(
+        f"adapter {name!r}: expected {'one' if found else 'a'} revision that begins with {beginning!r}, "
+        f"found {others or 'none'}"
+    )

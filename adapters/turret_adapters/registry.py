@@ -16,13 +16,14 @@ from turret_adapters.compose import check_composition, join_prefixes, joined_spe
 from turret_adapters.errors import AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
+from turret_adapters.names import Split
 from turret_adapters.spec import TASK_MARK, AdapterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
     """What there is to say of a name. `spec` is None where `error` says why it could not be loaded;
-    `unloaded` names live on while requests run on them.
+    `unloaded` names live on while requests run on them; `split` is what else requests go to.
     """
 
     name: str
@@ -31,18 +32,21 @@ class AdapterStatus:
     draining_revisions: tuple[str, ...] = ()
     unloaded: bool = False
     error: str = ""
+    split: Split | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
     """An adapter as a request names it: how much its LoRA counts, which of its tasks, and which revision if
-    not the one that the name has now.
+    not the one that the name has now. `place` is where it stands among all requests of the name, from 0 to 1:
+    those before the percent of a split go to its revision.
     """
 
     name: str
     weight: float = 1.0
     task: int | None = None
     revision: str | None = None
+    place: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +66,15 @@ class Lease:
 @dataclass(slots=True)
 class _Name:
     current: AdapterSpec | None = None
+    split: Split | None = None
     error: str = ""
     requests: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def served(self) -> set[str]:
+        """What requests get that name no revision."""
+        served = {self.current.revision} if self.current else set()
+        return served | {self.split.revision} if self.split else served
 
 
 @dataclass(slots=True)
@@ -132,12 +143,33 @@ class AdapterRegistry:
         """Whether a request that names no revision may get this one."""
         with self._lock:
             entry = self._names.get(name)
-            return entry is not None and entry.current is not None and entry.current.revision == revision
+            return entry is not None and revision in entry.served
+
+    def knows(self, name: str) -> bool:
+        """Whether a name has a revision, or a reason why not."""
+        with self._lock:
+            entry = self._names.get(name)
+            return entry is not None and (entry.current is not None or bool(entry.error))
 
     def has(self, revision: str) -> bool:
         """Whether a revision, a task of one, or several prefixes in one are needed by anything."""
         with self._lock:
             return revision in self._joined or revision.partition(TASK_MARK)[0] in self._specs
+
+    def split(self, name: str, split: Split | None) -> None:
+        """Make some requests of a name go to a revision that the caller holds, or none any more."""
+        with self._lock:
+            entry = self._entry(name)
+            if split:
+                self._needed[split.revision] += 1
+            gone = self._end_split(entry)
+            entry.split = split
+            self.on_change(self._status(name, entry))
+        self._tell(gone)
+
+    def _end_split(self, entry: _Name) -> list[str]:
+        split, entry.split = entry.split, None
+        return self._let_go(split.revision) if split else []
 
     def fail(self, name: str, error: str) -> None:
         """Record why there is no adapter of this name; a name that has one keeps it."""
@@ -165,7 +197,7 @@ class AdapterRegistry:
                 draining_revisions=tuple(sorted(entry.requests)),
                 unloaded=True,
             )
-            gone = self._let_go(current.revision) if current else []
+            gone = self._end_split(entry) + (self._let_go(current.revision) if current else [])
             self._tidy(name)
             self.on_change(self._status(name, entry) if name in self._names else status)
         self._tell(gone)
@@ -223,7 +255,7 @@ class AdapterRegistry:
     def _drained(self, name: str, entry: _Name, spec: AdapterSpec) -> None:
         if name not in self._names:
             self.on_change(AdapterStatus(name=name, spec=spec, unloaded=True))
-        elif entry.current is None or entry.current.revision != spec.revision:
+        elif spec.revision not in entry.served:
             self.on_change(self._status(name, entry))
 
     def _unjoin(self, revision: str) -> list[str]:
@@ -239,6 +271,8 @@ class AdapterRegistry:
             return self._specs[named.revision]
         if entry.current is None:
             raise self._not_found(named.name, entry.error)
+        if entry.split and named.place * 100 < entry.split.percent:
+            return self._specs[entry.split.revision]
         return entry.current
 
     def tensors(self, revision: str) -> HostAdapter:
@@ -274,7 +308,7 @@ class AdapterRegistry:
             return [self._status(name, entry) for name, entry in sorted(self._names.items())]
 
     def look(self, seen: Callable[[list[AdapterStatus]], None]) -> None:
-        """Hand over what `statuses` says; nothing changes before `seen` returns, and it calls nothing here."""
+        """Hand over what `statuses` says; nothing changes before `seen` returns; it calls nothing here."""
         with self._lock:
             seen([self._status(name, entry) for name, entry in sorted(self._names.items())])
 
@@ -287,7 +321,7 @@ class AdapterRegistry:
 
     def _status(self, name: str, entry: _Name) -> AdapterStatus:
         current = entry.current
-        draining = sorted(entry.requests.keys() - {current.revision if current else None})
+        draining = sorted(entry.requests.keys() - entry.served)
         shown = current or (self._specs[draining[-1]] if draining else None)
         return AdapterStatus(
             name=name,
@@ -296,6 +330,7 @@ class AdapterRegistry:
             draining_revisions=tuple(draining),
             unloaded=current is None and not entry.error,
             error=entry.error,
+            split=entry.split,
         )
 
     def _entry(self, name: str) -> _Name:

@@ -6,31 +6,111 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from turret_client import DEFAULT_ADDRESS, AdapterRef, Client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from turret_client import Adapter, AdapterRevision, Chunk, Generation, PinnedPrompt
+    from turret_client import (
+        Adapter,
+        Chunk,
+        ConnectionOptions,
+        Generation,
+        PinnedPrompt,
+    )
 
 _INT32_MAX = 2**31 - 1
 _UINT64_MAX = 2**64 - 1
 
-server_option = click.option(
-    "--server",
-    metavar="HOST:PORT",
-    envvar="TURRET_SERVER",
-    default=DEFAULT_ADDRESS,
-    show_default=True,
-    show_envvar=True,
-    help="Address of the server.",
-)
+_Command = TypeVar("_Command", bound="Callable[..., Any]")
+
+_CONNECTION = "turret_server.connection"
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Every command that speaks to a server has these, and only the connection needs them."""
+    if value and param.name:
+        ctx.meta.setdefault(_CONNECTION, {})[param.name] = value
+
+
+_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+_server_options = [
+    click.option(
+        "--server",
+        metavar="HOST:PORT",
+        envvar="TURRET_SERVER",
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        show_envvar=True,
+        help="Address of the server.",
+    ),
+    click.option(
+        "--api-key",
+        metavar="KEY",
+        envvar="TURRET_API_KEY",
+        show_envvar=True,
+        expose_value=False,
+        callback=_keep,
+        help="By which the server knows the tenant. The variable keeps it out of the list of processes.",
+    ),
+    click.option(
+        "--tls",
+        is_flag=True,
+        expose_value=False,
+        callback=_keep,
+        help="Encrypt, and trust the authorities that gRPC trusts; the others of these imply it.",
+    ),
+    click.option(
+        "--tls-ca",
+        "ca",
+        type=_file,
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep,
+        help="PEM file of the authority that signed the server's certificate.",
+    ),
+    click.option(
+        "--tls-cert",
+        "cert",
+        type=_file,
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep,
+        help="PEM file of this client's certificate.",
+    ),
+    click.option(
+        "--tls-key",
+        "key",
+        type=_file,
+        metavar="FILE",
+        expose_value=False,
+        callback=_keep,
+        help="PEM file of its key.",
+    ),
+]
+
+
+def server_option(command: _Command) -> _Command:
+    """Which server, and how to come to it: see `connection_options`."""
+    for option in reversed(_server_options):
+        command = option(command)
+    return command
+
+
+def connection_options() -> ConnectionOptions:
+    """What the command that runs was told about the way to the server."""
+    return cast("ConnectionOptions", click.get_current_context().meta.get(_CONNECTION, {}))
+
+
+def connect(server: str, *, tenant: str | None = None) -> Client:
+    return Client(server, **connection_options() | {"tenant": tenant})
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 
 
@@ -129,6 +209,12 @@ Examples:
     help="Stand in the tenant's queue as if the request had come 10 N seconds earlier; from -10 to 10.",
 )
 @cache_salt_option
+@click.option(
+    "--routing-key",
+    default="",
+    metavar="S",
+    help="Where an adapter's requests are split: all with the same key go to the same revision.",
+)
 @click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
 @json_option
 def generate(
@@ -140,7 +226,7 @@ def generate(
     Ctrl-C cancels the request.
     """
     text = read_stdin(prompt) if prompt in (None, "-") else prompt
-    with Client(server, tenant=tenant) as client:
+    with connect(server, tenant=tenant) as client:
         if no_stream:
             generation = client.generate(text, **options)
             click.echo(to_json(generation) if as_json else generation.text)
@@ -151,93 +237,6 @@ def generate(
                     click.echo(to_json(chunk))
             else:
                 _print_stream(chunks)
-
-
-@click.group(
-    epilog="""\b
-Examples:
-  turret adapters load pirate /srv/adapters/pirate
-  turret adapters list
-  turret adapters validate ./pirate --model HuggingFaceTB/SmolLM2-135M
-"""
-)
-def adapters() -> None:
-    """Load, replace, unload and look at a server's adapters; validate and convert them without one."""
-
-
-@adapters.command(
-    "list",
-    epilog="""\b
-Examples:
-  turret adapters list
-  turret adapters list --json | jq -r .name
-""",
-)
-@server_option
-@json_option
-def list_(*, server: str, as_json: bool) -> None:
-    """List all adapters in the order of their names."""
-    with Client(server) as client:
-        found = client.list_adapters()
-    if not found and not as_json:
-        click.echo("no adapters", err=True)
-    else:
-        print_adapters(found, as_json=as_json)
-
-
-@adapters.command(
-    epilog="""\b
-Example:
-  turret adapters load pirate /srv/adapters/pirate
-"""
-)
-@click.argument("name")
-@click.argument("path")
-@server_option
-@json_option
-def load(name: str, path: str, *, server: str, as_json: bool) -> None:
-    """Serve the peft adapter at PATH under NAME.
-
-    PATH is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging Face
-    hub, or the URL of a folder or archive, as far as the server was started with --allow-source for it. Where
-    NAME is in use it flips to the new revision at once; requests that began on the old one end on the old one.
-    """
-    with Client(server) as client:
-        # A server on this machine has another working directory.
-        here = Path(path)
-        found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
-        print_adapters([found], as_json=as_json)
-
-
-@adapters.command(
-    epilog="""\b
-Example:
-  turret adapters unload pirate
-"""
-)
-@click.argument("name")
-@server_option
-@json_option
-def unload(name: str, *, server: str, as_json: bool) -> None:
-    """Take NAME away. Requests that run on it end on it; then its memory is freed."""
-    with Client(server) as client:
-        print_adapters([client.unload_adapter(name)], as_json=as_json)
-
-
-@adapters.command(
-    epilog="""\b
-Example:
-  turret adapters show pirate
-"""
-)
-@click.argument("name")
-@server_option
-@json_option
-def show(name: str, *, server: str, as_json: bool) -> None:
-    """Show all that is known of one adapter."""
-    with Client(server) as client:
-        adapter = client.get_adapter(name)
-    click.echo(to_json(adapter) if as_json else _details(adapter))
 
 
 def read_stdin(prompt: str | None) -> str:
@@ -260,22 +259,8 @@ def _print_stream(chunks: Iterable[Chunk]) -> None:
             click.echo()
 
 
-def print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
-    if as_json:
-        for adapter in found:
-            click.echo(to_json(adapter))
-    else:
-        click.echo(_table(found))
-
-
 def to_json(result: Generation | Chunk | Adapter | PinnedPrompt) -> str:
     return json.dumps(asdict(result))
-
-
-def _table(found: Sequence[Adapter]) -> str:
-    words = ("NAME", "STATE", "METHOD", "REVISION")
-    numbers = ("RANK", "VIRTUAL", "PARAMETERS", "FILE", "ARENA", "ACTIVE")
-    return format_table(words, numbers, map(_row, found))
 
 
 def format_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -291,48 +276,7 @@ def format_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Se
     )
 
 
-def _row(adapter: Adapter) -> tuple[str, ...]:
-    return (
-        adapter.name,
-        adapter.state,
-        adapter.method,
-        adapter.revision[:12] or "-",
-        str(adapter.max_rank or "-"),
-        str(adapter.num_virtual_tokens or "-"),
-        _count(adapter.num_parameters),
-        format_size(adapter.file_bytes),
-        format_size(adapter.arena_bytes),
-        str(adapter.active_requests),
-    )
-
-
-def _details(adapter: Adapter) -> str:
-    lines = {
-        "name": adapter.name,
-        "state": adapter.state,
-        "method": adapter.method,
-        "revision": adapter.revision or "-",
-        "rank": str(adapter.max_rank or "-"),
-        "virtual tokens": str(adapter.num_virtual_tokens or "-"),
-        "parameters": f"{adapter.num_parameters:,}",
-        "file": format_size(adapter.file_bytes),
-        "arena": format_size(adapter.arena_bytes),
-        "active": str(adapter.active_requests),
-        "draining": ", ".join(adapter.draining_revisions) or "-",
-    }
-    if adapter.error:
-        lines["error"] = adapter.error
-    width = max(map(len, lines))
-    told = [f"{key.ljust(width)}  {value}" for key, value in lines.items()]
-    return "\n".join([*told, *(f"{'history'.ljust(width)}  {_history(each)}" for each in adapter.history)])
-
-
-def _history(published: AdapterRevision) -> str:
-    when = datetime.fromtimestamp(published.published_at, UTC).isoformat(" ", "seconds")
-    return f"{when}  {published.revision}  {published.source}"
-
-
-def _count(number: int) -> str:
+def format_count(number: int) -> str:
     return _scaled(number, 1000, ("", "k", "M", "G"))
 
 

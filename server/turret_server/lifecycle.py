@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from turret_adapters.errors import AdapterError
+from turret_adapters.errors import AdapterError, AdapterNotFoundError
 from turret_adapters.host import HostAdapter
 from turret_adapters.library import AdapterLibrary, as_recorded
-from turret_adapters.names import Published
+from turret_adapters.names import Published, Split
 from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
+from turret_adapters.uploads import Upload
 from turret_server.engine.loop import Engine
 from turret_server.errors import TurretError
 
@@ -26,6 +28,12 @@ log = logging.getLogger(__name__)
 
 # How often the log says how far many adapters are.
 _PROGRESS_EVERY = 100
+
+# How many earlier revisions that requests named are kept for the next.
+MAX_RECENT = 64
+
+# The source of what a client sent.
+_UPLOADED = "upload"
 
 
 class AdapterLifecycle:
@@ -39,6 +47,8 @@ class AdapterLifecycle:
         self._publishing = threading.Lock()
         # What is kept in the store is what is needed, and so it is when one goes as it comes again.
         self._keeping = threading.RLock()
+        # Names with earlier revisions that requests named lately, the latest last; each is held.
+        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         registry.on_gone = self._gone
 
     def load(self, name: str, source: str) -> None:
@@ -49,10 +59,31 @@ class AdapterLifecycle:
             AdapterTooLargeError: the arena could never hold it.
         """
         with self._library.fetch(source) as adapter:
-            self._engine.check_adapter(adapter.spec)
-            with self._publishing:
-                self._library.publish(name, adapter.spec.revision, source)
-                self._serve(name, adapter)
+            self._publish(name, adapter, source)
+
+    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
+        """Begin an upload or go on with it, see `AdapterStore.receive`.
+
+        Raises:
+            AdapterError: it cannot be, or not now.
+        """
+        return self._library.receive(digest, config, size, owner)
+
+    def load_upload(self, name: str, upload: Upload) -> None:
+        """Serve what was uploaded under `name` from now on.
+
+        Raises:
+            AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
+            AdapterTooLargeError: the arena could never hold it.
+        """
+        with self._library.finish(upload) as adapter:
+            self._publish(name, adapter, _UPLOADED)
+
+    def _publish(self, name: str, adapter: HostAdapter, source: str) -> None:
+        self._engine.check_adapter(adapter.spec)
+        with self._publishing:
+            self._library.publish(name, adapter.spec.revision, source)
+            self._serve(name, adapter)
         log.info("loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, as_recorded(source))
 
     def rollback(self, name: str, revision: str | None = None) -> None:
@@ -72,6 +103,21 @@ class AdapterLifecycle:
                     break
         log.info("rolled adapter %s back to revision %s", name, target.revision)
 
+    def split(self, name: str, revision: str, percent: int) -> None:
+        """Make `percent` of a name's requests go to another revision of its history, which begins with
+        `revision`; 0 of them ends that.
+
+        Raises:
+            AdapterError: there is no such name, or not exactly one such revision besides its current one, or
+                the store has lost it.
+        """
+        with ExitStack() as held:
+            if percent:
+                revision = self._hold(self._library.find(name, revision).revision, held)
+            with self._publishing:
+                self._registry.split(name, self._library.split(name, revision, percent))
+        log.info("%d %% of the requests for adapter %s go to revision %s", percent, name, revision or "-")
+
     def acquire(self, named: Sequence[Named]) -> Lease:
         """As the registry does, with revisions by their beginnings, which may have to be read first.
 
@@ -85,18 +131,51 @@ class AdapterLifecycle:
         """What each name serves and served, the latest first; of one that is not known, nothing."""
         return self._library.histories(names)
 
+    def knows(self, name: str) -> bool:
+        """Whether a name is served, or is known to be broken."""
+        return self._registry.knows(name)
+
+    def sources(self) -> dict[str, str]:
+        """Where what each name serves came from, as it was written down."""
+        return {name: published.source for name, published in self._library.names().items()}
+
     def _whole(self, named: Named, held: ExitStack) -> Named:
         """The same with the whole of its revision, which is held."""
         if named.revision is None:
             return named
         revision = self._library.find(named.name, named.revision).revision
+        self._hold(revision, held)
+        if not self._registry.serves(named.name, revision):
+            self._remember(named.name, revision)
+        return replace(named, revision=revision)
+
+    def _remember(self, name: str, revision: str) -> None:
+        """Keep a revision for the next request that names it: the memory that it takes goes where there is
+        need, as with every other.
+        """
+        with self._keeping:
+            if (name, revision) not in self._recent and self._registry.hold(revision):
+                self._recent[name, revision] = None
+            self._recent.move_to_end((name, revision))
+            while len(self._recent) > MAX_RECENT:
+                (_, oldest), _ = self._recent.popitem(last=False)
+                self._registry.unhold(oldest)
+
+    def _forget_recent(self, name: str) -> None:
+        """The name serves something else, or nothing."""
+        with self._keeping:
+            for key in [key for key in self._recent if key[0] == name]:
+                del self._recent[key]
+                self._registry.unhold(key[1])
+
+    def _hold(self, revision: str, held: ExitStack) -> str:
         if not self._registry.hold(revision):
             adapter = self._read(revision)
             with self._keeping:
                 self._library.keep(revision)
                 self._registry.add(adapter)
         held.callback(self._registry.unhold, revision)
-        return replace(named, revision=revision)
+        return revision
 
     def _read(self, revision: str) -> HostAdapter:
         adapter = self._library.read(revision)
@@ -112,6 +191,7 @@ class AdapterLifecycle:
         with self._publishing:
             status = self._registry.remove(name)
             self._library.forget(name)
+            self._forget_recent(name)
         log.info("unloaded adapter %s", name)
         return status
 
@@ -127,13 +207,34 @@ class AdapterLifecycle:
                 self._library.forget(name)
             else:
                 self._try(name, partial(self._restore, name, entry.revision))
-        for number, (name, path) in enumerate(sources.items(), 1):
-            self._try(name, partial(self._load_checked, check_name, name, path))
+        for number, path in enumerate(sources.values(), 1):
+            self.load_folder(path, check_name)
             if number % _PROGRESS_EVERY == 0 and number < len(sources):
                 log.info("loaded %d of %d adapters in %s", number, len(sources), folder)
+        for name, split in self._library.splits().items():
+            self._split_again(name, split)
 
-    def _load_checked(self, check_name: Callable[[str], str], name: str, path: Path) -> None:
-        self.load(check_name(name), str(path))
+    def _split_again(self, name: str, split: Split) -> None:
+        try:
+            with ExitStack() as held:
+                self._hold(split.revision, held)
+                self._registry.split(name, split)
+        except AdapterError as error:
+            log.warning("no requests for adapter %s go to revision %s: %s", name, split.revision, error)
+
+    def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
+        """Serve a folder under its name. One that cannot be served is listed as FAILED."""
+        self._try(folder.name, lambda: self.load(check_name(folder.name), str(folder)))
+
+    def forget_folder(self, folder: Path) -> None:
+        """Unload the name of a folder that is gone, unless something else was loaded under it since."""
+        with self._publishing, suppress(AdapterNotFoundError):
+            history = self._library.histories([folder.name])[folder.name]
+            if not history or Path(history[0].source) == folder:
+                self._registry.remove(folder.name)
+                self._library.forget(folder.name)
+                self._forget_recent(folder.name)
+                log.info("unloaded adapter %s, whose folder is gone", folder.name)
 
     def _restore(self, name: str, revision: str) -> None:
         self._serve(name, self._read(revision))
@@ -145,11 +246,17 @@ class AdapterLifecycle:
         except (AdapterError, TurretError) as error:
             log.warning("adapter %s is not served: %s", name, error)
             self._registry.fail(name, str(error))
+        except Exception as error:
+            log.exception("adapter %s is not served", name)
+            self._registry.fail(name, f"{type(error).__name__}: {error}")
 
     def _serve(self, name: str, adapter: HostAdapter) -> None:
         with self._keeping:
             self._library.keep(adapter.spec.revision)
             self._registry.publish(name, adapter)
+        self._forget_recent(name)
+        if self._registry.status(name).split and name not in self._library.splits():
+            self._registry.split(name, None)
         if not adapter.tasks:
             self._engine.prefetch(adapter.spec)
 

@@ -56,6 +56,13 @@ def zipped(tensors: bytes = b"tensors") -> bytes:
     return data.getvalue()
 
 
+def test_a_folder_that_takes_too_long_is_given_up(store: AdapterStore, tmp_path: Path) -> None:
+    write_folder(tmp_path / "poet", b"tensors")
+    with pytest.raises(SourceUnavailableError, match="expected the adapter within 0 s"):
+        fetch(str(tmp_path / "poet"), store, Policy(roots=(tmp_path,), timeout=0.0))
+    assert store.revisions() == {}
+
+
 def test_a_folder_of_this_machine(store: AdapterStore, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "root" / "poet")
     policy = Policy(roots=(tmp_path / "root",))

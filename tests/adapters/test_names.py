@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from turret_adapters import names as module
+from turret_adapters import names_database as module
 from turret_adapters.errors import AdapterNotFoundError
-from turret_adapters.names import MAX_HISTORY, Names
+from turret_adapters.names import MAX_HISTORY, Names, Split
 from turret_adapters.store_errors import (
     NamesCorruptError,
     RevisionNotFoundError,
@@ -77,7 +77,7 @@ def test_a_revision_is_found_by_its_beginning(open_names: Callable[..., Names]) 
         names.publish("poet", revision, "")
     assert names.find("poet", "bbbb").revision == "bbbb3333"
     assert names.find("poet", "aaaa1").number == names.history("poet")[0].number
-    with pytest.raises(RevisionNotFoundError, match="one revision .* found aaaa1111, aaaa2222"):
+    with pytest.raises(RevisionNotFoundError, match=r"one revision .* found aaaa1111, aaaa2222"):
         names.find("poet", "aaaa")
     with pytest.raises(RevisionNotFoundError, match="found aaaa1111, bbbb3333, aaaa2222"):
         names.find("poet", "cccc")
@@ -85,6 +85,72 @@ def test_a_revision_is_found_by_its_beginning(open_names: Callable[..., Names]) 
         names.find("bard", "aaaa")
     assert names.rollback_target("poet", "aaaa2").revision == "aaaa2222"
     assert names.histories(["poet", "bard"]) == {"poet": names.history("poet"), "bard": []}
+
+
+def test_a_split_is_the_same_after_a_restart(open_names: Callable[..., Names]) -> None:
+    names = open_names()
+    for revision in ("r1", "r2", "r3"):
+        names.publish("poet", revision, "")
+    assert names.split("poet", "r1", 30) == Split("r1", 30)
+    assert names.needed(depth=1) == {"r1", "r3"}
+    names.close()
+    again = open_names()
+    assert again.splits() == {"poet": Split("r1", 30)}
+    assert again.split("poet", "r2", 5) == Split("r2", 5)
+    assert again.splits() == {"poet": Split("r2", 5)}
+    assert open_names("qwen").splits() == {}
+    assert again.split("poet", "", 0) is None
+    assert again.splits() == {}
+
+
+def test_a_split_goes_to_an_earlier_revision_alone(names: Names) -> None:
+    with pytest.raises(AdapterNotFoundError):
+        names.split("poet", "r1", 30)
+    names.publish("poet", "r1", "")
+    names.publish("poet", "r2", "")
+    names.split("poet", "r1", 30)
+    for revision in ("r2", "r3"):
+        with pytest.raises(RevisionNotFoundError, match=f"'{revision}', found r1"):
+            names.split("poet", revision, 30)
+    assert names.splits() == {"poet": Split("r1", 30)}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda names: names.publish("poet", "r2", ""),
+        lambda names: names.rollback("poet", "r2"),
+        lambda names: names.rollback("poet", "r1"),
+        lambda names: names.remove("poet"),
+        lambda names: [names.publish("poet", f"s{number}", "") for number in range(MAX_HISTORY)],
+    ],
+    ids=["becomes current", "is gone back to", "is forgotten", "goes with its name", "is too old"],
+)
+def test_a_split_ends_when_its_revision(names: Names, end: Callable[[Names], object]) -> None:
+    for revision in ("r1", "r2", "r3"):
+        names.publish("poet", revision, "")
+    names.split("poet", "r2", 30)
+    names.publish("poet", "r4", "")
+    assert names.splits() == {"poet": Split("r2", 30)}
+    end(names)
+    assert names.splits() == {}
+
+
+def test_names_of_the_schema_before_splits_are_read(open_names: Callable[..., Names], tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "names.sqlite")
+    database.executescript(f"{module._SCHEMA}PRAGMA user_version = 1;")
+    database.execute(
+        "INSERT INTO published (base, name, revision, source, published_at) "
+        "VALUES ('llama', 'poet', 'r1', '', 1)"
+    )
+    database.commit()
+    database.close()
+    names = open_names()
+    names.publish("poet", "r2", "")
+    assert revisions(names) == ["r2", "r1"]
+    assert names.split("poet", "r1", 50) == Split("r1", 50)
+    names.close()
+    assert revisions(open_names()) == ["r2", "r1"]
 
 
 def test_what_any_base_names_is_needed(open_names: Callable[..., Names]) -> None:
@@ -176,7 +242,7 @@ def test_processes_and_threads_write_at_once(open_names: Callable[..., Names], t
 def test_a_change_sees_what_no_other_changes_meanwhile(open_names: Callable[..., Names]) -> None:
     first, second = open_names(), open_names()
     with ThreadPoolExecutor(1) as pool:
-        with first._transaction() as database:
+        with first._database.transaction() as database:
             assert first._rows(database, "poet") == []
             waiting = pool.submit(second.publish, "poet", "r2", "")
             with pytest.raises(TimeoutError):
@@ -217,12 +283,12 @@ def test_a_database_of_a_newer_turret_is_left_alone(open_names: Callable[..., Na
     database = sqlite3.connect(tmp_path / "names.sqlite")
     database.execute(f"PRAGMA user_version = {module.SCHEMA_VERSION + 1}")
     database.close()
-    with pytest.raises(NamesCorruptError, match=r"expected schema 1, found 2 .*version of Turret"):
+    with pytest.raises(NamesCorruptError, match=r"expected schema 2, found 3 .*version of Turret"):
         open_names()
 
 
 def test_a_database_that_somebody_keeps_locked_is_busy(names: Names, tmp_path: Path) -> None:
-    names._database.execute("PRAGMA busy_timeout = 10")
+    names._database._connection.execute("PRAGMA busy_timeout = 10")
     other = sqlite3.connect(tmp_path / "names.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreBusyError, match="locked"):
@@ -240,5 +306,5 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_synchronised(names: Names) -> None:
-    assert names._database.execute("PRAGMA synchronous").fetchone() == (2,)
-    assert names._database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert names._database._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert names._database._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

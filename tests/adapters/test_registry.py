@@ -15,6 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from support.fake_device import make_spec
 from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
+from turret_adapters.names import Split
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_adapters.spec import Part, PrefixKind, RowGroup
 
@@ -197,6 +198,50 @@ def test_a_name_serves_its_current_revision_alone(registry):
     assert registry.serves("poet", "2")
     assert not registry.serves("poet", "1")
     assert not registry.serves("bard", "2")
+
+
+def placed(registry: AdapterRegistry, place: float) -> str:
+    lease = registry.acquire([Named("poet", place=place)])
+    registry.release(lease)
+    return lease.revision
+
+
+def test_a_split_sends_those_before_its_percent_to_its_revision(registry):
+    registry.add(host("1"))
+    registry.publish("poet", host("2"))
+    registry.split("poet", Split("1", 30))
+    registry.unhold("1")
+    assert [placed(registry, place) for place in (0.0, 0.29, 0.3, 0.99, 1.0)] == ["1", "1", "2", "2", "2"]
+    assert acquire(registry, "poet").revision == "2"
+    assert registry.serves("poet", "1")
+    status = registry.status("poet")
+    assert (status.split, status.draining_revisions) == (Split("1", 30), ())
+    registry.split("poet", Split("1", 100))
+    assert placed(registry, 0.999) == "1"
+    assert registry.gone == []
+
+
+def test_a_split_that_ends_drains_its_revision(registry):
+    registry.add(host("1"))
+    registry.publish("poet", host("2"))
+    registry.split("poet", Split("1", 30))
+    registry.unhold("1")
+    held = registry.acquire([Named("poet", place=0.1)])
+    registry.split("poet", None)
+    assert placed(registry, 0.1) == "2"
+    assert registry.status("poet").draining_revisions == ("1",)
+    registry.release(held)
+    assert registry.gone == ["1"]
+
+
+def test_a_split_ends_with_its_name(registry):
+    registry.add(host("1"))
+    registry.publish("poet", host("2"))
+    registry.split("poet", Split("1", 30))
+    registry.unhold("1")
+    registry.remove("poet")
+    assert sorted(registry.gone) == ["1", "2"]
+    assert registry.statuses() == []
 
 
 def test_every_change_of_a_name_is_told(registry):

@@ -11,7 +11,7 @@ it is a `TurretError`; the tree of its classes stands in `turret_client.errors`.
 """
 
 from turret_client._async import AsyncClient
-from turret_client._channel import DEFAULT_ADDRESS
+from turret_client._channel import DEFAULT_ADDRESS, ConnectionOptions
 from turret_client._options import GenerationOptions
 from turret_client._results import (
     Adapter,
@@ -23,6 +23,7 @@ from turret_client._results import (
     FinishReason,
     Generation,
     PinnedPrompt,
+    TrafficSplit,
     Usage,
 )
 from turret_client._sync import Client
@@ -33,8 +34,10 @@ from turret_client.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     TurretError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -49,6 +52,7 @@ __all__ = [
     "CancelledError",
     "Chunk",
     "Client",
+    "ConnectionOptions",
     "DeadlineExceededError",
     "FailedPreconditionError",
     "FinishReason",
@@ -57,9 +61,12 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "NotFoundError",
+    "PermissionDeniedError",
     "PinnedPrompt",
     "ResourceExhaustedError",
+    "TrafficSplit",
     "TurretError",
+    "UnauthenticatedError",
     "UnavailableError",
     "Usage",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from grpc import StatusCode, aio
@@ -15,7 +16,7 @@ from turret.v1 import (
     prompts_pb2,
     prompts_pb2_grpc,
 )
-from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, call_metadata
+from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, connection
 from turret_client._messages import (
     adapter_from,
     chunk_from,
@@ -25,12 +26,14 @@ from turret_client._messages import (
     pinned_prompt_from,
 )
 from turret_client._status import raising_turret_errors
+from turret_client._upload import AdapterFolder
 from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
     from turret.v1 import inference_pb2
+    from turret_client._channel import ConnectionOptions
     from turret_client._options import AdapterArgument, GenerationOptions
     from turret_client._results import Adapter, Chunk, Generation, PinnedPrompt
 
@@ -46,14 +49,19 @@ class AsyncClient:
     succeed: `UnavailableError` where no server answers, and what each method names beside it.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, tenant: str | None = None) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, **options: Unpack[ConnectionOptions]) -> None:
         """Makes a client of the server at `address`, HOST:PORT. The first call connects.
 
-        Every call is made for `tenant`: tenants share the server fairly. None is the server's "default".
+        See `ConnectionOptions` for tenants, keys and encryption. What cannot be sent is refused here.
         """
+        found = connection(**options)
         self.address = address
-        self._metadata = call_metadata(tenant)
-        self._channel = aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._metadata = found.metadata
+        self._channel = (
+            aio.secure_channel(address, found.credentials, options=CHANNEL_OPTIONS)
+            if found.credentials
+            else aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        )
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._prompts = prompts_pb2_grpc.PromptServiceStub(self._channel)
@@ -111,17 +119,57 @@ class AsyncClient:
         return self._chunks(request, timeout)
 
     async def load_adapter(self, name: str, path: str) -> Adapter:
-        """Serves the peft adapter in the folder `path` of the server's machine under `name`.
+        """Serves the peft adapter at `path` under `name`.
 
-        A name in use flips to the new revision at once; requests that began on the old one end on it.
+        `path` is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging
+        Face hub, or the URL of a folder or archive, as far as the server allows it. A name in use flips to
+        the new revision at once; requests that began on the old one end on it.
 
         Raises:
             InvalidArgumentError: The name or the folder cannot be an adapter's; the message says why.
-            NotFoundError: There is no adapter in the folder.
+            NotFoundError: There is no adapter at that place.
             FailedPreconditionError: The adapter does not go with this server's model or memory.
         """
         request = adapters_pb2.LoadAdapterRequest(name=name, path=path)
         return adapter_from((await self._answer(self._adapters.LoadAdapter, request)).adapter)
+
+    async def upload_adapter(
+        self, name: str, folder: str | Path, *, progress: Callable[[int, int], None] | None = None
+    ) -> Adapter:
+        """Sends the adapter in a folder of this machine to the server and serves it under `name`.
+
+        Where an upload of the same files stopped early, it goes on there. Otherwise as `load_adapter`.
+
+        Args:
+            name: The name that requests give.
+            folder: With `adapter_config.json` and `adapter_model.safetensors`, as peft saves them.
+            progress: Is told the bytes of tensors that are sent and those in all, on another thread.
+
+        Raises:
+            InvalidArgumentError: The name or the files cannot be an adapter's; the message says why.
+            FailedPreconditionError: The adapter does not go with this server's model or memory.
+            ResourceExhaustedError: The server has no room for it.
+            UnavailableError: No server answers, or another call uploads the same.
+            OSError: A file is missing or cannot be read.
+        """
+        files = AdapterFolder(name, Path(folder), progress)
+        start = await asyncio.to_thread(files.start)
+        wanted: asyncio.Queue[int] = asyncio.Queue()
+
+        async def requests() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
+            yield start
+            chunks = files.chunks(await wanted.get(), start.start.size)
+            while chunk := await asyncio.to_thread(next, chunks, None):
+                yield chunk
+
+        call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
+        try:
+            with self._raising_turret_errors():
+                responses = aiter(call)
+                wanted.put_nowait((await anext(responses)).offset)
+                return adapter_from((await anext(responses)).adapter)
+        finally:
+            call.cancel()
 
     async def unload_adapter(self, name: str) -> Adapter:
         """Takes the name away. Requests that run on the adapter end on it.
@@ -144,6 +192,23 @@ class AsyncClient:
         """
         request = adapters_pb2.RollbackAdapterRequest(name=name, revision=revision or "")
         return adapter_from((await self._answer(self._adapters.RollbackAdapter, request)).adapter)
+
+    async def set_traffic_split(self, name: str, revision: str, percent: int) -> Adapter:
+        """Makes `percent` of the name's requests, from 0 to 100, go to another revision of its history.
+
+        Requests with the same `routing_key` go to the same revision.
+
+        Args:
+            name: The adapter's name.
+            revision: The first 8 or more digits of one that is not the current one; "" where percent is 0.
+            percent: How many of a hundred requests go to it; 0 ends the split.
+
+        Raises:
+            InvalidArgumentError: The percent or the revision cannot be.
+            NotFoundError: No adapter has that name, or it has no such other revision.
+        """
+        request = adapters_pb2.SetTrafficSplitRequest(name=name, revision=revision, percent=percent)
+        return adapter_from((await self._answer(self._adapters.SetTrafficSplit, request)).adapter)
 
     async def get_adapter(self, name: str) -> Adapter:
         """What the server has under the name.

@@ -15,6 +15,7 @@ from turret_client._results import (
     FinishReason,
     Generation,
     PinnedPrompt,
+    TrafficSplit,
     Usage,
 )
 
@@ -59,6 +60,7 @@ def generate_request(
     stop: Sequence[str] = (),
     priority: int = 0,
     cache_salt: str = "",
+    routing_key: str = "",
 ) -> inference_pb2.GenerateRequest:
     """From `GenerationOptions`; the defaults stand here."""
     if isinstance(stop, str):
@@ -73,6 +75,7 @@ def generate_request(
         stop=stop,
         priority=priority,
         cache_salt=cache_salt,
+        routing_key=routing_key,
     )
     _set_prompt(request, prompt)
     return request
@@ -139,7 +142,12 @@ def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
         error=message.error,
         num_tasks=message.num_tasks,
         history=tuple(map(_revision_from, message.history)),
+        traffic_split=_split_from(message.traffic_split) if message.HasField("traffic_split") else None,
     )
+
+
+def _split_from(message: adapters_pb2.TrafficSplit) -> TrafficSplit:
+    return TrafficSplit(revision=message.revision, percent=message.percent)
 
 
 def _revision_from(message: adapters_pb2.AdapterRevision) -> AdapterRevision:

@@ -26,6 +26,8 @@ class GenerationOptions(TypedDict, total=False):
             earlier for each step; against other tenants it counts for nothing.
         cache_salt: Cached blocks of the prompt are shared only among requests with the same salt, so that
             nobody without it learns from answering times what was asked before; at most 128 characters.
+        routing_key: Where some of an adapter's requests go to another revision, all with the same key go to
+            the same one; at most 128 characters. Without it that is drawn for each request.
     """
 
     adapter: AdapterArgument
@@ -37,3 +39,4 @@ class GenerationOptions(TypedDict, total=False):
     stop: Sequence[str]
     priority: int
     cache_salt: str
+    routing_key: str

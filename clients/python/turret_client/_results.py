@@ -80,7 +80,7 @@ class AdapterState(StrEnum):
     DRAINING = "draining"
     """Unloaded, with requests still running on it."""
     FAILED = "failed"
-    """Could not be read when the server started."""
+    """Could not be served when the server started, or when its folder changed."""
     UNLOADED = "unloaded"
     """Gone; only `unload_adapter` and `watch_adapters` answer it."""
 
@@ -117,6 +117,14 @@ class AdapterRevision:
 
 
 @dataclass(frozen=True, slots=True)
+class TrafficSplit:
+    """That `percent` of an adapter's requests go to `revision`."""
+
+    revision: str
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter that the server has under a name.
 
@@ -136,6 +144,7 @@ class Adapter:
         error: Why it FAILED; otherwise empty.
         num_tasks: Tasks that a request chooses from; 0 where it has none to choose.
         history: What the name serves and served, the latest first.
+        traffic_split: Where some of its requests go besides; None where all go to `revision`.
     """
 
     name: str
@@ -152,6 +161,7 @@ class Adapter:
     error: str
     num_tasks: int
     history: tuple[AdapterRevision, ...]
+    traffic_split: TrafficSplit | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 TurretError
 ├── InvalidArgumentError       INVALID_ARGUMENT     the request can never be served as it is
+├── UnauthenticatedError       UNAUTHENTICATED      the server does not know whose call it is
+├── PermissionDeniedError      PERMISSION_DENIED    the tenant may not do that
 ├── NotFoundError              NOT_FOUND            no adapter or no pinned prompt has that name
 ├── ResourceExhaustedError     RESOURCE_EXHAUSTED   the server is full; try again later
 ├── FailedPreconditionError    FAILED_PRECONDITION  this server cannot serve it
@@ -53,6 +55,14 @@ class TurretError(Exception):
 
 class InvalidArgumentError(TurretError):
     """The request can never be served as it is."""
+
+
+class UnauthenticatedError(TurretError):
+    """The server does not know whose call it is: the API key is missing, or none of its own."""
+
+
+class PermissionDeniedError(TurretError):
+    """The tenant may not do that with the adapter, or not load from there."""
 
 
 class NotFoundError(TurretError):

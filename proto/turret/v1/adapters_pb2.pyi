@@ -34,7 +34,7 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_DRAINING: _AdapterState.ValueType  # 3
     """Unloaded, with requests still running on it."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
-    """Could not be read when the server started."""
+    """Could not be served when the server started, or when its folder changed."""
     ADAPTER_STATE_UNLOADED: _AdapterState.ValueType  # 5
     """Gone; only UnloadAdapter and WatchAdapters answer it."""
 
@@ -48,7 +48,7 @@ ADAPTER_STATE_RESIDENT: AdapterState.ValueType  # 2
 ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
 """Unloaded, with requests still running on it."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
-"""Could not be read when the server started."""
+"""Could not be served when the server started, or when its folder changed."""
 ADAPTER_STATE_UNLOADED: AdapterState.ValueType  # 5
 """Gone; only UnloadAdapter and WatchAdapters answer it."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
@@ -93,7 +93,11 @@ class LoadAdapterRequest(_message.Message):
     name: _builtins.str
     """1 to 128 of the characters a-z A-Z 0-9 . _ - and the first a letter or a digit."""
     path: _builtins.str
-    """Folder with adapter_config.json and adapter_model.safetensors, as peft writes them."""
+    """The source, which the server must allow: a folder of its machine with adapter_config.json and
+    adapter_model.safetensors, as peft writes them; "owner/name" or "hf://owner/name@revision" of the Hugging
+    Face hub; the https:// URL of a folder or of an archive (.zip, .tar.gz, .tgz); the URL of a folder that
+    fsspec has a package for, such as "s3://bucket/pirate".
+    """
     def __init__(
         self,
         *,
@@ -127,6 +131,118 @@ class LoadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UploadAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___UploadStart:
+        """In the first message."""
+
+    @_builtins.property
+    def chunk(self) -> Global___UploadChunk:
+        """In every other."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___UploadStart | None = ...,
+        chunk: Global___UploadChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "part", b"part", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "part", b"part", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["start", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___UploadAdapterRequest: _TypeAlias = UploadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UploadStart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    """Of the two files: the SHA-256 of the length of the config in 8 bytes, little-endian, the config, and the
+    tensors' file, as 64 hexadecimal digits. Its first 32 are the revision.
+    """
+    config: _builtins.bytes
+    """adapter_config.json, at most 1 MiB."""
+    size: _builtins.int
+    """Bytes of adapter_model.safetensors."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        config: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "digest", b"digest", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadStart: _TypeAlias = UploadStart  # noqa: Y015
+
+@_typing.final
+class UploadChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where in adapter_model.safetensors the bytes stand: behind those of the chunk before."""
+    data: _builtins.bytes
+    """At least one byte, and at most what fits into a message: 1 MiB is a good size."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadChunk: _TypeAlias = UploadChunk  # noqa: Y015
+
+@_typing.final
+class UploadAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "offset", b"offset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["offset", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class UnloadAdapterRequest(_message.Message):
@@ -209,6 +325,55 @@ class RollbackAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollbackAdapterResponse: _TypeAlias = RollbackAdapterResponse  # noqa: Y015
+
+@_typing.final
+class SetTrafficSplitRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    revision: _builtins.str
+    """The first 8 or more digits of a revision of the name's history that is not the current one. Not needed where
+    percent is 0.
+    """
+    percent: _builtins.int
+    """How many of a hundred requests go to it, from 0 to 100."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "percent", b"percent", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTrafficSplitRequest: _TypeAlias = SetTrafficSplitRequest  # noqa: Y015
+
+@_typing.final
+class SetTrafficSplitResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTrafficSplitResponse: _TypeAlias = SetTrafficSplitResponse  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
@@ -352,6 +517,7 @@ class Adapter(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     NUM_TASKS_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    TRAFFIC_SPLIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Digest of the adapter's files. Empty where state is FAILED."""
@@ -383,6 +549,10 @@ class Adapter(_message.Message):
         name@revision, as long as the server's store has it.
         """
 
+    @_builtins.property
+    def traffic_split(self) -> Global___TrafficSplit:
+        """Set where some requests go to another revision."""
+
     def __init__(
         self,
         *,
@@ -400,14 +570,37 @@ class Adapter(_message.Message):
         error: _builtins.str = ...,
         num_tasks: _builtins.int = ...,
         history: _abc.Iterable[Global___AdapterRevision] | None = ...,
+        traffic_split: Global___TrafficSplit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic_split", b"traffic_split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "history", b"history", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "history", b"history", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state", "traffic_split", b"traffic_split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class TrafficSplit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    percent: _builtins.int
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["percent", b"percent", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrafficSplit: _TypeAlias = TrafficSplit  # noqa: Y015
 
 @_typing.final
 class AdapterRevision(_message.Message):

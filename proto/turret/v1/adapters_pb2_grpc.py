@@ -40,6 +40,11 @@ class AdapterServiceStub:
                 request_serializer=turret_dot_v1_dot_adapters__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.UploadAdapter = channel.stream_stream(
+                '/turret.v1.AdapterService/UploadAdapter',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/turret.v1.AdapterService/UnloadAdapter',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.SerializeToString,
@@ -49,6 +54,11 @@ class AdapterServiceStub:
                 '/turret.v1.AdapterService/RollbackAdapter',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetTrafficSplit = channel.unary_unary(
+                '/turret.v1.AdapterService/SetTrafficSplit',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.SetTrafficSplitRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.SetTrafficSplitResponse.FromString,
                 _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/turret.v1.AdapterService/GetAdapter',
@@ -72,8 +82,19 @@ class AdapterServiceServicer:
     """
 
     def LoadAdapter(self, request, context):
-        """Reads an adapter from a folder of the server's machine and serves it under a name. A name in
-        use flips to the new revision at once: requests that began on the old one end on the old one.
+        """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
+        the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
+        the name as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """Serves an adapter that the client sends. The first request says what is to come, and the first response from
+        which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
+        early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
+        loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +110,15 @@ class AdapterServiceServicer:
     def RollbackAdapter(self, request, context):
         """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
         those after it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTrafficSplit(self, request, context):
+        """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
+        two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
+        UnloadAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,6 +154,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.LoadAdapterRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.LoadAdapterResponse.SerializeToString,
             ),
+            'UploadAdapter': grpc.stream_stream_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.UploadAdapterResponse.SerializeToString,
+            ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.UnloadAdapterRequest.FromString,
@@ -133,6 +168,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.RollbackAdapter,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.SerializeToString,
+            ),
+            'SetTrafficSplit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTrafficSplit,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.SetTrafficSplitRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.SetTrafficSplitResponse.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
@@ -189,6 +229,33 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/turret.v1.AdapterService/UploadAdapter',
+            turret_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UnloadAdapter(request,
             target,
             options=(),
@@ -232,6 +299,33 @@ class AdapterService:
             '/turret.v1.AdapterService/RollbackAdapter',
             turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
             turret_dot_v1_dot_adapters__pb2.RollbackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTrafficSplit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.AdapterService/SetTrafficSplit',
+            turret_dot_v1_dot_adapters__pb2.SetTrafficSplitRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.SetTrafficSplitResponse.FromString,
             options,
             channel_credentials,
             insecure,

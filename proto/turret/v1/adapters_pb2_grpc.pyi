@@ -34,14 +34,26 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Reads an adapter from a folder of the server's machine and serves it under a name. A name in
-    use flips to the new revision at once: requests that began on the old one end on the old one.
+    """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
+    the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
+    the name as it was.
+    """
+    UploadAdapter: _grpc.StreamStreamMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
+    """Serves an adapter that the client sends. The first request says what is to come, and the first response from
+    which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
+    early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
+    loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
     RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]
     """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
     those after it.
+    """
+    SetTrafficSplit: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetTrafficSplitRequest, _adapters_pb2.SetTrafficSplitResponse]
+    """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
+    two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
+    UnloadAdapter.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
@@ -58,14 +70,26 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Reads an adapter from a folder of the server's machine and serves it under a name. A name in
-    use flips to the new revision at once: requests that began on the old one end on the old one.
+    """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
+    the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
+    the name as it was.
+    """
+    UploadAdapter: _aio.StreamStreamMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
+    """Serves an adapter that the client sends. The first request says what is to come, and the first response from
+    which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
+    early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
+    loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
     RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]  # type: ignore[assignment]
     """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
     those after it.
+    """
+    SetTrafficSplit: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetTrafficSplitRequest, _adapters_pb2.SetTrafficSplitResponse]  # type: ignore[assignment]
+    """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
+    two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
+    UnloadAdapter.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -85,8 +109,21 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Reads an adapter from a folder of the server's machine and serves it under a name. A name in
-        use flips to the new revision at once: requests that began on the old one end on the old one.
+        """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
+        the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
+        the name as it was.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapters_pb2.UploadAdapterResponse], _abc.AsyncIterator[_adapters_pb2.UploadAdapterResponse]]:
+        """Serves an adapter that the client sends. The first request says what is to come, and the first response from
+        which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
+        early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
+        loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
         """
 
     @_abc_1.abstractmethod
@@ -105,6 +142,17 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapters_pb2.RollbackAdapterResponse, _abc.Awaitable[_adapters_pb2.RollbackAdapterResponse]]:
         """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
         those after it.
+        """
+
+    @_abc_1.abstractmethod
+    def SetTrafficSplit(
+        self,
+        request: _adapters_pb2.SetTrafficSplitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.SetTrafficSplitResponse, _abc.Awaitable[_adapters_pb2.SetTrafficSplitResponse]]:
+        """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
+        two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
+        UnloadAdapter.
         """
 
     @_abc_1.abstractmethod

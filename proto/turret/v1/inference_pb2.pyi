@@ -55,6 +55,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text, tokenised by the model's own tokenizer with its special tokens."""
     max_tokens: _builtins.int
@@ -74,6 +75,11 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.str
     """Cached blocks of the prompt are shared only among requests with the same salt, so that nobody without it
     learns from answering times what was asked before. At most 128 characters.
+    """
+    routing_key: _builtins.str
+    """Where some percent of an adapter's requests go to another revision (SetTrafficSplit), all with the same key
+    go to the same one: a user's or a conversation's name, say. At most 128 characters. Empty: it is drawn for
+    each request.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -104,10 +110,11 @@ class GenerateRequest(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "prompt", b"prompt", "seed", b"seed", "text", b"text", "token_ids", b"token_ids", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "adapters", b"adapters", "cache_salt", b"cache_salt", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_top_p", b"_top_p", "adapters", b"adapters", "cache_salt", b"cache_salt", "max_tokens", b"max_tokens", "priority", b"priority", "prompt", b"prompt", "routing_key", b"routing_key", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "text", b"text", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -137,7 +144,8 @@ class AdapterRef(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name, or name@revision for one revision of the name's history: the first 8 digits are enough where no
-    other begins so. It is read when it is asked for, and goes with the last request that names it.
+    other begins so. One that is not current is read when it is first asked for, and kept until the name serves
+    something else or 64 others were asked for since.
     """
     weight: _builtins.float
     """How much a LoRA counts. Unset: 1."""

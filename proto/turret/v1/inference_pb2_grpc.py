@@ -33,7 +33,8 @@ class InferenceServiceStub:
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     def __init__(self, channel):
@@ -62,7 +63,8 @@ class InferenceServiceServicer:
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     def Generate(self, request, context):
@@ -109,7 +111,8 @@ class InferenceService:
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     @staticmethod

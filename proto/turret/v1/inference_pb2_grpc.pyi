@@ -34,7 +34,8 @@ class InferenceServiceStub:
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     @_typing.overload
@@ -57,7 +58,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -76,7 +78,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
 
     The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default".
+    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
+    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
     """
 
     @_abc_1.abstractmethod

@@ -39,6 +39,9 @@ class AdapterMessages:
             error=status.error,
             history=map(_revision, history),
         )
+        if split := status.split:
+            message.traffic_split.revision = split.revision
+            message.traffic_split.percent = split.percent
         if spec := status.spec:
             message.revision = spec.revision
             message.method = _METHODS[spec.method]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
+from turret_server.api.access import check_change, check_source, check_unload, check_use
 from turret_server.api.adapter_messages import AdapterMessages
+from turret_server.api.auth import caller
+from turret_server.api.loads import LoadQueue
+from turret_server.api.uploads import AdapterUploads
 from turret_server.api.validation import check_name, check_revision
 from turret_server.api.watches import AdapterWatches
 from turret_server.errors import InvalidRequestError
@@ -30,6 +35,8 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         messages: AdapterMessages,
         watches: AdapterWatches,
     ) -> None:
+        self._loads = LoadQueue()
+        self._uploads = AdapterUploads(lifecycle, self._loads)
         self._registry = registry
         self._lifecycle = lifecycle
         self._messages = messages
@@ -46,29 +53,58 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.LoadAdapterResponse:
         name = check_name(request.name)
+        check_change(caller(), name)
         if not request.path:
             raise InvalidRequestError("path is empty; give the adapter's folder", field="path")
-        await asyncio.to_thread(self._lifecycle.load, name, request.path)
+        await asyncio.to_thread(check_source, caller(), request.path)
+        await self._loads.start(partial(self._lifecycle.load, name, request.path))
         return adapters_pb2.LoadAdapterResponse(adapter=await self._present(name))
+
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncGenerator[adapters_pb2.UploadAdapterResponse]:
+        async with aclosing(self._uploads.receive(request_iterator, caller())) as upload:
+            _, offset = await anext(upload)
+            yield adapters_pb2.UploadAdapterResponse(offset=offset)
+            name, _ = await anext(upload)
+            yield adapters_pb2.UploadAdapterResponse(adapter=await self._present(name))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.UnloadAdapterResponse:
-        status = await asyncio.to_thread(self._lifecycle.unload, check_name(request.name))
+        name = check_name(request.name)
+        check_unload(caller(), name)
+        status = await asyncio.to_thread(self._lifecycle.unload, name)
         return adapters_pb2.UnloadAdapterResponse(adapter=self._messages.of(status))
 
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.RollbackAdapterResponse:
         name = check_name(request.name)
+        check_change(caller(), name)
         revision = check_revision(request.revision) if request.revision else None
-        await asyncio.to_thread(self._lifecycle.rollback, name, revision)
+        await self._loads.start(partial(self._lifecycle.rollback, name, revision))
         return adapters_pb2.RollbackAdapterResponse(adapter=await self._present(name))
+
+    async def SetTrafficSplit(
+        self, request: adapters_pb2.SetTrafficSplitRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapters_pb2.SetTrafficSplitResponse:
+        name = check_name(request.name)
+        check_change(caller(), name)
+        if not 0 <= request.percent <= 100:
+            raise InvalidRequestError(f"percent is from 0 to 100; found {request.percent}", field="percent")
+        revision = check_revision(request.revision) if request.percent else ""
+        await self._loads.start(partial(self._lifecycle.split, name, revision, request.percent))
+        return adapters_pb2.SetTrafficSplitResponse(adapter=await self._present(name))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.GetAdapterResponse:
-        return adapters_pb2.GetAdapterResponse(adapter=await self._present(check_name(request.name)))
+        name = check_name(request.name)
+        check_use(caller(), [name])
+        return adapters_pb2.GetAdapterResponse(adapter=await self._present(name))
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -77,9 +113,13 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequestError(
                 f"page_size is 0 to {_MAX_PAGE_SIZE}; found {request.page_size}", field="page_size"
             )
-        size = request.page_size or _DEFAULT_PAGE_SIZE
+        tenant, size = caller(), request.page_size or _DEFAULT_PAGE_SIZE
         # The token is the last name of the page before: adapters that come and go do not shift the pages.
-        rest = [status for status in self._registry.statuses() if status.name > request.page_token]
+        rest = [
+            status
+            for status in self._registry.statuses()
+            if status.name > request.page_token and tenant.may_use(status.name)
+        ]
         page = rest[:size]
         return adapters_pb2.ListAdaptersResponse(
             adapters=await self._described(page),
@@ -91,14 +131,20 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> AsyncGenerator[adapters_pb2.WatchAdaptersResponse]:
         async with aclosing(self._watches.watch()) as changes:
             async for adapter in changes:
-                yield adapters_pb2.WatchAdaptersResponse(adapter=adapter)
+                if caller().may_use(adapter.name):
+                    yield adapters_pb2.WatchAdaptersResponse(adapter=adapter)
 
     async def _present(self, name: str) -> adapters_pb2.Adapter:
         [message] = await self._described([self._registry.status(name)])
         return message
 
     async def _described(self, statuses: Sequence[AdapterStatus]) -> list[adapters_pb2.Adapter]:
-        histories = await asyncio.to_thread(
-            self._lifecycle.histories, [status.name for status in statuses]
-        )
-        return [self._messages.of(status, histories[status.name]) for status in statuses]
+        histories = await asyncio.to_thread(self._lifecycle.histories, [status.name for status in statuses])
+        tenant, messages = caller(), []
+        for status in statuses:
+            messages.append(self._messages.of(status, histories[status.name]))
+            if not tenant.may_load(status.name):
+                # Where its operator keeps what is of no concern to those who only use it.
+                for revision in messages[-1].history:
+                    revision.ClearField("source")
+        return messages

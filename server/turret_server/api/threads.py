@@ -24,7 +24,11 @@ async def to_its_end(
 
     What it works on may be closed afterwards, and what it made for a call that is over is handed to `undo`.
     """
-    future = asyncio.get_running_loop().run_in_executor(executor, call)
+    return await end_of(asyncio.get_running_loop().run_in_executor(executor, call), undo)
+
+
+async def end_of(future: asyncio.Future[_Result], undo: Callable[[_Result], None] = _keep) -> _Result:
+    """As `to_its_end`, for what runs already."""
     cancelled = False
     while not future.done():
         try:

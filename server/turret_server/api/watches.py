@@ -144,7 +144,7 @@ class _Watcher:
     def take(self) -> list[adapters_pb2.Adapter]:
         if self._lost:
             raise SlowWatcherError(
-                f"more than {MAX_PENDING} changes were waiting to be taken; watch again, and take them faster",
+                f"more than {MAX_PENDING} changes waited to be taken; watch again, and take them faster",
                 limit=MAX_PENDING,
             )
         self.something.clear()

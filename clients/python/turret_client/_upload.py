@@ -1,0 +1,62 @@
+"""The two files of an adapter on their way to a server."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+
+_CHUNK_BYTES = 1 << 20
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with an adapter as peft saves it; `progress` is told the bytes sent and those in all."""
+
+    name: str
+    path: Path
+    progress: Callable[[int, int], None] | None
+
+    def start(self) -> adapters_pb2.UploadAdapterRequest:
+        """What is to come. Reads all of it for the digest.
+
+        Raises:
+            OSError: A file is missing or cannot be read.
+        """
+        config = (self.path / CONFIG_NAME).read_bytes()
+        digest = hashlib.sha256(len(config).to_bytes(_LENGTH_BYTES, "little") + config)
+        size = 0
+        with (self.path / TENSORS_NAME).open("rb") as file:
+            while data := file.read(_CHUNK_BYTES):
+                digest.update(data)
+                size += len(data)
+        return adapters_pb2.UploadAdapterRequest(
+            start=adapters_pb2.UploadStart(
+                name=self.name, digest=digest.hexdigest(), config=config, size=size
+            )
+        )
+
+    def chunks(self, offset: int, size: int) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+        """The tensors from `offset` on."""
+        with (self.path / TENSORS_NAME).open("rb") as file:
+            file.seek(offset)
+            self._tell(offset, size)
+            while data := file.read(_CHUNK_BYTES):
+                chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                offset += len(data)
+                self._tell(offset, size)
+
+    def _tell(self, done: int, size: int) -> None:
+        if self.progress is not None:
+            self.progress(done, size)
