@@ -1,13 +1,25 @@
 #!/usr/bin/env python3
-"""Exits 0 where the server at the address, by default this container's, says that it is serving."""
+"""Exits 0 where the server at the address, by default this container's, says that it is serving.
+
+    turret-health [ADDRESS [CA [KEY CERT]]]
+
+The files are for an encrypted server: its authority's, and where it asks for one, a client's key and
+certificate.
+"""
 
 import sys
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 address = sys.argv[1] if len(sys.argv) > 1 else "127.0.0.1:50051"
-with grpc.insecure_channel(address) as channel:
+files = [Path(file).read_bytes() for file in sys.argv[2:]]
+with (
+    grpc.secure_channel(address, grpc.ssl_channel_credentials(*files))
+    if files
+    else grpc.insecure_channel(address)
+) as channel:
     try:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=4)
     except grpc.RpcError as error:

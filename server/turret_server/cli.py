@@ -124,6 +124,12 @@ Examples:
     "any folder of the machine without it.",
 )
 @click.option(
+    "--lazy-source",
+    metavar="DIR_OR_URL",
+    help="Where to look for an adapter that a request names and nobody has loaded: an absolute path or a URL "
+    'with {name} in it, such as "hf://owner/{name}".',
+)
+@click.option(
     "--listen",
     default=_DEFAULTS["listen"],
     show_default=True,
@@ -241,8 +247,8 @@ Examples:
     "--tls-client-ca",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="PEM file of the authority that signed the clients' certificates. With it clients must have one, and "
-    "its names may be a tenant's identities.",
+    help="PEM file of the authority that signed the clients' certificates. With it clients must have one, "
+    "and its names may be a tenant's identities.",
 )
 @click.option(
     "--cache",
@@ -281,12 +287,9 @@ def serve(**settings: Any) -> None:
 
 
 main.add_command(client_commands.generate)
-main.add_command(client_commands.adapters)
+main.add_command(adapter_commands.adapters)
 main.add_command(prompt_commands.prompts)
 main.add_command(bench_command.bench)
 main.add_command(tenant_commands.tenants)
-client_commands.adapters.add_command(adapter_commands.upload)
-client_commands.adapters.add_command(adapter_commands.rollback)
-client_commands.adapters.add_command(adapter_commands.watch)
-client_commands.adapters.add_command(offline_commands.validate)
-client_commands.adapters.add_command(offline_commands.convert)
+adapter_commands.adapters.add_command(offline_commands.validate)
+adapter_commands.adapters.add_command(offline_commands.convert)

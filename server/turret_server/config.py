@@ -24,15 +24,21 @@ class ServerConfig:
     `memory` is the arena's size in bytes ("2GiB"), a fraction of the device's free memory ("0.5"),
     or None for a default that suits the device; `host_memory` is what adapters may take of the host's,
     likewise; `store_size` is what they may take of the disk, None for as much as there is.
-    `allow_sources` are folders, and beginnings of URLs, that adapters may be loaded from besides `adapters`.
+    `allow_sources` are folders, and beginnings of URLs, that adapters may be loaded from besides `adapters`;
+    from `lazy_source`, with a name in the place of `{name}`, comes what a request names and nobody loaded.
+    Where no tenant has a key or a certificate, anybody may use the server, and it listens to this machine
+    alone unless `allow_unauthenticated`. `tls_cert` and `tls_key` are PEM files; with `tls_client_ca`,
+    clients must have certificates that it signed.
     `max_queue` and `max_queue_tokens` hold for every tenant that the file `tenants` says nothing else of.
     """
 
     model: str
     adapters: Path | None = None
+    watch: bool = False
     store: Path = field(default_factory=default_store)
     store_size: str | None = None
     allow_sources: tuple[str, ...] = ()
+    lazy_source: str | None = None
     listen: str = "127.0.0.1:50051"
     metrics: str | None = "127.0.0.1:9090"
     device: str = "auto"
@@ -45,5 +51,9 @@ class ServerConfig:
     max_queue: int = 1024
     max_queue_tokens: int = 2**20
     tenants: Path | None = None
+    allow_unauthenticated: bool = False
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     cache: Path = field(default_factory=default_cache)
     log_level: str = "info"

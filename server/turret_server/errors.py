@@ -2,11 +2,14 @@
 
 TurretError
 ├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
+├── UnauthenticatedError      UNAUTHENTICATED      UNAUTHENTICATED
+├── PermissionDeniedError     PERMISSION_DENIED    PERMISSION_DENIED
 ├── PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG
 ├── PromptNotFoundError       NOT_FOUND            PROMPT_NOT_FOUND
 ├── AdapterTooLargeError      FAILED_PRECONDITION  ADAPTER_TOO_LARGE
 ├── RequestTooLargeError      FAILED_PRECONDITION  REQUEST_TOO_LARGE
 ├── QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL
+├── QuotaExceededError        RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
 ├── TooManyCallsError         RESOURCE_EXHAUSTED   TOO_MANY_CALLS
 ├── SlowWatcherError          RESOURCE_EXHAUSTED   SLOW_WATCHER
 ├── DeadlineError             DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
@@ -45,6 +48,20 @@ class InvalidRequestError(TurretError):
     code = "INVALID_ARGUMENT"
 
 
+class UnauthenticatedError(TurretError):
+    """Nobody knows whose call it is."""
+
+    reason = "UNAUTHENTICATED"
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(TurretError):
+    """The tenant may see the adapter, but not do that with it."""
+
+    reason = "PERMISSION_DENIED"
+    code = "PERMISSION_DENIED"
+
+
 class PromptTooLongError(TurretError):
     """Prompt and tokens to generate do not fit into the model's context."""
 
@@ -77,6 +94,17 @@ class QueueFullError(TurretError):
     """As much of the tenant waits as may. `retry_after` is in seconds."""
 
     reason = "QUEUE_FULL"
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:
+        super().__init__(message, **metadata)
+        self.retry_after = retry_after
+
+
+class QuotaExceededError(TurretError):
+    """The tenant has used as much as it may for now. `retry_after` is in seconds."""
+
+    reason = "QUOTA_EXCEEDED"
     code = "RESOURCE_EXHAUSTED"
 
     def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:

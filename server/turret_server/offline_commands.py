@@ -201,8 +201,9 @@ def _ranks(adapter: HostAdapter, base: BaseSpec) -> list[int]:
 
 
 def _dtypes(path: Path) -> list[str]:
+    from turret_adapters.digest import MAX_TENSORS_BYTES  # noqa: PLC0415
     from turret_adapters.source import TENSORS_NAME, open_inside, resolve  # noqa: PLC0415
-    from turret_adapters.tensors import MAX_TENSORS_BYTES, read_header  # noqa: PLC0415
+    from turret_adapters.tensors import read_header  # noqa: PLC0415
 
     with open_inside(resolve(str(path)), TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         _, entries = read_header(file, size)

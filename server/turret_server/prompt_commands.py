@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from turret_client import Client
 from turret_server.client_commands import (
     adapter_option,
     cache_salt_option,
+    connect,
     format_table,
     json_option,
     read_stdin,
@@ -84,7 +84,7 @@ def pin(
     if text is not None and file is not None:
         raise click.UsageError("Give TEXT or --file, not both.")
     prompt = _read(file) if file else read_stdin(text) if text in (None, "-") else text
-    with Client(server) as client:
+    with connect(server) as client:
         _print([client.pin_prompt(name, prompt, adapter=adapter, cache_salt=cache_salt)], as_json=as_json)
 
 
@@ -100,7 +100,7 @@ Examples:
 @json_option
 def list_(*, server: str, as_json: bool) -> None:
     """List pinned prompts in the order of their names."""
-    with Client(server) as client:
+    with connect(server) as client:
         found = client.list_pinned_prompts()
     if not found and not as_json:
         click.echo("no pinned prompts", err=True)
@@ -119,7 +119,7 @@ Example:
 @json_option
 def unpin(name: str, *, server: str, as_json: bool) -> None:
     """Let the prompt NAME go, like any other, when its memory is needed."""
-    with Client(server) as client:
+    with connect(server) as client:
         client.unpin_prompt(name)
     click.echo(json.dumps({"name": name}) if as_json else f"unpinned {name}")
 

@@ -21,12 +21,16 @@ from turret_adapters.slab import lora_rows, slab_layout
 from turret_adapters.store import AdapterStore
 from turret_server.api.adapter_messages import AdapterMessages
 from turret_server.api.adapters import AdapterServicer
+from turret_server.api.auth import AuthInterceptor
 from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.inference import InferenceServicer
+from turret_server.api.lazy import NAME_MARK, LazyAdapters
 from turret_server.api.metrics import AdapterMetrics, EngineMetrics, RequestMetrics
 from turret_server.api.prompts import PromptServicer
 from turret_server.api.requests import ModelInfo, RequestFactory
 from turret_server.api.rpc import RpcServer, is_loopback, split_address
+from turret_server.api.tls import TlsFiles
+from turret_server.api.usage import UsageMetrics
 from turret_server.api.validation import check_name
 from turret_server.api.watches import AdapterWatches
 from turret_server.config import ServerConfig
@@ -34,6 +38,7 @@ from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError, GenerationFailedError
+from turret_server.folder_watch import FolderWatch
 from turret_server.lifecycle import AdapterLifecycle
 from turret_server.memory import arena_bytes, host_bytes, parse_memory
 from turret_server.model.arena import Arena
@@ -41,7 +46,8 @@ from turret_server.model.load import LoadedModel, load_model, select_device, sel
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
 from turret_server.model.weights import ModelWeights
-from turret_server.tenants import read_tenants
+from turret_server.security import check_tenants, tls_files
+from turret_server.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +65,8 @@ class Parts:
     adapters: AdapterServicer
     prompts: PromptServicer
     watches: AdapterWatches
+    tenants: TenantsFile
+    tls: TlsFiles | None
     metrics: CollectorRegistry
     loaded: LoadedModel
     arena: Arena
@@ -74,7 +82,9 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
     """
     _check(config)
     limits = TenantLimits(max_queued_requests=config.max_queue, max_queued_tokens=config.max_queue_tokens)
-    tenants = read_tenants(config.tenants, limits)
+    tenants = TenantsFile(config.tenants, limits)
+    check_tenants(config, tenants.table)
+    tls = tls_files(config)
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
@@ -82,7 +92,8 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
     if not arena.num_pages:
         raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
     library = _library(config, loaded)
-    memory = HostMemory(host_bytes(config.host_memory), library.read)
+    on_gpu = device.type == "cuda"
+    memory = HostMemory(host_bytes(config.host_memory), library.read, page_locked=on_gpu)
     registry = AdapterRegistry(memory)
     runner = ModelRunner(loaded, arena, registry, sampler or Sampler())
     runner.check()
@@ -98,7 +109,7 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
             max_batch_requests=config.max_batch_requests,
             max_step_seconds=config.max_step_seconds,
         ),
-        tenants=tenants,
+        tenants=tenants.limits,
         on_stats=EngineMetrics(metrics, arena.page_bytes).record,
     )
     _announce(config, loaded, arena)
@@ -116,27 +127,38 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
             max_context=loaded.max_context,
             stop_token_ids=loaded.stop_token_ids,
         ),
+        usage=UsageMetrics(metrics),
+        lazy=LazyAdapters(lifecycle, config.lazy_source) if config.lazy_source else None,
     )
     inference = InferenceServicer(
         engine=engine, requests=requests, codec=loaded.tokenizer, metrics=RequestMetrics(metrics)
     )
     prompts = PromptServicer(engine=engine, requests=requests, block_size=arena.block_size)
+    watch = None
     engine.start()
     try:
+        watch = _folder_watch(config, lifecycle)
         lifecycle.start(config.adapters, check_name)
-        yield Parts(
-            engine=engine,
-            registry=registry,
-            lifecycle=lifecycle,
-            inference=inference,
-            adapters=adapters,
-            prompts=prompts,
-            watches=watches,
-            metrics=metrics,
-            loaded=loaded,
-            arena=arena,
-        )
+        if watch:
+            watch.start()
+        with tenants:
+            yield Parts(
+                engine=engine,
+                registry=registry,
+                lifecycle=lifecycle,
+                inference=inference,
+                adapters=adapters,
+                prompts=prompts,
+                watches=watches,
+                tenants=tenants,
+                tls=tls,
+                metrics=metrics,
+                loaded=loaded,
+                arena=arena,
+            )
     finally:
+        if watch:
+            watch.stop()
         engine.stop()
         runner.close()
         library.close()
@@ -165,11 +187,18 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
     log.info("metrics on http://%s:%d/metrics", host, server.server_port)
 
 
+def make_server(parts: Parts) -> RpcServer:
+    """What answers calls. Errors are told last: also who is not known is told so in our words."""
+    interceptors = [ErrorInterceptor(), AuthInterceptor(parts.tenants)]
+    tls = parts.tls.credentials() if parts.tls else None
+    return RpcServer(parts.inference, parts.adapters, parts.prompts, interceptors, tls)
+
+
 async def _serve(config: ServerConfig, parts: Parts) -> None:
     stop = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-    server = RpcServer(parts.inference, parts.adapters, parts.prompts, [ErrorInterceptor()])
+    server = make_server(parts)
     port = await server.start(config.listen)
     log.info("serving on %s:%d", split_address(config.listen)[0], port)
     loop = asyncio.get_running_loop()
@@ -196,14 +225,24 @@ def _library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
     return AdapterLibrary(store=store, names=names, policy=_policy(config), base=loaded.base, weights=weights)
 
 
+def _folder_watch(config: ServerConfig, lifecycle: AdapterLifecycle) -> FolderWatch | None:
+    """Made before the folders are loaded: what changes meanwhile is seen."""
+    if not (config.watch and config.adapters):
+        return None
+    return FolderWatch(config.adapters, lifecycle, check_name)
+
+
 def _identity(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def _policy(config: ServerConfig) -> Policy:
     """Who reaches a server on the loopback has the machine anyway; others only what they are given."""
-    urls = tuple(source for source in config.allow_sources if "://" in source)
-    folders = [Path(source) for source in config.allow_sources if "://" not in source]
+    allowed = [*config.allow_sources]
+    if config.lazy_source:
+        allowed.append(config.lazy_source.partition(NAME_MARK)[0].rpartition("/")[0])
+    urls = tuple(source for source in allowed if "://" in source)
+    folders = [Path(source) for source in allowed if "://" not in source]
     if config.adapters:
         folders.append(config.adapters)
     if not config.allow_sources and is_loopback(config.listen):
@@ -234,6 +273,14 @@ def _check(config: ServerConfig) -> None:
     ):
         if not value > 0:
             raise ConfigError(f"{option} is above 0; found {value}")
+    lazy = config.lazy_source
+    if lazy is not None and not (lazy.count(NAME_MARK) == 1 and (lazy.startswith("/") or "://" in lazy)):
+        raise ConfigError(
+            f"--lazy-source {lazy}: expected an absolute path or a URL with {NAME_MARK} in it once, such as "
+            f"hf://owner/{NAME_MARK}"
+        )
+    if config.watch and not config.adapters:
+        raise ConfigError("--watch: there is no folder to watch; name one with --adapters")
     if config.adapters and not config.adapters.is_dir():
         raise ConfigError(f"--adapters {config.adapters}: there is no such folder")
 

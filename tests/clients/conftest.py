@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
+STREAMS = {"stream", "watch_adapters"}
+
+
 @pytest.fixture(scope="session")
 def script() -> ModuleType:
     """The module scripted_server: tests are no package that could import it."""
@@ -36,15 +39,15 @@ def server(script) -> Iterator[Any]:
 def call_client(address: str, method: str, *args: object, **options: object) -> Any:
     with Client(address) as client:
         result = getattr(client, method)(*args, **options)
-        return list(result) if method == "stream" else result
+        return list(result) if method in STREAMS else result
 
 
 def call_async_client(address: str, method: str, *args: object, **options: object) -> Any:
     async def run() -> Any:
         async with AsyncClient(address) as client:
-            if method != "stream":
+            if method not in STREAMS:
                 return await getattr(client, method)(*args, **options)
-            async with aclosing(client.stream(*args, **options)) as chunks:
+            async with aclosing(getattr(client, method)(*args, **options)) as chunks:
                 return [chunk async for chunk in chunks]
 
     return asyncio.run(run())

@@ -54,9 +54,12 @@ PIRATE = adapters_pb2.Adapter(
     draining_revisions=["fedcba", "abcdef"],
     history=[
         adapters_pb2.AdapterRevision(
-            revision="0123", source="/srv/pirate", published_at=timestamp_pb2.Timestamp(seconds=1, nanos=500000000)
+            revision="0123",
+            source="/srv/pirate",
+            published_at=timestamp_pb2.Timestamp(seconds=1, nanos=500000000),
         )
     ],
+    traffic_split=adapters_pb2.TrafficSplit(revision="4567", percent=10),
 )
 BROKEN = adapters_pb2.Adapter(
     name="broken", state=adapters_pb2.ADAPTER_STATE_FAILED, error="adapter_config.json is not JSON"
@@ -97,8 +100,10 @@ class ScriptedServer(
         hold: Calls never end by themselves; a stream gives its first chunk.
         adapters: What ListAdapters answers, two a page.
         prompts: What ListPinnedPrompts answers.
+        uploaded: What has come of an upload's tensors; it goes on behind them.
         requests: What came.
         tenants: For whom, call by call; None where nobody was named.
+        authorizations: By which right, call by call; None where none was given.
         began: Set when a call has come.
         ended: Set when a call is over, from whichever side.
     """
@@ -109,8 +114,10 @@ class ScriptedServer(
         self.hold = False
         self.adapters: Sequence[adapters_pb2.Adapter] = (PIRATE,)
         self.prompts: Sequence[prompts_pb2.PinnedPrompt] = (RULES,)
+        self.uploaded = b""
         self.requests: list[Any] = []
         self.tenants: list[str | None] = []
+        self.authorizations: list[str | None] = []
         self.began = threading.Event()
         self.ended = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(4))
@@ -144,6 +151,19 @@ class ScriptedServer(
         self._hold_or_fail(context)
         return adapters_pb2.LoadAdapterResponse(adapter=PIRATE)
 
+    def UploadAdapter(self, request_iterator, context) -> Iterator[adapters_pb2.UploadAdapterResponse]:
+        start = next(request_iterator).start
+        self._begin(start, context)
+        self._hold_or_fail(context)
+        received = self.uploaded
+        yield adapters_pb2.UploadAdapterResponse(offset=len(received))
+        while len(received) < start.size:
+            chunk = next(request_iterator).chunk
+            assert chunk.offset == len(received)
+            received += chunk.data
+        self.uploaded = received
+        yield adapters_pb2.UploadAdapterResponse(adapter=PIRATE)
+
     def UnloadAdapter(self, request, context):
         self._begin(request, context)
         self._hold_or_fail(context)
@@ -153,6 +173,11 @@ class ScriptedServer(
         self._begin(request, context)
         self._hold_or_fail(context)
         return adapters_pb2.RollbackAdapterResponse(adapter=PIRATE)
+
+    def SetTrafficSplit(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.SetTrafficSplitResponse(adapter=PIRATE)
 
     def WatchAdapters(self, request, context) -> Iterator[adapters_pb2.WatchAdaptersResponse]:
         self._begin(request, context)
@@ -192,7 +217,9 @@ class ScriptedServer(
 
     def _begin(self, request, context) -> None:
         self.requests.append(request)
-        self.tenants.append(dict(context.invocation_metadata()).get("turret-tenant"))
+        metadata = dict(context.invocation_metadata())
+        self.tenants.append(metadata.get("turret-tenant"))
+        self.authorizations.append(metadata.get("authorization"))
         context.add_callback(self.ended.set)
         self.began.set()
 

@@ -17,8 +17,10 @@ from turret_client import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     TurretError,
+    UnauthenticatedError,
     UnavailableError,
 )
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CLASSES = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
@@ -43,6 +47,7 @@ METHODS = {
     "unload_adapter": ("pirate",),
     "get_adapter": ("pirate",),
     "rollback_adapter": ("pirate",),
+    "set_traffic_split": ("pirate", "01234567", 10),
     "watch_adapters": (),
     "list_adapters": (),
     "pin_prompt": ("rules", "Answer briefly."),

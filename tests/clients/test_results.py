@@ -6,6 +6,7 @@ import re
 import pytest
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret_adapters.digest import digest_of_folder
 from turret_client import (
     Adapter,
     AdapterMethod,
@@ -19,6 +20,7 @@ from turret_client import (
     Generation,
     GenerationOptions,
     PinnedPrompt,
+    TrafficSplit,
     Usage,
 )
 
@@ -38,6 +40,7 @@ PIRATE = Adapter(
     error="",
     num_tasks=0,
     history=(AdapterRevision(revision="0123", source="/srv/pirate", published_at=1.5),),
+    traffic_split=TrafficSplit(revision="4567", percent=10),
 )
 
 
@@ -161,7 +164,22 @@ def test_list_pinned_prompts(call, server, count):
     ]
 
 
-@pytest.mark.parametrize("method", ["get_adapter", "unload_adapter"])
+@pytest.mark.parametrize("already", [0, 7])
+def test_upload_adapter_sends_what_the_server_has_not(call, server, tmp_path, already):
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors and more")
+    server.uploaded = b"tensors and more"[:already]
+    told = []
+    adapter = call("upload_adapter", "pirate", tmp_path, progress=lambda *each: told.append(each))
+    assert adapter == PIRATE
+    assert server.uploaded == b"tensors and more"
+    assert told == [(already, 16), (16, 16)]
+    [start] = server.requests
+    assert (start.name, start.config, start.size) == ("pirate", b"{}", 16)
+    assert start.digest == digest_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["rollback_adapter", "get_adapter", "unload_adapter"])
 def test_get_and_unload(call, server, method):
     assert call(method, "pirate") == PIRATE
     assert [request.name for request in server.requests] == ["pirate"]

@@ -18,6 +18,7 @@ from turret_server.config import ServerConfig
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 DEFAULTS = ServerConfig(model="")
+SWITCHES = {name for option in serve.params if option.is_flag for name in option.opts}
 FLAGS = {name for option in serve.params for name in option.opts}
 
 
@@ -49,8 +50,10 @@ def service(compose) -> dict:
 
 @pytest.fixture(scope="module")
 def settings(entry_point, service) -> dict[str, str]:
-    """Flag and value of all that `turret serve` is started with under compose."""
-    words = [*entry_point[2:], *service["command"]]
+    """Flag and value of all that `turret serve` is started with under compose; "" where a flag has none."""
+    words = []
+    for word in [*entry_point[2:], *service["command"]]:
+        words += [word, ""] if word in SWITCHES else [word]
     assert len(words) % 2 == 0
     return dict(zip(words[::2], words[1::2], strict=True))
 
@@ -74,6 +77,11 @@ def test_every_flag_exists(settings):
 def test_it_listens_to_the_outside_on_the_usual_ports(settings):
     assert settings["--listen"] == f"0.0.0.0:{port(DEFAULTS.listen)}"
     assert settings["--metrics"] == f"0.0.0.0:{port(DEFAULTS.metrics)}"
+
+
+def test_a_server_that_anybody_may_use_is_published_to_this_machine_alone(service, settings):
+    assert "--allow-unauthenticated" in settings
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
 def test_its_ports_are_declared(instructions, settings):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from turret_server.config import ServerConfig
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).parents[2] / "deploy" / "healthcheck.py"
 
 
-def check(address: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, address], capture_output=True, text=True, check=False)  # noqa: S603 -- our own
+def check(address: str, *files: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPT, address, *files]
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- our own
 
 
 @pytest.fixture
@@ -40,6 +42,22 @@ def address(servicer) -> Iterator[str]:
 
 def test_serving(address):
     assert check(address).returncode == 0
+
+
+def test_an_encrypted_server(servicer, tmp_path):
+    authority, other = trustme.CA(), trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    for name, ca in (("ca", authority), ("other", other)):
+        ca.cert_pem.write_to_path(tmp_path / name)
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    chain = b"".join(blob.bytes() for blob in made.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials([(made.private_key_pem.bytes(), chain)])
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    server.start()
+    codes = [check(address, *files).returncode for files in ([tmp_path / "ca"], [tmp_path / "other"], [])]
+    server.stop(None).wait()
+    assert codes == [0, 1, 1]
 
 
 def test_stopping(address, servicer):

@@ -71,12 +71,11 @@ def make_model(folder: Path) -> None:
 
 def make_adapters(model: Path, folder: Path) -> None:
     """One of every rank by peft; the others have the same tensors with other numbers in them."""
-    base = AutoModelForCausalLM.from_pretrained(model)
     generator = torch.Generator().manual_seed(0)
     for rank in RANKS:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"])
         made = folder.with_name(f"rank{rank}")
-        get_peft_model(base, config).save_pretrained(made)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(made)
     for index in range(NUM_ADAPTERS):
         rank = RANKS[index % len(RANKS)]
         made, target = folder.with_name(f"rank{rank}"), folder / f"a{index:04}"

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from click.testing import CliRunner, Result
 
+from support.adapter_files import write_folder
 from turret.v1 import adapters_pb2, inference_pb2
 from turret_client import Client
 from turret_server.cli import main
@@ -306,9 +307,17 @@ def test_list_of_nothing(turret, server):
             ("rollback", "pirate", "01234567"),
             adapters_pb2.RollbackAdapterRequest(name="pirate", revision="01234567"),
         ),
+        (
+            ("split", "pirate", "01234567", "--percent", "10"),
+            adapters_pb2.SetTrafficSplitRequest(name="pirate", revision="01234567", percent=10),
+        ),
+        (
+            ("split", "pirate", "--percent", "0"),
+            adapters_pb2.SetTrafficSplitRequest(name="pirate", percent=0),
+        ),
     ],
 )
-def test_load_unload_show_and_rollback_print_the_adapter(turret, server, arguments, request_):
+def test_load_unload_show_rollback_and_split_print_the_adapter(turret, server, arguments, request_):
     human = turret("adapters", *arguments)
     machine = turret("adapters", *arguments, "--json")
     assert human.exit_code == machine.exit_code == 0
@@ -331,8 +340,21 @@ def test_show_tells_all(turret):
         "arena           9.0 MiB",
         "active          2",
         "draining        fedcba, abcdef",
+        "split           10 % go to 4567",
         "history         1970-01-01 00:00:01+00:00  0123  /srv/pirate",
     ]
+
+
+def test_upload_sends_a_folder(turret, server, tmp_path):
+    write_folder(tmp_path, b"tensors")
+    result = turret("adapters", "upload", "pirate", str(tmp_path), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["name"] == "pirate"
+    assert server.uploaded == b"tensors"
+    (tmp_path / "adapter_model.safetensors").unlink()
+    result = turret("adapters", "upload", "pirate", str(tmp_path))
+    assert result.exit_code == 2
+    assert "adapter_model.safetensors: no such file" in result.stderr
 
 
 def test_watch_prints_each_change(turret):
@@ -410,6 +432,8 @@ def test_serve_sends_every_option(served, tmp_path):
                 "--metrics",
                 "none",
             ),
+            *("--tls-cert", __file__, "--tls-key", __file__, "--tls-client-ca", __file__),
+            "--allow-unauthenticated",
             *("--device", "cpu", "--dtype", "float32", "--memory", "0.5", "--max-batch-tokens", "2"),
             *(
                 "--max-batch-requests",
@@ -429,6 +453,10 @@ def test_serve_sends_every_option(served, tmp_path):
             model="m",
             adapters=tmp_path,
             listen="0.0.0.0:1",
+            allow_unauthenticated=True,
+            tls_cert=Path(__file__),
+            tls_key=Path(__file__),
+            tls_client_ca=Path(__file__),
             metrics=None,
             device="cpu",
             dtype="float32",

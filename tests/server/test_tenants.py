@@ -4,50 +4,103 @@ import pytest
 
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
-from turret_server.tenants import read_tenants
+from turret_server.keys import digest_of
+from turret_server.tenants import TenantTable, parse_tenants
 
 DEFAULT = TenantLimits(weight=1.0, max_queued_requests=7, max_queued_tokens=700)
+DIGEST = digest_of("turret_secret")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(content: str | bytes):
-        path = tmp_path / "tenants.toml"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return path
-
-    return write
+def parse(content: str | bytes) -> TenantTable:
+    return parse_tenants("FILE", content if isinstance(content, bytes) else content.encode(), DEFAULT)
 
 
-def test_without_a_file_every_tenant_has_the_defaults():
-    assert read_tenants(None, DEFAULT)("anybody") is DEFAULT
-
-
-def test_a_table_says_what_is_different_for_its_tenant(write):
-    limits = read_tenants(
-        write(
-            """
-            [tenants.acme]
-            weight = 2.5
-            max_queued_requests = 100
-            max_queued_tokens = 200_000
-            [tenants."small.one"]
-            max_queued_requests = 1
-            """
-        ),
-        DEFAULT,
-    )
+def test_a_table_says_what_is_different_for_its_tenant():
+    limits = parse(
+        """
+        [tenants.acme]
+        weight = 2.5
+        max_queued_requests = 100
+        max_queued_tokens = 200_000
+        [tenants."small.one"]
+        max_queued_requests = 1
+        """
+    ).limits
     assert limits("acme") == TenantLimits(weight=2.5, max_queued_requests=100, max_queued_tokens=200_000)
     assert limits("small.one") == TenantLimits(max_queued_requests=1, max_queued_tokens=700)
     assert limits("nobody") is DEFAULT
 
 
-def test_a_whole_number_is_a_weight(write):
-    assert read_tenants(write("[tenants.acme]\nweight = 3"), DEFAULT)("acme").weight == 3
+def test_a_whole_number_is_a_weight():
+    assert parse("[tenants.acme]\nweight = 3").limits("acme").weight == 3
 
 
-def test_an_empty_file_changes_nothing(write):
-    assert read_tenants(write(""), DEFAULT)("acme") is DEFAULT
+def test_an_empty_file_changes_nothing():
+    table = parse("")
+    assert table.is_open
+    assert table.limits("acme") is DEFAULT
+
+
+@pytest.mark.parametrize("known_by", [f'keys = ["{DIGEST}"]', 'identities = ["acme.example.com"]'])
+def test_a_tenant_with_a_key_or_an_identity_closes_the_server(known_by):
+    assert not parse(f"[tenants.acme]\n{known_by}\n[tenants.other]\nweight = 2").is_open
+
+
+def test_a_tenant_is_found_by_any_of_its_keys_and_identities():
+    other = digest_of("second")
+    table = parse(f'[tenants.acme]\nkeys = ["{DIGEST}", "{other}"]\nidentities = ["a", "b"]\n[tenants.bolt]')
+    found = [table.by_key("turret_secret"), table.by_key("second"), table.by_identities(["x", "b"])]
+    assert [tenant and tenant.name for tenant in found] == ["acme"] * 3
+    assert table.by_key("turret_other") is None
+    assert table.by_key("") is None
+    assert table.by_key(DIGEST) is None
+    assert table.by_identities(["acme"]) is None
+
+
+def test_a_tenant_may_do_what_its_patterns_say_and_nothing_else():
+    [acme, bolt] = (
+        parse(
+            f"""
+            [tenants.acme]
+            keys = ["{DIGEST}"]
+            use = ["acme-*", "shared"]
+            load = ["acme-?"]
+            unload = ["acme-[ab]"]
+            [tenants.bolt]
+            keys = ["{digest_of("bolt")}"]
+            """
+        ).by_key(key)
+        for key in ("turret_secret", "bolt")
+    )
+    assert acme
+    assert bolt
+    names = ("acme-a", "acme-c", "acme-cc", "shared", "ACME-a", "xacme-a")
+    assert [name for name in names if acme.may_use(name)] == ["acme-a", "acme-c", "acme-cc", "shared"]
+    assert [name for name in names if acme.may_load(name)] == ["acme-a", "acme-c"]
+    assert [name for name in names if acme.may_unload(name)] == ["acme-a"]
+    assert not any(may(name) for name in names for may in (bolt.may_use, bolt.may_load, bolt.may_unload))
+
+
+def test_an_admin_and_anybody_on_an_open_server_may_do_everything():
+    admin = parse(f'[tenants.root]\nkeys = ["{DIGEST}"]\nadmin = true').by_key("turret_secret")
+    anybody = parse("").unproven("anybody")
+    for tenant in (admin, anybody):
+        assert tenant
+        assert tenant.may_use("x")
+        assert tenant.may_load("x")
+        assert tenant.may_unload("x")
+
+
+def test_tenants_share_cached_prompts_only_where_both_say_so():
+    table = parse(
+        "".join(
+            f'[tenants.{name}]\nkeys = ["{digest_of(name)}"]\n{more}\n'
+            for name, more in {"a": "", "b": "", "c": "share_cache = true", "d": "share_cache = true"}.items()
+        )
+    )
+    a, b, c, d = (tenant.cache_domain for tenant in map(table.by_key, "abcd") if tenant)
+    assert c == d
+    assert len({a, b, c}) == 3
 
 
 @pytest.mark.parametrize(
@@ -58,7 +111,9 @@ def test_an_empty_file_changes_nothing(write):
         ("[acme]\nweight = 1", r"expected tables named \[tenants.NAME\]"),
         ("tenants = 3", r"expected tables named \[tenants.NAME\]"),
         ("[tenants]\nacme = 3", r"acme: expected a table \[tenants.NAME\], found 3"),
-        ("[tenants.acme]\nwait = 1", "acme: 'wait' is not known; there are max_queued_requests, "),
+        ('[tenants."a/b"]', "'a/b': a tenant's name has"),
+        ('[tenants."a\\u0000b"]', "a tenant's name has"),
+        ("[tenants.acme]\nwait = 1", "acme: 'wait' is not known; there are admin, "),
         ("[tenants.acme]\nweight = 0", "acme: weight is a number above 0; found 0"),
         ("[tenants.acme]\nweight = -1.0", "weight is a number above 0"),
         ("[tenants.acme]\nweight = nan", "weight is a number above 0"),
@@ -66,17 +121,36 @@ def test_an_empty_file_changes_nothing(write):
         ('[tenants.acme]\nweight = "2"', "weight is a number above 0; found '2'"),
         ("[tenants.acme]\nweight = true", "weight is a number above 0; found True"),
         ("[tenants.acme]\nmax_queued_requests = 0", "max_queued_requests is a whole number above 0"),
-        ("[tenants.acme]\nmax_queued_requests = 1.5", "max_queued_requests is a whole number above 0; found 1.5"),
+        (
+            "[tenants.acme]\nmax_queued_requests = 1.5",
+            "max_queued_requests is a whole number above 0; found 1.5",
+        ),
         ("[tenants.acme]\nmax_queued_tokens = true", "max_queued_tokens is a whole number above 0"),
+        ("[tenants.acme]\ntokens_per_minute = 0", "tokens_per_minute is a whole number above 0"),
+        (
+            "[tenants.acme]\nmax_concurrent_requests = 0.5",
+            "max_concurrent_requests is a whole number above 0",
+        ),
+        ('[tenants.acme]\nkeys = ["secret"]', "keys is a list of digests"),
+        (f'[tenants.acme]\nkeys = "{DIGEST}"', "keys is a list of digests"),
+        (f'[tenants.acme]\nkeys = ["{DIGEST.upper()}"]', "keys is a list of digests"),
+        ("[tenants.acme]\nidentities = [1]", "identities is a list of texts"),
+        ('[tenants.acme]\nidentities = [""]', "identities is a list of texts"),
+        ('[tenants.acme]\nsources = ["adapters"]', "sources is a list of absolute folders"),
+        ('[tenants.acme]\nadmin = "yes"', "admin is true or false; found 'yes'"),
+        (
+            f'[tenants.a]\nkeys = ["{DIGEST}"]\n[tenants.b]\nkeys = ["{DIGEST}"]',
+            "b: key .* is also that of a",
+        ),
+        (
+            '[tenants.a]\nidentities = ["x"]\n[tenants.b]\nidentities = ["x"]',
+            "identity 'x' is also that of a",
+        ),
+        ('[tenants.acme]\nuse = ["*"]', "acme: rights protect nothing where anybody"),
+        ("[tenants.acme]\nadmin = false", "acme: rights protect nothing where anybody"),
     ],
 )
-def test_what_a_tenants_file_cannot_say_is_named(write, content, said):
-    path = write(content)
+def test_what_a_tenants_file_cannot_say_is_named(content, said):
     with pytest.raises(ConfigError, match=said) as refused:
-        read_tenants(path, DEFAULT)
-    assert str(path) in str(refused.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"missing\.toml: expected a TOML file"):
-        read_tenants(tmp_path / "missing.toml", DEFAULT)
+        parse(content)
+    assert str(refused.value).startswith("FILE: ")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from support.prompts import PROMPT, until
-from turret_client import AdapterMethod, AdapterState, NotFoundError
+from turret_client import AdapterMethod, AdapterState, NotFoundError, TurretError
 
 
 @pytest.fixture
@@ -94,3 +94,16 @@ def test_a_folder_that_changes_after_loading_changes_no_answer(client, adapter_o
     shutil.rmtree(folder)
     assert client.generate(PROMPT, adapter="copied", max_tokens=10).token_ids == before.token_ids
     client.unload_adapter("copied")
+
+
+def test_a_load_that_fails_leaves_the_name_as_it_was(client, loaded, adapter_of, tmp_path):
+    before = client.generate(PROMPT, adapter=loaded, max_tokens=10)
+    broken = tmp_path / "adapter"
+    shutil.copytree(adapter_of("llama", "lora", seed=1), broken)
+    (broken / "adapter_model.safetensors").write_bytes(b"no tensors")
+    for path, reason in ((broken, "ADAPTER_INVALID"), (tmp_path, "ADAPTER_SOURCE_NOT_FOUND")):
+        with pytest.raises(TurretError) as refused:
+            client.load_adapter(loaded, str(path))
+        assert refused.value.reason == reason
+    assert [each.revision for each in client.get_adapter(loaded).history] == [before.revision]
+    assert client.generate(PROMPT, adapter=loaded, max_tokens=10).token_ids == before.token_ids

@@ -155,6 +155,11 @@ def test_sigterm_lets_running_requests_finish(base_of, cache):
         (("--memory", "1KiB"), "less than one page"),
         (("--max-batch-requests", "9", "--max-batch-tokens", "8"), "--max-batch-requests"),
         (("--listen", "nowhere"), "HOST:PORT"),
+        (("--listen", "0.0.0.0:0"), "--allow-unauthenticated"),
+        (("--listen", "[::]:0"), "--allow-unauthenticated"),
+        (("--tls-cert", __file__), "--tls-cert and --tls-key belong together"),
+        (("--tls-cert", __file__, "--tls-key", __file__), "expected PEM files"),
+        (("--tenants", __file__), "expected a TOML file"),
     ],
 )
 def test_a_setting_that_cannot_be_is_told_in_one_line(base_of, cache, arguments, said):

@@ -6,8 +6,11 @@ import shutil
 
 import pytest
 
-from support.serving import server_process
+from support.serving import server_process, serving
+from turret_adapters.host import HostAdapter
+from turret_adapters.library import AdapterLibrary
 from turret_client import AdapterState, Client, NotFoundError
+from turret_server.config import ServerConfig
 
 PROMPT = list(range(3, 15))
 
@@ -83,4 +86,33 @@ def test_a_revision_that_the_disk_spoiled_is_not_served(base_of, adapter_of, cac
         assert revision in poet.error
         assert client.generate(PROMPT, adapter="bard", max_tokens=2).token_ids
         client.load_adapter("poet", str(adapter_of("llama", "lora")))
+        assert client.generate(PROMPT, adapter="poet", max_tokens=2).token_ids
+
+
+def test_a_reader_that_breaks_down_over_one_adapter_stops_no_other(
+    base_of, adapter_of, cache, tmp_path, monkeypatch
+):
+    folder = tmp_path / "adapters"
+    for name, kind in (("bard", "prefix"), ("poet", "lora")):
+        shutil.copytree(adapter_of("llama", kind), folder / name)
+    read = AdapterLibrary.read
+
+    def break_down(library: AdapterLibrary, revision: str) -> HostAdapter:
+        adapter = read(library, revision)
+        if adapter.spec.prefix:
+            raise ZeroDivisionError
+        return adapter
+
+    monkeypatch.setattr(AdapterLibrary, "read", break_down)
+    config = ServerConfig(
+        model=str(base_of("llama")),
+        adapters=folder,
+        dtype="float32",
+        device="cpu",
+        memory="8MiB",
+        cache=cache,
+    )
+    with serving(config) as served, Client(served.address) as client:
+        assert client.get_adapter("bard").state is AdapterState.FAILED
+        assert "ZeroDivisionError" in client.get_adapter("bard").error
         assert client.generate(PROMPT, adapter="poet", max_tokens=2).token_ids

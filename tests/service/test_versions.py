@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from support.prompts import PROMPT, until
+from turret_adapters.registry import Named
+from turret_adapters.store_errors import StoreBusyError
 from turret_client import AdapterRef, AsyncClient, InvalidArgumentError, NotFoundError
+from turret_server import lifecycle
 
 
 @pytest.fixture
@@ -47,7 +52,41 @@ def test_a_revision_answers_as_it_did_when_it_was_current(client, adapter_of):
     client.unload_adapter("poet")
 
 
-def test_a_named_revision_goes_with_its_last_request(client, poet, served):
+@pytest.fixture
+def none_kept(monkeypatch):
+    monkeypatch.setattr(lifecycle, "MAX_RECENT", 0)
+
+
+def test_a_named_revision_is_kept_for_the_next_request_until_others_were_named(
+    client, poet, served, monkeypatch
+):
+    monkeypatch.setattr(lifecycle, "MAX_RECENT", 1)
+    registry = served.parts.registry
+    answer(client, f"poet@{poet[0]}")
+    answer(client, f"poet@{poet[0]}")
+    assert registry.has(poet[0])
+    answer(client, f"poet@{poet[2]}")
+    assert registry.has(poet[0])
+    answer(client, f"poet@{poet[1]}")
+    until(lambda: not registry.has(poet[0]))
+    assert registry.has(poet[1])
+
+
+@pytest.mark.parametrize("end", ["load", "roll back", "unload"])
+def test_a_named_revision_goes_when_the_name_serves_something_else(client, poet, served, adapter_of, end):
+    answer(client, f"poet@{poet[0]}")
+    assert served.parts.registry.has(poet[0])
+    if end == "load":
+        client.load_adapter("poet", str(adapter_of("llama", "lora", seed=14)))
+    elif end == "roll back":
+        client.rollback_adapter("poet")
+    else:
+        client.unload_adapter("poet")
+    until(lambda: not served.parts.registry.has(poet[0]))
+
+
+@pytest.mark.usefixtures("none_kept")
+def test_a_named_revision_stays_with_its_requests(client, poet, served):
     first = poet[0]
     streams = [client.stream(PROMPT, adapter=f"poet@{first}", max_tokens=60) for _ in range(2)]
     for stream in streams:
@@ -62,10 +101,9 @@ def test_a_named_revision_goes_with_its_last_request(client, poet, served):
     assert client.get_adapter("poet").draining_revisions == ()
 
 
+@pytest.mark.usefixtures("none_kept")
 async def test_many_requests_for_revisions_that_are_not_in_memory(served, poet):
     async with AsyncClient(served.address) as client:
-        import asyncio  # noqa: PLC0415
-
         found = await asyncio.gather(
             *(
                 client.generate(PROMPT, adapter=f"poet@{poet[number % 3]}", max_tokens=4)
@@ -77,13 +115,34 @@ async def test_many_requests_for_revisions_that_are_not_in_memory(served, poet):
     served.parts.engine.check_integrity()
 
 
+@pytest.mark.usefixtures("none_kept")
+def test_a_revision_that_is_named_again_as_it_goes_is_kept(client, poet, served, monkeypatch):
+    registry, life = served.parts.registry, served.parts.lifecycle
+    tell, first = registry.on_gone, poet[0]
+    again = []
+
+    def tell_late(revision: str) -> None:
+        if revision == first and not again:
+            again.append(life.acquire([Named("poet", revision=first)]))
+        tell(revision)
+
+    monkeypatch.setattr(registry, "on_gone", tell_late)
+    client.generate(PROMPT, adapter=f"poet@{first}", max_tokens=2)
+    until(lambda: bool(again))
+    with pytest.raises(StoreBusyError):
+        life._library._store.remove(first)
+    registry.release(again[0])
+    until(lambda: not registry.has(first))
+
+
 @pytest.mark.parametrize("revision", ["", "1234567", "G" * 8, "0" * 33, "a@b"])
-def test_what_is_no_revision_is_refused(client, poet, revision):
+@pytest.mark.usefixtures("poet")
+def test_what_is_no_revision_is_refused(client, revision):
     with pytest.raises(InvalidArgumentError, match="first 8 to 32 digits"):
         client.generate(PROMPT, adapter=f"poet@{revision}")
 
 
-def test_a_revision_that_the_name_never_had_is_not_found(client, poet, served):
+def test_a_revision_that_the_name_never_had_is_not_found(client, poet):
     other = client.get_adapter("lora").revision
     with pytest.raises(NotFoundError, match=poet[0]) as refused:
         client.generate(PROMPT, adapter=f"poet@{other}")

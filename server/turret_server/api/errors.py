@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -88,6 +88,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             return grpc.unary_stream_rpc_method_handler(
                 _guard_stream(handler.unary_stream), decode, handler.response_serializer
             )
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                _guard_both(handler.stream_stream), decode, handler.response_serializer
+            )
         assert handler.unary_unary
         return grpc.unary_unary_rpc_method_handler(
             _guard_unary(handler.unary_unary), decode, handler.response_serializer
@@ -117,6 +121,22 @@ def _guard_stream(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             _check_decoded(request)
             async for response in method(request, context):
+                yield response
+        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
+            await _abort(context, error)
+
+    return guarded
+
+
+def _guard_both(method: Callable[..., Any]) -> Callable[..., Any]:
+    async def decoded(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+        async for request in requests:
+            _check_decoded(request)
+            yield request
+
+    async def guarded(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            async for response in method(decoded(requests), context):
                 yield response
         except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
             await _abort(context, error)

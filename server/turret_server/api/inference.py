@@ -62,6 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             prepared = await self._requests.prepare(request, context)
             running = prepared.request
             self._engine.submit(running)
+            prepared.charge.begun = True
             when_over(context, partial(self._engine.cancel, running.request_id))
             record.submitted(len(running.prompt_token_ids))
             async for piece in self._pieces(prepared, stop):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 from turret.v1 import inference_pb2, prompts_pb2, prompts_pb2_grpc
+from turret_server.api.auth import caller
 from turret_server.api.requests import Prepared, RequestFactory, when_over
 from turret_server.api.validation import check_name
 from turret_server.engine.loop import Engine
@@ -18,8 +19,13 @@ from turret_server.errors import InvalidRequestError, PromptNotFoundError
 log = logging.getLogger(__name__)
 
 
+# Whose pin it is, and its name: tenants do not see each other's, and on an open server all are everybody's.
+_Key: TypeAlias = tuple[str, str]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pin:
+    key: _Key
     request_id: int
     message: prompts_pb2.PinnedPrompt
 
@@ -35,7 +41,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
         self._engine = engine
         self._requests = requests
         self._block_size = block_size
-        self._pins: dict[str, _Pin] = {}
+        self._pins: dict[_Key, _Pin] = {}
 
     async def PinPrompt(
         self, request: prompts_pb2.PinPromptRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -45,18 +51,20 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
         self._check(prepared)
         running = prepared.request
         pin = _Pin(
+            (_owner(), name),
             running.request_id,
             prompts_pb2.PinnedPrompt(
                 name=name, revision=prepared.lease.revision, prompt_tokens=len(running.prompt_token_ids)
             ),
         )
         self._engine.submit(running)
+        prepared.charge.begun = True
         when_over(context, partial(self._abandon, pin))
         output = await prepared.outputs.get()
         if output.error:
             raise output.error
-        before = self._pins.get(name)
-        self._pins[name] = pin
+        before = self._pins.get(pin.key)
+        self._pins[pin.key] = pin
         if before:
             self._engine.unpin(before.request_id)
         self._forget_gone()
@@ -68,7 +76,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
     ) -> prompts_pb2.UnpinPromptResponse:
         name = check_name(request.name, of="a pinned prompt")
         self._forget_gone()
-        pin = self._pins.pop(name, None)
+        pin = self._pins.pop((_owner(), name), None)
         if pin is None:
             raise PromptNotFoundError(
                 f"no prompt is pinned under the name {name!r}; it may have gone with its adapter's revision",
@@ -82,8 +90,9 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
         self, request: prompts_pb2.ListPinnedPromptsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> prompts_pb2.ListPinnedPromptsResponse:
         self._forget_gone()
+        owner = _owner()
         return prompts_pb2.ListPinnedPromptsResponse(
-            prompts=[pin.message for _, pin in sorted(self._pins.items())]
+            prompts=[pin.message for key, pin in sorted(self._pins.items()) if key[0] == owner]
         )
 
     def _check(self, prepared: Prepared) -> None:
@@ -103,15 +112,20 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
 
     def _abandon(self, pin: _Pin) -> None:
         """The call is over; unless its prompt was pinned under the name, nobody could ever unpin it."""
-        if self._pins.get(pin.message.name) is not pin:
+        if self._pins.get(pin.key) is not pin:
             # In this order: it may be pinned before the cancellation arrives.
             self._engine.cancel(pin.request_id)
             self._engine.unpin(pin.request_id)
 
     def _forget_gone(self) -> None:
-        for name, pin in list(self._pins.items()):
+        for key, pin in list(self._pins.items()):
             if not self._engine.is_pinned(pin.request_id):
-                del self._pins[name]
+                del self._pins[key]
+
+
+def _owner() -> str:
+    tenant = caller()
+    return tenant.name if tenant.proven else ""
 
 
 def _as_generation(request: prompts_pb2.PinPromptRequest) -> inference_pb2.GenerateRequest:

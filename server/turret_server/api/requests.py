@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
+import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import AdapterRegistry, Lease, Named
+from turret_server.api.access import check_use
+from turret_server.api.auth import caller
+from turret_server.api.lazy import LazyAdapters
+from turret_server.api.quotas import Charge, Quotas
 from turret_server.api.text import TextCodec
 from turret_server.api.threads import to_its_end
+from turret_server.api.usage import UsageMetrics
 from turret_server.api.validation import (
     check_adapters,
     check_cache_salt,
     check_priority,
+    check_routing_key,
     check_token_ids,
     sampling_params,
-    tenant_of,
 )
 from turret_server.engine.request import AdapterUse, Output, Request
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle import AdapterLifecycle
 
-
 # Revisions that are read from the store at once for requests that name them.
 _MAX_READERS = 2
+
+_PLACE_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +52,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A request that may be submitted; what comes of it arrives in `outputs`."""
+    """A request that may be submitted; what comes of it arrives in `outputs`. Whoever submits it sets
+    `charge.begun`.
+    """
 
     request: Request
+    charge: Charge
     lease: Lease
     outputs: asyncio.Queue[Output]
 
@@ -61,12 +72,17 @@ class RequestFactory:
         lifecycle: AdapterLifecycle,
         codec: TextCodec,
         model: ModelInfo,
+        usage: UsageMetrics,
+        lazy: LazyAdapters | None = None,
     ) -> None:
         self._registry = registry
+        self._lazy = lazy
         self._lifecycle = lifecycle
         self._readers = ThreadPoolExecutor(_MAX_READERS, "turret-revision")
         self._codec = codec
         self._model = model
+        self._quotas = Quotas()
+        self._usage = usage
         self._request_ids = itertools.count(1)
 
     async def prepare(
@@ -78,10 +94,14 @@ class RequestFactory:
             InvalidRequestError: something in it cannot be.
             PromptTooLongError: it does not fit into the model's context.
             AdapterError: an adapter is not there, or cannot be used like this.
+            QuotaExceededError: the tenant has used as much as it may for now.
         """
-        tenant = tenant_of(context.invocation_metadata() or ())
+        tenant = caller()
         priority, cache_salt = check_priority(message), check_cache_salt(message)
-        named = check_adapters(message)
+        named, key = check_adapters(message), check_routing_key(message)
+        if not pinned:
+            named = [_placed(each, key) for each in named]
+        check_use(tenant, [each.name for each in named])
         token_ids = await self._token_ids(message)
         lease = await self._acquire(named)
         when_over(context, partial(self._registry.release, lease))
@@ -91,35 +111,46 @@ class RequestFactory:
         num_virtual = sum(use.spec.num_virtual_tokens for use in uses)
         remaining = context.time_remaining()
         outputs: asyncio.Queue[Output] = asyncio.Queue()
+        sampling = sampling_params(
+            message, num_context=len(token_ids) + num_virtual, max_context=self._model.max_context
+        )
+        charge = Charge(len(token_ids), sampling.max_tokens)
         request = Request(
             request_id=next(self._request_ids),
             prompt_token_ids=tuple(token_ids),
             adapters=uses,
-            sampling=sampling_params(
-                message, num_context=len(token_ids) + num_virtual, max_context=self._model.max_context
-            ),
+            sampling=sampling,
             stop_token_ids=self._model.stop_token_ids,
             deadline=None if remaining is None else time.monotonic() + remaining,
-            sink=partial(_hand_over, asyncio.get_running_loop(), outputs),
-            tenant=tenant,
+            sink=partial(_hand_over, asyncio.get_running_loop(), outputs, charge),
+            tenant=tenant.name,
             priority=priority,
-            cache_salt=cache_salt,
+            # No two tenants come to the same by a salt of their choice: no tenant's name has a slash.
+            cache_salt=f"{tenant.cache_domain}/{cache_salt}",
             pinned=pinned,
         )
-        return Prepared(request=request, lease=lease, outputs=outputs)
+        when_over(context, self._quotas.enter(tenant, charge))
+        when_over(context, partial(self._count, tenant.name, [each.name for each in named], charge))
+        return Prepared(request=request, charge=charge, lease=lease, outputs=outputs)
 
     async def _acquire(self, named: list[Named]) -> Lease:
+        if self._lazy:
+            await self._lazy.bring(each.name for each in named)
         if all(each.revision is None for each in named):
             return self._registry.acquire(named)
         acquire = partial(self._lifecycle.acquire, named)
         return await to_its_end(acquire, undo=self._registry.release, executor=self._readers)
 
+    def _count(self, tenant: str, adapters: list[str], charge: Charge) -> None:
+        if charge.begun:
+            self._usage.add(tenant, adapters, prompt=charge.num_prompt, generated=charge.num_generated)
+
     def _check_served(self, lease: Lease) -> None:
         for name, spec in lease.pins:
             if not self._registry.serves(name, spec.revision):
                 raise InvalidRequestError(
-                    f"a prompt stays pinned as long as the name serves its revision, and {name!r} serves another "
-                    f"than {spec.revision}; roll back to it first",
+                    f"a prompt stays pinned as long as the name serves its revision, and {name!r} serves "
+                    f"another than {spec.revision}; roll back to it first",
                     field="adapters",
                 )
 
@@ -135,6 +166,14 @@ class RequestFactory:
         return check_token_ids(token_ids, self._model.vocab_size)
 
 
+def _placed(named: Named, key: str) -> Named:
+    """Where it stands among the requests for the adapter: with a key always in the same place."""
+    if not key:
+        return replace(named, place=random.random())  # noqa: S311 (no secret)
+    digest = hashlib.blake2b(f"{named.name}\0{key}".encode(), digest_size=_PLACE_BYTES).digest()
+    return replace(named, place=int.from_bytes(digest, "big") / 256**_PLACE_BYTES)
+
+
 def when_over(context: Any, call: Callable[[], None]) -> None:
     """Call back when the call has ended in whatever way: answered, failed, cancelled, disconnected."""
 
@@ -144,7 +183,10 @@ def when_over(context: Any, call: Callable[[], None]) -> None:
     context.add_done_callback(over)
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Output], output: Output) -> None:
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, outputs: asyncio.Queue[Output], charge: Charge, output: Output
+) -> None:
     """From the engine's thread to the call's; a loop that has closed has nobody waiting."""
+    charge.num_generated += output.token_id is not None
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(outputs.put_nowait, output)

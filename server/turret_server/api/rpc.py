@@ -20,6 +20,30 @@ from turret.v1 import (
 )
 from turret_server.errors import ConfigError
 
+# What a stranger may do to the transport, known or not; every value is a bound that no honest client meets.
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Two servers on one port would share its calls between them, in silence.
+    ("grpc.so_reuseport", 0),
+    # More than any prompt or part of an upload has. It is in memory before anybody knows whose it is.
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    # A key, a tenant and what tracing adds. Beyond the first some calls are refused, beyond the second all.
+    ("grpc.max_metadata_size", 8 * 2**10),
+    ("grpc.absolute_max_metadata_size", 16 * 2**10),
+    # Every stream has a task and buffers. A client with more calls than that waits, or connects again.
+    ("grpc.max_concurrent_streams", 1024),
+    # Who connects and says nothing, or too slowly, is let go: TLS and the first settings must be through.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    # A peer that went without a word is found out, and its streams end, within about two minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Pings cost an answer each. With data every one is welcome; without, one in 30 s, and the third too many
+    # ends the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 2),
+    # A connection without calls costs a file descriptor; clients connect again by themselves.
+    ("grpc.max_connection_idle_ms", 15 * 60_000),
+)
+
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -55,9 +79,11 @@ class RpcServer:
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
         prompts: prompts_pb2_grpc.PromptServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        # Two servers on one port would share its calls between them, in silence.
-        self._server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
+        """Without credentials nothing is encrypted."""
+        self._credentials = credentials
+        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
@@ -74,7 +100,10 @@ class RpcServer:
             ConfigError: the port cannot be opened.
         """
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials:
+                port = self._server.add_secure_port(address, self._credentials)
+            else:
+                port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(
                 f"--listen {address}: the port cannot be opened; is another server on it?"

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import Named
-from turret_server.engine.request import DEFAULT_TENANT, SamplingParams
+from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.tenants import NAME
 
 _DEFAULT_MAX_TOKENS = 256
 _MAX_STOP_STRINGS = 16
@@ -20,8 +21,8 @@ _MAX_STOP_LENGTH = 256
 _MAX_TEMPERATURE = 100.0
 _MAX_PRIORITY = 10
 _MAX_CACHE_SALT_LENGTH = 128
+_MAX_ROUTING_KEY_LENGTH = 128
 _TENANT_KEY = "turret-tenant"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION = re.compile(r"[0-9a-f]{8,32}")
 
 
@@ -31,7 +32,7 @@ def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:
     Raises:
         InvalidRequestError: it cannot.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise InvalidRequestError(
             f"{of}'s name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter "
             f"or a digit; found {name[:140]!r}",
@@ -48,13 +49,14 @@ def check_revision(beginning: str, field: str = "revision") -> str:
     """
     if not _REVISION.fullmatch(beginning):
         raise InvalidRequestError(
-            f"a revision is given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}", field=field
+            f"a revision is given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}",
+            field=field,
         )
     return beginning
 
 
-def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
-    """For whom a call is made.
+def named_tenant(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
+    """For whom a call says that it is made.
 
     Raises:
         InvalidRequestError: several tenants are named, or what is named cannot be one.
@@ -64,7 +66,7 @@ def tenant_of(metadata: Iterable[tuple[str, str | bytes]]) -> str:
         raise InvalidRequestError(
             f"a call is made for one tenant; the metadata {_TENANT_KEY} names {len(named)}", field=_TENANT_KEY
         )
-    return check_name(named.pop(), _TENANT_KEY, "a tenant") if named else DEFAULT_TENANT
+    return check_name(named.pop(), _TENANT_KEY, "a tenant") if named else None
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
@@ -155,6 +157,20 @@ def check_cache_salt(request: inference_pb2.GenerateRequest) -> str:
             field="cache_salt",
         )
     return request.cache_salt
+
+
+def check_routing_key(request: inference_pb2.GenerateRequest) -> str:
+    """With which requests it goes to the same revision of an adapter.
+
+    Raises:
+        InvalidRequestError: it is too long.
+    """
+    if len(request.routing_key) > _MAX_ROUTING_KEY_LENGTH:
+        raise InvalidRequestError(
+            f"routing_key has at most {_MAX_ROUTING_KEY_LENGTH} characters; found {len(request.routing_key)}",
+            field="routing_key",
+        )
+    return request.routing_key
 
 
 def sampling_params(

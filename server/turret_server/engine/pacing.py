@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 # Until the first prompt was measured, and at least beside streams that fill the step's time alone: prompts
 # that never got on would be no better.
-_PROBE_TOKENS = 32
+_PROBE_TOKENS = 16
 
 # How much a step counts against all before it.
 _SMOOTHING = 0.2

@@ -54,8 +54,8 @@ class Arena:
             self._kv_PL2BKD[page, :, :, : len(block)] = block.permute(1, 2, 0, 3, 4)
 
     def write_rows(self, offset: int, rows_NX: torch.Tensor) -> None:
-        """Write rows one after another from an element offset on."""
-        self.flat[offset : offset + rows_NX.numel()] = rows_NX.reshape(-1)
+        """Write rows one after another from an element offset on; a GPU may not be done with it yet."""
+        self.flat[offset : offset + rows_NX.numel()].copy_(rows_NX.reshape(-1), non_blocking=True)
 
     def row(self, offset: int, width: int) -> torch.Tensor:
         """A row; a view."""

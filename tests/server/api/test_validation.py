@@ -3,31 +3,30 @@ from __future__ import annotations
 import pytest
 
 from turret.v1 import inference_pb2
-from turret_server.api.validation import check_cache_salt, check_priority, tenant_of
-from turret_server.engine.request import DEFAULT_TENANT
+from turret_server.api.validation import check_cache_salt, check_priority, named_tenant
 from turret_server.errors import InvalidRequestError
 
 
 def test_a_call_is_made_for_the_tenant_that_its_metadata_names():
     metadata = (("user-agent", "grpc-python/1"), ("turret-tenant", "acme.de_1-x"), ("grpc-bin", b"\xff"))
-    assert tenant_of(metadata) == "acme.de_1-x"
+    assert named_tenant(metadata) == "acme.de_1-x"
 
 
-def test_a_call_without_a_tenant_is_made_for_the_default_one():
-    assert tenant_of((("user-agent", "grpc-python/1"),)) == tenant_of(()) == DEFAULT_TENANT
+def test_a_call_may_name_no_tenant():
+    assert named_tenant((("user-agent", "grpc-python/1"),)) is named_tenant(()) is None
 
 
 @pytest.mark.parametrize("name", ["", "a b", ".hidden", "x" * 129, "a/b"])
 def test_a_name_that_no_tenant_can_have_is_refused(name):
     with pytest.raises(InvalidRequestError, match="a tenant's name") as refused:
-        tenant_of((("turret-tenant", name),))
+        named_tenant((("turret-tenant", name),))
     assert refused.value.metadata == {"field": "turret-tenant"}
 
 
 def test_a_call_for_two_tenants_is_refused():
     with pytest.raises(InvalidRequestError, match="one tenant"):
-        tenant_of((("turret-tenant", "acme"), ("turret-tenant", "other")))
-    assert tenant_of((("turret-tenant", "acme"), ("turret-tenant", "acme"))) == "acme"
+        named_tenant((("turret-tenant", "acme"), ("turret-tenant", "other")))
+    assert named_tenant((("turret-tenant", "acme"), ("turret-tenant", "acme"))) == "acme"
 
 
 @pytest.mark.parametrize("priority", [-10, 0, 10])

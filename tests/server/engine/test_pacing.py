@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from turret_server.engine.pacing import Pacing
 
-PROBE = 32
+PROBE = 16
 
 
 def paced(max_tokens: int = 10_000, max_seconds: float = 0.1) -> Pacing:

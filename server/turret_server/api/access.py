@@ -1,0 +1,80 @@
+"""What who calls may do with which adapter.
+
+An adapter that a tenant may not use does not exist for it: that is answered before anything is looked up, so
+that neither words nor time tell whether it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.fsspec_source import hub_url
+from turret_adapters.policy import Policy
+from turret_server.errors import PermissionDeniedError
+from turret_server.tenants import Tenant
+
+
+def check_use(tenant: Tenant, names: Iterable[str]) -> None:
+    """See that a tenant may use the adapters of these names.
+
+    Raises:
+        AdapterNotFoundError: it may not, whether there are such or not.
+    """
+    for name in names:
+        if not tenant.may_use(name):
+            raise AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
+
+
+def check_change(tenant: Tenant, name: str) -> None:
+    """See that a tenant may load, replace and roll back an adapter of this name.
+
+    Raises:
+        PermissionDeniedError: it may use it, but not that.
+        AdapterNotFoundError: for this tenant there is none such.
+    """
+    if not tenant.may_load(name):
+        check_use(tenant, [name])
+        raise _denied(tenant, "load", name)
+
+
+def check_unload(tenant: Tenant, name: str) -> None:
+    """See that a tenant may unload an adapter of this name.
+
+    Raises:
+        PermissionDeniedError: it may use it, but not that.
+        AdapterNotFoundError: for this tenant there is none such.
+    """
+    if not tenant.may_unload(name):
+        check_use(tenant, [name])
+        raise _denied(tenant, "unload", name)
+
+
+def check_source(tenant: Tenant, source: str) -> None:
+    """See that a tenant may load from there, wherever the server itself may: or it could load the files of
+    another's adapter under a name of its own.
+
+    Raises:
+        SourceForbiddenError: it may not; what is there is not told.
+        AdapterSourceError: there cannot be anything.
+    """
+    if tenant.admin:
+        return
+    policy = Policy(
+        roots=tuple(Path(each) for each in tenant.sources if "://" not in each),
+        urls=tuple(each for each in tenant.sources if "://" in each),
+    )
+    url = hub_url(source) or source
+    if "://" not in url:
+        policy.folder(source)
+    else:
+        # As it is fetched: a hub's revision stands behind an @.
+        policy.url(url.partition("@")[0] if url.startswith("hf://") else url)
+
+
+def _denied(tenant: Tenant, what: str, name: str) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"tenant {tenant.name!r} may use adapter {name!r}, but not {what} it; ask the server's operator",
+        tenant=tenant.name,
+    )
