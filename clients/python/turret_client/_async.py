@@ -167,9 +167,11 @@ class AsyncClient:
             with self._raising_turret_errors():
                 responses = aiter(call)
                 wanted.put_nowait((await anext(responses)).offset)
-                return adapter_from((await anext(responses)).adapter)
+                adapter = adapter_from((await anext(responses)).adapter)
         finally:
             call.cancel()
+        files.tell(start.start.size, start.start.size)
+        return adapter
 
     async def unload_adapter(self, name: str) -> Adapter:
         """Takes the name away. Requests that run on the adapter end on it.

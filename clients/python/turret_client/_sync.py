@@ -164,10 +164,12 @@ class Client:
             with raising_turret_errors(self.address):
                 responses = iter(call)
                 wanted.put(next(responses).offset)
-                return adapter_from(next(responses).adapter)
+                adapter = adapter_from(next(responses).adapter)
         finally:
             wanted.put(None)
             call.cancel()  # type: ignore[no-untyped-call]
+        files.tell(start.start.size, start.start.size)
+        return adapter
 
     def unload_adapter(self, name: str) -> Adapter:
         """Takes the name away. Requests that run on the adapter end on it.

@@ -50,13 +50,12 @@ class AdapterFolder:
         """The tensors from `offset` on."""
         with (self.path / TENSORS_NAME).open("rb") as file:
             file.seek(offset)
-            self._tell(offset, size)
             while data := file.read(_CHUNK_BYTES):
+                self.tell(offset, size)
                 chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
                 offset += len(data)
-                self._tell(offset, size)
 
-    def _tell(self, done: int, size: int) -> None:
+    def tell(self, done: int, size: int) -> None:
         if self.progress is not None:
             self.progress(done, size)
