@@ -47,7 +47,7 @@ class ServerConfig:
     host_memory: str | None = None
     max_batch_tokens: int = 512
     max_batch_requests: int = 64
-    max_step_seconds: float = 0.25
+    max_step_seconds: float = 0.5
     max_queue: int = 1024
     max_queue_tokens: int = 2**20
     tenants: Path | None = None

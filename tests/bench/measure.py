@@ -21,7 +21,10 @@ _SECONDS = "turret_step_seconds_sum"
 
 
 def _turret(shape: Shape) -> Turret:
-    return Turret(shape, "--adapters", str(shape.adapters), "--memory", "3GiB")
+    # Prompts of a batch are computed together and then decoded together, as the peers do it: by default they
+    # would enter in small pieces while the first of them decode, and there would be no time when all decode.
+    whole_prompts = ("--max-step-seconds", "60")
+    return Turret(shape, "--adapters", str(shape.adapters), "--memory", "3GiB", *whole_prompts)
 
 
 _MAKE = {TURRET: _turret, PEFT: peft, LLAMA_CPP: LlamaCpp, VLLM: vllm}

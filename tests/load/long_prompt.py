@@ -1,7 +1,7 @@
 """How long the tokens of running streams let wait for them while a prompt of 2,000 tokens enters.
 
-`make load` writes LONG_PROMPT.md: four streams on the 1.1 B shape of the benchmark, with the longest step as
-it is by default and with none, so that a step takes as many tokens as --max-batch-tokens lets it.
+`make load` writes LONG_PROMPT.md: four streams on the 1.1 B shape of the benchmark, with half the default
+longest step, the default, and one so long that only --max-batch-tokens bounds a step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ABOUT = f"""\
 `make load`: {NUM_STREAMS} streams on a base of TinyLlama-1.1B's shape, on {os.cpu_count()} cores, while a
 prompt of {LONG_PROMPT} tokens enters; seconds between two tokens of a stream.
 """
-SETTINGS = {"0.25 s (the default)": (), "none": ("--max-step-seconds", "1000")}
+SETTINGS = {f"{longest} s": ("--max-step-seconds", longest) for longest in ("0.25", "0.5", "1000")}
 
 
 async def measure(address: str, seed: int) -> dict[str, float]:
