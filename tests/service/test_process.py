@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -123,6 +124,11 @@ def test_the_command_line_speaks_to_it(server):
     missing = turret("generate", "--adapter", "nobody", PROMPT)
     assert missing.returncode == 1
     assert "ADAPTER_NOT_FOUND" in missing.stderr
+
+
+def test_the_start_says_how_much_fits(server):
+    [line] = [line for line in server.log if "room for" in line]
+    assert re.search(r"room for \d+ tokens, or \d+ LoRA adapters of rank 16 on every linear", line)
 
 
 def test_a_second_start_reads_the_quantised_copy_and_answers_the_same(server, client, base_of, cache):
