@@ -1,0 +1,211 @@
+"""Who is served in which order and at whose cost: tenants, priorities, pinned prompts, salts."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.fake_device import Simulation, make_run, make_spec
+from turret_server.engine.request import FinishReason
+from turret_server.engine.sequence import Sequence
+from turret_server.errors import RequestTooLargeError
+
+LORA = make_spec("lora", slab_pages=2)
+
+
+def lengths(step):
+    return {part.sequence_id: len(part.token_ids) for part in step.sequences}
+
+
+def finished(*runs):
+    return all(run.end in (FinishReason.LENGTH, FinishReason.STOP) for run in runs)
+
+
+def step_until(simulation, condition):
+    steps = []
+    while not condition():
+        steps.append(simulation.step())
+        assert len(steps) < 200
+    return [step for step in steps if step]
+
+
+# Tenants and priorities
+
+
+def starts(simulation, *, num_steps=200):
+    """Requests in the order in which they leave the queue."""
+    for _ in range(num_steps):
+        simulation.step()
+    by_id = {run.request.request_id: run for run in simulation.runs}
+    return [by_id[request_id] for request_id in simulation.started]
+
+
+def test_tenants_take_turns_although_one_asked_for_everything_first():
+    simulation = Simulation(max_batch_requests=1)
+    for _ in range(4):
+        simulation.submit([1, 2], tenant="a", max_tokens=2)
+    for _ in range(4):
+        simulation.submit([3, 4], tenant="b", max_tokens=2)
+    assert "".join(run.request.tenant for run in starts(simulation)) == "abababab"
+
+
+def test_a_tenant_with_three_times_the_weight_gets_three_times_as_much():
+    simulation = Simulation(max_batch_requests=2, weights={"b": 3.0})
+    for _ in range(20):
+        for tenant in "ab":
+            simulation.submit([1, 2], tenant=tenant, max_tokens=2)
+    tenants = "".join(run.request.tenant for run in starts(simulation))
+    assert tenants[:20].count("b") == pytest.approx(15, abs=1)
+
+
+def test_prompts_of_two_tenants_get_on_by_turns():
+    """A step goes to the one that was given less, so neither waits for the whole prompt of the other."""
+    simulation = Simulation(max_batch_tokens=8)
+    long = [
+        simulation.submit(range(first, first + 24), tenant=tenant) for first, tenant in ((0, "a"), (50, "b"))
+    ]
+    served = [next(iter(lengths(simulation.step()))) for _ in range(4)]
+    assert served[:2] == [run.request.request_id for run in long]
+    assert served[2] != served[3]
+
+
+def test_what_is_found_in_the_cache_costs_nothing():
+    simulation = Simulation()
+    for _ in range(2):
+        simulation.submit(range(9), max_tokens=1)
+        before = simulation.scheduler.waiting.counter("default")
+        simulation.step()
+    assert simulation.scheduler.waiting.counter("default") - before == 1 + 2
+
+
+def test_what_is_computed_again_is_charged_once():
+    simulation = Simulation(num_pages=6, block_size=2)
+    runs = [
+        simulation.submit([1], tenant="a", max_tokens=9),
+        simulation.submit([2, 3, 4, 5], tenant="b", max_tokens=7),
+    ]
+    step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    while runs[1].end is None:
+        counter = simulation.scheduler.waiting.counter("b")
+        simulation.step()
+    assert counter + 2 == 4 + 2 * 7
+
+
+def test_a_higher_priority_passes_those_of_its_tenant_that_came_a_while_before():
+    simulation = Simulation(max_batch_requests=1)
+    low = simulation.submit([1])
+    simulation.step()
+    waits = simulation.submit([1])
+    simulation.now = 9.0
+    urgent = simulation.submit([1], priority=1)
+    simulation.now = 11.0
+    too_late = simulation.submit([1], priority=1)
+    assert starts(simulation) == [low, urgent, waits, too_late]
+
+
+def test_a_priority_takes_nothing_from_another_tenant():
+    simulation = Simulation(max_batch_requests=1)
+    for _ in range(4):
+        simulation.submit([1, 2], tenant="a", priority=0)
+    for _ in range(4):
+        simulation.submit([1, 2], tenant="b", priority=5)
+    assert "".join(run.request.tenant for run in starts(simulation)) == "abababab"
+
+
+def test_the_tenant_that_was_given_most_gives_way():
+    simulation = Simulation(num_pages=8, block_size=1)
+    greedy = [simulation.submit([token], tenant="greedy", max_tokens=8) for token in (1, 2)]
+    for _ in range(2):
+        simulation.step()
+    modest = simulation.submit([3], tenant="modest", max_tokens=5)
+    step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    [gone] = simulation.scheduler.waiting
+    assert gone.request.request_id in {run.request.request_id for run in greedy}
+    simulation.finish()
+    assert finished(modest, *greedy)
+
+
+def test_of_a_tenants_requests_the_one_with_the_least_to_compute_again_gives_way():
+    simulation = Simulation(num_pages=11, block_size=1)
+    long, short = simulation.submit(range(6), max_tokens=5), simulation.submit([1], max_tokens=5)
+    step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    [gone] = simulation.scheduler.waiting
+    assert gone.request is short.request
+    simulation.finish()
+    assert finished(long, short)
+
+
+def test_a_cold_adapter_holds_up_no_other_tenant():
+    simulation = Simulation(immediate=False)
+    cold = [simulation.submit([1], make_spec(f"r{index}", slab_pages=1), tenant="a") for index in range(12)]
+    warm = simulation.submit([1], tenant="b")
+    simulation.step()
+    assert len(warm.tokens) == 1
+    simulation.finish()
+    assert finished(*cold)
+
+
+# Pinned prompts and salts
+
+
+def test_a_pinned_prompt_generates_nothing_and_is_found_for_ever():
+    simulation = Simulation(num_pages=12)
+    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    simulation.finish()
+    assert [output.finish_reason for output in pinned.outputs] == [FinishReason.LENGTH]
+    for start in range(100, 200, 10):
+        simulation.submit(range(start, start + 12), max_tokens=4)
+    simulation.finish()
+    found = simulation.submit([*range(8), 9])
+    simulation.finish()
+    assert found.outputs[0].cached_tokens == 8
+    simulation.check_nothing_is_left()
+
+
+def test_a_pinned_prompt_keeps_its_adapter_resident():
+    simulation = Simulation(num_pages=12)
+    simulation.submit(range(8), LORA, pinned=True, max_tokens=1)
+    simulation.finish()
+    for index in range(6):
+        simulation.submit([index], make_spec(f"r{index}", slab_pages=4))
+    simulation.finish()
+    assert simulation.residency.get("lora")
+    simulation.scheduler.drop("lora")
+    assert simulation.residency.get("lora") is None
+    simulation.check_nothing_is_left()
+
+
+def test_one_that_no_longer_fits_beside_a_pinned_prompt_fails_when_it_is_taken_in():
+    simulation = Simulation(num_pages=8)
+    late = make_run(range(100, 128), max_tokens=1)
+    assert simulation.fits(late)
+    simulation.submit(range(8), pinned=True, max_tokens=1)
+    simulation.finish()
+    simulation.scheduler.add(Sequence.of(late.request))
+    assert isinstance(late.error, RequestTooLargeError)
+    simulation.check()
+
+
+def test_a_prompt_is_not_pinned_at_the_cost_of_one_that_waits():
+    simulation = Simulation(num_pages=8, max_batch_requests=1)
+    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    waits = simulation.submit(range(100, 128), max_tokens=1)
+    simulation.finish()
+    assert isinstance(pinned.error, RequestTooLargeError)
+    assert finished(waits)
+
+
+def test_a_prompt_that_is_cancelled_before_it_is_pinned_is_let_go():
+    simulation = Simulation(max_batch_tokens=4)
+    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    simulation.step()
+    simulation.cancel(pinned)
+    assert pinned.end is FinishReason.CANCELLED
+    simulation.check_nothing_is_left()
+
+
+def test_blocks_are_not_shared_across_salts():
+    simulation = Simulation()
+    for salt, cached in [("", 0), ("x", 0), ("y", 0), ("x", 8), ("", 8)]:
+        run = simulation.submit(range(9), LORA, cache_salt=salt, max_tokens=1)
+        simulation.finish()
+        assert run.outputs[0].cached_tokens == cached
