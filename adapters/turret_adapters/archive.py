@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -106,7 +107,7 @@ def _zip_members(archive: IO[bytes], _folder: Path, _max_bytes: int) -> Iterator
                 is_plain=_is_plain(info),
                 is_folder=info.filename.endswith("/"),
                 size=info.file_size,
-                open=lambda info=info: opened.open(info),  # type: ignore[misc]
+                open=partial(opened.open, info),
             )
             for info in opened.infolist()
         ]
@@ -140,7 +141,7 @@ def _tar_members(archive: IO[bytes], folder: Path, max_bytes: int) -> Iterator[I
                     is_plain=info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE),
                     is_folder=info.isdir(),
                     size=info.size,
-                    open=lambda info=info: opened.extractfile(info),  # type: ignore[misc]
+                    open=partial(opened.extractfile, info),
                 )
                 for info in opened
             )
