@@ -1,4 +1,4 @@
-"""The ops for CPUs: kernels in numba. In float32, and without AVX512-BF16, products are the reference's."""
+"""The ops for CPUs: kernels in numba, of bfloat16 and float32."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import has_avx512bf16, quantize_4bit
+from bitsandbytes.functional import quantize_4bit
 
 from turret_server.kernels import cpu_attention, cpu_dense, cpu_lora, cpu_nf4, cpu_norm
 from turret_server.kernels.jit import as_array
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 from turret_server.kernels.parallel import THREADS
 from turret_server.kernels.reference import ReferenceOps
-
-_NOTHING_SOON = np.empty(0, np.uint16), np.empty(0, np.int64)
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +23,8 @@ class CpuOps:
     """See `ops.Ops`. What a token gets does not depend on the other tokens of the step, to the bit."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._has_pairs = dtype == torch.bfloat16 and has_avx512bf16()
+        self._dtype = dtype
+        self._nothing_soon = as_array(torch.empty(0, dtype=dtype)), np.empty(0, np.int64)
         self._reference = ReferenceOps()
         self._arena: tuple[torch.Tensor, Any] | None = None
         started = time.perf_counter()
@@ -34,17 +33,17 @@ class CpuOps:
         log.info("kernels for %s on %d threads, ready in %.1f s", dtype, THREADS, seconds)
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
-        return cpu_nf4.pack(weight) if self._has_pairs else weight
+        return cpu_nf4.pack(weight, self._dtype)
 
     def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
         if isinstance(weight, NF4Weight):
             return self._reference.nf4_linear(x_TI, weight)
         y_TO = x_TI.new_empty(len(x_TI), weight.out_features)
-        cpu_nf4.multiply(as_array(y_TO), as_array(x_TI.contiguous()), weight, *_NOTHING_SOON)
+        cpu_nf4.multiply(as_array(y_TO), as_array(x_TI.contiguous()), weight, *self._nothing_soon)
         return y_TO
 
     def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-        if self._has_pairs and cpu_dense.fits(weight_OI):
+        if cpu_dense.fits(weight_OI):
             return cpu_dense.linear(x_TI, weight_OI)
         return self._reference.linear(x_TI, weight_OI)
 
@@ -95,13 +94,12 @@ class CpuOps:
         """Compile every kernel, or read it from the cache: the first request must not wait for that."""
         one, place = torch.ones(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         rows = LoraRows((0,), (1,), (0, 1), place, place, torch.ones(1))
-        token, kv = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 2, 1, 1, 1, dtype=dtype)
+        token, kv = torch.zeros(1, 1, 2, dtype=dtype), torch.zeros(1, 2, 1, 1, 2, dtype=dtype)
         self.lora_add(token[0], token[0].clone(), kv.view(-1), rows)
         batch = AttentionBatch(torch.arange(2), one, place[None], place, place)
         self.write_kv(kv, token, token, batch)
         self.paged_attention(token, kv, batch, AttentionParams(1.0, None, None, None))
         self.rms_norm(token[0], token[0, 0], 0.0)
-        if self._has_pairs:
-            self.linear(torch.ones(1, 64, dtype=dtype), torch.ones(1, 64, dtype=dtype))
-            data, state = quantize_4bit(torch.ones(64, 64, dtype=dtype), quant_type="nf4")
-            self.nf4_linear(torch.ones(1, 64, dtype=dtype), self.pack_nf4(NF4Weight(data, state, 64, 64)))
+        self.linear(torch.ones(1, 64, dtype=dtype), torch.ones(1, 64, dtype=dtype))
+        data, state = quantize_4bit(torch.ones(64, 64, dtype=dtype), quant_type="nf4")
+        self.nf4_linear(torch.ones(1, 64, dtype=dtype), self.pack_nf4(NF4Weight(data, state, 64, 64)))

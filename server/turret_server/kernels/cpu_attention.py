@@ -1,8 +1,9 @@
 """Attention over pages, for decode and prefill alike.
 
 Work is shared out by sequence, key-value head and rows, a row being one query head of one token; four rows
-go through the context together, so that what is read of it serves all of them. What a row gets is summed
-in one order, by position in its sequence, whatever the step and the chunk it is computed in.
+go through the context together, so that what is read of it serves all of them. Keys are turned first, so that
+neighbouring positions lie in the lanes of a vector, and scores need no sums across lanes. What a row gets is
+summed in one order, by position in its sequence, whatever the step and the chunk it is computed in.
 
 For the letters in tensor names see `ops.py`. Arrays without letters are flat.
 """
@@ -33,16 +34,20 @@ from turret_server.kernels.lanes import (
     zeros,
 )
 from turret_server.kernels.ops import AttentionBatch, AttentionParams
+from turret_server.kernels.pairs import HAS_PAIRS, PAIRS, add_products, load_pairs, turn
 from turret_server.kernels.parallel import on_all_threads
-from turret_server.kernels.vector import SPAN, dots, exp, load_span, store_span
+from turret_server.kernels.vector import SPAN, exp, load_span, store_span
 
-_ROWS = 32  # that one thread takes at a time
-_TILE = 4  # rows, and positions, whose products are in registers together
+_ROWS = 64  # that one thread takes at a time
+_TILE = 4  # rows, and vectors of positions, whose products are in registers together
+_POSITIONS = _TILE * LANES
 _AHEAD = 32  # positions, whose keys and values lie apart: the CPU does not guess where
 _LINE = 32  # elements, no more than a cache line has
 _EVERYTHING = 1 << 40
 _LEAST = np.float32(-40)  # tanh is −1 from there down, and exp(−2x) stays finite
 _NO_SINKS = np.empty(0, np.float32)
+# Of what numbers turned keys are.
+_IN_PAIRS, _IN_FLOATS = np.empty(0, np.uint16), np.empty(0, np.float32)
 
 
 def write_kv(
@@ -64,6 +69,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """See `ops.Ops`."""
     query_THD = query_THD.contiguous()
+    assert not query_THD.shape[2] % 2, "features are multiplied in pairs"
     out_THD = torch.empty_like(query_THD)
     _attend(
         as_array(out_THD),
@@ -77,6 +83,7 @@ def paged_attention(
         params.window or _EVERYTHING,
         float(params.softcap or 0),
         _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
+        _IN_PAIRS if HAS_PAIRS and query_THD.dtype == torch.bfloat16 else _IN_FLOATS,
     )
     return out_THD
 
@@ -126,6 +133,7 @@ def _attend(
     window: int,
     softcap: float,
     sinks_H: Any,
+    numbers: Any,
 ) -> None:
     arguments = (
         out_THD,
@@ -141,6 +149,7 @@ def _attend(
         window,
         np.float32(softcap),
         sinks_H,
+        numbers,
     )
     on_all_threads(_attend_some, arguments)
 
@@ -162,6 +171,7 @@ def _attend_some(
     window: int,
     softcap: Any,
     sinks_H: Any,
+    numbers: Any,
 ) -> None:
     """This worker's share of the rows."""
     num_heads, head_dim = query_THD.shape[1:]
@@ -184,6 +194,8 @@ def _attend_some(
                     block_tables_QM[sequence], page_stride, block_size, num_kv_heads * head_dim, low, high
                 )
                 keys_N += kv_head * head_dim
+                turned = np.empty(len(keys_N) * head_dim, numbers.dtype)
+                _turn_keys(turned, kv, keys_N, head_dim, value_offset)
                 scores_4N = np.empty((_TILE, len(keys_N)), np.float32)
                 for tile in range(first, last, _TILE):
                     rows = (tile, min(tile + 1, last - 1), min(tile + 2, last - 1), min(tile + 3, last - 1))
@@ -193,7 +205,7 @@ def _attend_some(
                         _place(rows[2], start, group, num_heads, kv_head, head_dim),
                         _place(rows[3], start, group, num_heads, kv_head, head_dim),
                     )
-                    _score(scores_4N, query_THD, at, kv, keys_N, value_offset, scaling, softcap)
+                    _score(scores_4N, query_THD, at, turned, scaling, softcap)
                     for i in range(_TILE):
                         position, head = past + rows[i] // group, kv_head * group + rows[i] % group
                         _soften(scores_4N[i], position, low, window, sinks_H, head)
@@ -210,8 +222,8 @@ def _place(row: int, start: int, group: int, num_heads: int, kv_head: int, head_
 def _locate(
     block_table: Any, page_stride: int, block_size: int, slot_stride: int, low: int, high: int
 ) -> Any:
-    """Where the keys of the positions from low up to high lie, filled up with the last to whole vectors."""
-    places_N = np.empty(-(-(high - low) // LANES) * LANES, np.int64)
+    """Where the keys of the positions from low up to high lie, filled up with the last to whole tiles."""
+    places_N = np.empty(-(-(high - low) // _POSITIONS) * _POSITIONS, np.int64)
     position = low
     while position < high:
         page = block_table[position // block_size] * page_stride
@@ -225,28 +237,32 @@ def _locate(
 
 
 @compiled
-def _score(
-    scores_4N: Any,
-    query_THD: Any,
-    at: Any,
-    kv: Any,
-    keys_N: Any,
-    value_offset: int,
-    scaling: Any,
-    softcap: Any,
-) -> None:
+def _turn_keys(turned: Any, kv: Any, keys_N: Any, head_dim: int, value_offset: int) -> None:
+    """Of every tile of positions, the vectors of its first pair of features, of its second, and so on."""
+    for n in range(0, len(keys_N), LANES):
+        for later in range(min(n + _AHEAD, len(keys_N)), min(n + _AHEAD + LANES, len(keys_N))):
+            for line in range(0, 2 * _LINE, _LINE):
+                prefetch(kv, (keys_N[later],), line)
+                prefetch(kv, (keys_N[later],), value_offset + line)
+        at = n // _POSITIONS * _POSITIONS * head_dim + n % _POSITIONS // LANES * PAIRS
+        for feature in range(0, head_dim, PAIRS):
+            pair = at + feature // 2 * _TILE * PAIRS
+            turn(turned, pair, _TILE * PAIRS, kv, keys_N, n, feature, head_dim - feature)
+
+
+@compiled
+def _score(scores_4N: Any, query_THD: Any, at: Any, turned: Any, scaling: Any, softcap: Any) -> None:
     """Four rows' scores for every position."""
-    for n in range(0, len(keys_N), _TILE):
-        keys = (keys_N[n], keys_N[n + 1], keys_N[n + 2], keys_N[n + 3])
-        later = min(n + _AHEAD, len(keys_N) - _TILE)
-        soon = (keys_N[later], keys_N[later + 1], keys_N[later + 2], keys_N[later + 3])
-        for line in range(0, 2 * _LINE, _LINE):
-            prefetch(kv, soon, line)
-            prefetch(kv, soon, value_offset + line)
-        products = dots(zeros(16), query_THD, at, kv, keys, query_THD.shape[2])
+    count, head_dim = scores_4N.shape[1], query_THD.shape[2]
+    for n in range(0, count, _POSITIONS):
+        products = zeros(16)
+        for pair in range(head_dim // 2):
+            keys = load_pairs(turned, n * head_dim + pair * _TILE * PAIRS, 4)
+            products = add_products(products, query_THD, at, 2 * pair, keys)
         for i in range(_TILE):
             for j in range(_TILE):
-                scores_4N[i, n + j] = products[i * _TILE + j] * scaling
+                scores = multiply(products[i * _TILE + j], splat(scaling))
+                store(scores_4N, i * count + n + j * LANES, scores)
     if softcap > 0:
         for row in range(_TILE):
             _cap(scores_4N[row], softcap)

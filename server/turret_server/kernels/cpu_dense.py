@@ -1,4 +1,4 @@
-"""The product with a weight that is not quantised, the head's above all, for CPUs with AVX512-BF16.
+"""The product with a weight that is not quantised, the head's above all.
 
 Few tokens make it a matter of reading the weight once, from memory, in the order in which it lies there:
 matrix libraries take three times as long. Four rows of the weight are multiplied with four tokens at a
@@ -22,14 +22,14 @@ _TILE = 4  # rows, and tokens, whose products are in registers together
 
 def fits(weight_OI: torch.Tensor) -> bool:
     """Whether `linear` takes it."""
-    return weight_OI.dtype == torch.bfloat16 and weight_OI.is_contiguous() and not weight_OI.shape[1] % PAIRS
+    return weight_OI.is_contiguous() and not weight_OI.shape[1] % PAIRS
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """See `ops.Ops`."""
     y_TO = torch.empty(len(x_TI), len(weight_OI), dtype=torch.float32)
     _linear(y_TO.numpy(), as_array(x_TI.contiguous()), as_array(weight_OI))
-    return y_TO.to(torch.bfloat16)
+    return y_TO.to(x_TI.dtype)
 
 
 @compiled

@@ -1,4 +1,5 @@
-"""The NF4 product for CPUs with AVX512-BF16: codes are looked up in registers and multiplied as bfloat16.
+"""The NF4 product for CPUs: codes are looked up in registers, and multiplied as bfloat16 where the CPU can
+and the activations are, else as float32.
 
 The out features are shared out to the threads in blocks of 64, which four vectors hold. Of a block, the
 products of 64 in features, one quantisation block, are summed in float32, pair by pair, then scaled and
@@ -20,7 +21,15 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise
 from turret_server.kernels.jit import as_array, compiled
 from turret_server.kernels.lanes import LANES, add_scaled, load, prefetch, zeros
 from turret_server.kernels.ops import NF4Weight, PackedNF4Weight
-from turret_server.kernels.pairs import PAIRS, add_products, load_pairs, look_up, store_pairs
+from turret_server.kernels.pairs import (
+    CAN_LOOK_UP,
+    HAS_PAIRS,
+    PAIRS,
+    add_products,
+    load_pairs,
+    look_up,
+    store_pairs,
+)
 from turret_server.kernels.parallel import on_all_threads
 from turret_server.kernels.vector import SPAN, load_span, store_span
 
@@ -33,21 +42,21 @@ _TOKENS = 128  # whose sums are kept at a time, in the second-level cache
 _MANY = 20  # tokens, for which looking up first is worth its writing and reading
 _TILE = 5  # of those many, whose sums fill the registers
 _FEW = 4  # tokens, likewise, beside what looking up takes
-_LINE = 32  # numbers in a cache line
-RUN = 16 * _LINE  # numbers that are asked for together
+_LINE = 64  # bytes in a cache line
+RUN = 512  # numbers that are asked for together
 
 
-def pack(weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
-    """Bring codes and scales into the order in which they are read; out features are filled up to whole
-    blocks. A weight whose quantisation blocks are of another size, or go over the ends of its rows, stays
-    what it is.
+def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
+    """Bring codes and scales into the order in which activations of `dtype` read them; out features are
+    filled up to whole blocks. A weight whose quantisation blocks are of another size, or go over the ends of
+    its rows, stays what it is, and so does every weight where the CPU cannot look up.
 
     `data` [J, in / 8, 4, 16, 2] of uint16: of word [j, g, v, n, p], bits 4q … 4q + 4 are the code of out
-    feature 64j + 16v + n and in feature 8g + 2q + p. `absmax` [J, L, 64] of bfloat16. `code` [32] of
-    bfloat16, the sixteen values twice.
+    feature 64j + 16v + n and in feature 8g + 2q + p. `absmax` [J, L, 64] of `dtype`. `code` [32], the sixteen
+    values twice, of the type that is multiplied.
     """
     state = weight.state
-    if state.blocksize != _DEPTH or weight.in_features % _DEPTH:
+    if not CAN_LOOK_UP or state.blocksize != _DEPTH or weight.in_features % _DEPTH:
         return weight
     num_blocks = -(-weight.out_features // _COLUMNS)
     filling = (0, 0, 0, num_blocks * _COLUMNS - weight.out_features)
@@ -58,8 +67,8 @@ def pack(weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
     scales_OL = torch.nn.functional.pad(_scales(state).view(weight.out_features, -1), filling)
     return PackedNF4Weight(
         data=words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint16),
-        absmax=scales_OL.to(torch.bfloat16).view(num_blocks, _COLUMNS, -1).transpose(1, 2).contiguous(),
-        code=state.code.to(torch.bfloat16).repeat(2),
+        absmax=scales_OL.to(dtype).view(num_blocks, _COLUMNS, -1).transpose(1, 2).contiguous(),
+        code=state.code.to(dtype if HAS_PAIRS else torch.float32).repeat(2),
         block_size=_DEPTH,
         in_features=weight.in_features,
         out_features=weight.out_features,
@@ -108,7 +117,7 @@ def _multiply(
     num_blocks, num_tokens, num_in = len(absmax_JLC), len(x_TI), x_TI.shape[1]
     start, end = num_blocks * worker // workers, num_blocks * (worker + 1) // workers
     sums_TC = np.empty((min(num_tokens, _TOKENS), _COLUMNS), np.float32)
-    values = np.empty(_DEPTH * _COLUMNS, np.uint16)
+    values = np.empty(_DEPTH * _COLUMNS, code.dtype)
     table = load_pairs(code, 0, 1)
     own_N = soon_N[len(soon_N) * worker // workers : len(soon_N) * (worker + 1) // workers]
     for block in range(start, end):
@@ -129,7 +138,7 @@ def _multiply(
 def _ask_for_some(arena: Any, soon_N: Any, done: int, total: int) -> None:
     """The runs whose turn it is when so much of the work is done, so that memory is busy all the time."""
     for n in range(len(soon_N) * done // total, len(soon_N) * (done + _DEPTH) // total):
-        for line in range(0, RUN, _LINE):
+        for line in range(0, RUN, _LINE // arena.itemsize):
             prefetch(arena, (soon_N[n],), line)
 
 

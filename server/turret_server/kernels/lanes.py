@@ -49,6 +49,14 @@ def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
+def first_lanes(builder: Any, count: Any) -> Any:
+    """In an intrinsic: the mask of the first `count` lanes."""
+    lanes = ir.VectorType(_I64, LANES)
+    counts = builder.insert_element(ir.Constant(lanes, ir.Undefined), count, _FIRST_LANE)
+    counts = builder.shuffle_vector(counts, counts, _same(_BITS, 0))
+    return builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
+
+
 class _Memory:
     """Reads and writes sixteen elements of an array, or the first `count` of them."""
 
@@ -65,7 +73,8 @@ class _Memory:
         pointer = self._pointer(index)
         if count is None:
             return self._widened(self._builder.load(pointer, align=self._alignment))
-        operands = (ir.Constant(_I32, self._alignment), self._first(count), ir.Constant(self._type, None))
+        mask, nothing = first_lanes(self._builder, count), ir.Constant(self._type, None)
+        operands = (ir.Constant(_I32, self._alignment), mask, nothing)
         name = f"llvm.masked.load.{self._name}"
         return self._widened(_call(self._builder, name, self._type, pointer, *operands))
 
@@ -74,18 +83,11 @@ class _Memory:
         if count is None:
             self._builder.store(value, pointer, align=self._alignment)
         else:
-            operands = (pointer, ir.Constant(_I32, self._alignment), self._first(count))
+            operands = (pointer, ir.Constant(_I32, self._alignment), first_lanes(self._builder, count))
             _call(self._builder, f"llvm.masked.store.{self._name}", ir.VoidType(), value, *operands)
 
     def _pointer(self, index: Any) -> Any:
         return self._builder.bitcast(self._builder.gep(self._base, [index]), self._type.as_pointer())
-
-    def _first(self, count: Any) -> Any:
-        """The mask of the first `count` lanes."""
-        lanes = ir.VectorType(_I64, LANES)
-        counts = self._builder.insert_element(ir.Constant(lanes, ir.Undefined), count, _FIRST_LANE)
-        counts = self._builder.shuffle_vector(counts, counts, _same(_BITS, 0))
-        return self._builder.icmp_signed("<", ir.Constant(lanes, list(range(LANES))), counts)
 
     def _widened(self, value: Any) -> Any:
         if not self._is_half:
@@ -186,9 +188,16 @@ def zeros(_: Any, count: Any) -> Any:
 
 def rows(context: Any, builder: Any, kind: Any, array: Any, starts: Any, index: Any) -> list[Any]:
     """In an intrinsic: for each of a tuple of starts, the sixteen elements from start + index on."""
+    places = [builder.add(start, index) for start in cgutils.unpack_tuple(builder, starts)]
+    return rows_at(context, builder, kind, array, places, None)
+
+
+def rows_at(
+    context: Any, builder: Any, kind: Any, array: Any, places: list[Any], count: Any | None
+) -> list[Any]:
+    """In an intrinsic: the sixteen elements from each of these places on, or the first `count` of them."""
     memory = _Memory(context, builder, kind, array)
-    places = (builder.add(start, index) for start in cgutils.unpack_tuple(builder, starts))
-    return [memory.load(place, None) for place in places]
+    return [memory.load(place, count) for place in places]
 
 
 def add_each(builder: Any, sums: Any, rows: list[Any], columns: list[Any]) -> Any:

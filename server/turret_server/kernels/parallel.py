@@ -13,10 +13,11 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from turret_server.kernels.cores import CORES
 
 _POINTER = ir.IntType(8).as_pointer()
 _INT = ir.IntType(32)
@@ -40,7 +41,7 @@ def _bind() -> int:
     for name, placeholder in _PLACEHOLDERS:
         function = getattr(loaded, name) if has_gomp else placeholder
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    return torch.get_num_threads() if has_gomp else 1
+    return CORES if has_gomp else 1
 
 
 THREADS = _bind()

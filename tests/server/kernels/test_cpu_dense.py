@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret_server.kernels import CpuOps, ReferenceOps, has_avx512bf16
+from turret_server.kernels import CpuOps, ReferenceOps
 
 DTYPES = [torch.float32, torch.bfloat16]
-only_avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="the CPU has no AVX512-BF16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -25,10 +24,10 @@ def test_it_is_the_references(dtype, num_tokens, num_out, num_in):
     )
 
 
-@only_avx512bf16
-def test_a_row_does_not_depend_on_the_other_rows():
-    x, weight = (torch.randn(count, 2048, dtype=torch.bfloat16) for count in (10, 2050))
-    ops = CpuOps(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_other_rows(dtype):
+    x, weight = (torch.randn(count, 2048, dtype=dtype) for count in (10, 2050))
+    ops = CpuOps(dtype)
     together = ops.linear(x, weight)
     for count in (1, 2, 3, 5):
         for start in range(10 - count):

@@ -1,92 +1,98 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
-from turret_server.kernels import (
-    CpuOps,
-    NF4Weight,
-    PackedNF4Weight,
-    ReferenceOps,
-    has_avx512bf16,
-    select_ops,
-)
+from turret_server.kernels import CpuOps, NF4Weight, PackedNF4Weight, ReferenceOps, select_ops
 
 CPU = torch.device("cpu")
-OPS = CpuOps(torch.bfloat16)
-only_avx512bf16 = pytest.mark.skipif(not has_avx512bf16(), reason="the CPU has no AVX512-BF16")
+OPS = {dtype: CpuOps(dtype) for dtype in (torch.bfloat16, torch.float32)}
+each_dtype = pytest.mark.parametrize("dtype", OPS)
 
 
 def weight(out_features: int, in_features: int) -> NF4Weight:
-    values = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+    values = torch.randn(out_features, in_features)
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=True)
     return NF4Weight(data, state, in_features, out_features)
 
 
-@only_avx512bf16
+@each_dtype
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 9, 19, 20, 27, 140, 300])
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 64), (64, 64), (100, 192), (320, 128)])
-def test_the_packed_product_is_the_references(num_tokens, out_features, in_features):
-    x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
+def test_the_packed_product_is_the_references(dtype, num_tokens, out_features, in_features):
+    ops, x = OPS[dtype], torch.randn(num_tokens, in_features, dtype=dtype)
     expected = ReferenceOps().nf4_linear(x.float(), weight_of := weight(out_features, in_features))
-    packed = OPS.pack_nf4(weight_of)
+    packed = ops.pack_nf4(weight_of)
     assert isinstance(packed, PackedNF4Weight)
-    found = OPS.nf4_linear(x, packed).float()
+    found = ops.nf4_linear(x, packed).float()
     # bfloat16 has 8 bits; the scales are rounded to it once, the product once.
-    torch.testing.assert_close(found, expected, atol=0.02 * in_features**0.5, rtol=0.02)
+    error = 0.02 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found, expected, atol=error * in_features**0.5, rtol=error)
 
 
-@only_avx512bf16
-def test_a_rows_product_does_not_depend_on_the_other_rows():
-    packed = OPS.pack_nf4(weight(72, 256))
-    x = torch.randn(151, 256, dtype=torch.bfloat16)
-    together = OPS.nf4_linear(x, packed)
+@each_dtype
+def test_a_rows_product_does_not_depend_on_the_other_rows(dtype):
+    ops = OPS[dtype]
+    packed = ops.pack_nf4(weight(72, 256))
+    x = torch.randn(151, 256, dtype=dtype)
+    together = ops.nf4_linear(x, packed)
     for count in (1, 2, 3, 18, 21):
         for start in range(0, 151 - count, count):
             some = slice(start, start + count)
-            assert torch.equal(OPS.nf4_linear(x[some], packed), together[some])
+            assert torch.equal(ops.nf4_linear(x[some], packed), together[some])
 
 
-@only_avx512bf16
-def test_the_scales_need_not_be_quantised_themselves():
-    values = torch.randn(64, 128, dtype=torch.bfloat16)
+@each_dtype
+def test_the_scales_need_not_be_quantised_themselves(dtype):
+    values = torch.randn(64, 128)
     data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=False)
     plain = NF4Weight(data, state, 128, 64)
-    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    x = torch.randn(3, 128, dtype=dtype)
     expected = ReferenceOps().nf4_linear(x.float(), plain)
-    found = OPS.nf4_linear(x, OPS.pack_nf4(plain)).float()
-    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.02)
+    found = OPS[dtype].nf4_linear(x, OPS[dtype].pack_nf4(plain)).float()
+    error = 0.02 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(found, expected, atol=10 * error, rtol=error)
 
 
-@only_avx512bf16
-def test_what_is_not_a_number_and_infinities_stay_with_their_token():
-    packed = OPS.pack_nf4(weight(64, 64))
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
+@each_dtype
+def test_what_is_not_a_number_and_infinities_stay_with_their_token(dtype):
+    packed = OPS[dtype].pack_nf4(weight(64, 64))
+    x = torch.randn(3, 64, dtype=dtype)
     x[0, 5], x[1, 7] = torch.nan, torch.inf
-    y = OPS.nf4_linear(x, packed)
+    y = OPS[dtype].nf4_linear(x, packed)
     assert y[0].isnan().all()
     assert not y[1].isfinite().any()
     assert y[2].isfinite().all()
 
 
+@each_dtype
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (64, 96)])
-def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(out_features, in_features):
+def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(dtype, out_features, in_features):
     unpacked = weight(out_features, in_features)
-    assert OPS.pack_nf4(unpacked) is unpacked
-    x = torch.randn(3, in_features, dtype=torch.bfloat16)
-    torch.testing.assert_close(OPS.nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked))
-
-
-def test_float32_is_never_computed_in_bfloat16():
-    whole = weight(64, 128)
-    assert select_ops(CPU, torch.float32).pack_nf4(whole) is whole
-
-
-@only_avx512bf16
-def test_bfloat16_takes_the_packed_product():
-    assert isinstance(select_ops(CPU, torch.bfloat16).pack_nf4(weight(64, 128)), PackedNF4Weight)
+    assert OPS[dtype].pack_nf4(unpacked) is unpacked
+    x = torch.randn(3, in_features, dtype=dtype)
+    torch.testing.assert_close(OPS[dtype].nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked))
 
 
 def test_a_dtype_without_kernels_takes_the_reference():
     assert isinstance(select_ops(CPU, torch.float16), ReferenceOps)
+
+
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [("+avx,+avx2,+fma", "equal, in torch.float32"), ("", "not packed")],
+    ids=["AVX2", "neither"],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_other_cpus_compute_the_same(dtype, features, said):
+    """numba compiles for another CPU, of which this one can do everything."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "support.nf4_product", dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.stdout.strip() == said, done.stderr
