@@ -17,8 +17,11 @@ import triton
 from bitsandbytes.functional import quantize_4bit
 
 from support.kernel_inputs import DEVICE, lora, paged, params
+from turret_server.engine.request import SamplingParams
+from turret_server.engine.step import SequenceStep
 from turret_server.kernels import NF4Weight, ReferenceOps
 from turret_server.kernels.gpu import GpuOps
+from turret_server.model.sampler import Sampler
 
 DTYPE = torch.bfloat16
 OPS, REFERENCE = GpuOps(DTYPE), ReferenceOps()
@@ -107,6 +110,32 @@ def attention() -> Iterator[Case]:
         )
 
 
+def sampling() -> Iterator[Case]:
+    vocabulary = 128_256 if REAL else 1000
+    logits = random(32, vocabulary).float() * 3
+    for name, options in (
+        ("greedy", {}),
+        ("temperature", {"temperature": 0.8}),
+        ("top-p", {"temperature": 0.8, "top_p": 0.9}),
+    ):
+        steps = [
+            SequenceStep(
+                sequence_id=index,
+                token_ids=(0,),
+                start=0,
+                block_table=(0,),
+                sampling=SamplingParams(max_tokens=1, seed=index, **options),
+            )
+            for index in range(32)
+        ]
+
+        def run(logits=logits, steps=steps) -> torch.Tensor:
+            tokens = Sampler().sample(logits, steps).token_ids
+            return torch.tensor([tokens[index] for index in range(32)], dtype=torch.float32)
+
+        yield Case(f"sampling of 32, {name}", run, run(logits.cpu()), logits.nbytes, 0)
+
+
 def milliseconds(run: Callable[[], object]) -> float:
     """The median, with the cache of the GPU emptied before each call."""
     return float(triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median"))
@@ -133,7 +162,7 @@ def main() -> None:
         say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         say(f"copy {bandwidth:.0f} GB/s, cuBLAS bfloat16 {compute:.0f} TFLOP/s\n")
         say(f"{'':34}{'µs':>9}{'GB/s':>8}{'TFLOP/s':>9}{'of the limit':>14}")
-    for case in (*nf4(), *lora_add(), *attention()):
+    for case in (*nf4(), *lora_add(), *attention(), *sampling()):
         scale = case.expected.abs().max().item()
         torch.testing.assert_close(case.run(), case.expected, atol=2**-6 * scale, rtol=0)
         if not REAL:

@@ -23,6 +23,7 @@ def take_cores() -> None:
     """The thread that calls this computes on all cores from now on."""
     if getattr(_own, "taken", False):
         return
+    torch.get_num_threads()  # torch sets up a thread when it is first asked on it, and what was said is lost
     torch.set_num_threads(CORES)
     # Torch's word holds for the thread that says it, and for all that have not computed before.
     saying = threading.Thread(target=torch.set_num_threads, args=(1,))

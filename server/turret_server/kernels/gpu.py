@@ -55,6 +55,8 @@ class GpuOps:
     def paged_attention(
         self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
     ) -> torch.Tensor:
+        if isinstance(batch, gpu_attention.TiledBatch):
+            return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, batch.tiles, params)
         group = query_THD.shape[1] // kv_P2BKD.shape[3]
         if self._tiles is None or self._tiles[0] is not batch or self._tiles[1] != group:
             self._tiles = batch, group, gpu_attention.make_tiles(batch, group, query_THD.device)

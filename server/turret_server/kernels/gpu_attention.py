@@ -2,11 +2,12 @@
 the context is Flash-Decoding's).
 
 The query heads that share a key-value head are rows of one matrix, those of several tokens of a sequence
-below each other. Sequences whose rows are few are split over their context, always after the same number
-of positions, and the parts are weighed together; the others go through their context in tiles of rows.
-What a token gets depends on its own sequence and on how many of its tokens the step has, not on the others.
+below each other. Sequences whose rows are few are split over their context, after a number of positions
+that follows from its length, and the parts are weighed together; the others go through their context in
+tiles of rows. What a token gets depends on its own sequence and on how many of its tokens the step has, not
+on the others.
 
-Nothing here waits for the device. A CUDA graph can be recorded around `attend` with tables in static
+Nothing here waits for the device. A CUDA graph can be recorded around it with a `TiledBatch` in static
 buffers, whose tiles beyond those in use have no tokens, and the most splits that they may come to need.
 
 For the letters in tensor names see `ops.py`.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 
 from turret_server.kernels.gpu_attention_kernels import EVERYTHING, attend_tile, combine_splits, write_tokens
 from turret_server.kernels.gpu_jit import dot_type, to_device
@@ -27,7 +29,8 @@ from turret_server.kernels.ops import AttentionBatch, AttentionParams
 
 _FEW_ROWS = 16
 _MANY_ROWS = 64
-_SPLIT = 256  # positions
+_SPLIT = 256  # positions, or a multiple of them where that makes too many splits
+_MOST_SPLITS = 32
 _KEY_BYTES = 1 << 14  # of the keys that a program reads at a time
 
 
@@ -35,12 +38,24 @@ _KEY_BYTES = 1 << 14  # of the keys that a program reads at a time
 class AttentionTiles:
     """Tokens of one sequence each, [N, 4] in int32: sequence, first token, how many, position of the first.
 
-    `few_N4` are sequences that are split over the context, into no more than `num_splits`.
+    `few_N4` are sequences that are split over the context, into no more than `num_splits`; so many programs
+    share them as `num_programs` says.
     """
 
     few_N4: torch.Tensor
     many_N4: torch.Tensor
     num_splits: int
+    num_programs: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledBatch(AttentionBatch):
+    """A batch whose tiles lie on the device already; what the host knows of its lengths is not read.
+
+    Its block tables may lie end to end: then they are [N, 1], and a tile's sequence is where its own begins.
+    """
+
+    tiles: AttentionTiles
 
 
 def make_tiles(batch: AttentionBatch, group: int, device: torch.device) -> AttentionTiles:
@@ -63,11 +78,23 @@ def make_tiles(batch: AttentionBatch, group: int, device: torch.device) -> Atten
         axis=1,
     )
     few = is_few[sequence]
+    num_splits = int(_num_splits(contexts[is_few]).max(initial=0))
     return AttentionTiles(
         few_N4=to_device(tiles_N4[few], device),
         many_N4=to_device(tiles_N4[~few], device),
-        num_splits=-(-int(contexts[is_few].max(initial=0)) // _SPLIT),
+        num_splits=num_splits,
+        num_programs=num_splits,
     )
+
+
+def most_splits(context: int) -> int:
+    """Of a sequence that is no longer."""
+    return min(-(-context // _SPLIT), _MOST_SPLITS)
+
+
+def _num_splits(contexts: NDArray[np.int64]) -> NDArray[np.int64]:
+    smallest = -(-contexts // _SPLIT)
+    return -(-smallest // np.maximum(-(-smallest // _MOST_SPLITS), 1))
 
 
 def _rows(least: int, group: int) -> int:
@@ -121,8 +148,8 @@ def attend(
     whole = triton.next_power_of_2(max(16, head_dim))
     shape = {"GROUP": group, "DIM": head_dim, "WHOLE": whole, "HAS_SINKS": has_sinks}
 
-    def launch(tiles_N4: torch.Tensor, splits: int, parts: tuple[torch.Tensor, ...], **options: Any) -> None:
-        attend_tile[(len(tiles_N4), num_kv_heads, splits)](
+    def launch(tiles_N4: torch.Tensor, programs: int, parts: tuple[torch.Tensor, ...], **how: Any) -> None:
+        attend_tile[(len(tiles_N4), num_kv_heads, programs)](
             out_THD,
             *parts,
             query_THD,
@@ -138,13 +165,15 @@ def attend(
             params.scaling,
             params.softcap or 0.0,
             window,
+            tiles.num_splits,
             BLOCK=kv_P2BKD.shape[2],
             KEYS=max(16, min(64, _KEY_BYTES // (whole * query_THD.element_size()))),
             HAS_SOFTCAP=bool(params.softcap),
+            MOST_SPLITS=_MOST_SPLITS,
             DOT=dot_type(query_THD.dtype),
             num_warps=4,
             **shape,
-            **options,
+            **how,
         )
 
     if len(tiles.many_N4):
@@ -158,7 +187,8 @@ def attend(
         at = (len(tiles.few_N4), num_kv_heads, tiles.num_splits, rows)
         tops, totals = query_THD.new_empty(2, *at, dtype=torch.float32)
         sums = query_THD.new_empty(*at, whole, dtype=torch.float32)
-        launch(tiles.few_N4, tiles.num_splits, (sums, tops, totals), ROWS=rows, SPLIT=_SPLIT, num_stages=3)
+        parts = (sums, tops, totals)
+        launch(tiles.few_N4, tiles.num_programs, parts, ROWS=rows, SPLIT=_SPLIT, num_stages=3)
         combine_splits[(len(tiles.few_N4), num_kv_heads)](
             out_THD,
             sums,
@@ -170,6 +200,7 @@ def attend(
             window,
             ROWS=rows,
             SPLIT=_SPLIT,
+            MOST_SPLITS=_MOST_SPLITS,
             **shape,
         )
     return out_THD

@@ -34,17 +34,19 @@ def write_tokens(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
+    """A token whose page is below 0 is written nowhere."""
     token = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, WIDTH)
     head, dim = index // DIM, index % DIM
-    here = index < width
-    into = kv_P2BKD + tl.load(pages_T + token) * page_stride + tl.load(slots_T + token) * width + index
+    page = tl.load(pages_T + token)
+    here = (index < width) & (page >= 0)
+    into = kv_P2BKD + page * page_stride + tl.load(slots_T + token) * width + index
     tl.store(into, tl.load(key_TKD + token * key_token + head * key_head + dim, here), here)
     value = tl.load(value_TKD + token * value_token + head * value_head + dim, here)
     tl.store(into + value_offset, value, here)
 
 
-@kernel("table_width", "window", "scaling", "softcap")
+@kernel("table_width", "window", "scaling", "softcap", "num_splits")
 def attend_tile(
     out_THD: tl.tensor,
     sums: tl.tensor,
@@ -63,6 +65,7 @@ def attend_tile(
     scaling: tl.tensor,
     softcap: tl.tensor,
     window: tl.tensor,
+    num_splits: tl.tensor,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -73,19 +76,15 @@ def attend_tile(
     HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
 ) -> None:
-    """A tile's rows over one split of its context, of which the largest score, the sum of weights and that
-    of weighted values remain; or over all of it. Scores are to the base of 2.
+    """A tile's rows over its context, or over some of the splits of it, of which the largest score, the sum
+    of weights and that of weighted values remain.
     """
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head = tl.program_id(0), tl.program_id(1)
     sequence, first_token = tl.load(tiles_N4 + tile * 4), tl.load(tiles_N4 + tile * 4 + 1)
     count, position = tl.load(tiles_N4 + tile * 4 + 2), tl.load(tiles_N4 + tile * 4 + 3)
-    low = tl.maximum(position - window + 1, 0) // KEYS * KEYS
-    high = position + count
-    if SPLIT != _NO_SPLIT:
-        low = tl.maximum(low, split * SPLIT)
-        high = tl.minimum(high, (split + 1) * SPLIT)
-    if (low >= high) | (count == 0):
+    if count == 0:
         return
     row, dim = tl.arange(0, ROWS), tl.arange(0, WHOLE)
     own = row // GROUP
@@ -95,38 +94,30 @@ def attend_tile(
     token = (first_token + own).to(tl.int64)
     query = query_THD + (token * query_token + head * query_head)[:, None] + dim[None, :]
     q = tl.load(query, has_row[:, None] & has_dim[None, :], 0.0).to(DOT)
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, WHOLE), tl.float32)
-    kv_P2BKD += kv_head * DIM
-    block_tables_QM += sequence.to(tl.int64) * table_width
-    for start in range(low, high, KEYS):
-        key_position = start + tl.arange(0, KEYS)
-        exists = key_position < high
-        page = tl.load(block_tables_QM + key_position // BLOCK, exists, 0).to(tl.int64)
-        place = page * page_stride + key_position % BLOCK * (tl.num_programs(1) * DIM)
-        k = tl.load(kv_P2BKD + place[None, :] + dim[:, None], exists[None, :] & has_dim[:, None], 0.0)
-        scores = tl.dot(q, k.to(DOT), input_precision=EXACT) * scaling
-        if HAS_SOFTCAP:
-            scores = softcap * _tanh(scores / softcap)
-        seen = (key_position[None, :] <= row_position) & (key_position[None, :] > row_position - window)
-        scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # Rows that have seen nothing yet: −inf − −inf is not a number.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
-        v_in = kv_P2BKD + value_offset + place[:, None] + dim[None, :]
-        v = tl.load(v_in, exists[:, None] & has_dim[None, :], 0.0)
-        total = total * fade + tl.sum(weights, 1)
-        weights = weights.to(v.dtype).to(DOT)
-        result = tl.dot(weights, v.to(DOT), result * fade[:, None], input_precision=EXACT)
-        top = new_top
-    if SPLIT != _NO_SPLIT:
-        at = ((tile * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split).to(tl.int64) * ROWS + row
-        tl.store(tops + at, top)
-        tl.store(totals + at, total)
-        tl.store(sums + at[:, None] * WHOLE + dim[None, :], result)
-    else:
+    kv_in = kv_P2BKD + kv_head * DIM
+    block_table = block_tables_QM + sequence.to(tl.int64) * table_width
+    low, high = tl.maximum(position - window + 1, 0) // KEYS * KEYS, position + count
+    if SPLIT == _NO_SPLIT:
+        top, total, result = _over(
+            q,
+            kv_in,
+            block_table,
+            row_position,
+            low,
+            high,
+            page_stride,
+            value_offset,
+            scaling,
+            softcap,
+            window,
+            BLOCK,
+            KEYS,
+            HAS_SOFTCAP,
+            DOT,
+            DIM,
+            WHOLE,
+            ROWS,
+        )
         _finish(
             out_THD,
             result,
@@ -142,6 +133,90 @@ def attend_tile(
             WHOLE,
             HAS_SINKS,
         )
+    else:
+        size = _split_size(high, SPLIT, MOST_SPLITS)
+        for split in range(low // size + tl.program_id(2), tl.cdiv(high, size), tl.num_programs(2)):
+            top, total, result = _over(
+                q,
+                kv_in,
+                block_table,
+                row_position,
+                tl.maximum(low, split * size),
+                tl.minimum(high, (split + 1) * size),
+                page_stride,
+                value_offset,
+                scaling,
+                softcap,
+                window,
+                BLOCK,
+                KEYS,
+                HAS_SOFTCAP,
+                DOT,
+                DIM,
+                WHOLE,
+                ROWS,
+            )
+            at = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64) * ROWS + row
+            tl.store(tops + at, top)
+            tl.store(totals + at, total)
+            tl.store(sums + at[:, None] * WHOLE + dim[None, :], result)
+
+
+@inlined
+def _split_size(context: tl.tensor, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr) -> tl.tensor:
+    """Positions of a split: a sequence's own length says how many."""
+    return tl.cdiv(tl.cdiv(context, SPLIT), MOST_SPLITS) * SPLIT
+
+
+@inlined
+def _over(
+    q: tl.tensor,
+    kv_in: tl.tensor,
+    block_table: tl.tensor,
+    row_position: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    page_stride: tl.tensor,
+    value_offset: tl.tensor,
+    scaling: tl.tensor,
+    softcap: tl.tensor,
+    window: tl.tensor,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DOT: tl.constexpr,
+    DIM: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Largest score, sum of weights and of weighted values over some positions; scores to the base of 2."""
+    dim = tl.arange(0, WHOLE)
+    has_dim = dim < DIM
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, WHOLE), tl.float32)
+    for start in range(low, high, KEYS):
+        key_position = start + tl.arange(0, KEYS)
+        exists = key_position < high
+        page = tl.load(block_table + key_position // BLOCK, exists, 0).to(tl.int64)
+        place = page * page_stride + key_position % BLOCK * (tl.num_programs(1) * DIM)
+        k = tl.load(kv_in + place[None, :] + dim[:, None], exists[None, :] & has_dim[:, None], 0.0)
+        scores = tl.dot(q, k.to(DOT), input_precision=EXACT) * scaling
+        if HAS_SOFTCAP:
+            scores = softcap * _tanh(scores / softcap)
+        seen = (key_position[None, :] <= row_position) & (key_position[None, :] > row_position - window)
+        scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Rows that have seen nothing yet: −inf − −inf is not a number.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
+        v_in = kv_in + value_offset + place[:, None] + dim[None, :]
+        v = tl.load(v_in, exists[:, None] & has_dim[None, :], 0.0)
+        total = total * fade + tl.sum(weights, 1)
+        weights = weights.to(v.dtype).to(DOT)
+        result = tl.dot(weights, v.to(DOT), result * fade[:, None], input_precision=EXACT)
+        top = new_top
+    return top, total, result
 
 
 @kernel("num_splits", "window")
@@ -156,6 +231,7 @@ def combine_splits(
     window: tl.tensor,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -171,7 +247,8 @@ def combine_splits(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, WHOLE), tl.float32)
-    for split in range(tl.maximum(position - window + 1, 0) // SPLIT, tl.cdiv(position + count, SPLIT)):
+    size = _split_size(position + count, SPLIT, MOST_SPLITS)
+    for split in range(tl.maximum(position - window + 1, 0) // size, tl.cdiv(position + count, size)):
         at = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64) * ROWS + row
         split_top = tl.load(tops + at)
         new_top = tl.maximum(top, split_top)

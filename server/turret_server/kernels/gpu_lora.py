@@ -6,14 +6,15 @@ long segment many. What a token gets does not depend on the tile it is in: its p
 over the in features in parts that depend on their number alone, then over the rows in their order, then
 with what the output was.
 
-Nothing here waits for the device. A CUDA graph can be recorded around `add_tiles` with tables in static
-buffers, whose tiles beyond those in use have no tokens.
+Nothing here waits for the device. A CUDA graph can be recorded around it with rows that are `TiledRows` in
+static buffers, whose tiles beyond those in use have no tokens.
 
 For the letters in tensor names see `ops.py`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,16 +25,32 @@ import triton.language as tl
 from turret_server.kernels.gpu_jit import EXACT, dot_type, inlined, kernel, to_device
 from turret_server.kernels.ops import LoraRows
 
-_TOKENS = 16  # of a tile
+TOKENS = 16  # of a tile
 _ROWS = 16  # that go through the tensor cores together
+_MOST_GROUPS = 4  # of rows that have programs of their own; further ones come after them
 _SHRUNK = 128  # in features that a program reads at a time
 _EXPANDED = 128  # out features of a program
 _PER_PART = 512  # in features, of which a product is a part
 _MOST_PARTS = 16
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledRows(LoraRows):
+    """Rows whose tiles lie on the device already; what the host knows of segments is not read.
+
+    `tiles_N4` are int32: first token, end of the tokens, first row, end of the rows. Tiles have no more than
+    16 tokens and `max_rank` rows.
+    """
+
+    tiles_N4: torch.Tensor
+    max_rank: int
+
+
 def lora_add(y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
     """See `ops.Ops`."""
+    if isinstance(rows, TiledRows):
+        add_tiles(y_TO, x_TI, arena, rows.tiles_N4, rows.max_rank, rows)
+        return
     tiles_N4, max_rank = _tiles(rows.token_starts, rows.token_ends, rows.row_bounds, x_TI.device)
     if len(tiles_N4):
         add_tiles(y_TO, x_TI, arena, tiles_N4, max_rank, rows)
@@ -52,11 +69,11 @@ def _tiles(
     """
     starts, ends, bounds = (np.array(each, np.int64) for each in (token_starts, token_ends, row_bounds))
     ranks = np.diff(bounds)
-    counts = np.where(ranks > 0, -(-(ends - starts) // _TOKENS), 0)
+    counts = np.where(ranks > 0, -(-(ends - starts) // TOKENS), 0)
     segment = np.repeat(np.arange(len(counts)), counts)
     inside = np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
-    first = starts[segment] + inside * _TOKENS
-    last = np.minimum(first + _TOKENS, ends[segment])
+    first = starts[segment] + inside * TOKENS
+    last = np.minimum(first + TOKENS, ends[segment])
     tiles_N4 = np.stack((first, last, bounds[segment], bounds[segment + 1]), axis=1)
     return to_device(tiles_N4, device), int(ranks.max(initial=0))
 
@@ -69,17 +86,15 @@ def add_tiles(
     max_rank: int,
     rows: LoraRows,
 ) -> None:
-    """`tiles_N4` are int32: first token, end of the tokens, first row, end of the rows.
-
-    Of `rows` only the tensors count. Tiles have no more than 16 tokens and `max_rank` rows.
-    """
+    """For the tiles see `TiledRows`; of `rows` only the tensors count."""
     assert y_TO.is_contiguous()
     x_TI = x_TI.contiguous()
     num_tokens, num_in = x_TI.shape
     num_out = y_TO.shape[1]
     parts = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(num_in, _PER_PART)))
     shrunk_PTR = torch.empty(parts, num_tokens, max_rank, dtype=torch.float32, device=x_TI.device)
-    _shrink[(len(tiles_N4), triton.cdiv(max_rank, _ROWS), parts)](
+    groups = min(_MOST_GROUPS, triton.cdiv(max_rank, _ROWS))
+    _shrink[(len(tiles_N4), groups, parts)](
         shrunk_PTR,
         x_TI,
         arena,
@@ -89,7 +104,7 @@ def add_tiles(
         num_tokens,
         num_in,
         max_rank,
-        TOKENS=_TOKENS,
+        TOKENS=TOKENS,
         ROWS=_ROWS,
         COLUMNS=_SHRUNK,
         DOT=dot_type(x_TI.dtype),
@@ -105,7 +120,7 @@ def add_tiles(
         num_tokens,
         num_out,
         max_rank,
-        TOKENS=_TOKENS,
+        TOKENS=TOKENS,
         ROWS=_ROWS,
         COLUMNS=_EXPANDED,
         PARTS=parts,
@@ -135,28 +150,28 @@ def _shrink(
     """
     tile = tiles_N4 + tl.program_id(0) * 4
     start, end, first, last = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    above = tl.program_id(1) * ROWS
-    if (first + above >= last) | (start >= end):
+    if start >= end:
         return
     part = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(num_in, COLUMNS), tl.num_programs(2)) * COLUMNS
     low, high = part * width, tl.minimum((part + 1) * width, num_in)
     token = start + tl.arange(0, TOKENS)
-    row = above + tl.arange(0, ROWS)
-    has_row = first + row < last
-    offsets = tl.load(a_offsets_R + first + row, has_row, 0)
-    # Rows begin wherever the arena had room. Where they begin on 8 elements, loads are wide.
     x_in = x_TI + token.to(tl.int64)[:, None] * num_in
     has_token = token[:, None] < end
-    if tl.max(offsets % 8, 0) == 0:
-        a_in = arena + tl.multiple_of(offsets, 8)[None, :]
-        product = _dots(x_in, a_in, has_token, has_row, low, high, TOKENS, ROWS, COLUMNS, DOT)
-    else:
-        a_in = arena + offsets[None, :]
-        product = _dots(x_in, a_in, has_token, has_row, low, high, TOKENS, ROWS, COLUMNS, DOT)
-    product *= tl.load(weights_R + first + row, has_row, 0.0)[None, :]
-    into = shrunk_PTR + (part * num_tokens + token[:, None]).to(tl.int64) * max_rank + row[None, :]
-    tl.store(into, product, has_token & has_row[None, :])
+    for above in range(tl.program_id(1) * ROWS, last - first, tl.num_programs(1) * ROWS):
+        row = above + tl.arange(0, ROWS)
+        has_row = first + row < last
+        offsets = tl.load(a_offsets_R + first + row, has_row, 0)
+        # Rows begin wherever the arena had room. Where they begin on 8 elements, loads are wide.
+        if tl.max(offsets % 8, 0) == 0:
+            a_in = arena + tl.multiple_of(offsets, 8)[None, :]
+            product = _dots(x_in, a_in, has_token, has_row, low, high, TOKENS, ROWS, COLUMNS, DOT)
+        else:
+            a_in = arena + offsets[None, :]
+            product = _dots(x_in, a_in, has_token, has_row, low, high, TOKENS, ROWS, COLUMNS, DOT)
+        product *= tl.load(weights_R + first + row, has_row, 0.0)[None, :]
+        into = shrunk_PTR + (part * num_tokens + token[:, None]).to(tl.int64) * max_rank + row[None, :]
+        tl.store(into, product, has_token & has_row[None, :])
 
 
 @inlined

@@ -5,7 +5,8 @@ A page holds `block_size` tokens' keys and values of all layers, or LoRA rows, i
 
 from __future__ import annotations
 
-import numpy as np
+import mmap
+
 import torch
 
 from turret_adapters.spec import BaseSpec, ModuleKind
@@ -66,4 +67,8 @@ def _zeros(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch
     """Zeros that a CPU's memory takes up only as they are written: torch would write them all at once."""
     if device.type != "cpu" or not num_elements:
         return torch.zeros(num_elements, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(num_elements * dtype.itemsize, dtype=np.uint8)).view(dtype)
+    memory = mmap.mmap(-1, num_elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A LoRA row is as long as a page of the CPU's: finding each of them takes as long as reading it.
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import json
 import logging
@@ -114,6 +115,8 @@ def load_model(
     model = _load_quantised(name_or_path, config, device, dtype, cache)
     adapt_experts(model, ops)
     adapt_modules(model, ops)
+    if device.type == "cpu":
+        _leave_file(model)
     _return_freed_memory()
     return LoadedModel(
         model=model,
@@ -174,8 +177,17 @@ def _keep(model: PreTrainedModel, kept: Path) -> None:
         log.info("kept the quantised weights in %s", kept)
 
 
+def _leave_file(model: PreTrainedModel) -> None:
+    """Weights that are not packed still lie in the mapped file: all that was read of it stays resident with
+    them, and a file that is cut would take the process with it.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 def _return_freed_memory() -> None:
     """Quantising and packing leave holes that glibc would keep: a gigabyte for a model of 1.1 B."""
+    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, ModuleKind
-from turret_server.engine.step import PageCopy, SequenceStep, Step, StepResult
+from turret_server.engine.step import DeviceLostError, PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
+from turret_server.kernels import ReferenceOps
+from turret_server.kernels.cores import take_cores
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
 from turret_server.model.deltas import GatheredRows, ResidentDeltas, write_slab
+from turret_server.model.experts import has_experts
 from turret_server.model.load import LoadedModel
 from turret_server.model.sampler import Sampler
+
+if TYPE_CHECKING:
+    from turret_server.model.decode_graph import DecodeGraphs, Record
 
 log = logging.getLogger(__name__)
 
 # While one waits for the disk, another copies; more would only take cores from the steps.
 _NUM_LOADERS = 2
+# For each of these numbers of tokens, a GPU has another kernel.
+_WARM_TOKENS = (1, 32, 64, 128)
 
 
 class HostAdapters(Protocol):
@@ -48,6 +57,7 @@ class ModelRunner:
         self._deltas: dict[str, ResidentDeltas] = {}
         self._gathered = GatheredRows()
         self._prompts: dict[str, torch.Tensor] = {}
+        self._graphs: DecodeGraphs | None = None
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
         on_gpu = loaded.device.type == "cuda"
         self._copies = torch.cuda.Stream(loaded.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -61,18 +71,60 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: a layer did not.
         """
-        token = SequenceStep(sequence_id=0, token_ids=(0,), start=0, block_table=(0,))
-        seen: set[int] = set()
-        self._forward(self._batch(Step(sequences=(token,))), seen)
+        seen = self._try(1)
         if len(seen) != self._loaded.base.num_layers:
             raise UnsupportedModelError(
                 f"{self._loaded.model.config.model_type} models are not served: of their "
                 f"{self._loaded.base.num_layers} layers, {len(seen)} use the attention they are given"
             )
 
+    def warm_up(self, max_sequences: int) -> None:
+        """Before the first request: compile the kernels of a GPU, and record its decode steps as graphs."""
+        if self._loaded.device.type != "cuda" or isinstance(self._loaded.ops, ReferenceOps):
+            return
+        from turret_server.model.decode_graph import cuda_record  # noqa: PLC0415 (not everybody has Triton)
+
+        started = time.perf_counter()
+        for num_tokens in _WARM_TOKENS:
+            if num_tokens <= self._arena.num_pages * self._arena.block_size:
+                self._try(num_tokens)
+        log.info("kernels of the GPU, ready in %.1f s", time.perf_counter() - started)
+        self.use_graphs(max_sequences, cuda_record(self._loaded.device))
+
+    def use_graphs(self, max_sequences: int, record: Record) -> None:
+        """Compute decode steps as what was recorded of them; where that fails, as all others."""
+        from turret_server.model.decode_graph import DecodeGraphs  # noqa: PLC0415
+
+        assert not self._deltas, "the graphs must know every adapter that becomes resident"
+        if has_experts(self._loaded.model.config):  # the host must know how many tokens an expert gets
+            return
+        try:
+            graphs = DecodeGraphs(self._loaded, self._arena, max_sequences=max_sequences, record=record)
+            graphs.record()
+        except RuntimeError as error:
+            log.warning("every step is computed without CUDA graphs: %s: %s", type(error).__name__, error)
+        else:
+            self._graphs = graphs
+
     def run(self, step: Step) -> StepResult:
+        try:
+            return self._run(step)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
+        except torch.AcceleratorError as error:
+            # The driver answers every later call with the same error.
+            raise DeviceLostError(str(error)) from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):  # torch has no class for it
+                raise MemoryError(str(error)) from error
+            raise
+
+    def _run(self, step: Step) -> StepResult:
+        take_cores()
         for copy in step.copies:
             self._copy_page(copy)
+        if self._graphs and (decoded := self._graphs.run(step)):
+            return self._sampler.sample(*decoded)
         batch = self._batch(step)
         logits_SV = self._forward(batch, set())
         if not batch.sampled:
@@ -88,18 +140,37 @@ class ModelRunner:
     ) -> None:
         def copy() -> None:
             try:
-                self._place(self._adapters.tensors(spec.revision), slab_pages, prefix_pages)
+                adapter = self._find(spec.revision)
+                if adapter:
+                    self._place(adapter, slab_pages, prefix_pages)
             except Exception as error:
                 log.exception("adapter %s could not be copied to the arena", spec.revision)
                 done(f"{type(error).__name__}: {error}")
             else:
-                done(None)
+                done(None if adapter else "nobody needs it any more")
 
         self._loaders.submit(copy)
 
+    def _find(self, revision: str) -> HostAdapter | None:
+        """None where it was brought ahead of requests, and was replaced before its turn came."""
+        try:
+            return self._adapters.tensors(revision)
+        except KeyError:
+            return None
+
     def forget(self, revision: str) -> None:
         self._deltas.pop(revision, None)
+        if self._graphs:
+            self._graphs.forget(revision)
         self._prompts.pop(revision, None)
+
+    def _try(self, num_tokens: int) -> set[int]:
+        """Compute some tokens on the first pages; the layers that came through our attention."""
+        pages = tuple(range(-(-num_tokens // self._arena.block_size)))
+        tokens = SequenceStep(sequence_id=0, token_ids=(0,) * num_tokens, start=0, block_table=pages)
+        seen: set[int] = set()
+        self._forward(self._batch(Step(sequences=(tokens,))), seen)
+        return seen
 
     @torch.inference_mode()
     def _place(
@@ -108,7 +179,10 @@ class ModelRunner:
         revision = adapter.spec.revision
         with torch.cuda.stream(self._copies):
             if slab_pages:
-                self._deltas[revision] = write_slab(self._arena, adapter, slab_pages, self._linears)
+                deltas = write_slab(self._arena, adapter, slab_pages, self._linears)
+                self._deltas[revision] = deltas
+                if self._graphs:
+                    self._graphs.place(revision, deltas)
             if adapter.prefix_kv is not None:
                 self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
             if adapter.prompt_embeddings is not None:

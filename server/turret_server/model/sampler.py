@@ -1,4 +1,11 @@
-"""From logits to tokens. What one row gets depends on that row, its parameters, its seed and its position."""
+"""From logits to tokens. What one row gets depends on that row, its parameters, its seed and its position.
+
+A row is drawn from with one number between 0 and 1, made of the seed and the position on the host. Weights
+are whole numbers: their sums are exact in any order, so that neither the batch nor the device matters to
+them, and it is all done where the logits are. Only the chosen tokens come to the host, in one copy.
+
+Shape suffixes: S rows of logits, D those that are drawn, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,11 @@ import torch
 
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
+from turret_server.errors import NonFiniteLogitsError, TurretError
+
+# The best token's weight; the others have their share of it. Vocabularies of 2²² do not overflow.
+_BEST = 2.0**40
+_NONE = -1
 
 
 class Sampler:
@@ -17,37 +29,70 @@ class Sampler:
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
         """One token for each row; a row with a NaN or only infinities gets an error instead."""
         logits_SV = logits_SV.float()
-        usable_S = torch.isfinite(logits_SV.amax(dim=-1)).tolist()
-        greedy_S = logits_SV.argmax(dim=-1).tolist()
-        token_ids, errors = {}, {}
+        best_S, chosen_S = logits_SV.max(dim=-1)
+        by_path: dict[bool, list[int]] = {True: [], False: []}
         for index, sequence in enumerate(sequences):
             assert sequence.sampling is not None
-            if not usable_S[index]:
-                errors[sequence.sequence_id] = "the model's logits are not finite"
-            elif sequence.sampling.temperature == 0:
-                token_ids[sequence.sequence_id] = greedy_S[index]
-            else:
-                token_ids[sequence.sequence_id] = _draw(
-                    logits_SV[index], sequence.sampling, sequence.num_generated
+            if sequence.sampling.temperature != 0:
+                by_path[_is_cut(sequence.sampling)].append(index)
+        for cut, indices in by_path.items():
+            if indices:
+                drawn = [sequences[index] for index in indices]
+                where_D = _on(torch.tensor(indices), logits_SV.device)
+                chosen_S[where_D] = _draw(logits_SV[where_D], drawn, cut=cut)
+        chosen_S.masked_fill_(~torch.isfinite(best_S), _NONE)
+        token_ids: dict[int, int] = {}
+        errors: dict[int, TurretError] = {}
+        for token_id, sequence in zip(chosen_S.tolist(), sequences, strict=True):
+            if token_id == _NONE:
+                errors[sequence.sequence_id] = NonFiniteLogitsError(
+                    f"the logits after {sequence.num_generated} generated tokens are not finite: the weights "
+                    "of the request's adapters, or how much they count, are too large for the server's dtype"
                 )
+            else:
+                token_ids[sequence.sequence_id] = token_id
         return StepResult(token_ids=token_ids, errors=errors)
 
 
-def _draw(logits_V: torch.Tensor, sampling: SamplingParams, position: int) -> int:
-    probabilities_V, token_ids_V = torch.sort(
-        torch.softmax(logits_V / sampling.temperature, dim=-1), descending=True
-    )
-    if sampling.top_k:
-        probabilities_V = probabilities_V[: sampling.top_k]
-    # A token stays as long as those before it do not reach top_p, so that one always does.
-    before_V = probabilities_V.cumsum(dim=-1) - probabilities_V
-    kept_V = torch.where(before_V < sampling.top_p * probabilities_V.sum(), probabilities_V, 0.0)
-    generator = torch.Generator().manual_seed(_seed(sampling.seed, position))
-    chosen = torch.multinomial(kept_V.cpu(), 1, generator=generator)
-    return int(token_ids_V[chosen.to(token_ids_V.device)].item())
+def _is_cut(sampling: SamplingParams) -> bool:
+    """Whether some tokens are left out, for which all must be sorted."""
+    return bool(sampling.top_k) or sampling.top_p < 1
 
 
-def _seed(seed: int, position: int) -> int:
-    """A seed of its own for every token, so that a request computed again draws the same ones."""
+def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bool) -> torch.Tensor:
+    """A token id for each row, [D]: the one in whose part of the kept weights the row's number lies."""
+    settings = [
+        (each.temperature, each.top_k or logits_DV.shape[-1], each.top_p, _uniform(each.seed, generated))
+        for each, generated in ((it.sampling, it.num_generated) for it in sequences)
+        if each is not None
+    ]
+    settings_D4 = _on(torch.tensor(settings, dtype=torch.float64), logits_DV.device)
+    temperature_D1, top_k_D1, top_p_D1, uniform_D1 = settings_D4[..., None].unbind(dim=1)
+    token_ids_DV = None
+    if cut:
+        logits_DV, token_ids_DV = logits_DV.sort(dim=-1, descending=True, stable=True)
+    below_DV = logits_DV.double() - logits_DV.amax(dim=-1, keepdim=True)
+    weights_DV = (below_DV.div_(temperature_D1).exp_() * _BEST).long()
+    sums_DV = weights_DV.cumsum(dim=-1)
+    if cut:
+        rank_V = torch.arange(logits_DV.shape[-1], device=logits_DV.device)
+        weights_DV.masked_fill_(rank_V >= top_k_D1, 0)
+        # A token stays as long as those before it do not reach top_p, so that one always does.
+        before_DV = (sums_DV - weights_DV).double()
+        weights_DV.masked_fill_(before_DV >= top_p_D1 * weights_DV.sum(dim=-1, keepdim=True), 0)
+    total_D1 = weights_DV.sum(dim=-1, keepdim=True)
+    target_D1 = torch.minimum((uniform_D1 * total_D1).long(), total_D1 - 1)
+    place_D1 = torch.searchsorted(sums_DV, target_D1, right=True).clamp_(max=logits_DV.shape[-1] - 1)
+    chosen_D1 = place_D1 if token_ids_DV is None else token_ids_DV.gather(-1, place_D1)
+    return chosen_D1[:, 0]
+
+
+def _on(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which the host does not wait."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) of its own for every token, so that a request computed again draws the same ones."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

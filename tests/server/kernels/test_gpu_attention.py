@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from support.kernel_inputs import DEVICE, paged, params
-from turret_server.kernels import ReferenceOps
+from turret_server.kernels import ReferenceOps, gpu_attention
 from turret_server.kernels.gpu import GpuOps
 from turret_server.kernels.gpu_attention import AttentionTiles, attend, make_tiles
 
@@ -116,6 +118,18 @@ def test_tiles_without_tokens_do_nothing():
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64, sinks=True)
     used = make_tiles(batch, 2, DEVICE)
     few_N4 = torch.cat((used.few_N4, used.few_N4.new_zeros(3, 4)))
-    tiles = AttentionTiles(few_N4, used.many_N4, used.num_splits + 2)
+    tiles = AttentionTiles(few_N4, used.many_N4, used.num_splits + 2, num_programs=1)
     found = attend(query, kv, batch.block_tables_QM, tiles, how)
     assert_close(found, ReferenceOps().paged_attention(query, kv, batch, how))
+
+
+def test_a_long_context_has_longer_splits_and_not_more(monkeypatch):
+    monkeypatch.setattr(gpu_attention, "_MOST_SPLITS", 2)
+    kv, batch = paged(torch.float32, [(1, 1100), (1, 300), (1, 513)])
+    query, how = queries(torch.float32, batch, 4, 64), params(4, 64, window=900)
+    tiles = make_tiles(batch, 2, DEVICE)
+    assert tiles.num_splits == 2
+    found = attend(query, kv, batch.block_tables_QM, tiles, how)
+    assert_close(found, ReferenceOps().paged_attention(query, kv, batch, how))
+    shared = attend(query, kv, batch.block_tables_QM, replace(tiles, num_programs=1), how)
+    assert torch.equal(shared, found), "who computes a split changes nothing"

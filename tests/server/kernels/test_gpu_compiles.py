@@ -23,6 +23,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     assert set(found.stdout.split()) == {
         "_dequantise",
         "_expand",
+        "_gather",
         "_multiply",
         "_norm",
         "_shrink",

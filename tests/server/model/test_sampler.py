@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from support.device_traces import Waits
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep
-from turret_server.model.sampler import Sampler
+from turret_server.model.sampler import Sampler, _uniform
 
 
 def step(sequence_id: int = 0, num_generated: int = 0, **sampling) -> SequenceStep:
@@ -78,10 +81,69 @@ def test_a_token_depends_on_its_seed_and_position_and_not_on_the_batch():
     assert len({one(seed, 3) for seed in range(20)}) > 5
 
 
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}])
+def test_a_token_is_that_in_whose_part_of_the_kept_weights_its_number_lies(sampling):
+    """Computed again without tensors, in exact arithmetic but for the exponential."""
+    logits = torch.randn(6, 90) * 3
+    steps = [step(index, index, temperature=0.7, seed=3, **sampling) for index in range(6)]
+    found = Sampler().sample(logits, steps).token_ids
+    for index, row in enumerate(logits.tolist()):
+        weights = [(math.exp((logit - max(row)) / 0.7), token) for token, logit in enumerate(row)]
+        if sampling:
+            weights = sorted(weights, key=lambda it: -it[0])[: sampling.get("top_k", 90)]
+        most = sampling.get("top_p", 1.0) * math.fsum(weight for weight, _ in weights)
+        before = [math.fsum(weight for weight, _ in weights[:place]) for place in range(len(weights))]
+        kept = [it for it, below in zip(weights, before, strict=True) if below < most]
+        left = _uniform(3, index) * math.fsum(weight for weight, _ in kept)
+        expected = next(token for place, (weight, token) in enumerate(kept) if left < before[place] + weight)
+        assert found[index] == expected
+
+
+def test_any_mixture_of_parameters_gives_each_row_what_it_gets_alone():
+    logits = torch.randn(40, 300)
+    choices = [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 7},
+        {"temperature": 2.0, "top_p": 0.6},
+        {"temperature": 1.5, "top_k": 50, "top_p": 0.9},
+    ]
+    steps = [step(index, index % 7, seed=index, **choices[index % len(choices)]) for index in range(40)]
+    together = Sampler().sample(logits, steps).token_ids
+    for index, alone in enumerate(steps):
+        assert Sampler().sample(logits[index : index + 1], [alone]).token_ids == {index: together[index]}
+
+
+def test_of_equal_logits_every_one_is_drawn():
+    assert (draw(torch.zeros(5), 4000, temperature=1.0) > 0.15).all()
+    assert (draw(torch.zeros(5), 4000, temperature=1.0, top_p=0.99) > 0.15).all()
+
+
+def test_a_vocabulary_that_is_large_and_flat_does_not_overflow():
+    token = Sampler().sample(torch.zeros(1, 2**18), [step(temperature=1.0, top_p=0.999)]).token_ids[0]
+    assert 0 < token < 2**18
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-3, 1e30])
+def test_any_temperature_is_served(temperature):
+    logits = torch.tensor([[3.0, -float("inf"), 2.5, -1e30]])
+    token = Sampler().sample(logits, [step(temperature=temperature)]).token_ids[0]
+    assert token == 0 if temperature < 1 else token in {0, 2, 3}
+
+
+def test_the_host_waits_once_for_all_tokens_of_a_step():
+    """What reads a number of the device, or has a shape that depends on one, waits for it."""
+    with Waits() as waits:
+        steps = [step(0), step(1, temperature=1.0), step(2, temperature=1.0, top_p=0.5)]
+        Sampler().sample(torch.randn(3, 30), steps)
+    assert waits.found == ["tolist"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_row_without_finite_logits_fails_alone(bad):
     logits = torch.randn(3, 10)
     logits[1] = bad
-    result = Sampler().sample(logits, [step(index) for index in range(3)])
-    assert set(result.token_ids) == {0, 2}
-    assert set(result.errors) == {1}
+    for sampling in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}):
+        result = Sampler().sample(logits, [step(index, **sampling) for index in range(3)])
+        assert set(result.token_ids) == {0, 2}
+        assert set(result.errors) == {1}

@@ -1,0 +1,230 @@
+"""Decode steps as CUDA graphs: recorded once for each size of batch, replayed for any adapters.
+
+In a step that only decodes, every sequence has one token and wants the next. Such a step launches the same
+kernels whatever its numbers are, about a thousand of them, and a GPU would wait for the host to do it. So
+its inputs stand in static buffers, its size is padded to a bucket's, and what was recorded of a forward is
+replayed as a whole.
+
+Padded rows have no page to write to and no tiles of attention or LoRA. A bucket has two graphs, of which one
+does nothing for LoRA. What adapters change beyond the LoRA rows of linears, and whatever else does not fit,
+is computed without a graph.
+
+For shape suffixes see `decode_inputs.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from turret_adapters.spec import ModuleKind, Part
+from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
+from turret_server.kernels.gpu_attention import AttentionTiles, TiledBatch, most_splits
+from turret_server.kernels.gpu_lora import TOKENS, TiledRows
+from turret_server.kernels.gpu_rows import (
+    MOST_ROWS,
+    Directory,
+    LinearRows,
+    StepRows,
+    gather,
+    make_directory,
+)
+from turret_server.model.arena import Arena
+from turret_server.model.context import StepContext, step_context
+from turret_server.model.decode_inputs import DecodeBuffers, LoraTile
+from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas
+from turret_server.model.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+# In larger batches the GPU has enough to do.
+_MOST_SEQUENCES = 128
+# Into which attention is split for each key-value head, so that a small batch keeps a GPU busy.
+_PROGRAMS = 512
+# What the host knows of a step, a graph does not.
+_UNKNOWN = torch.empty(0, dtype=torch.int64)
+
+Forward = Callable[[], torch.Tensor]
+# Runs a function once and returns what does on the device what it did, with the output in the same place.
+Record = Callable[[Forward], Forward]
+
+
+class DecodeGraphs:
+    """The graphs of a model, and where its adapters' rows are.
+
+    `place` and `forget` may be called while a step runs, for adapters that are not in it.
+    """
+
+    def __init__(self, loaded: LoadedModel, arena: Arena, *, max_sequences: int, record: Record) -> None:
+        self._loaded = loaded
+        self._arena = arena
+        self._record = record
+        self._linears = tuple(loaded.base.of_kind(ModuleKind.LINEAR))
+        self._directories: dict[str, Directory | None] = {}
+        self._sizes = _sizes(min(max_sequences, _MOST_SEQUENCES))
+        # Virtual tokens stand before those of the text.
+        self._max_context = min(2 * loaded.max_context, arena.num_pages * arena.block_size)
+        most = self._sizes[-1]
+        self._buffers = DecodeBuffers(
+            most,
+            -(-self._max_context // arena.block_size),
+            block_size=arena.block_size,
+            device=loaded.device,
+        )
+        self._rows = StepRows.empty(len(self._linears), most, loaded.device)
+        self._graphs: dict[tuple[int, bool], Forward] = {}
+
+    @torch.inference_mode()
+    def record(self) -> None:
+        """Record all of them, the largest first: its memory does for the others."""
+        started = time.perf_counter()
+        for size in reversed(self._sizes):
+            self._buffers.fill((), (), size)
+            for has_lora in (True, False):
+                self._graphs[size, has_lora] = self._record(partial(self._forward, size, has_lora=has_lora))
+        log.info(
+            "%d CUDA graphs for up to %d sequences, ready in %.1f s",
+            len(self._graphs),
+            self._sizes[-1],
+            time.perf_counter() - started,
+        )
+
+    def place(self, revision: str, deltas: ResidentDeltas) -> None:
+        """Know a resident adapter that has rows."""
+        directory = None
+        if not deltas.others:
+            linears = [self._linear_rows(deltas, name) for name in self._linears]
+            directory = make_directory(linears, self._loaded.device)
+        self._directories[revision] = directory
+
+    def forget(self, revision: str) -> None:
+        self._directories.pop(revision, None)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> tuple[torch.Tensor, Sequence[SequenceStep]] | None:
+        """Logits [S, vocabulary], there until the next step, and the sequences in their order; None for a
+        step that is to be computed without a graph.
+        """
+        if not self._only_decodes(step):
+            return None
+        sequences = sorted(step.sequences, key=lambda sequence: sequence.adapters)
+        tiles = self._lora_tiles(sequences)
+        size = next(size for size in self._sizes if size >= len(sequences))
+        if tiles is None or not self._buffers.fill(sequences, tiles, size):
+            return None
+        return self._graphs[size, bool(tiles)]()[: len(sequences)], sequences
+
+    def _only_decodes(self, step: Step) -> bool:
+        return len(step.sequences) <= self._sizes[-1] and all(
+            len(each.token_ids) == 1
+            and each.token_ids[0] != VIRTUAL_TOKEN
+            and each.sampling is not None
+            and each.start < self._max_context
+            for each in step.sequences
+        )
+
+    def _lora_tiles(self, sequences: Sequence[SequenceStep]) -> list[LoraTile] | None:
+        """Rows with the same adapters together; None where an adapter does not fit."""
+        tiles: list[LoraTile] = []
+        for index, sequence in enumerate(sequences):
+            own: list[tuple[Directory, float]] = []
+            for revision, weight in sequence.adapters if sequence.start >= sequence.active_from else ():
+                if revision in self._directories:
+                    directory = self._directories[revision]
+                    if directory is None:
+                        return None
+                    own.append((directory, weight))
+            if sum(directory.width for directory, _ in own) > MOST_ROWS:
+                return None
+            adapters, start = tuple(own), index
+            last = tiles[-1] if tiles else None
+            if last and last.end == index and last.adapters == adapters and index - last.start < TOKENS:
+                start = tiles.pop().start
+            if adapters:
+                tiles.append(LoraTile(start, index + 1, adapters))
+        return tiles
+
+    def _linear_rows(self, deltas: ResidentDeltas, name: str) -> LinearRows | None:
+        delta = deltas.lora.get(name)
+        if delta is None:
+            return None
+        a, b = (delta.parts[part].offsets_N for part in (Part.LORA_A, Part.LORA_B))
+        return LinearRows(delta.scaling, a, b)
+
+    def _forward(self, size: int, *, has_lora: bool) -> torch.Tensor:
+        """What is recorded: logits of every row, [T, vocabulary]."""
+        inputs = self._buffers.inputs(size)
+        deltas = None
+        if has_lora:
+            rows = self._rows.of_tiles(size)
+            gather(rows, inputs.lora_T4, inputs.pairs_P3)
+            deltas = _StaticDeltas({name: rows.of_linear(at) for at, name in enumerate(self._linears)})
+        num_splits = most_splits(self._max_context)
+        context = StepContext(
+            ops=self._loaded.ops,
+            arena=self._arena,
+            attention=TiledBatch(
+                query_bounds=_UNKNOWN,
+                context_lengths_Q=_UNKNOWN,
+                block_tables_QM=inputs.block_tables[:, None],
+                pages_T=inputs.pages_T,
+                slots_T=inputs.slots_T,
+                tiles=AttentionTiles(
+                    few_N4=inputs.attention_T4,
+                    many_N4=inputs.attention_T4[:0],
+                    num_splits=num_splits,
+                    num_programs=min(num_splits, -(-_PROGRAMS // size)),
+                ),
+            ),
+            deltas=deltas,
+            head_deltas=None,
+            layers_seen=set(),
+        )
+        with step_context(context):
+            output = self._loaded.model(
+                input_ids=inputs.token_ids_T[None], position_ids=inputs.positions_T[None], use_cache=False
+            )
+        logits_TV: torch.Tensor = output.logits[0]
+        return logits_TV
+
+
+class _StaticDeltas(DeltaBatch):
+    """The LoRA rows of whatever adapters a step has when it is replayed; they change nothing else."""
+
+    def __init__(self, rows: dict[str, TiledRows]) -> None:
+        super().__init__((), GatheredRows())
+        self._rows = dict(rows)
+
+
+def _sizes(most: int) -> tuple[int, ...]:
+    """Powers of two below the largest, and that."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def cuda_record(device: torch.device) -> Record:
+    """Records CUDA graphs that share their memory: one is replayed at a time."""
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def record(forward: Forward) -> Forward:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Before it is recorded: kernels are compiled, and libraries take their workspaces.
+            forward()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may copy adapters meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = forward()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+    return record
