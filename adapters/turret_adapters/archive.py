@@ -91,7 +91,7 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
             chosen[path.name] = member
     folders = {PurePosixPath(member.path).parent for member in chosen.values()}
     if chosen.keys() != {CONFIG_NAME, TENSORS_NAME} or len(folders) != 1:
-        found = ", ".join(member.path[:200] for member in chosen.values()) or "neither"
+        found = ", ".join(repr(member.path[:200]) for member in chosen.values()) or "neither"
         raise AdapterSourceError(
             f"{name}: expected {CONFIG_NAME} and {TENSORS_NAME} in one folder, found {found}"
         )

@@ -24,10 +24,18 @@ class AdapterError(ValueError):
 
 
 class AdapterNotFoundError(AdapterError):
-    """No adapter of that name is loaded."""
+    """No adapter of that name is loaded. `why` may tell of places on the server's disk: it is for those who
+    may load the adapter.
+    """
 
     reason = "ADAPTER_NOT_FOUND"
     code = "NOT_FOUND"
+
+    def __init__(self, message: str, *, name: str = "", why: str = "") -> None:
+        super().__init__(f"{message}: {why}" if why else message)
+        self.message = message
+        self.name = name
+        self.why = why
 
 
 class AdapterTaskError(AdapterError):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from turret_adapters.errors import AdapterSourceError
 from turret_adapters.host import HostAdapter
+from turret_adapters.spec import AdapterSpec
+from turret_adapters.store_errors import RevisionCorruptError
 
 
 def _nowhere(revision: str) -> HostAdapter:
@@ -46,7 +48,7 @@ class HostMemory:
         self._lock = threading.Lock()
         self._clock = 0
         # Every revision that may be asked for, and those of them that are in memory.
-        self._known: set[str] = set()
+        self._known: dict[str, AdapterSpec] = {}
         self._kept: dict[str, _Kept] = {}
         self._reading: dict[str, threading.Lock] = {}
 
@@ -57,19 +59,24 @@ class HostMemory:
         """Know an adapter, and keep it until there is no room for it."""
         adapter = adapter.page_locked() if self._page_locked else adapter
         with self._lock:
-            self._known.add(adapter.spec.revision)
+            self._known[adapter.spec.revision] = adapter.spec
             self._keep(adapter)
+
+    def know(self, spec: AdapterSpec) -> None:
+        """Know an adapter that is read once somebody asks for it."""
+        with self._lock:
+            self._known.setdefault(spec.revision, spec)
 
     def get(self, revision: str) -> HostAdapter:
         """An adapter that is known, read again if it had to go.
 
         Raises:
             KeyError: it is not known.
+            RevisionCorruptError: it is not what was known of it.
             AdapterError: it cannot be read again.
         """
         with self._lock:
-            if revision not in self._known:
-                raise KeyError(revision)
+            spec = self._known[revision]
             found = self._touch(revision)
             reading = self._reading.setdefault(revision, threading.Lock())
         if found is not None:
@@ -77,21 +84,28 @@ class HostMemory:
         with reading:
             with self._lock:
                 found = self._touch(revision)
-            return self._read_again(revision) if found is None else found
+            return self._read_again(spec) if found is None else found
 
     def drop(self, revision: str) -> None:
         """Nobody will ask for it again."""
         with self._lock:
-            self._known.discard(revision)
+            self._known.pop(revision, None)
             self._reading.pop(revision, None)
             self._forget(revision)
 
-    def _read_again(self, revision: str) -> HostAdapter:
+    def _read_again(self, spec: AdapterSpec) -> HostAdapter:
+        revision = spec.revision
         adapter = self._read(revision)
         if adapter.spec.revision != revision:
             raise AdapterSourceError(
                 f"expected revision {revision} where it was kept, found {adapter.spec.revision}: its files "
                 "have changed; load it again"
+            )
+        if adapter.spec != spec:
+            # Pages were given to it by what was known.
+            raise RevisionCorruptError(
+                f"revision {revision}: its files hold something else than was written down of them when they "
+                "were loaded; load it again"
             )
         adapter = adapter.page_locked() if self._page_locked else adapter
         with self._lock:

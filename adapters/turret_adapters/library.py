@@ -9,23 +9,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
-from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.downloads import Downloads
+from turret_adapters.errors import AdapterError, AdapterNotFoundError, AdapterSourceError
 from turret_adapters.fetch import fetch
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.intake import Progress, untold
-from turret_adapters.names import MAX_HISTORY, Names, Published, Split
+from turret_adapters.names import MAX_HISTORY, Names, Published, Record, Split
+from turret_adapters.ownership import Ownership
 from turret_adapters.peft import read_adapter
-from turret_adapters.policy import Policy, public
-from turret_adapters.spec import BaseSpec
+from turret_adapters.policy import Deadline, Policy, public
+from turret_adapters.records import decode, encode, marks_of, reader_of
+from turret_adapters.spec import AdapterSpec, BaseSpec
 from turret_adapters.store import AdapterStore
 from turret_adapters.store_errors import (
     RevisionCorruptError,
     RevisionNotFoundError,
+    SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
 )
 from turret_adapters.uploads import Upload
+
+_NOBODYS = Ownership()
 
 
 class AdapterLibrary:
@@ -41,29 +48,60 @@ class AdapterLibrary:
         self._weights = weights
         self._lock = threading.Lock()
         self._kept: set[str] = set()
-        self._closing = threading.Event()
+        # Of those kept, which no name needs: their files go with the last that needs them.
+        self._unwanted: set[str] = set()
+        self._reader = reader_of(base)
+        self.downloads = Downloads()
+        self._interrupted = threading.Event()
+        self._fetching = 0
+        self._fetched = threading.Condition()
+
+    def interrupt(self) -> None:
+        """End what is being fetched, at its next bytes, and begin nothing more."""
+        self._interrupted.set()
 
     def close(self) -> None:
-        """Ends what is being fetched, at its next bytes, and gives up what is kept."""
-        self._closing.set()
+        """The same; waits until all of it has ended, and gives up what is kept."""
+        self.interrupt()
+        with self._fetched:
+            self._fetched.wait_for(lambda: not self._fetching)
         self._names.close()
         self._store.close()
 
     @contextmanager
-    def fetch(self, source: str, progress: Progress = untold) -> Iterator[HostAdapter]:
+    def fetch(self, source: str, progress: Progress = untold, name: str = "") -> Iterator[HostAdapter]:
         """An adapter from a source, see `turret_adapters.fetch`. Unless it is kept in the block, it may go.
+        `downloads` has it under `name` meanwhile.
 
         Raises:
             AdapterError: there is none, it may not be fetched, or it cannot be served on this base.
         """
 
         def told(done: int, total: int | None) -> None:
-            if self._closing.is_set():
-                raise SourceUnavailableError("the server stops; load the adapter again when it is back")
+            self._check_interrupted()
             progress(done, total)
 
-        with self._held(fetch(source, self._store, self._policy, told)) as adapter:
-            yield adapter
+        with self._counted():
+            with self.downloads.one(name, told) as counted:
+                revision = fetch(source, self._store, self._policy, counted)
+            with self._held(revision) as adapter:
+                yield adapter
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted.is_set():
+            raise SourceUnavailableError("the server stops; load the adapter again when it is back")
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._fetched:
+            self._check_interrupted()
+            self._fetching += 1
+        try:
+            yield
+        finally:
+            with self._fetched:
+                self._fetching -= 1
+                self._fetched.notify_all()
 
     def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
         """Begins an upload or goes on with it, see `AdapterStore.receive`.
@@ -80,7 +118,7 @@ class AdapterLibrary:
         Raises:
             AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
         """
-        with self._held(upload.finish()) as adapter:
+        with self._counted(), self._held(upload.finish()) as adapter:
             yield adapter
 
     @contextmanager
@@ -91,9 +129,8 @@ class AdapterLibrary:
             served = True
         finally:
             self._store.release(revision)
-            if not served and revision not in self._names.needed(MAX_HISTORY):
-                with suppress(RevisionNotFoundError, StoreBusyError):
-                    self._store.remove(revision)
+            if not served:
+                self._remove_unneeded([revision])
             if self._store.max_bytes is not None:
                 self._store.collect(self._names.needed)
 
@@ -101,9 +138,28 @@ class AdapterLibrary:
         """A revision from the store.
 
         Raises:
-            AdapterError: it is not there, or its bytes have changed.
+            AdapterError: it is not there, its bytes have changed, or reading it takes too much or too long.
         """
-        adapter = read_adapter(self._store.path(revision), self._base, self._weights)
+        folder = self._store.path(revision)
+        deadline = Deadline(self._policy.timeout)
+
+        def told(_done: int, total: int | None) -> None:
+            self._check_interrupted()
+            deadline.left()
+            if total is not None and total > self._policy.max_bytes:
+                raise SourceTooLargeError(
+                    f"revision {revision}: expected at most {self._policy.max_bytes} bytes, for which this "
+                    f"machine has the memory, found {total}"
+                )
+
+        try:
+            adapter = read_adapter(folder, self._base, self._weights, told)
+        except AdapterSourceError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise RevisionCorruptError(
+                f"revision {revision} in the store: {error} (loading it from its source repairs it)"
+            ) from error
         if adapter.spec.revision != revision:
             raise RevisionCorruptError(
                 f"revision {revision} in the store: expected the bytes that it is named after, found others "
@@ -125,13 +181,84 @@ class AdapterLibrary:
     def let_go(self, revision: str) -> None:
         """Nothing reads it any more; one that is not kept is left alone."""
         with self._lock:
-            if revision in self._kept:
-                self._kept.discard(revision)
-                self._store.release(revision)
+            if revision not in self._kept:
+                return
+            self._kept.discard(revision)
+            self._store.release(revision)
+            unwanted = revision in self._unwanted
+            self._unwanted.discard(revision)
+        if unwanted:
+            self._remove_unneeded([revision])
 
-    def publish(self, name: str, revision: str, source: str) -> None:
-        """Write down what a name serves from now on."""
-        self._names.publish(name, revision, as_recorded(source))
+    def publish(
+        self,
+        name: str,
+        adapter: HostAdapter,
+        source: str,
+        owner: Ownership = _NOBODYS,
+        source_marks: str = "",
+    ) -> None:
+        """Write down what a name serves from now on, and whose it is; `source_marks` are those of a folder
+        that it came from. Earlier revisions of an owner who has no room for them go.
+
+        Raises:
+            OwnerLimitError: its owner may not have so much.
+        """
+        spec = adapter.spec
+        owner = replace(owner, num_bytes=max(spec.file_bytes, adapter.num_bytes))
+        before = set() if owner.max_bytes is None else self._names.owned(owner.owner)
+        self._names.publish(
+            name,
+            spec.revision,
+            as_recorded(source),
+            owner,
+            source_marks=source_marks,
+            record=self._record_of(spec),
+        )
+        self._remove_unneeded(before)
+
+    def _remove_unneeded(self, revisions: Iterable[str]) -> None:
+        """Take away the files of those that no name of any base needs, once nothing reads them."""
+        needed = self._names.needed(MAX_HISTORY) if revisions else set()
+        for revision in revisions:
+            if revision in needed:
+                continue
+            with self._lock:
+                if revision in self._kept:
+                    self._unwanted.add(revision)
+                    continue
+            with suppress(RevisionNotFoundError, StoreBusyError):
+                self._store.remove(revision)
+
+    def record(self, spec: AdapterSpec) -> None:
+        """Write down what is known of a revision that was read, for the next start, if that can be."""
+        with suppress(AdapterError):
+            self._names.record(spec.revision, self._record_of(spec))
+
+    def recorded(self) -> dict[str, AdapterSpec]:
+        """What is known of revisions whose files look as they did when that was written down, by this version
+        and for a base such as this. They need not be read before somebody needs their tensors.
+        """
+        with suppress(AdapterError):
+            self._names.tidy_records()
+        found = {}
+        for revision, record in self._names.records().items():
+            marks = self._marks(revision) if record.reader == self._reader else ""
+            spec = decode(record.spec) if marks and marks == record.marks else None
+            if spec and spec.revision == revision:
+                found[revision] = spec
+        return found
+
+    def forget_record(self, revision: str) -> None:
+        """What was known of a revision is not so: the next start reads it, if that can be written down."""
+        with suppress(AdapterError):
+            self._names.forget_record(revision)
+
+    def _record_of(self, spec: AdapterSpec) -> Record:
+        return Record(self._reader, self._marks(spec.revision), encode(spec))
+
+    def _marks(self, revision: str) -> str:
+        return marks_of(self._store.place(revision))
 
     def forget(self, name: str) -> None:
         """Write down that a name serves nothing; one that is not known is left alone."""

@@ -15,17 +15,19 @@ from pathlib import Path
 
 from turret_adapters.errors import AdapterNotFoundError
 from turret_adapters.names_database import NamesDatabase
+from turret_adapters.ownership import Ownership, make_room
 from turret_adapters.store_errors import RevisionNotFoundError
 
 MAX_HISTORY = 32
 
-_COLUMNS = "name, revision, source, published_at, number"
+_COLUMNS = "name, revision, source, published_at, number, owner, source_marks"
+_NOBODYS = Ownership()
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
     """That a name came to serve a revision. `number` grows with each, over all names; `published_at` is in
-    seconds since 1970 by the clock of then.
+    seconds since 1970 by the clock of then; `source_marks` tell whether the source, a folder, has changed.
     """
 
     name: str
@@ -33,6 +35,17 @@ class Published:
     source: str
     published_at: float
     number: int
+    owner: str
+    source_marks: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was written down of a revision by a reader, see `turret_adapters.records`."""
+
+    reader: str
+    marks: str
+    spec: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +76,45 @@ class Names:
     def close(self) -> None:
         self._database.close()
 
-    def publish(self, name: str, revision: str, source: str) -> Published:
-        """Makes `name` serve a revision from now on. One that it serves already is published once."""
+    def publish(
+        self,
+        name: str,
+        revision: str,
+        source: str,
+        ownership: Ownership = _NOBODYS,
+        *,
+        source_marks: str = "",
+        record: Record | None = None,
+    ) -> Published:
+        """Makes `name` serve a revision from now on. One that it serves already is published once.
+
+        Raises:
+            OwnerLimitError: the owner may not have so much.
+        """
         with self._database.transaction() as database:
             current = self._rows(database, name)[:1]
             if current and current[0].revision == revision:
                 database.execute(
-                    "UPDATE published SET source = ? WHERE number = ?", (source, current[0].number)
+                    "UPDATE published SET source = ?, source_marks = ?, owner = ?, bytes = ? "
+                    "WHERE number = ?",
+                    (source, source_marks, ownership.owner, ownership.num_bytes, current[0].number),
                 )
             else:
                 database.execute(
-                    "INSERT INTO published (base, name, revision, source, published_at) "
-                    "VALUES (?, ?, ?, ?, ?)",
-                    (self._base, name, revision, source, time.time()),
+                    "INSERT INTO published (base, name, revision, source, published_at, source_marks, owner, "
+                    "bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(self._base, name, revision, source, time.time()),
+                        *(source_marks, ownership.owner, ownership.num_bytes),
+                    ),
                 )
             rows = self._rows(database, name)
             for published in rows[MAX_HISTORY:]:
                 database.execute("DELETE FROM published WHERE number = ?", (published.number,))
             self._tidy_split(database, name)
+            make_room(database, self._base, name, ownership)
+            if record:
+                self._record(database, revision, record)
             return rows[0]
 
     def remove(self, name: str) -> None:
@@ -196,6 +230,43 @@ class Names:
                 (depth,),
             )
             return {revision for (revision,) in rows}
+
+    def owned(self, owner: str) -> set[str]:
+        """The revisions in the histories of names that are theirs."""
+        with self._database.transaction() as database:
+            rows = database.execute(
+                "SELECT DISTINCT revision FROM published WHERE base = ? AND owner = ?", (self._base, owner)
+            )
+            return {revision for (revision,) in rows}
+
+    def record(self, revision: str, record: Record) -> None:
+        """Writes down what is known of a revision."""
+        with self._database.transaction() as database:
+            self._record(database, revision, record)
+
+    def records(self) -> dict[str, Record]:
+        """What is known of revisions."""
+        with self._database.transaction() as database:
+            rows = database.execute(
+                "SELECT revision, reader, marks, spec FROM record WHERE base = ?", (self._base,)
+            )
+            return {revision: Record(*rest) for revision, *rest in rows}
+
+    def tidy_records(self) -> None:
+        """Forgets what is known of revisions that no name has any more."""
+        with self._database.transaction() as database:
+            database.execute("DELETE FROM record WHERE revision NOT IN (SELECT revision FROM published)")
+
+    def forget_record(self, revision: str) -> None:
+        """What was known of a revision is not so."""
+        with self._database.transaction() as database:
+            database.execute("DELETE FROM record WHERE base = ? AND revision = ?", (self._base, revision))
+
+    def _record(self, database: sqlite3.Connection, revision: str, record: Record) -> None:
+        database.execute(
+            "INSERT OR REPLACE INTO record (base, revision, reader, marks, spec) VALUES (?, ?, ?, ?, ?)",
+            (self._base, revision, record.reader, record.marks, record.spec),
+        )
 
     def _tidy_split(self, database: sqlite3.Connection, name: str) -> None:
         """Ends a split with a revision that has become current, or is no longer in the history."""

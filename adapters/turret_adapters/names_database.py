@@ -20,7 +20,6 @@ from turret_adapters.store_errors import (
     errors_of_the_store,
 )
 
-SCHEMA_VERSION = 2
 BUSY_SECONDS = 30.0
 
 _SCHEMA = """
@@ -43,6 +42,23 @@ CREATE TABLE split (
     PRIMARY KEY (base, name)
 ) STRICT;
 """
+_SCHEMA_SINCE_3 = """
+ALTER TABLE published ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+ALTER TABLE published ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE published ADD COLUMN source_marks TEXT NOT NULL DEFAULT '';
+CREATE INDEX by_owner ON published (base, owner);
+CREATE TABLE record (
+    base TEXT NOT NULL,
+    revision TEXT NOT NULL,
+    reader TEXT NOT NULL,
+    marks TEXT NOT NULL,
+    spec BLOB NOT NULL,
+    PRIMARY KEY (base, revision)
+) STRICT;
+"""
+# What makes the schema of each version of that before it.
+_STEPS = (_SCHEMA, _SCHEMA_SINCE_2, _SCHEMA_SINCE_3)
+SCHEMA_VERSION = len(_STEPS)
 
 
 class NamesDatabase:
@@ -94,17 +110,12 @@ class NamesDatabase:
             )
         database.execute("PRAGMA synchronous = FULL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            script = _SCHEMA + _SCHEMA_SINCE_2
-        elif version == 1:
-            script = _SCHEMA_SINCE_2
-        elif version != SCHEMA_VERSION:
+        if version > SCHEMA_VERSION:
             raise NamesCorruptError(
                 f"names {str(self._place)!r}: expected schema {SCHEMA_VERSION}, found {version} "
                 "(serve this store with the version of Turret that made it, or choose another folder)"
             )
-        else:
-            script = ""
+        script = "".join(_STEPS[version:])
         if script:
             database.executescript(f"BEGIN;{script}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
         (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()

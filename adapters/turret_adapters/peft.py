@@ -13,6 +13,7 @@ from turret_adapters.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, REVISION
 from turret_adapters.errors import AdapterSourceError
 from turret_adapters.fields import Fields, parse_object, refusal
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
+from turret_adapters.intake import Progress, untold
 from turret_adapters.kinds import CONVERTIBLE, KINDS
 from turret_adapters.plan import Content, Kind
 from turret_adapters.source import CONFIG_NAME, TENSORS_NAME, describe, open_inside, refuse_pickle, resolve
@@ -20,13 +21,16 @@ from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 from turret_adapters.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
 
 
-def read_adapter(path: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter:
+def read_adapter(
+    path: Path, base: BaseSpec, weights: BaseWeights, progress: Progress = untold
+) -> HostAdapter:
     """Reads an adapter that peft saved.
 
     Args:
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: the model that it must fit.
         weights: the model's weights, which are asked for only once everything else is sound.
+        progress: told bytes read and in all before each tensor; what it raises ends the reading.
 
     Raises:
         AdapterSourceError: there is no adapter at `path`, or it cannot be read.
@@ -34,14 +38,14 @@ def read_adapter(path: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapte
         AdapterBaseError: the files were made for another base model.
     """
     try:
-        return _read_folder(resolve(str(path)), base, weights)
+        return _read_folder(resolve(str(path)), base, weights, progress)
     except OSError as error:
         raise AdapterSourceError(
             f"{str(error.filename or path)!r}: expected a file that can be read, found {describe(error)}"
         ) from error
 
 
-def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter:
+def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: Progress) -> HostAdapter:
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
@@ -52,7 +56,10 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdap
         header, entries = read_header(file, size)
         check_entries(entries, plan.expected, base)
         digest.update(header)
-        tensors = {entry.key: read_tensor(file, entry, digest) for entry in entries}
+        tensors = {}
+        for entry in entries:
+            progress(entry.begin, size)
+            tensors[entry.key] = read_tensor(file, entry, digest)
     content = plan.build(tensors, weights)
     spec = AdapterSpec(
         revision=digest.hexdigest()[:REVISION_LENGTH],

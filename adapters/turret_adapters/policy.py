@@ -34,7 +34,7 @@ class Policy:
     the path: `https://models.example.com/adapters`, `https://` for any host, `hf://owner`, `s3://bucket`;
     what a URL redirects to must be allowed as well. A host may be in `networks` besides the public internet.
     `max_bytes` is the most that the two files may hold, or an archive of them; `timeout` counts seconds from
-    the first look to the last byte.
+    the first look to the last byte, and once more while the adapter is read from the store.
     """
 
     roots: tuple[Path, ...] = ()

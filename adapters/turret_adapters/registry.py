@@ -13,11 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from turret_adapters.compose import check_composition, join_prefixes, joined_spec
-from turret_adapters.errors import AdapterNotFoundError, AdapterTaskError
+from turret_adapters.errors import (
+    AdapterBaseError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterNotFoundError,
+    AdapterTaskError,
+)
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.names import Split
 from turret_adapters.spec import TASK_MARK, AdapterSpec
+from turret_adapters.store_errors import RevisionCorruptError, RevisionNotFoundError
+
+# What no later try to read a revision can mend.
+_LOST = (AdapterBaseError, AdapterFormatError, RevisionCorruptError, RevisionNotFoundError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +99,14 @@ class AdapterRegistry:
     """All methods may be called from any thread. Tensors are in `memory`.
 
     `on_gone` is told each revision that nothing needs any more, on the thread that gave it up; whoever keeps
-    copies elsewhere sets it before the first `publish`. `on_change` is told how each name stands after a
+    copies elsewhere sets it before the first `publish`. `on_lost` is told each revision that, once
+    it was read, turned out not to be what it was. `on_change` is told how each name stands after a
     change of it, in the order of the changes: nothing changes before it returns, and it calls nothing here.
     """
 
     def __init__(self, memory: HostMemory | None = None) -> None:
         self.on_gone: Callable[[str], None] = lambda _: None
+        self.on_lost: Callable[[str, AdapterError], None] = lambda *_: None
         self.on_change: Callable[[AdapterStatus], None] = lambda _: None
         self._memory = HostMemory() if memory is None else memory
         self._lock = threading.Lock()
@@ -106,16 +118,28 @@ class AdapterRegistry:
 
     def publish(self, name: str, adapter: HostAdapter) -> None:
         """Make `name` point at this revision from now on."""
-        spec = adapter.spec
         with self._lock:
             self._memory.put(adapter)
-            self._specs[spec.revision] = spec
-            self._needed[spec.revision] += 1
-            entry = self._names.setdefault(name, _Name())
-            replaced, entry.current, entry.error = entry.current, spec, ""
-            gone = self._let_go(replaced.revision) if replaced else []
-            self.on_change(self._status(name, entry))
+            gone = self._point(name, adapter.spec)
         self._tell(gone)
+
+    def publish_unread(self, name: str, spec: AdapterSpec) -> None:
+        """The same for a revision whose tensors are read once they are needed; where they are not what its
+        spec says, the name fails then.
+        """
+        with self._lock:
+            self._memory.know(spec)
+            gone = self._point(name, spec)
+        self._tell(gone)
+
+    def _point(self, name: str, spec: AdapterSpec) -> list[str]:
+        self._specs[spec.revision] = spec
+        self._needed[spec.revision] += 1
+        entry = self._names.setdefault(name, _Name())
+        replaced, entry.current, entry.error = entry.current, spec, ""
+        gone = self._let_go(replaced.revision) if replaced else []
+        self.on_change(self._status(name, entry))
+        return gone
 
     def add(self, adapter: HostAdapter) -> None:
         """Hold a revision that no name needs to point at, until it is let go of."""
@@ -290,8 +314,28 @@ class AdapterRegistry:
 
     def _find(self, revision: str) -> HostAdapter:
         whole, _, task = revision.partition(TASK_MARK)
-        adapter = self._memory.get(whole)
+        try:
+            adapter = self._memory.get(whole)
+        except _LOST as error:
+            self._lose(whole, error)
+            raise
         return adapter.tasks[int(task)] if task else adapter
+
+    def _lose(self, revision: str, error: AdapterError) -> None:
+        """Nobody gets this revision any more; names that serve it fail."""
+        gone: list[str] = []
+        with self._lock:
+            for name, entry in self._names.items():
+                if revision not in entry.served:
+                    continue
+                if entry.split and entry.split.revision == revision:
+                    gone += self._end_split(entry)
+                if entry.current and entry.current.revision == revision:
+                    entry.current, entry.error = None, str(error)
+                    gone += self._let_go(revision)
+                self.on_change(self._status(name, entry))
+        self.on_lost(revision, error)
+        self._tell(gone)
 
     def status(self, name: str) -> AdapterStatus:
         """What there is to say of one name.
@@ -341,7 +385,7 @@ class AdapterRegistry:
 
     def _not_found(self, name: str, error: str = "") -> AdapterNotFoundError:
         if error:
-            return AdapterNotFoundError(f"adapter {name!r} could not be loaded: {error}")
+            return AdapterNotFoundError(f"adapter {name!r} could not be loaded", name=name, why=error)
         return AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
 
     def _let_go(self, revision: str) -> list[str]:

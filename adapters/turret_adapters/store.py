@@ -175,6 +175,10 @@ class AdapterStore:
             f"revision {revision!r} is not in the store {str(self.root)!r}; load it from its source again"
         )
 
+    def place(self, revision: str) -> Path:
+        """Where a revision is, if it is there; nothing is noted of that somebody looked."""
+        return self._adapters / revision
+
     def revisions(self) -> dict[str, int]:
         """Every revision in the store, that used longest ago first, with its bytes."""
         with errors_of_the_store(self.root), exclusive(self.root):

@@ -9,6 +9,7 @@ AdapterError
 ├── RevisionCorruptError    DATA_LOSS           REVISION_CORRUPT    the stored bytes have changed
 ├── NamesCorruptError       DATA_LOSS           NAMES_CORRUPT       the database of names cannot be read
 ├── StoreBusyError          UNAVAILABLE         STORE_BUSY          somebody else is at it
+├── OwnerLimitError         RESOURCE_EXHAUSTED  QUOTA_EXCEEDED      its owner has as much as they may
 ├── StoreFullError          RESOURCE_EXHAUSTED  STORE_FULL          no room on the disk or in the budget
 └── StoreFailedError        INTERNAL            STORE_FAILED        the disk or its permissions
 """
@@ -77,6 +78,17 @@ class StoreBusyError(AdapterError):
 
     reason = "STORE_BUSY"
     code = "UNAVAILABLE"
+
+
+class OwnerLimitError(AdapterError):
+    """Its owner has as much as they may; `limit` says of what."""
+
+    reason = "QUOTA_EXCEEDED"
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class StoreFullError(AdapterError):

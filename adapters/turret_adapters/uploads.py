@@ -28,6 +28,7 @@ MAX_UPLOADS_BYTES = 32 << 30
 MAX_UPLOADS = 256
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_OWNER_LENGTH = 16
 
 
 class Upload:
@@ -98,7 +99,7 @@ class Upload:
 
 
 class Uploads:
-    """Those of a store, each a folder `<size>-<key>`. Called under the store's lock."""
+    """Those of a store, each a folder `<size>-<owner>-<key>`. Called under the store's lock."""
 
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
         self._folder = folder
@@ -114,9 +115,10 @@ class Uploads:
                 f"expected at most {MAX_CONFIG_BYTES} bytes of config and "
                 f"{min(MAX_TENSORS_BYTES, self._max_bytes)} bytes of tensors, found {len(config)} and {size}"
             )
+        whose = hashlib.sha256(owner.encode()).hexdigest()[:_OWNER_LENGTH]
         key = hashlib.sha256(repr((owner, digest, config)).encode()).hexdigest()
-        folder = self._folder / f"{size}-{key}"
-        self._make_room(folder, size)
+        folder = self._folder / f"{size}-{whose}-{key}"
+        self._make_room(folder, size, whose)
         folder.mkdir(exist_ok=True)
         handle = try_lock(folder)
         if handle is None:
@@ -137,23 +139,37 @@ class Uploads:
             if abs(time.time() - _last_written(folder)) > KEPT_SECONDS:
                 _remove_if_idle(folder)
 
-    def _make_room(self, wanted: Path, size: int) -> None:
+    def _make_room(self, wanted: Path, size: int, whose: str) -> None:
+        """Nobody takes more than half of the room with several uploads: others come in beside it."""
         self.expire()
-        others = [folder for folder in self._oldest_first() if folder != wanted]
-        for folder in list(others):
-            if self._fits(others, size):
-                return
-            if _remove_if_idle(folder):
-                others.remove(folder)
-        if not self._fits(others, size):
+        own = [folder for folder in self._others(wanted) if folder.name.split("-")[1] == whose]
+        if not self._free(own, size, 2) and own:
+            raise StoreFullError(
+                f"expected at most {MAX_UPLOADS // 2} uploads of {self._max_bytes // 2} bytes of one tenant "
+                f"at a time, found {len(own)} others (try again when they are done)"
+            )
+        others = self._others(wanted)
+        if not self._free(others, size, 1):
             raise StoreFullError(
                 f"expected at most {MAX_UPLOADS} uploads of {self._max_bytes} bytes at a time, "
                 f"found {len(others)} others (try again when they are done)"
             )
 
-    def _fits(self, others: list[Path], size: int) -> bool:
+    def _free(self, others: list[Path], size: int, share: int) -> bool:
+        """Removes idle ones, the oldest first, until one more fits into its share of the room."""
+        for folder in list(others):
+            if self._fits(others, size, share):
+                return True
+            if _remove_if_idle(folder):
+                others.remove(folder)
+        return self._fits(others, size, share)
+
+    def _fits(self, others: list[Path], size: int, share: int) -> bool:
         announced = sum(int(folder.name.partition("-")[0]) for folder in others)
-        return len(others) < MAX_UPLOADS and announced + size <= self._max_bytes
+        return len(others) < MAX_UPLOADS // share and announced + size <= self._max_bytes // share
+
+    def _others(self, wanted: Path) -> list[Path]:
+        return [folder for folder in self._oldest_first() if folder != wanted]
 
     def _oldest_first(self) -> list[Path]:
         return sorted(self._folder.iterdir(), key=_last_written)

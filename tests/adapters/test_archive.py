@@ -89,7 +89,7 @@ def test_a_path_out_of_the_archive_is_refused(kind: str, hostile: str) -> None:
     ("members", "found"),
     [
         ([], "found neither"),
-        (ADAPTER[:1], f"found {CONFIG_NAME}"),
+        (ADAPTER[:1], f"found '{CONFIG_NAME}'"),
         ([("a/" + CONFIG_NAME, b""), ("b/" + TENSORS_NAME, b"")], "in one folder"),
         ([*ADAPTER, ("other/" + CONFIG_NAME, b"")], "found several"),
     ],
@@ -258,3 +258,14 @@ def test_an_adapter_at_any_path_is_refused_or_comes_out_whole(kind: str, path: s
     except AdapterSourceError:
         return
     assert found == files()
+
+
+def test_paths_that_are_no_text_are_shown_as_they_can_be(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name in ("a\n\udcff/adapter_config.json", "b/adapter_model.safetensors"):
+            tar.addfile(tarfile.TarInfo(name))
+    archive.seek(0)
+    with pytest.raises(AdapterSourceError) as refused:
+        unpack(archive, "x.tar.gz", Intake(tmp_path, 1 << 20, untold), 1 << 20)
+    assert str(refused.value).isprintable()

@@ -14,6 +14,7 @@ from turret_adapters.errors import AdapterSourceError
 from turret_adapters.host import HostAdapter, ModuleDelta
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.spec import Part
+from turret_adapters.store_errors import RevisionCorruptError
 
 PATIENCE = 60.0
 
@@ -173,3 +174,20 @@ def test_the_budget_holds_and_everything_known_can_be_had(actions, max_bytes):
         assert memory.num_bytes <= max_bytes
         assert memory.num_bytes == sum(kept.num_bytes for kept in memory._kept.values())
         assert memory._kept.keys() <= known
+
+
+def test_one_that_is_only_known_is_read_when_it_is_asked_for(disk):
+    memory = HostMemory(None, disk.read)
+    memory.know(make_spec("1", slab_pages=1))
+    assert len(memory) == 0
+    assert memory.get("1").spec.revision == "1"
+    assert memory.get("1").spec.revision == "1"
+    assert disk.reads == {"1": 1}
+
+
+def test_one_that_is_not_what_was_known_of_it_is_refused(disk):
+    memory = HostMemory(None, disk.read)
+    memory.know(make_spec("1", slab_pages=2))
+    with pytest.raises(RevisionCorruptError, match="something else than was written down"):
+        memory.get("1")
+    assert len(memory) == 0

@@ -13,7 +13,7 @@ import pytest
 
 from turret_adapters import names_database as module
 from turret_adapters.errors import AdapterNotFoundError
-from turret_adapters.names import MAX_HISTORY, Names, Split
+from turret_adapters.names import MAX_HISTORY, Names, Record, Split
 from turret_adapters.store_errors import (
     NamesCorruptError,
     RevisionNotFoundError,
@@ -283,7 +283,7 @@ def test_a_database_of_a_newer_turret_is_left_alone(open_names: Callable[..., Na
     database = sqlite3.connect(tmp_path / "names.sqlite")
     database.execute(f"PRAGMA user_version = {module.SCHEMA_VERSION + 1}")
     database.close()
-    with pytest.raises(NamesCorruptError, match=r"expected schema 2, found 3 .*version of Turret"):
+    with pytest.raises(NamesCorruptError, match=r"expected schema 3, found 4 .*version of Turret"):
         open_names()
 
 
@@ -308,3 +308,35 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_what_is_written_is_synchronised(names: Names) -> None:
     assert names._database._connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert names._database._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_names_of_the_schema_before_owners_are_read(open_names: Callable[..., Names], tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "names.sqlite")
+    database.executescript(f"{module._SCHEMA}{module._SCHEMA_SINCE_2}PRAGMA user_version = 2;")
+    database.execute(
+        "INSERT INTO published (base, name, revision, source, published_at) "
+        "VALUES ('llama', 'poet', 'r1', '/poet', 1)"
+    )
+    database.commit()
+    database.close()
+    names = open_names()
+    [poet] = names.history("poet")
+    assert (poet.revision, poet.source, poet.owner, poet.source_marks) == ("r1", "/poet", "", "")
+    assert names.records() == {}
+
+
+def test_a_record_stays_as_long_as_a_name_has_its_revision(open_names: Callable[..., Names]) -> None:
+    llama, qwen = open_names("llama"), open_names("qwen")
+    record, other = Record("reader", "marks", b"spec"), Record("reader", "marks", b"other")
+    llama.publish("poet", "r1", "", record=record)
+    llama.publish("gone", "r2", "", record=other)
+    qwen.record("r1", other)
+    llama.remove("gone")
+    llama.tidy_records()
+    llama.close()
+    llama = open_names("llama")
+    assert llama.records() == {"r1": record}
+    assert qwen.records() == {"r1": other}
+    llama.forget_record("r1")
+    assert llama.records() == {}
+    assert qwen.records() == {"r1": other}

@@ -123,7 +123,7 @@ def test_what_nobody_goes_on_with_expires(open_store: Callable[..., AdapterStore
 def test_the_oldest_idle_upload_makes_room(
     open_store: Callable[..., AdapterStore],
 ) -> None:
-    store = open_store(20)
+    store = open_store(28)
     with receive(store, b"tensor1") as upload:
         upload.write(0, b"t")
         os.utime(partial(store)[0] / "adapter_model.safetensors", (time.time() - 60, time.time() - 60))
@@ -139,9 +139,21 @@ def test_the_oldest_idle_upload_makes_room(
 
 
 def test_the_number_of_uploads_is_limited(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
+    monkeypatch.setattr(uploads, "MAX_UPLOADS", 4)
     with receive(store, b"1"), receive(store, b"2"), pytest.raises(StoreFullError):
         receive(store, b"3")
+
+
+def test_nobody_takes_all_the_room(open_store: Callable[..., AdapterStore]) -> None:
+    store = open_store(28)
+    with receive(store, b"tensor1"), receive(store, b"tensor2"):
+        with pytest.raises(StoreFullError, match="at most 128 uploads of 14 bytes of one tenant"):
+            receive(store, b"tensor3")
+        with store.receive(digest(b"tensor3"), CONFIG, 7, "another") as other:
+            other.write(0, b"tensor3")
+            store.release(other.finish())
+    with store.receive(digest(), CONFIG, 28, "one that is large"):
+        assert len(partial(store)) == 1
 
 
 @pytest.mark.parametrize("wrong", ["", "0" * 63, "0" * 65, "G" * 64, "../" + "0" * 61, "0" * 64 + "\n"])
