@@ -17,6 +17,7 @@ from typing import Any
 from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache, block_key
+from turret_server.engine.recovery import Runner
 from turret_server.engine.request import (
     DEFAULT_TENANT,
     AdapterUse,
@@ -29,7 +30,7 @@ from turret_server.engine.residency import Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence as EngineSequence
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step, StepResult
-from turret_server.errors import RequestTooLargeError
+from turret_server.errors import GenerationFailedError, RequestTooLargeError
 
 PAGE_ELEMENTS = 8
 _VOCABULARY = 1_000_003
@@ -300,6 +301,7 @@ class Simulation:
         weights: Mapping[str, float] | None = None,
     ) -> None:
         self.device = FakeDevice(num_pages, block_size, immediate=immediate)
+        self.runner: Runner = self.device
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool)
         self.inbox: deque[Callable[[], None]] = deque()
@@ -359,8 +361,9 @@ class Simulation:
         step = self.scheduler.schedule(self.now)
         if step is not None:
             self._check_step(step)
-            result = self.device.run(step)
-            errors = faults(step)
+            result = self.runner.run(step)
+            faulty = {id_: GenerationFailedError(reason) for id_, reason in faults(step).items()}
+            errors = {**result.errors, **faulty}
             tokens = {id_: token for id_, token in result.token_ids.items() if id_ not in errors}
             self.scheduler.update(step, StepResult(token_ids=tokens, errors=errors), 0.0)
         self.check()
@@ -388,11 +391,15 @@ class Simulation:
 
     def check_nothing_is_left(self) -> None:
         """With all ended and every adapter dropped, only the cache has pages, and gives them up."""
+        while self.device.pending:
+            self.device.complete()
         self.take_in()
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         for sequence in list(self.scheduler.allocation.pinned):
             self.scheduler.allocation.unpin(sequence.request.request_id)
+        for name in "ab":
+            self.scheduler.pin(name, ())
         for resident in list(self.residency):
             self.scheduler.drop(resident.spec.revision)
         assert not list(self.residency)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
+from turret_adapters.spec import AdapterSpec
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
-from turret_server.engine.request import Request
 from turret_server.engine.residency import Residency
 from turret_server.engine.resident import Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import PageCopy
-from turret_server.errors import RequestTooLargeError
+from turret_server.errors import AdapterTooLargeError, QuotaExceededError, RequestTooLargeError
 
-# Prompts that are pinned must leave room for requests.
+# Prompts and adapters that are pinned must leave room for requests.
 _MOST_PINNED = 0.5
 
 
@@ -63,25 +63,47 @@ class Allocation:
         Raises:
             RequestTooLargeError: it takes more pages than there are beside pinned prompts, or it is to be
                 pinned and would leave too few.
+            QuotaExceededError: its adapters take more pages than its tenant may have for them.
         """
+        self._check_quota(sequence)
         needed, available = self.num_pages(sequence), self._pool.num_pages
-        pinned = self._num_pinned_beside(sequence.request)
+        own = {use.spec.revision for use in sequence.request.adapters}
+        pinned = self._num_pinned_beside(own, self._residency.pinned())
         if sequence.request.pinned and needed + pinned > available * _MOST_PINNED:
             raise RequestTooLargeError(
-                f"pinned prompts may take {int(available * _MOST_PINNED)} of the arena's {available} pages; "
-                f"this one takes {needed} with its adapters and others take {pinned}; unpin one or start the "
-                "server with more --memory",
+                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
+                f"{available} pages; this one takes {needed} with its adapters and others take {pinned}; "
+                "unpin one or start the server with more --memory",
                 needed_pages=needed,
                 arena_pages=available,
                 pinned_pages=pinned,
             )
         if needed + pinned > available:
-            beside = f", of which pinned prompts take {pinned}" if pinned else ""
+            beside = f", of which pinned prompts and adapters take {pinned}" if pinned else ""
             raise RequestTooLargeError(
                 f"prompt, tokens to generate and adapter take {needed} pages, but the arena has {available}"
                 f"{beside}; ask for fewer tokens{', unpin a prompt' * bool(pinned)} or start the server with "
                 "more --memory",
                 needed_pages=needed,
+                arena_pages=available,
+                pinned_pages=pinned,
+            )
+
+    def check_pin(self, name: str, specs: Iterable[AdapterSpec]) -> None:
+        """See that adapters can be pinned under a name, in place of what is now.
+
+        Raises:
+            AdapterTooLargeError: they would leave too little for requests.
+        """
+        needed, available = sum(map(self._residency.num_pages, specs)), self._pool.num_pages
+        own = {spec.revision for spec in specs}
+        pinned = self._num_pinned_beside(own, self._residency.pinned(but=name))
+        if needed + pinned > available * _MOST_PINNED:
+            raise AdapterTooLargeError(
+                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
+                f"{available} pages; {name!r} takes {needed} and others take {pinned}; pin fewer or start "
+                "the server with more --memory",
+                adapter_pages=needed,
                 arena_pages=available,
                 pinned_pages=pinned,
             )
@@ -137,6 +159,11 @@ class Allocation:
         for index in range(before, after):
             self._cache.insert(keys[index], sequence.block_table[index])
 
+    def forget(self, sequence: Sequence) -> None:
+        """What was computed of it may be wrong: nobody is to find it in the cache from now on."""
+        whole = sequence.num_virtual // self._block_size
+        self._cache.forget(sequence.keys(sequence.num_computed // self._block_size, self._block_size)[whole:])
+
     def release(self, sequence: Sequence) -> None:
         """Give pages and adapters back; what the prefix cache keeps of them can be found again."""
         self._pool.release(sequence.block_table)
@@ -144,7 +171,7 @@ class Allocation:
         sequence.block_table = []
         sequence.num_computed = 0
         for resident in sequence.residents:
-            self._residency.release(resident)
+            self._residency.release(resident, sequence.tenant)
         sequence.residents = ()
 
     def pin(self, sequence: Sequence, beside: Iterable[Sequence]) -> None:
@@ -152,6 +179,7 @@ class Allocation:
 
         Raises:
             RequestTooLargeError: there is no room for it, or none left for those `beside` it.
+            QuotaExceededError: the same of what its tenant may have.
         """
         self.check_fits(sequence)
         request_id = sequence.request.request_id
@@ -160,7 +188,7 @@ class Allocation:
             for other in beside:
                 if other is not sequence:
                     self.check_fits(other)
-        except RequestTooLargeError:
+        except (QuotaExceededError, RequestTooLargeError):
             del self._pinned[request_id]
             raise
         whole = sequence.num_virtual // self._block_size
@@ -186,15 +214,43 @@ class Allocation:
             if any(use.spec.revision == revision for use in sequence.request.adapters):
                 self.unpin(request_id)
 
-    def _num_pinned_beside(self, request: Request) -> int:
-        """Pages of pinned prompts and their adapters that are not the request's own.
+    def _check_quota(self, sequence: Sequence) -> None:
+        most = self._residency.max_pages(sequence.tenant)
+        if most is None:
+            return
+        everybodys = {spec.revision for spec in self._residency.pinned()}
+        specs = {use.spec.revision: use.spec for use in sequence.request.adapters}
+        own = {
+            revision: self._residency.num_pages(spec)
+            for revision, spec in specs.items()
+            if revision not in everybodys
+        }
+        pinned = {
+            resident.spec.revision: resident.num_pages
+            for other in list(self._pinned.values())
+            if other.tenant == sequence.tenant
+            for resident in other.residents
+            if resident.spec.revision not in specs.keys() | everybodys
+        }
+        if own and sum(own.values()) + sum(pinned.values()) > most:
+            raise QuotaExceededError(
+                f"the request's adapters take {sum(own.values())} pages of the arena and those of pinned "
+                f"prompts {sum(pinned.values())}, and adapters of tenant {sequence.tenant!r} may have "
+                f"{most}; name fewer or smaller ones, or unpin a prompt",
+                tenant=sequence.tenant,
+                quota="max_device_bytes",
+            )
+
+    def _num_pinned_beside(self, own: Collection[str], adapters: Iterable[AdapterSpec]) -> int:
+        """Pages of these pinned adapters, and of pinned prompts with theirs, without those of own revisions.
 
         Other threads ask as well, while the engine's pins and unpins.
         """
-        own = {use.spec.revision for use in request.adapters}
         pinned = list(self._pinned.values())
         pages = {page for sequence in pinned for page in sequence.block_table}
         for sequence in pinned:
             for resident in sequence.residents:
                 (pages.difference_update if resident.spec.revision in own else pages.update)(resident.pages)
-        return len(pages)
+        counted = {resident.spec.revision for sequence in pinned for resident in sequence.residents}
+        others = (spec for spec in adapters if spec.revision not in counted and spec.revision not in own)
+        return len(pages) + sum(map(self._residency.num_pages, others))

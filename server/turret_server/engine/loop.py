@@ -8,20 +8,22 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
+from turret_server import logs
 from turret_server.engine.admission import Admission, TenantLimits
 from turret_server.engine.pages import PagePool
 from turret_server.engine.prefix_cache import PrefixCache
-from turret_server.engine.request import FinishReason, Output, Request
+from turret_server.engine.recovery import RecoveringRunner, Runner
+from turret_server.engine.request import DEFAULT_TENANT, FinishReason, Output, Request
 from turret_server.engine.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
-from turret_server.engine.step import Step, StepResult
+from turret_server.engine.step import Step
 from turret_server.errors import (
     AdapterTooLargeError,
     GenerationFailedError,
+    QuotaExceededError,
     ShuttingDownError,
     TurretError,
 )
@@ -30,12 +32,6 @@ log = logging.getLogger(__name__)
 
 # How long the thread sleeps at most while requests wait for their adapters: deadlines are looked at then.
 _IDLE_SECONDS = 0.05
-
-
-class Runner(Protocol):
-    """The device's side of a step."""
-
-    def run(self, step: Step) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +45,16 @@ class EngineStats:
     num_preempted: int
     num_evicted: int
     num_filling: int
+    num_failures: int
     pages: dict[str, int]
 
 
 class Engine:
     """Owns scheduler and pages. Every public method may be called from any thread.
 
-    A step that fails ends the requests in it, and the engine goes on. If the engine itself fails, its books
-    may be wrong, and a wrong answer is worse than none: it ends every request, computes no more, sets
-    `failed` and calls `on_failure`.
+    A step that fails ends the requests at fault (see `recovery`), and the engine goes on. If the engine
+    itself fails, its books may be wrong, and a wrong answer is worse than none; if the device does, there is
+    no answer. Then it ends every request, computes no more, sets `failed` and calls `on_failure`.
     """
 
     def __init__(
@@ -70,6 +67,7 @@ class Engine:
         block_size: int,
         limits: Limits,
         tenants: Callable[[str], TenantLimits],
+        max_adapter_pages: Callable[[str], int | None] = lambda _: None,
         on_stats: Callable[[EngineStats], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,6 +83,7 @@ class Engine:
             block_size=block_size,
             post=self._post,
             weight=weight,
+            max_pages=max_adapter_pages,
         )
         self._admission = Admission(tenants)
         self._scheduler = Scheduler(
@@ -96,7 +95,7 @@ class Engine:
             weight=weight,
             on_start=self._admission.leave,
         )
-        self._runner = runner
+        self._runner = RecoveringRunner(runner)
         self._on_stats = on_stats
         self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
@@ -139,11 +138,12 @@ class Engine:
         """End a request before the next step; its sink gets CANCELLED unless it has ended already."""
         self._post(lambda: self._scheduler.cancel(request_id))
 
-    def check_adapter(self, spec: AdapterSpec) -> None:
-        """See that an adapter can be resident.
+    def check_adapter(self, spec: AdapterSpec, tenant: str = DEFAULT_TENANT) -> None:
+        """See that an adapter can be resident for a tenant.
 
         Raises:
             AdapterTooLargeError: it takes as many pages as there are, or more.
+            QuotaExceededError: it takes more than the tenant may have.
         """
         needed, pool = self.num_pages(spec), self._scheduler.pool
         if needed >= pool.num_pages:
@@ -153,10 +153,32 @@ class Engine:
                 adapter_pages=needed,
                 arena_pages=pool.num_pages,
             )
+        most = self._scheduler.residency.max_pages(tenant)
+        if most is not None and needed > most:
+            raise QuotaExceededError(
+                f"the adapter takes {needed} pages of the arena, and those of tenant {tenant!r} may have "
+                f"{most}; load one of a lower rank",
+                tenant=tenant,
+                quota="max_device_bytes",
+            )
 
-    def prefetch(self, spec: AdapterSpec) -> None:
-        """Make an adapter resident if there is free room, before a request asks for it."""
-        self._post(lambda: self._scheduler.residency.prefetch(spec))
+    def prefetch(self, spec: AdapterSpec, tenant: str = DEFAULT_TENANT) -> None:
+        """Make an adapter resident if there is free room, before a request of the tenant asks for it."""
+        self._post(lambda: self._scheduler.residency.prefetch(spec, tenant))
+
+    def check_pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+        """See that adapters can be pinned under a name, in place of what is now.
+
+        Raises:
+            AdapterTooLargeError: they would leave too little for requests.
+        """
+        self._scheduler.allocation.check_pin(name, specs)
+
+    def pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+        """Make adapters resident and keep them so, in place of what is pinned under the name; none of them
+        ends that.
+        """
+        self._post(lambda: self._scheduler.pin(name, specs))
 
     def drop(self, revision: str) -> None:
         """Free a revision that no request will name again, and unpin its prompts."""
@@ -250,12 +272,11 @@ class Engine:
 
     def _run(self, step: Step) -> float:
         started = self._clock()
-        try:
-            result = self._runner.run(step)
-        except Exception as error:
-            log.exception("a step of %d sequences failed", len(step.sequences))
-            reason = f"{type(error).__name__}: {error}"
-            result = StepResult(token_ids={}, errors={part.sequence_id: reason for part in step.sequences})
+        self._runner.num_failures = 0
+        result = self._runner.run(step)
+        for sequence_id, error in result.errors.items():
+            with logs.about(self._scheduler.about(sequence_id)):
+                log.warning("request %d failed: %s (%s)", sequence_id, error, error.reason)
         seconds = self._clock() - started
         self._admission.computed(step.num_tokens, seconds)
         self._scheduler.update(step, result, seconds)
@@ -285,5 +306,6 @@ class Engine:
             num_preempted=scheduler.num_preempted,
             num_evicted=scheduler.residency.num_evicted,
             num_filling=scheduler.residency.num_filling,
+            num_failures=self._runner.num_failures if step is not None else 0,
             pages=pages,
         )

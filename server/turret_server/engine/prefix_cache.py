@@ -64,6 +64,14 @@ class PrefixCache:
             self._pool.share([page])
             self._pages[key] = page
 
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Find these blocks no more. Who holds their pages keeps them."""
+        for key in keys:
+            page = self._pages.pop(key, None)
+            if page is not None:
+                self._idle.pop(key, None)
+                self._pool.release([page])
+
     def given_back(self, keys: Sequence[bytes]) -> None:
         """A holder has released its pages of a chain: what nobody else holds was just used, its end first."""
         for key in reversed(keys):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from turret_adapters.spec import AdapterSpec
+from turret_server import logs
 from turret_server.errors import TurretError
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,29 @@ class AdapterUse:
     weight: float = 1.0
 
 
+@dataclass(slots=True)
+class Times:
+    """When a request left the queue, and from when to when it waited there for its adapters to be resident,
+    in seconds of the engine's clock; None where it has not, or had not to.
+    """
+
+    awaited: float | None = None
+    ready: float | None = None
+    started: float | None = None
+
+    def await_adapters(self, now: float) -> None:
+        """Its turn has come, but its adapters are not there, or are gone again."""
+        self.awaited = now if self.awaited is None else self.awaited
+        self.ready = None
+
+    def found_adapters(self, now: float) -> None:
+        self.ready = now if self.ready is None else self.ready
+
+    def start(self, now: float) -> None:
+        """It has pages; when it gets pages again, it had started before."""
+        self.started = now if self.started is None else self.started
+
+
 # Whose request it is where nobody says.
 DEFAULT_TENANT = "default"
 
@@ -62,7 +86,7 @@ class Request:
     engine's clock; `sink` is called on its thread.
 
     Cached blocks are found only by requests with the same `cache_salt`. With `pinned`, the blocks of the
-    prompt stay in the cache until they are unpinned by the request's id.
+    prompt stay in the cache until they are unpinned by the request's id. Log lines say what it is `about`.
     """
 
     request_id: int
@@ -76,6 +100,8 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     pinned: bool = False
+    about: Mapping[str, object] = field(default_factory=dict, compare=False)
+    times: Times = field(default_factory=Times, compare=False)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -91,6 +117,7 @@ class Request:
         try:
             self.sink(output)
         except Exception:
-            log.exception("request %d: its sink failed", self.request_id)
+            with logs.about(self.about):
+                log.exception("request %d: its sink failed", self.request_id)
             return False
         return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
 
@@ -15,9 +16,10 @@ _HALF_LIFE = 5000
 class Resident:
     """A revision that has pages. It is ready when neither its copy nor its virtual tokens are pending.
 
-    `tenant` asked for it last. In ticks of the pool: somebody who waits looked at it at `needed`, or used it
-    until `last_used`; at `last_begun` requests had begun on it `num_begun` times, the older ones counting
-    less. Once it is `gone`, it has no pages any more; with an `error`, because filling them failed.
+    `tenant` asked for it last; `users` are those of the requests that use it. In ticks of the pool: somebody
+    who waits looked at it at `needed`, or used it until `last_used`; at `last_begun` requests had begun on it
+    `num_begun` times, the older ones counting less. One that is `pinned` is never idle. Once it is `gone`, it
+    has no pages any more; with an `error`, because filling them failed.
     """
 
     spec: AdapterSpec
@@ -27,10 +29,12 @@ class Resident:
     copying: bool
     num_virtual_computed: int
     num_users: int = 0
+    users: Counter[str] = field(default_factory=Counter)
     needed: int = 0
     last_used: int = 0
     last_begun: int = 0
     num_begun: float = 0.0
+    pinned: bool = False
     gone: bool = False
     error: str | None = None
 
@@ -56,6 +60,13 @@ class Resident:
         """
         return (clock - self.last_used) / (1 + self.uses(clock))
 
+    def is_held_by(self, tenant: str) -> bool:
+        """Whether the tenant uses it, or was the last to ask for it and nobody else uses it. What is pinned
+        is nobody's.
+        """
+        uses = self.users[tenant] > 0 or (self.tenant == tenant and not self.num_users)
+        return uses and not self.pinned
+
     def is_idle(self, clock: int) -> bool:
-        """Whether nobody uses it, and the step of this tick has not looked at it."""
-        return not self.num_users and self.needed < clock and self.ready and not self.gone
+        """Whether it may go: nobody uses it, and the step of this tick has not looked at it."""
+        return not (self.num_users or self.pinned or self.gone) and self.needed < clock and self.ready

@@ -9,9 +9,10 @@ the order of `fairness`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from turret_adapters.spec import AdapterSpec
 from turret_server.engine.allocation import Allocation
 from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, FairQueue
 from turret_server.engine.pacing import Pacing
@@ -22,7 +23,13 @@ from turret_server.engine.residency import Absence, Residency
 from turret_server.engine.resident import Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import VIRTUAL_TOKEN, PageCopy, SequenceStep, Step, StepResult
-from turret_server.errors import DeadlineError, GenerationFailedError, RequestTooLargeError, TurretError
+from turret_server.errors import (
+    AdapterUnavailableError,
+    DeadlineError,
+    QuotaExceededError,
+    RequestTooLargeError,
+    TurretError,
+)
 
 # Of how many requests that cannot start yet the adapters are fetched ahead, and how many, for each that may
 # run, are looked at to find some whose adapters are there.
@@ -46,6 +53,7 @@ class _Plan:
     """A step in the making. Virtual tokens to compute get negative ids, the others their request's."""
 
     budget: int
+    now: float = 0.0
     num_streams: int = 0
     sequences: list[SequenceStep] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
@@ -87,14 +95,16 @@ class Scheduler:
     def sequences(self) -> Iterator[Sequence]:
         yield from self._by_id.values()
 
+    def about(self, request_id: int) -> Mapping[str, object]:
+        """What log lines of a request say; nothing for one that has ended, or that is none."""
+        sequence = self._by_id.get(request_id)
+        return sequence.request.about if sequence else {}
+
     def add(self, sequence: Sequence) -> None:
         self._by_id[sequence.request.request_id] = sequence
         self.waiting.add(sequence)
-        try:
-            # Once more, for a prompt may have been pinned since.
-            self.allocation.check_fits(sequence)
-        except RequestTooLargeError as error:
-            self.fail(sequence, error)
+        # Once more, for a prompt may have been pinned since.
+        self._fail_where_too_large(sequence)
 
     def schedule(self, now: float) -> Step | None:
         """Plan the next step; None when nothing can be computed now. `now` is compared with deadlines."""
@@ -105,11 +115,12 @@ class Scheduler:
         self._fail_overdue(now)
         self._grow()
         streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
-        self._plan = plan = _Plan(self.pacing.budget(len(streams)), len(streams))
+        self._plan = plan = _Plan(self.pacing.budget(len(streams)), now, len(streams))
         for sequence in streams:
             self._compute(sequence, plan)
+        has_room = self.residency.fill_pinned()
         self._compute_prompts(plan)
-        self._compute_or_start(plan)
+        self._compute_or_start(plan, passing=has_room)
         if not plan.sequences:
             return None
         return Step(sequences=tuple(plan.sequences), copies=tuple(plan.copies))
@@ -137,6 +148,12 @@ class Scheduler:
         self.allocation.drop(revision)
         self.residency.drop(revision)
 
+    def pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+        """Keep adapters in the arena, see `Residency.pin`. Who finds no room beside them any more is told."""
+        self.residency.pin(name, specs)
+        for sequence in list(self._by_id.values()):
+            self._fail_where_too_large(sequence)
+
     def fail(self, sequence: Sequence, error: TurretError) -> None:
         self._end(sequence, FinishReason.FAILED, error)
 
@@ -154,6 +171,12 @@ class Scheduler:
         for resident in self.residency:
             users = sum(resident in sequence.residents for sequence in holders)
             assert resident.num_users == users, f"{resident.spec.revision}: {users} use it"
+
+    def _fail_where_too_large(self, sequence: Sequence) -> None:
+        try:
+            self.allocation.check_fits(sequence)
+        except (QuotaExceededError, RequestTooLargeError) as error:
+            self.fail(sequence, error)
 
     def _fail_overdue(self, now: float) -> None:
         for sequence in list(self._by_id.values()):
@@ -211,13 +234,12 @@ class Scheduler:
                 )
             )
 
-    def _compute_or_start(self, plan: _Plan) -> None:
+    def _compute_or_start(self, plan: _Plan, *, passing: bool) -> None:
         """Go on with prompts and start requests, in the fair order of both, until one that cannot start may
         not be passed. Once nobody can start, fetch the adapters of those who will be next.
         """
         prompts = [sequence for sequence in self.running if sequence.num_remaining > 1]
         num_prompts, num_seen, num_ahead = len(prompts), 0, 0
-        passing = True
         for sequence in self.waiting.in_order(prompts):
             if sequence.block_table:
                 num_prompts -= 1
@@ -239,17 +261,22 @@ class Scheduler:
         """
         lost = next((resident.error for resident in sequence.awaited if resident.error), None)
         if lost:
-            error = GenerationFailedError(f"the adapter could not be made resident: {lost}")
-            self.fail(sequence, error)
+            self.fail(sequence, AdapterUnavailableError(f"the adapter could not be made resident: {lost}"))
             return True
         specs = [use.spec for use in sequence.request.adapters]
         residents = self.residency.ensure_all(specs, sequence.tenant)
         if isinstance(residents, Absence):
-            return residents is Absence.BUSY
+            if residents is Absence.QUOTA:
+                # It may have become less than it was.
+                self._fail_where_too_large(sequence)
+            return residents is not Absence.NO_ROOM
+        times = sequence.request.times
         if not all(resident.ready for resident in residents):
             again = sequence.awaited not in ((), residents)
             sequence.awaited = residents
+            times.await_adapters(plan.now)
             return not (first and again)
+        times.found_adapters(plan.now)
         if full:
             return True
         copies = self.allocation.take(sequence, residents)
@@ -258,6 +285,7 @@ class Scheduler:
         plan.copies += copies
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        times.start(plan.now)
         self._leave_queue(sequence)
         self._compute(sequence, plan)
         return True
@@ -270,14 +298,15 @@ class Scheduler:
     def _update_prompt(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
         if error is not None:
-            self.residency.fail(resident, error)
+            self.residency.fail(resident, str(error))
         else:
             resident.num_virtual_computed += len(part.token_ids)
 
     def _update_sequence(self, sequence: Sequence, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
         if error is not None:
-            self.fail(sequence, GenerationFailedError(f"the step failed for this request: {error}"))
+            self.allocation.forget(sequence)
+            self.fail(sequence, error)
             return
         self.allocation.keep(sequence, len(part.token_ids))
         if part.sampling is None:
@@ -298,7 +327,7 @@ class Scheduler:
         """Its prompt is computed, and no token is wanted."""
         try:
             self.allocation.pin(sequence, beside=self._by_id.values())
-        except RequestTooLargeError as error:
+        except (QuotaExceededError, RequestTooLargeError) as error:
             self.fail(sequence, error)
             return
         del self._by_id[sequence.request.request_id]

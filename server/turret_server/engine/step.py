@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from turret_server.engine.request import SamplingParams
+from turret_server.errors import TurretError
 
 # Stands for a virtual token of the sequence's adapter; its index is its position.
 VIRTUAL_TOKEN = -1
@@ -55,4 +56,8 @@ class StepResult:
     """The sampled token of every sequence that asked for one, or why it has none."""
 
     token_ids: Mapping[int, int]
-    errors: Mapping[int, str] = field(default_factory=dict)
+    errors: Mapping[int, TurretError] = field(default_factory=dict)
+
+
+class DeviceLostError(Exception):
+    """The device computes nothing any more, whatever it is asked; a new process may do better."""

@@ -13,7 +13,7 @@ from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.residency import Absence, Residency
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import PageCopy
-from turret_server.errors import RequestTooLargeError
+from turret_server.errors import AdapterTooLargeError, RequestTooLargeError
 
 BLOCK = 4
 LORA = make_spec("lora", slab_pages=3)
@@ -247,7 +247,8 @@ def test_what_is_pinned_counts_against_what_can_fit():
     world.allocation.check_fits(make_sequence(range(32), max_tokens=1))
     pinned = world.pinned(range(8))
     world.allocation.check_fits(make_sequence(range(24), max_tokens=1))
-    with pytest.raises(RequestTooLargeError, match=r"of which pinned prompts take 2; .*unpin a prompt"):
+    said = r"of which pinned prompts and adapters take 2; .*unpin a prompt"
+    with pytest.raises(RequestTooLargeError, match=said):
         world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
     world.allocation.unpin(pinned.request.request_id)
     world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
@@ -358,3 +359,29 @@ def test_no_page_is_lost_whatever_comes_and_goes(events):
     for resident in list(world.residency):
         world.residency.drop(resident.spec.revision)
     assert world.pool.num_free + world.cache.num_idle == 24
+
+
+def test_pinned_adapters_count_against_what_can_fit():
+    world = World(8)
+    world.allocation.check_pin("poet", [LORA])
+    world.residency.pin("poet", (LORA,))
+    needed = world.residency.num_pages(LORA)
+    fits = BLOCK * (8 - needed)
+    world.allocation.check_fits(make_sequence(range(fits), max_tokens=1))
+    with pytest.raises(RequestTooLargeError, match=f"of which pinned prompts and adapters take {needed}"):
+        world.allocation.check_fits(make_sequence(range(fits + 1), max_tokens=1))
+    # It is counted once for a request of its own.
+    world.allocation.check_fits(make_sequence(range(fits), LORA, max_tokens=1))
+
+
+def test_pinned_adapters_leave_half_of_the_arena():
+    world = World(8)
+    first, second = make_spec("first", slab_pages=3), make_spec("second", slab_pages=2)
+    world.allocation.check_pin("poet", [first])
+    world.residency.pin("poet", (first,))
+    said = r"may take 4 of the arena's 8 pages; 'bard' takes 2 and others take 3; pin fewer"
+    with pytest.raises(AdapterTooLargeError, match=said):
+        world.allocation.check_pin("bard", [second])
+    # In its place it may be, and under two names it counts once.
+    world.allocation.check_pin("poet", [second])
+    world.allocation.check_pin("bard", [first])

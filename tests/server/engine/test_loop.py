@@ -13,7 +13,7 @@ from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.request import FinishReason, Output
 from turret_server.engine.scheduler import Limits
-from turret_server.engine.step import Step, StepResult
+from turret_server.engine.step import DeviceLostError, Step, StepResult
 from turret_server.errors import (
     AdapterTooLargeError,
     DeadlineError,
@@ -243,20 +243,53 @@ def test_no_more_wait_than_may():
 # What fails
 
 
-def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(served, caplog):
+def test_a_step_that_raises_fails_its_request_and_the_engine_goes_on(served, caplog):
     def fail(_: Step) -> None:
-        raise ValueError("out of memory")
+        raise ValueError("no such page")
 
+    counted: list[int] = []
+    served.on_stats = lambda stats: counted.append(stats.num_failures)
     served.device.before = fail
     failed = served.submit(make_run([1], LORA))
     served.wait(failed)
     assert isinstance(failed.error, GenerationFailedError)
-    assert "ValueError: out of memory" in str(failed.error)
-    assert "a step of 1 sequences failed" in caplog.text
+    assert "ValueError: no such page" in str(failed.error)
+    assert f"request {failed.request.request_id} failed: the step failed" in caplog.text
     served.device.before = lambda _: None
     run = served.submit(make_run([1], LORA))
     served.wait(run)
     assert run.end is FinishReason.LENGTH
+    served.settle()
+    assert sum(counted) == 1
+
+
+def test_a_step_that_raises_over_one_request_fails_no_other(served):
+    def fail(step: Step) -> None:
+        if any(-7 in part.token_ids for part in step.sequences):
+            raise ValueError("token -7")
+
+    served.device.before = fail
+    held = served.hold()
+    guilty, innocent = served.submit(make_run([-7], LORA)), served.submit(make_run([3], LORA, max_tokens=6))
+    served.device.open.set()
+    served.wait(held, guilty, innocent)
+    assert isinstance(guilty.error, GenerationFailedError)
+    assert held.end is innocent.end is FinishReason.LENGTH
+
+
+def test_a_device_that_is_lost_ends_the_engine(served, caplog):
+    def fail(_: Step) -> None:
+        raise DeviceLostError("an illegal memory access was encountered")
+
+    told = threading.Event()
+    served.engine.on_failure = told.set
+    served.device.before = fail
+    run = served.submit(make_run([1]))
+    served.wait(run)
+    assert told.wait(PATIENCE)
+    assert served.engine.failed
+    assert "illegal memory access" in str(run.error)
+    assert "the engine failed" in caplog.text
 
 
 def test_a_sink_that_raises_ends_its_own_request_only(served, caplog):

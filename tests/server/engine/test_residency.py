@@ -135,7 +135,7 @@ def test_one_that_was_needed_makes_room_afterwards(world):
     resident = world.fill(LORA)
     world.acquire(resident, "a")
     world.tick()
-    world.release(resident)
+    world.release(resident, "a")
     assert world.num_idle == 3
     assert world.ensure(make_spec("large", slab_pages=7)).pages
     assert world.get("lora") is None
@@ -167,9 +167,9 @@ def test_one_in_use_that_is_dropped_is_freed_after_its_last_user(world):
     world.acquire(resident, "a")
     world.acquire(resident, "a")
     world.drop("lora")
-    world.release(resident)
+    world.release(resident, "a")
     assert world.get("lora") is resident
-    world.release(resident)
+    world.release(resident, "a")
     assert world.get("lora") is None
     assert world.pool.num_free == 8
 
@@ -220,7 +220,7 @@ def test_copies_may_end_in_any_order(world):
 def test_users_that_are_let_go_too_often_are_noticed():
     world = World(8)
     with pytest.raises(AssertionError):
-        world.release(world.fill(LORA))
+        world.release(world.fill(LORA), "a")
 
 
 def test_no_more_are_filled_at_once_than_may():
@@ -253,7 +253,7 @@ def begin(world, resident, times=1, tenant="a"):
         world.ensure(resident.spec, tenant)
         world.acquire(resident, tenant)
         world.tick()
-        world.release(resident)
+        world.release(resident, tenant)
         world.tick()
 
 
@@ -379,3 +379,63 @@ def test_every_idle_one_can_be_evicted_however_old_the_order_is():
     assert {resident.spec.revision for resident in world} == {f"r{index}" for index in range(1, 8)}
     world.tick()
     assert world.num_idle == 7
+
+
+def test_one_that_is_pinned_is_filled_and_makes_no_room(world):
+    world.pin("poet", (LORA,))
+    assert world.fill_pinned()
+    world.complete()
+    world.tick()
+    world.fill(OTHER)
+    assert world.ensure(THIRD, "a").pages
+    assert world.get("lora").ready
+    assert world.get("other") is None
+    world.pin("poet", ())
+    world.complete()
+    world.tick()
+    assert world.ensure(make_spec("large", slab_pages=5), "a") is not Absence.NO_ROOM
+    assert world.get("lora") is None
+
+
+def test_what_is_pinned_under_a_name_takes_the_place_of_what_was(world):
+    world.pin("poet", (LORA,))
+    world.pin("bard", (LORA, OTHER))
+    assert world.fill_pinned()
+    world.pin("bard", (OTHER,))
+    world.pin("poet", (OTHER,))
+    assert [spec.revision for spec in world.pinned()] == ["other"]
+    assert [resident.pinned for resident in world] == [False, True]
+    assert [spec.revision for spec in world.pinned(but="poet")] == ["other"]
+    world.complete()
+    world.complete()
+
+
+def test_one_that_is_pinned_and_finds_no_room_is_told(world):
+    user = world.fill(make_spec("large", slab_pages=6))
+    world.acquire(user, "a")
+    world.pin("poet", (LORA,))
+    assert not world.fill_pinned()
+    world.release(user, "a")
+    world.tick()
+    assert world.fill_pinned()
+    world.complete()
+    assert world.get("lora").pinned
+
+
+def test_one_that_is_pinned_and_cannot_be_filled_is_tried_again_when_it_is_pinned_again(world):
+    world.pin("poet", (LORA,))
+    world.fill_pinned()
+    world.complete(error="no memory")
+    world.fill_pinned()
+    assert not world.device.pending
+    world.pin("poet", (LORA,))
+    world.fill_pinned()
+    world.complete()
+    assert world.get("lora").ready
+
+
+def test_what_is_pinned_is_held_by_no_tenant(world):
+    resident = world.fill(LORA)
+    assert resident.is_held_by("a")
+    world.pin("poet", (LORA,))
+    assert not resident.is_held_by("a")

@@ -11,6 +11,7 @@ from turret_adapters.spec import PrefixKind
 from turret_server.engine.request import FinishReason
 from turret_server.engine.step import StepResult
 from turret_server.errors import (
+    AdapterUnavailableError,
     DeadlineError,
     GenerationFailedError,
     ShuttingDownError,
@@ -352,7 +353,7 @@ def test_a_copy_that_fails_fails_those_who_wait_for_it_and_nobody_else():
     later = simulation.submit([3], LORA)
     simulation.finish()
     for run in waiting:
-        assert isinstance(run.error, GenerationFailedError)
+        assert isinstance(run.error, AdapterUnavailableError)
         assert "no memory" in str(run.error)
     assert finished(*others, later)
     simulation.check_nothing_is_left()
@@ -365,7 +366,7 @@ def test_virtual_tokens_that_fail_fail_those_who_wait_for_them():
     simulation.step()
     simulation.step(lambda step: {part.sequence_id: "NaN" for part in step.sequences if part.sequence_id < 0})
     simulation.step()
-    assert isinstance(run.error, GenerationFailedError)
+    assert isinstance(run.error, AdapterUnavailableError)
     assert "NaN" in str(run.error)
     simulation.finish()
     assert finished(other)

@@ -22,7 +22,13 @@ from support.fake_device import Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server.engine.request import AdapterUse, FinishReason
 from turret_server.engine.step import Step
-from turret_server.errors import DeadlineError, GenerationFailedError, RequestTooLargeError
+from turret_server.errors import (
+    AdapterTooLargeError,
+    AdapterUnavailableError,
+    DeadlineError,
+    GenerationFailedError,
+    RequestTooLargeError,
+)
 
 SIMULATION = settings(
     max_examples=250,
@@ -88,6 +94,9 @@ class RandomLoad(RuleBasedStateMachine):
         self.excused: set[Run] = set()
         self.ended: set[Run] = set()
         self.pinned: set[Run] = set()
+        self.kept_resident: set[str] = set()
+        self.dropped: set[str] = set()
+        self.crowded_out: set[Run] = set()
         return make_spec("first", slab_pages=1)
 
     @rule(
@@ -156,9 +165,24 @@ class RandomLoad(RuleBasedStateMachine):
         if self.simulation.residency.num_pages(adapter) < self.simulation.pool.num_pages:
             self.simulation.residency.prefetch(adapter)
 
+    @rule(
+        name=st.sampled_from("ab"), named=st.lists(adapters, max_size=2, unique_by=lambda spec: spec.revision)
+    )
+    def pin_adapters(self, name: str, named: list[AdapterSpec]) -> None:
+        """That they stay until they are dropped is looked at after each step."""
+        scheduler = self.simulation.scheduler
+        try:
+            scheduler.allocation.check_pin(name, named)
+        except AdapterTooLargeError:
+            return
+        running = [run for run in self.simulation.runs if run.end is None]
+        scheduler.pin(name, tuple(named))
+        self.crowded_out.update(run for run in running if run.end is FinishReason.FAILED)
+
     @rule(adapter=adapters)
     def drop(self, adapter: AdapterSpec) -> None:
         self.simulation.scheduler.drop(adapter.revision)
+        self.dropped.add(adapter.revision)
         self.pinned -= {run for run in self.pinned if adapter in (use.spec for use in run.request.adapters)}
 
     @precondition(lambda self: self.simulation.device.pending)
@@ -220,9 +244,9 @@ class RandomLoad(RuleBasedStateMachine):
                 assert run.request.deadline is not None
                 assert self.simulation.now >= run.request.deadline
             elif isinstance(run.error, RequestTooLargeError):
-                assert run.request.pinned, "one that was let in is not refused"
+                assert run.request.pinned or run in self.crowded_out, "one that was let in is not refused"
             elif run.error is not None:
-                assert isinstance(run.error, GenerationFailedError)
+                assert isinstance(run.error, GenerationFailedError | AdapterUnavailableError)
                 assert run in self.excused
 
     @invariant()
@@ -236,11 +260,21 @@ class RandomLoad(RuleBasedStateMachine):
         assert held == self.pinned
 
     @invariant()
+    def pinned_adapters_stay(self) -> None:
+        residency = self.simulation.residency
+        pinned = {spec.revision for spec in residency.pinned()}
+        assert all(one.pinned == (one.spec.revision in pinned) for one in residency)
+        gone = self.kept_resident - {one.spec.revision for one in residency}
+        assert not (gone & pinned) - self.dropped
+        self.kept_resident = {one.spec.revision for one in residency if one.pinned and one.ready}
+
+    @invariant()
     def the_books_add_up(self) -> None:
         self.simulation.check()
 
     def teardown(self) -> None:
         self.simulation.finish()
+        self.pinned_adapters_stay()
         self.failures_have_a_reason()
         self.simulation.check_nothing_is_left()
 

@@ -1,0 +1,46 @@
+"""When a request waited, for what, and when it started: what traces and the log are told."""
+
+from __future__ import annotations
+
+from support.fake_device import Simulation, make_spec
+from turret_server.engine.request import Times
+
+LORA = make_spec("lora", slab_pages=2)
+
+
+def at(simulation: Simulation, now: float) -> None:
+    simulation.now = now
+    simulation.step()
+
+
+def test_a_request_that_waits_for_nothing_starts_at_once():
+    simulation = Simulation()
+    simulation.now = 3.0
+    run = simulation.submit([1, 2, 3])
+    assert run.request.times == Times()
+    simulation.step()
+    assert run.request.times == Times(ready=3.0, started=3.0)
+    at(simulation, 4.0)
+    assert run.request.times.started == 3.0
+
+
+def test_the_wait_for_an_adapter_is_from_its_turn_until_it_is_seen_to_be_there():
+    simulation = Simulation(immediate=False)
+    run = simulation.submit([1, 2, 3], LORA)
+    for now in (0.0, 1.0, 2.0):
+        at(simulation, now)
+    assert run.request.times == Times(awaited=0.0)
+    simulation.device.complete()
+    at(simulation, 3.0)
+    assert run.request.times == Times(awaited=0.0, ready=3.0, started=3.0)
+
+
+def test_one_that_waits_for_room_is_ready_before_it_starts():
+    simulation = Simulation(max_batch_requests=1)
+    first = simulation.submit([1, 2, 3], max_tokens=3)
+    second = simulation.submit([4, 5, 6])
+    for now in (0.0, 1.0, 2.0, 3.0):
+        at(simulation, now)
+    assert first.request.times.started == 0.0
+    assert second.request.times.ready == 0.0
+    assert second.request.times.started == 3.0
