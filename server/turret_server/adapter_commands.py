@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, closing
+import threading
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from turret_client import TurretError
 from turret_server.client_commands import (
     connect,
     format_count,
@@ -21,9 +23,12 @@ from turret_server.client_commands import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from turret_client import Adapter, AdapterRevision
+    from turret_client import Adapter, AdapterRevision, Client
+
+# How often a bar of what the server does is drawn.
+_LOOK_SECONDS = 0.2
 
 
 @click.group(
@@ -78,7 +83,8 @@ def load(name: str, path: str, *, server: str, as_json: bool) -> None:
     with connect(server) as client:
         # A server on this machine has another working directory.
         here = Path(path)
-        found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
+        with _downloading(client, name):
+            found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
         print_adapters([found], as_json=as_json)
 
 
@@ -176,7 +182,7 @@ def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
 
     Where an upload of the same files was broken off, it goes on there.
     """
-    with connect(server) as client, _Bar() as bar:
+    with connect(server) as client, _Bar("Uploading") as bar:
         try:
             adapter = client.upload_adapter(name, folder, progress=bar.show)
         except OSError as error:
@@ -187,7 +193,8 @@ def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
 class _Bar:
     """A bar on standard error, if that is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self._label = label
         self._stack = ExitStack()
         self._bar: Any = None
 
@@ -199,9 +206,34 @@ class _Bar:
 
     def show(self, done: int, total: int) -> None:
         if self._bar is None:
-            bar = click.progressbar(length=total, label="Uploading", file=sys.stderr)
+            bar = click.progressbar(length=total, label=self._label, file=sys.stderr)
             self._bar = self._stack.enter_context(bar)
+        # There may be more to come than was known: then it is not finished after all.
+        self._bar.length, self._bar.finished = total, False
         self._bar.update(done - self._bar.pos)
+
+
+@contextmanager
+def _downloading(client: Client, name: str) -> Iterator[None]:
+    """Shows on a terminal how far the server is with what it brings under the name in the block."""
+    over = threading.Event()
+
+    def look() -> None:
+        with _Bar("Loading") as bar, suppress(TurretError):
+            while not over.wait(_LOOK_SECONDS):
+                for each in client.list_downloads():
+                    if each.name == name and each.total_bytes is not None:
+                        bar.show(each.done_bytes, each.total_bytes)
+
+    looking = threading.Thread(target=look)
+    if sys.stderr.isatty():
+        looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if looking.is_alive():
+            looking.join()
 
 
 @adapters.command(

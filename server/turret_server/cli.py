@@ -15,6 +15,7 @@ from turret_server import (
     adapter_commands,
     bench_command,
     client_commands,
+    logs,
     offline_commands,
     prompt_commands,
     tenant_commands,
@@ -226,6 +227,13 @@ Examples:
     "`turret tenants --help` has an example.",
 )
 @click.option(
+    "--auth-hook",
+    metavar="MODULE:FUNCTION",
+    help="Python function, of a module that is installed or on PYTHONPATH, that is asked whose a call is "
+    "before keys and certificates are looked at. It takes the call's metadata and the names in the client's "
+    "certificate, and returns a tenant's name or None.",
+)
+@click.option(
     "--allow-unauthenticated",
     is_flag=True,
     help="Listen where others reach it although no tenant has a key and anybody may do everything: for a "
@@ -251,6 +259,23 @@ Examples:
     "and its names may be a tenant's identities.",
 )
 @click.option(
+    "--pin",
+    multiple=True,
+    metavar="NAME",
+    help="Adapter that is brought into the arena at once, whichever revision its name serves, and stays; may "
+    "be repeated. The server reports that it serves once all of them are there.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=_DEFAULTS["grace"],
+    show_default=True,
+    metavar="SECONDS",
+    help="How long requests that run or wait may take to finish once the server is told to stop; new ones "
+    "are refused meanwhile, and a second signal ends it. Give Kubernetes 10 more as "
+    "terminationGracePeriodSeconds.",
+)
+@click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
     default=default_cache,
@@ -263,20 +288,39 @@ Examples:
     type=click.Choice(["debug", "info", "warning", "error"]),
     default=_DEFAULTS["log_level"],
     show_default=True,
-    help="Least severe events to log.",
+    help="Least severe events to log. Every request that has ended is one of level info.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["human", "json"]),
+    default=_DEFAULTS["log_format"],
+    show_default=True,
+    help="Log lines for people, or one JSON object a line.",
+)
+@click.option(
+    "--usage-log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Append one JSON object for every request that has ended, for billing: it is on the disk before the "
+    "client is told. While it cannot be written, no request is begun.",
+)
+@click.option(
+    "--otel",
+    is_flag=True,
+    help="Send a trace of every request over OTLP (gRPC) to where the environment's OTEL_* variables say. "
+    'Needs "turret[otel]".',
 )
 def serve(**settings: Any) -> None:
     """Serve a base model and its adapters until SIGINT or SIGTERM."""
     config = ServerConfig(**settings)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(config.log_level, config.log_format)
     # It warns that it did not find an optional download, which nobody here can do anything about.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         # Here and not above: the other commands work where the server's dependencies are missing.
         from turret_server.serve import serve as run  # noqa: PLC0415
 
+        logs.take_over("transformers", "huggingface_hub")
         run(config)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("turret"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 def default_cache() -> Path:
@@ -27,8 +28,12 @@ class ServerConfig:
     `allow_sources` are folders, and beginnings of URLs, that adapters may be loaded from besides `adapters`;
     from `lazy_source`, with a name in the place of `{name}`, comes what a request names and nobody loaded.
     Where no tenant has a key or a certificate, anybody may use the server, and it listens to this machine
-    alone unless `allow_unauthenticated`. `tls_cert` and `tls_key` are PEM files; with `tls_client_ca`,
-    clients must have certificates that it signed.
+    alone unless `allow_unauthenticated`. `auth_hook`, MODULE:FUNCTION, is asked whose a call is.
+    `tls_cert` and `tls_key` are PEM files; with `tls_client_ca`, clients must have certificates that it
+    signed.
+    What the names in `pin` serve stays in the arena, and the server is ready once it is there.
+    Once the server is to stop, what runs has `grace` seconds to finish.
+    Requests that have ended are written to `usage_log`, and traced over OTLP where `otel` says so.
     `max_queue` and `max_queue_tokens` hold for every tenant that the file `tenants` says nothing else of.
     """
 
@@ -51,9 +56,15 @@ class ServerConfig:
     max_queue: int = 1024
     max_queue_tokens: int = 2**20
     tenants: Path | None = None
+    auth_hook: str | None = None
     allow_unauthenticated: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
+    pin: tuple[str, ...] = ()
+    grace: float = 30.0
     cache: Path = field(default_factory=default_cache)
     log_level: str = "info"
+    log_format: Literal["human", "json"] = "human"
+    usage_log: Path | None = None
+    otel: bool = False

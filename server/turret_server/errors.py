@@ -3,6 +3,7 @@
 TurretError
 ├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
 ├── UnauthenticatedError      UNAUTHENTICATED      UNAUTHENTICATED
+├── AuthUnavailableError      UNAVAILABLE          AUTH_UNAVAILABLE
 ├── PermissionDeniedError     PERMISSION_DENIED    PERMISSION_DENIED
 ├── PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG
 ├── PromptNotFoundError       NOT_FOUND            PROMPT_NOT_FOUND
@@ -14,7 +15,11 @@ TurretError
 ├── SlowWatcherError          RESOURCE_EXHAUSTED   SLOW_WATCHER
 ├── DeadlineError             DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
 ├── ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
+├── UsageLogFailedError       UNAVAILABLE          USAGE_LOG_FAILED
 ├── GenerationFailedError     INTERNAL             GENERATION_FAILED
+├── NonFiniteLogitsError      FAILED_PRECONDITION  NON_FINITE_LOGITS
+├── OutOfMemoryError          RESOURCE_EXHAUSTED   OUT_OF_MEMORY
+├── AdapterUnavailableError   FAILED_PRECONDITION  ADAPTER_UNAVAILABLE
 ├── UnsupportedModelError     FAILED_PRECONDITION  UNSUPPORTED_MODEL
 └── ConfigError               INVALID_ARGUMENT     INVALID_CONFIG
 
@@ -53,6 +58,14 @@ class UnauthenticatedError(TurretError):
 
     reason = "UNAUTHENTICATED"
     code = "UNAUTHENTICATED"
+
+
+class AuthUnavailableError(TurretError):
+    """Whose call it is cannot be found out now."""
+
+    reason = "AUTH_UNAVAILABLE"
+    code = "UNAVAILABLE"
+    retry_after = 1.0
 
 
 class PermissionDeniedError(TurretError):
@@ -102,12 +115,12 @@ class QueueFullError(TurretError):
 
 
 class QuotaExceededError(TurretError):
-    """The tenant has used as much as it may for now. `retry_after` is in seconds."""
+    """The tenant has as much as it may. `retry_after` is in seconds; None where waiting does not help."""
 
     reason = "QUOTA_EXCEEDED"
     code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, **metadata: object) -> None:
         super().__init__(message, **metadata)
         self.retry_after = retry_after
 
@@ -138,6 +151,16 @@ class ShuttingDownError(TurretError):
 
     reason = "SHUTTING_DOWN"
     code = "UNAVAILABLE"
+    # Elsewhere it can be tried at once. Where there is no other server, this one may be back by then.
+    retry_after = 1.0
+
+
+class UsageLogFailedError(TurretError):
+    """What is used cannot be written down now, and nothing is given away."""
+
+    reason = "USAGE_LOG_FAILED"
+    code = "UNAVAILABLE"
+    retry_after = 1.0
 
 
 class GenerationFailedError(TurretError):
@@ -145,6 +168,27 @@ class GenerationFailedError(TurretError):
 
     reason = "GENERATION_FAILED"
     code = "INTERNAL"
+
+
+class NonFiniteLogitsError(TurretError):
+    """Numbers of the request grew beyond the dtype: with these adapters it cannot be answered."""
+
+    reason = "NON_FINITE_LOGITS"
+    code = "FAILED_PRECONDITION"
+
+
+class OutOfMemoryError(TurretError):
+    """The device has no memory to compute the request, even alone."""
+
+    reason = "OUT_OF_MEMORY"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class AdapterUnavailableError(TurretError):
+    """The adapter was loaded, but cannot be brought into the arena now."""
+
+    reason = "ADAPTER_UNAVAILABLE"
+    code = "FAILED_PRECONDITION"
 
 
 class UnsupportedModelError(TurretError):

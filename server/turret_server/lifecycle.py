@@ -9,20 +9,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from turret_adapters.downloads import Download
 from turret_adapters.errors import AdapterError, AdapterNotFoundError
 from turret_adapters.host import HostAdapter
 from turret_adapters.library import AdapterLibrary, as_recorded
 from turret_adapters.names import Published, Split
+from turret_adapters.ownership import Ownership
+from turret_adapters.records import settled_marks_of
 from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
+from turret_adapters.spec import AdapterSpec
+from turret_adapters.store_errors import OwnerLimitError
 from turret_adapters.uploads import Upload
 from turret_server.engine.loop import Engine
-from turret_server.errors import TurretError
+from turret_server.engine.request import DEFAULT_TENANT
+from turret_server.errors import QuotaExceededError, TurretError
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +41,22 @@ MAX_RECENT = 64
 # The source of what a client sent.
 _UPLOADED = "upload"
 
+_NOBODYS = Ownership()
+
 
 class AdapterLifecycle:
     """All methods may be called from any thread."""
 
-    def __init__(self, *, engine: Engine, registry: AdapterRegistry, library: AdapterLibrary) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        registry: AdapterRegistry,
+        library: AdapterLibrary,
+        pinned: Collection[str] = (),
+    ) -> None:
+        """What the `pinned` names serve stays in the arena."""
+        self._pinned = frozenset(pinned)
         self._engine = engine
         self._registry = registry
         self._library = library
@@ -50,16 +67,18 @@ class AdapterLifecycle:
         # Names with earlier revisions that requests named lately, the latest last; each is held.
         self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         registry.on_gone = self._gone
+        registry.on_lost = self._lost
 
-    def load(self, name: str, source: str) -> None:
+    def load(self, name: str, source: str, owner: Ownership = _NOBODYS, source_marks: str = "") -> None:
         """Bring an adapter from its source and serve it under `name` from now on.
 
         Raises:
             AdapterError: there is none, or it cannot be served on this base.
             AdapterTooLargeError: the arena could never hold it.
+            QuotaExceededError: its owner may not have so much.
         """
-        with self._library.fetch(source) as adapter:
-            self._publish(name, adapter, source)
+        with self._library.fetch(source, name=name) as adapter:
+            self._publish(name, adapter, source, owner, source_marks)
 
     def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
         """Begin an upload or go on with it, see `AdapterStore.receive`.
@@ -69,22 +88,33 @@ class AdapterLifecycle:
         """
         return self._library.receive(digest, config, size, owner)
 
-    def load_upload(self, name: str, upload: Upload) -> None:
+    def load_upload(self, name: str, upload: Upload, owner: Ownership = _NOBODYS) -> None:
         """Serve what was uploaded under `name` from now on.
 
         Raises:
             AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
             AdapterTooLargeError: the arena could never hold it.
+            QuotaExceededError: its owner may not have so much.
         """
         with self._library.finish(upload) as adapter:
-            self._publish(name, adapter, _UPLOADED)
+            self._publish(name, adapter, _UPLOADED, owner)
 
-    def _publish(self, name: str, adapter: HostAdapter, source: str) -> None:
-        self._engine.check_adapter(adapter.spec)
+    def _publish(
+        self, name: str, adapter: HostAdapter, source: str, owner: Ownership, source_marks: str = ""
+    ) -> None:
+        self._engine.check_adapter(adapter.spec, owner.owner)
         with self._publishing:
-            self._library.publish(name, adapter.spec.revision, source)
-            self._serve(name, adapter)
+            self._check_pin(name, adapter.spec)
+            try:
+                self._library.publish(name, adapter, source, owner, source_marks)
+            except OwnerLimitError as error:
+                raise QuotaExceededError(str(error), tenant=owner.owner, quota=error.limit) from error
+            self._serve(name, adapter, owner.owner)
         log.info("loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, as_recorded(source))
+
+    def interrupt(self) -> None:
+        """The server stops: end what is being fetched, at its next bytes."""
+        self._library.interrupt()
 
     def rollback(self, name: str, revision: str | None = None) -> None:
         """Serve the revision before the current one again, or an earlier one that begins with `revision`.
@@ -98,8 +128,9 @@ class AdapterLifecycle:
             adapter = self._read(target.revision)
             with self._publishing:
                 if target == self._library.rollback_target(name, revision):
+                    self._check_pin(name, adapter.spec)
                     self._library.rollback(target)
-                    self._serve(name, adapter)
+                    self._serve(name, adapter, target.owner)
                     break
         log.info("rolled adapter %s back to revision %s", name, target.revision)
 
@@ -134,6 +165,10 @@ class AdapterLifecycle:
     def knows(self, name: str) -> bool:
         """Whether a name is served, or is known to be broken."""
         return self._registry.knows(name)
+
+    def downloads(self) -> list[Download]:
+        """What is on its way from its source, in the order of the names that it is for."""
+        return self._library.downloads.running
 
     def sources(self) -> dict[str, str]:
         """Where what each name serves came from, as it was written down."""
@@ -189,10 +224,17 @@ class AdapterLifecycle:
             AdapterNotFoundError: there is no such name.
         """
         with self._publishing:
-            status = self._registry.remove(name)
-            self._library.forget(name)
-            self._forget_recent(name)
+            status = self._forget(name)
         log.info("unloaded adapter %s", name)
+        return status
+
+    def _forget(self, name: str) -> AdapterStatus:
+        # Written down first: where that fails, the name goes on.
+        self._library.forget(name)
+        status = self._registry.remove(name)
+        self._forget_recent(name)
+        if name in self._pinned:
+            self._engine.pin(name, ())
         return status
 
     def start(self, folder: Path | None, check_name: Callable[[str], str]) -> None:
@@ -201,14 +243,21 @@ class AdapterLifecycle:
         """
         folder = folder and folder.resolve()
         sources = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder else {}
-        before = {name: entry for name, entry in self._library.names().items() if name not in sources}
+        recorded, before = self._library.recorded(), self._library.names()
         for name, entry in before.items():
+            if name in sources:
+                continue
             if folder and Path(entry.source) == folder / name:
                 self._library.forget(name)
             else:
-                self._try(name, partial(self._restore, name, entry.revision))
+                self._try(name, partial(self._restore, entry, recorded.get(entry.revision)))
         for number, path in enumerate(sources.values(), 1):
-            self.load_folder(path, check_name)
+            published = before.get(path.name)
+            spec = recorded.get(published.revision) if published else None
+            if published and spec and _is_unchanged(path, published):
+                self._try(path.name, partial(self._restore, published, spec))
+            else:
+                self.load_folder(path, check_name)
             if number % _PROGRESS_EVERY == 0 and number < len(sources):
                 log.info("loaded %d of %d adapters in %s", number, len(sources), folder)
         for name, split in self._library.splits().items():
@@ -224,20 +273,29 @@ class AdapterLifecycle:
 
     def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
         """Serve a folder under its name. One that cannot be served is listed as FAILED."""
-        self._try(folder.name, lambda: self.load(check_name(folder.name), str(folder)))
+        marks = settled_marks_of(folder)
+        self._try(folder.name, lambda: self.load(check_name(folder.name), str(folder), source_marks=marks))
 
     def forget_folder(self, folder: Path) -> None:
         """Unload the name of a folder that is gone, unless something else was loaded under it since."""
         with self._publishing, suppress(AdapterNotFoundError):
             history = self._library.histories([folder.name])[folder.name]
             if not history or Path(history[0].source) == folder:
-                self._registry.remove(folder.name)
-                self._library.forget(folder.name)
-                self._forget_recent(folder.name)
+                self._forget(folder.name)
                 log.info("unloaded adapter %s, whose folder is gone", folder.name)
 
-    def _restore(self, name: str, revision: str) -> None:
-        self._serve(name, self._read(revision))
+    def _restore(self, published: Published, spec: AdapterSpec | None) -> None:
+        """Serve what a name served; one whose spec is known is read once somebody needs it."""
+        name, revision = published.name, published.revision
+        if spec is None:
+            adapter = self._read(revision)
+            self._check_pin(name, adapter.spec)
+            self._library.record(adapter.spec)
+            self._serve(name, adapter, published.owner)
+        else:
+            self._engine.check_adapter(spec)
+            self._check_pin(name, spec)
+            self._serve(name, spec, published.owner)
         log.info("serving adapter %s, revision %s, as before", name, revision)
 
     def _try(self, name: str, serve: Callable[[], None]) -> None:
@@ -250,15 +308,41 @@ class AdapterLifecycle:
             log.exception("adapter %s is not served", name)
             self._registry.fail(name, f"{type(error).__name__}: {error}")
 
-    def _serve(self, name: str, adapter: HostAdapter) -> None:
+    def _serve(self, name: str, adapter: HostAdapter | AdapterSpec, owner: str) -> None:
+        spec = adapter if isinstance(adapter, AdapterSpec) else adapter.spec
         with self._keeping:
-            self._library.keep(adapter.spec.revision)
-            self._registry.publish(name, adapter)
+            self._library.keep(spec.revision)
+            if isinstance(adapter, AdapterSpec):
+                self._registry.publish_unread(name, adapter)
+            else:
+                self._registry.publish(name, adapter)
         self._forget_recent(name)
         if self._registry.status(name).split and name not in self._library.splits():
             self._registry.split(name, None)
-        if not adapter.tasks:
-            self._engine.prefetch(adapter.spec)
+        if name in self._pinned:
+            self._engine.pin(name, _resident(spec))
+        elif not spec.num_tasks:
+            self._engine.prefetch(spec, owner or DEFAULT_TENANT)
+
+    def _lost(self, revision: str, error: AdapterError) -> None:
+        log.error("revision %s is served no more: %s", revision, error)
+        self._library.forget_record(revision)
+
+    def _check_pin(self, name: str, spec: AdapterSpec) -> None:
+        if name in self._pinned:
+            self._engine.check_pin(name, _resident(spec))
+
+    def pin_missing(self) -> list[str]:
+        """The pinned names whose adapters are not in the arena; those that are known are brought there."""
+        missing = []
+        for name in sorted(self._pinned):
+            spec = self._registry.status(name).spec if self._registry.knows(name) else None
+            if spec is None:
+                missing.append(name)
+            elif not all(map(self._engine.is_resident, spec.resident_revisions)):
+                missing.append(name)
+                self._engine.pin(name, _resident(spec))
+        return missing
 
     def _gone(self, revision: str) -> None:
         """Neither a name nor a request needed it a moment ago."""
@@ -266,3 +350,14 @@ class AdapterLifecycle:
             if not self._registry.has(revision):
                 self._library.let_go(revision)
                 self._engine.drop(revision)
+
+
+def _resident(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
+    """What of an adapter has pages: itself, or each of its tasks."""
+    return tuple(map(spec.of_task, range(spec.num_tasks))) or (spec,)
+
+
+def _is_unchanged(folder: Path, published: Published) -> bool:
+    """Whether a folder holds what was published from it."""
+    marks = settled_marks_of(folder)
+    return bool(marks) and marks == published.source_marks and Path(published.source) == folder

@@ -7,6 +7,7 @@ import re
 import psutil
 import torch
 
+from turret_adapters.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_server.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -23,6 +24,13 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def max_adapter_bytes() -> int:
+    """Most that an adapter's files may hold: as several are loaded at once, and each is in memory twice while
+    its rows are made of it, a part of what this machine has.
+    """
+    return min(MAX_CONFIG_BYTES + MAX_TENSORS_BYTES, psutil.virtual_memory().total // 8)
 
 
 def parse_memory(option: str, memory: str) -> tuple[float, bool]:

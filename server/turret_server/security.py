@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 def check_tenants(config: ServerConfig, tenants: TenantTable) -> None:
     """See that the server lets in whom it knows and nobody else, unless only this machine reaches it.
 
+    Whom it knows are tenants with keys or identities. Where there are none, an authority that signs clients'
+    certificates says who comes in, and all of them are trusted alike.
+
     Raises:
         ConfigError: it would not.
     """
@@ -26,10 +29,17 @@ def check_tenants(config: ServerConfig, tenants: TenantTable) -> None:
         )
     if is_loopback(config.listen):
         return
-    if tenants.is_open and not config.allow_unauthenticated:
+    if tenants.is_open and config.tls_client_ca:
+        log.warning(
+            "whoever has a certificate that %s signed may do everything, as any tenant: give tenants "
+            "identities or keys in the file of --tenants to keep them apart",
+            config.tls_client_ca,
+        )
+    elif tenants.is_open and not config.allow_unauthenticated:
         raise ConfigError(
             f"--listen {config.listen}: whoever reaches that could do everything; give tenants keys (`turret "
-            "tenants key NAME`) in the file of --tenants, listen on 127.0.0.1, or say --allow-unauthenticated"
+            "tenants key NAME`) in the file of --tenants, listen on 127.0.0.1, ask for certificates with "
+            "--tls-client-ca, or say --allow-unauthenticated"
         )
     if not config.tls_cert:
         log.warning("prompts and API keys go over the network as they are: use --tls-cert and --tls-key")

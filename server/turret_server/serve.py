@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -22,11 +22,15 @@ from turret_adapters.store import AdapterStore
 from turret_server.api.adapter_messages import AdapterMessages
 from turret_server.api.adapters import AdapterServicer
 from turret_server.api.auth import AuthInterceptor
+from turret_server.api.auth_hook import AuthHook, load_hook
+from turret_server.api.drain import RunningCalls
 from turret_server.api.errors import ErrorInterceptor
 from turret_server.api.inference import InferenceServicer
 from turret_server.api.lazy import NAME_MARK, LazyAdapters
-from turret_server.api.metrics import AdapterMetrics, EngineMetrics, RequestMetrics
+from turret_server.api.metrics import AdapterMetrics, AuthMetrics, EngineMetrics
 from turret_server.api.prompts import PromptServicer
+from turret_server.api.reading import ReadingInterceptor
+from turret_server.api.records import RequestRecords
 from turret_server.api.requests import ModelInfo, RequestFactory
 from turret_server.api.rpc import RpcServer, is_loopback, split_address
 from turret_server.api.tls import TlsFiles
@@ -39,19 +43,22 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError, GenerationFailedError
 from turret_server.folder_watch import FolderWatch
+from turret_server.kernels.cores import give_back_cores
 from turret_server.lifecycle import AdapterLifecycle
-from turret_server.memory import arena_bytes, host_bytes, parse_memory
+from turret_server.memory import arena_bytes, host_bytes, max_adapter_bytes, parse_memory
 from turret_server.model.arena import Arena
 from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
 from turret_server.model.weights import ModelWeights
+from turret_server.readiness import report_ready
+from turret_server.recording import request_records
 from turret_server.security import check_tenants, tls_files
+from turret_server.settings import check_config
+from turret_server.shutdown import Shutdown
 from turret_server.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
-
-_GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +73,7 @@ class Parts:
     prompts: PromptServicer
     watches: AdapterWatches
     tenants: TenantsFile
+    auth_hook: AuthHook | None
     tls: TlsFiles | None
     metrics: CollectorRegistry
     loaded: LoadedModel
@@ -80,9 +88,19 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         ConfigError: a setting cannot be.
         UnsupportedModelError: the model cannot be served.
     """
-    _check(config)
+    check_config(config)
+    metrics = CollectorRegistry()
+    with request_records(config, metrics) as records, _assembled(config, metrics, records, sampler) as parts:
+        yield parts
+
+
+@contextmanager
+def _assembled(
+    config: ServerConfig, metrics: CollectorRegistry, records: RequestRecords, sampler: Sampler | None
+) -> Iterator[Parts]:
     limits = TenantLimits(max_queued_requests=config.max_queue, max_queued_tokens=config.max_queue_tokens)
-    tenants = TenantsFile(config.tenants, limits)
+    auth_hook = load_hook(config.auth_hook) if config.auth_hook else None
+    tenants = TenantsFile(config.tenants, limits, hooked=auth_hook is not None)
     check_tenants(config, tenants.table)
     tls = tls_files(config)
     device = select_device(config.device)
@@ -97,7 +115,7 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
     registry = AdapterRegistry(memory)
     runner = ModelRunner(loaded, arena, registry, sampler or Sampler())
     runner.check()
-    metrics = CollectorRegistry()
+    runner.warm_up(config.max_batch_requests)
     engine = Engine(
         runner=runner,
         memory=runner,
@@ -110,14 +128,15 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
             max_step_seconds=config.max_step_seconds,
         ),
         tenants=tenants.limits,
+        max_adapter_pages=partial(_max_adapter_pages, tenants, arena.page_bytes),
         on_stats=EngineMetrics(metrics, arena.page_bytes).record,
     )
     _announce(config, loaded, arena)
-    lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library)
+    lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library, pinned=config.pin)
     messages = AdapterMessages(engine, arena.page_bytes)
     watches = AdapterWatches(registry, messages)
     adapters = AdapterServicer(registry=registry, lifecycle=lifecycle, messages=messages, watches=watches)
-    AdapterMetrics(adapters.states, memory, metrics)
+    AdapterMetrics(adapters.states, memory, library.downloads, metrics)
     requests = RequestFactory(
         registry=registry,
         lifecycle=lifecycle,
@@ -130,11 +149,10 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         usage=UsageMetrics(metrics),
         lazy=LazyAdapters(lifecycle, config.lazy_source) if config.lazy_source else None,
     )
-    inference = InferenceServicer(
-        engine=engine, requests=requests, codec=loaded.tokenizer, metrics=RequestMetrics(metrics)
-    )
-    prompts = PromptServicer(engine=engine, requests=requests, block_size=arena.block_size)
+    inference = InferenceServicer(engine=engine, requests=requests, codec=loaded.tokenizer, records=records)
+    prompts = PromptServicer(engine=engine, requests=requests, records=records, block_size=arena.block_size)
     watch = None
+    give_back_cores()
     engine.start()
     try:
         watch = _folder_watch(config, lifecycle)
@@ -151,6 +169,7 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
                 prompts=prompts,
                 watches=watches,
                 tenants=tenants,
+                auth_hook=auth_hook,
                 tls=tls,
                 metrics=metrics,
                 loaded=loaded,
@@ -188,32 +207,32 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
 
 
 def make_server(parts: Parts) -> RpcServer:
-    """What answers calls. Errors are told last: also who is not known is told so in our words."""
-    interceptors = [ErrorInterceptor(), AuthInterceptor(parts.tenants)]
+    """What answers calls. Errors are told last: also who is not known is told so in our words, and before
+    the request is read.
+    """
+    calls = RunningCalls()
+    auth = AuthInterceptor(parts.tenants, parts.auth_hook, AuthMetrics(parts.metrics).failed)
+    interceptors = [ErrorInterceptor(), calls, auth, ReadingInterceptor()]
     tls = parts.tls.credentials() if parts.tls else None
-    return RpcServer(parts.inference, parts.adapters, parts.prompts, interceptors, tls)
+    return RpcServer(parts.inference, parts.adapters, parts.prompts, interceptors, calls, tls)
 
 
 async def _serve(config: ServerConfig, parts: Parts) -> None:
-    stop = asyncio.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     server = make_server(parts)
+    shutdown = Shutdown(server, parts.engine, parts.watches)
     port = await server.start(config.listen)
     log.info("serving on %s:%d", split_address(config.listen)[0], port)
-    loop = asyncio.get_running_loop()
-
-    def stop_now() -> None:
-        loop.call_soon_threadsafe(stop.set)
-
-    parts.engine.on_failure = stop_now
-    await stop.wait()
-    parts.watches.close()
+    readiness = asyncio.create_task(report_ready(server, parts.lifecycle.pin_missing))
+    await shutdown.wait()
+    readiness.cancel()
+    await shutdown.drain(config.grace, parts.lifecycle.interrupt)
     if parts.engine.failed:
-        await server.stop(0)
         raise GenerationFailedError("the engine failed and its requests with it; the log says why")
-    log.info("stopping: requests that run have %d s to finish", _GRACE_SECONDS)
-    await server.stop(_GRACE_SECONDS)
+
+
+def _max_adapter_pages(tenants: TenantsFile, page_bytes: int, tenant: str) -> int | None:
+    most = tenants.max_device_bytes(tenant)
+    return None if most is None else most // page_bytes
 
 
 def _library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
@@ -247,42 +266,7 @@ def _policy(config: ServerConfig) -> Policy:
         folders.append(config.adapters)
     if not config.allow_sources and is_loopback(config.listen):
         folders = [Path("/")]
-    return Policy(roots=tuple(folders), urls=urls)
-
-
-def _check(config: ServerConfig) -> None:
-    split_address(config.listen)
-    if config.metrics:
-        split_address(config.metrics)
-    if not 1 <= config.max_batch_requests <= config.max_batch_tokens:
-        raise ConfigError(
-            f"--max-batch-requests is from 1 to --max-batch-tokens ({config.max_batch_tokens}); "
-            f"found {config.max_batch_requests}"
-        )
-    for option, size in (
-        ("--memory", config.memory),
-        ("--host-memory", config.host_memory),
-        ("--store-size", config.store_size),
-    ):
-        if size:
-            parse_memory(option, size)
-    for option, value in (
-        ("--max-queue", config.max_queue),
-        ("--max-queue-tokens", config.max_queue_tokens),
-        ("--max-step-seconds", config.max_step_seconds),
-    ):
-        if not value > 0:
-            raise ConfigError(f"{option} is above 0; found {value}")
-    lazy = config.lazy_source
-    if lazy is not None and not (lazy.count(NAME_MARK) == 1 and (lazy.startswith("/") or "://" in lazy)):
-        raise ConfigError(
-            f"--lazy-source {lazy}: expected an absolute path or a URL with {NAME_MARK} in it once, such as "
-            f"hf://owner/{NAME_MARK}"
-        )
-    if config.watch and not config.adapters:
-        raise ConfigError("--watch: there is no folder to watch; name one with --adapters")
-    if config.adapters and not config.adapters.is_dir():
-        raise ConfigError(f"--adapters {config.adapters}: there is no such folder")
+    return Policy(roots=tuple(folders), urls=urls, max_bytes=max_adapter_bytes())
 
 
 def _announce(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> None:

@@ -27,6 +27,12 @@ A tenants file:
   max_queued_tokens = 200_000
   max_concurrent_requests = 20
   tokens_per_minute = 100_000
+  max_adapters = 50
+  max_adapter_bytes = 20_000_000_000
+  max_device_bytes = 2_000_000_000
+  max_concurrent_loads = 2
+  max_pinned_tokens = 50_000
+  max_watches = 4
   [tenants.operator]
   keys = ["sha256:..."]
   admin = true

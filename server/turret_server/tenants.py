@@ -14,7 +14,14 @@
     max_queued_tokens = 200_000
     max_concurrent_requests = 20            # that wait or run
     tokens_per_minute = 100_000             # of prompts and answers
+    max_adapters = 50                       # names that serve what it loaded
+    max_adapter_bytes = 20_000_000_000      # what it loaded takes on the disk, or in memory if that is more
+    max_device_bytes = 2_000_000_000        # of the arena, adapters that it uses or was the last to use
+    max_concurrent_loads = 2                # that wait or run
+    max_pinned_tokens = 50_000              # of prompts that it has pinned
+    max_watches = 4                         # of adapters
 
+Earlier revisions of its adapters count as well; to stay within `max_adapter_bytes` the oldest of them go.
 What a tenant's table leaves out of rights it does not have; of limits, it has the server's defaults. Where no
 table has keys or identities, the server is open: a call names its tenant itself and may do everything.
 """
@@ -30,6 +37,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from turret_adapters.ownership import Ownership
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
 from turret_server.keys import digest_of, is_digest
@@ -58,11 +66,22 @@ class Tenant:
     share_cache: bool = False
     max_concurrent_requests: int | None = None
     tokens_per_minute: int | None = None
+    max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+    max_device_bytes: int | None = None
+    max_concurrent_loads: int | None = None
+    max_pinned_tokens: int | None = None
+    max_watches: int | None = None
     proven: bool = True
 
     @property
     def cache_domain(self) -> str:
         return "" if self.share_cache else self.name
+
+    @property
+    def ownership(self) -> Ownership:
+        """Of what it loads."""
+        return Ownership(owner=self.name, max_names=self.max_adapters, max_bytes=self.max_adapter_bytes)
 
     def may_use(self, adapter: str) -> bool:
         return self.admin or _matches(adapter, self.use)
@@ -75,10 +94,11 @@ class Tenant:
 
 
 class TenantTable:
-    """What one version of the file says."""
+    """What one version of the file says. Where it is `hooked`, somebody else says whose a call is."""
 
-    def __init__(self, tenants: Iterable[Tenant], default: TenantLimits) -> None:
+    def __init__(self, tenants: Iterable[Tenant], default: TenantLimits, *, hooked: bool = False) -> None:
         self._default = default
+        self._hooked = hooked
         self._tenants = {tenant.name: tenant for tenant in tenants}
         self._by_key = _index("key", self._tenants.values(), lambda tenant: tenant.keys)
         self._by_identity = _index("identity", self._tenants.values(), lambda tenant: tenant.identities)
@@ -86,7 +106,7 @@ class TenantTable:
     @property
     def is_open(self) -> bool:
         """Whether nobody has to show who it is."""
-        return not self._by_key and not self._by_identity
+        return not self._hooked and not self._by_key and not self._by_identity
 
     @property
     def has_identities(self) -> bool:
@@ -95,6 +115,14 @@ class TenantTable:
     def limits(self, name: str) -> TenantLimits:
         found = self._tenants.get(name)
         return found.limits if found else self._default
+
+    def max_device_bytes(self, name: str) -> int | None:
+        found = self._tenants.get(name)
+        return found.max_device_bytes if found else None
+
+    def by_name(self, name: str) -> Tenant:
+        """Who is called so by somebody who knows; without a table of its own, it has no rights."""
+        return self._tenants.get(name) or Tenant(name=name, limits=self._default)
 
     def by_key(self, key: str) -> Tenant | None:
         """Whose key it is. It is found by its digest: what the time of a look-up could tell is about the
@@ -109,12 +137,11 @@ class TenantTable:
 
     def unproven(self, name: str) -> Tenant:
         """Somebody who says so, which is enough where the server is open."""
-        found = self._tenants.get(name) or Tenant(name=name, limits=self._default)
-        return replace(found, admin=True, share_cache=True, proven=False)
+        return replace(self.by_name(name), admin=True, share_cache=True, proven=False)
 
 
-def parse_tenants(where: str, content: bytes, default: TenantLimits) -> TenantTable:
-    """What a tenants file of this content says.
+def parse_tenants(where: str, content: bytes, default: TenantLimits, *, hooked: bool = False) -> TenantTable:
+    """What a tenants file of this content says. `hooked` is as for the table.
 
     Raises:
         ConfigError: it holds something that is not known or cannot be.
@@ -127,7 +154,8 @@ def parse_tenants(where: str, content: bytes, default: TenantLimits) -> TenantTa
     if parsed or not isinstance(tables, dict):
         raise ConfigError(f"{where}: expected tables named [tenants.NAME] and nothing else")
     try:
-        table = TenantTable([_tenant(name, entry, default) for name, entry in tables.items()], default)
+        found = [_tenant(name, entry, default) for name, entry in tables.items()]
+        table = TenantTable(found, default, hooked=hooked)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     if table.is_open and (unproven := [name for name, entry in tables.items() if entry.keys() & _RIGHTS]):
@@ -182,6 +210,12 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "max_queued_tokens": _whole,
     "max_concurrent_requests": _whole,
     "tokens_per_minute": _whole,
+    "max_adapters": _whole,
+    "max_adapter_bytes": _whole,
+    "max_device_bytes": _whole,
+    "max_concurrent_loads": _whole,
+    "max_pinned_tokens": _whole,
+    "max_watches": _whole,
 }
 _LIMITS = {field.name for field in fields(TenantLimits)}
 _RIGHTS = {"use", "load", "unload", "sources", "admin", "share_cache"}

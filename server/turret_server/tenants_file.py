@@ -23,22 +23,23 @@ class TenantsFile:
     link, as in a mounted volume of Kubernetes, may come to point elsewhere.
     """
 
-    def __init__(self, path: Path | None, default: TenantLimits) -> None:
-        """Read the file.
+    def __init__(self, path: Path | None, default: TenantLimits, *, hooked: bool = False) -> None:
+        """Read the file. `hooked` is as for `TenantTable`.
 
         Raises:
             ConfigError: it cannot be read, or holds something that is not known or cannot be.
         """
         self._path = path
         self._default = default
+        self._hooked = hooked
         self._content = b""
         self._complaint = ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="turret-tenants", daemon=True)
-        self.table = TenantTable([], default)
+        self.table = TenantTable([], default, hooked=hooked)
         if path:
             self._content = self._read(path)
-            self.table = parse_tenants(self._where, self._content, default)
+            self.table = self._parse(self._content)
 
     def __enter__(self) -> Self:
         if self._path:
@@ -52,6 +53,9 @@ class TenantsFile:
 
     def limits(self, tenant: str) -> TenantLimits:
         return self.table.limits(tenant)
+
+    def max_device_bytes(self, tenant: str) -> int | None:
+        return self.table.max_device_bytes(tenant)
 
     def look(self) -> None:
         """Take over what changed in the file; where it is not sound, keep what was and log why, once."""
@@ -67,7 +71,7 @@ class TenantsFile:
                 log.error("what the tenants file said before holds on: %s", error)  # noqa: TRY400
 
     def _take(self, content: bytes) -> None:
-        table = parse_tenants(self._where, content, self._default)
+        table = self._parse(content)
         if table.is_open and not self.table.is_open:
             # As when the file is found cut off while somebody writes it.
             raise ConfigError(
@@ -76,6 +80,9 @@ class TenantsFile:
             )
         self._content, self._complaint, self.table = content, "", table
         log.info("the tenants file changed, and holds from now on")
+
+    def _parse(self, content: bytes) -> TenantTable:
+        return parse_tenants(self._where, content, self._default, hooked=self._hooked)
 
     @property
     def _where(self) -> str:

@@ -19,6 +19,7 @@ NAMES = {
     "Client",
     "ConnectionOptions",
     "DeadlineExceededError",
+    "Download",
     "FailedPreconditionError",
     "FinishReason",
     "Generation",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from turret_adapters.ownership import Ownership
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
 from turret_server.keys import digest_of
@@ -91,6 +92,30 @@ def test_an_admin_and_anybody_on_an_open_server_may_do_everything():
         assert tenant.may_unload("x")
 
 
+def test_what_a_tenant_loads_is_its_own_within_its_limits():
+    table = parse(
+        f"""
+        [tenants.acme]
+        keys = ["{DIGEST}"]
+        max_adapters = 3
+        max_adapter_bytes = 4_000
+        max_device_bytes = 5_000
+        """
+    )
+    acme = table.by_key("turret_secret")
+    assert acme
+    assert acme.ownership == Ownership(owner="acme", max_names=3, max_bytes=4000)
+    assert (table.max_device_bytes("acme"), table.max_device_bytes("nobody")) == (5000, None)
+    assert table.by_name("bolt").ownership == Ownership(owner="bolt")
+
+
+def test_with_a_hook_nobody_has_to_have_a_key_and_the_server_is_not_open():
+    table = parse_tenants("FILE", b'[tenants.acme]\nuse = ["*"]', DEFAULT, hooked=True)
+    assert not table.is_open
+    assert table.by_name("acme").may_use("poet")
+    assert not table.by_name("new").may_use("poet")
+
+
 def test_tenants_share_cached_prompts_only_where_both_say_so():
     table = parse(
         "".join(
@@ -126,6 +151,18 @@ def test_tenants_share_cached_prompts_only_where_both_say_so():
             "max_queued_requests is a whole number above 0; found 1.5",
         ),
         ("[tenants.acme]\nmax_queued_tokens = true", "max_queued_tokens is a whole number above 0"),
+        *(
+            (f"[tenants.acme]\n{limit} = {value}", f"acme: {limit} is a whole number above 0")
+            for limit in (
+                "max_adapters",
+                "max_adapter_bytes",
+                "max_device_bytes",
+                "max_concurrent_loads",
+                "max_pinned_tokens",
+                "max_watches",
+            )
+            for value in ("0", "-1", "1.5", "true", '"1GiB"')
+        ),
         ("[tenants.acme]\ntokens_per_minute = 0", "tokens_per_minute is a whole number above 0"),
         (
             "[tenants.acme]\nmax_concurrent_requests = 0.5",

@@ -87,3 +87,15 @@ def test_the_same_complaint_after_a_sound_file_is_told_again(path, caplog):
 def test_a_file_that_is_not_there_at_the_start_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"missing\.toml: expected a TOML file"):
         TenantsFile(tmp_path / "missing.toml", DEFAULT)
+
+
+def test_with_a_hook_the_last_key_may_go_and_the_server_stays_closed(tmp_path):
+    path = tmp_path / "tenants.toml"
+    path.write_text(f'[tenants.acme]\nkeys = ["{digest_of("k")}"]\nuse = ["*"]\nmax_device_bytes = 7')
+    with TenantsFile(path, DEFAULT, hooked=True) as tenants:
+        assert tenants.max_device_bytes("acme") == 7
+        path.write_text('[tenants.acme]\nuse = ["acme-*"]')
+        tenants.look()
+        assert tenants.table.by_key("k") is None
+        assert not tenants.table.is_open
+        assert tenants.max_device_bytes("acme") is None

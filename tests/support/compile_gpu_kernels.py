@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from support.kernel_inputs import lora, paged, params
 from turret_server.kernels import NF4Weight
 from turret_server.kernels.gpu import GpuOps
+from turret_server.kernels.gpu_rows import StepRows, gather
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,7 @@ def main(dtype):
     ops.rms_norm(torch.randn(3, 512, dtype=dtype), torch.randn(512, dtype=dtype), 1e-5)
     arena, rows = lora(dtype, 512, 128, [(0, 1, 16), (1, 40, 5)], device=CPU)
     ops.lora_add(torch.randn(40, 128, dtype=dtype), torch.randn(40, 512, dtype=dtype), arena, rows)
+    gather(StepRows.empty(3, 2, CPU), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8, 3).long())
     for head_dim, options in ((64, {}), (80, {"window": 9, "softcap": 2.0, "sinks": True})):
         kv, batch = paged(dtype, [(1, 300), (60, 60)], head_dim=head_dim, device=CPU)
         kv_new = torch.randn(2, 61, 2, head_dim, dtype=dtype)

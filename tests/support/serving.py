@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,19 +58,22 @@ def _alone(config: ServerConfig, store: Path) -> ServerConfig:
 
 async def _start(parts: Parts) -> tuple[RpcServer, int]:
     server = make_server(parts)
-    return server, await server.start("127.0.0.1:0")
+    port = await server.start("127.0.0.1:0")
+    await server.ready()
+    return server, port
 
 
 class ServerProcess:
     """`turret serve` as a user starts it. `log` grows while it runs."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: Sequence[str] = (TURRET,)) -> None:
         self._data = TemporaryDirectory()
-        command = [TURRET, "serve", *arguments]
+        command = [*program, "serve", *arguments]
         self.process = subprocess.Popen(  # noqa: S603 (the command is this test's)
             [*command, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",  # what strangers send may come up in the log of gRPC
             env=os.environ | {"PYTHONUNBUFFERED": "1", "XDG_DATA_HOME": self._data.name},
         )
         self.log: list[str] = []
@@ -95,11 +98,11 @@ class ServerProcess:
 
     @property
     def address(self) -> str:
-        return self._found(r"serving on (\S+)")
+        return self._found(r"serving on ([\w.:]+)")
 
     @property
     def metrics_url(self) -> str:
-        return self._found(r"metrics on (\S+)")
+        return self._found(r"metrics on ([\w.:/]+)")
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""
@@ -110,6 +113,10 @@ class ServerProcess:
 
     def _end(self, signal_number: int) -> int:
         self.process.send_signal(signal_number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status of one that has been told to end, or ends by itself."""
         status = self.process.wait(timeout=60)
         self._reader.join()
         assert self.process.stderr
@@ -119,10 +126,11 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(model: Path, cache: Path, *arguments: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(
-        "--model", str(model), "--cache", str(cache), "--device", "cpu", "--dtype", "float32", *arguments
-    )
+def server_process(
+    model: Path, cache: Path, *arguments: str, program: Sequence[str] = (TURRET,)
+) -> Iterator[ServerProcess]:
+    where = ("--model", str(model), "--cache", str(cache), "--device", "cpu", "--dtype", "float32")
+    server = ServerProcess(*where, *arguments, program=program)
     try:
         yield server
     finally:

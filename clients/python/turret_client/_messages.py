@@ -12,6 +12,7 @@ from turret_client._results import (
     AdapterRevision,
     AdapterState,
     Chunk,
+    Download,
     FinishReason,
     Generation,
     PinnedPrompt,
@@ -143,6 +144,14 @@ def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
         num_tasks=message.num_tasks,
         history=tuple(map(_revision_from, message.history)),
         traffic_split=_split_from(message.traffic_split) if message.HasField("traffic_split") else None,
+    )
+
+
+def download_from(message: adapters_pb2.Download) -> Download:
+    return Download(
+        name=message.name,
+        done_bytes=message.done_bytes,
+        total_bytes=message.total_bytes if message.HasField("total_bytes") else None,
     )
 
 

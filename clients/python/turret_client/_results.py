@@ -165,6 +165,21 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Download:
+    """An adapter on its way from its source.
+
+    Attributes:
+        name: Under which it is to be served.
+        done_bytes: What has come of it.
+        total_bytes: All of it; None while nobody knows.
+    """
+
+    name: str
+    done_bytes: int
+    total_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class PinnedPrompt:
     """A prompt whose blocks the server keeps in memory.
 

@@ -51,7 +51,7 @@ def raising_turret_errors(address: str) -> Iterator[None]:
 def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
     code = error.code()
     details = error.details() or ""
-    info, retry_after = _details(error)
+    info, retry_after, request_id = _details(error)
     if info is None:
         template = _TRANSPORT_MESSAGES.get(code, "{details}")
         message = template.format(address=address, details=details)
@@ -64,21 +64,25 @@ def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
         metadata=info.metadata,
         code=code,
         retry_after=retry_after,
+        request_id=request_id,
     )
 
 
-def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
-    """What the server said of the cause, and in how many seconds to try again."""
+def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None, str]:
+    """What the server said of the cause, in how many seconds to try again, and how it calls the call."""
     try:
         status = rpc_status.from_call(cast("grpc.Call", error))
     except ValueError:
         # The transport gave the call another status than the server did: the details are not its own.
-        return None, None
-    found, retry_after = None, None
+        return None, None, ""
+    found, retry_after, request_id = None, None, ""
     for detail in status.details if status else ():
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        request = error_details_pb2.RequestInfo()
         if detail.Unpack(info) and info.domain == "turret":
             found = info
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    return found, retry_after
+        elif detail.Unpack(request):
+            request_id = request.request_id
+    return found, retry_after, request_id

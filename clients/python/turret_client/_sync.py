@@ -19,6 +19,7 @@ from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, connection
 from turret_client._messages import (
     adapter_from,
     chunk_from,
+    download_from,
     generate_request,
     generation_from,
     pin_request,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from turret.v1 import inference_pb2
     from turret_client._channel import ConnectionOptions
     from turret_client._options import AdapterArgument, GenerationOptions
-    from turret_client._results import Adapter, Chunk, Generation, PinnedPrompt
+    from turret_client._results import Adapter, Chunk, Download, Generation, PinnedPrompt
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -229,6 +230,11 @@ class Client:
             if not page.next_page_token:
                 return adapters
             request.page_token = page.next_page_token
+
+    def list_downloads(self) -> list[Download]:
+        """What the server is bringing from its source now, of the names that the tenant may load."""
+        response = self._answer(self._adapters.ListDownloads, adapters_pb2.ListDownloadsRequest())
+        return [download_from(download) for download in response.downloads]
 
     def watch_adapters(self) -> Generator[Adapter]:
         """Yields every adapter as it is, then each as it is after every change of it, without its history.

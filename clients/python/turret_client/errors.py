@@ -34,6 +34,8 @@ class TurretError(Exception):
         metadata: The cause's details, such as the adapter's name.
         code: gRPC status code.
         retry_after: In how many seconds the server says that it may go better; None where it says nothing.
+        request_id: By which the server's log knows the call, for whoever is asked about it; empty where no
+            server answered.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class TurretError(Exception):
         metadata: Mapping[str, str] | None = None,
         code: grpc.StatusCode = grpc.StatusCode.UNKNOWN,
         retry_after: float | None = None,
+        request_id: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -51,6 +54,7 @@ class TurretError(Exception):
         self.metadata = dict(metadata or {})
         self.code = code
         self.retry_after = retry_after
+        self.request_id = request_id
 
 
 class InvalidArgumentError(TurretError):

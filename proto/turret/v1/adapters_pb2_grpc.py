@@ -75,6 +75,11 @@ class AdapterServiceStub:
                 request_serializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
                 _registered_method=True)
+        self.ListDownloads = channel.unary_unary(
+                '/turret.v1.AdapterService/ListDownloads',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.ListDownloadsRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.ListDownloadsResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -146,6 +151,13 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDownloads(self, request, context):
+        """The adapters that are on their way from their sources now, of those that the caller may load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -188,6 +200,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.WatchAdapters,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'ListDownloads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDownloads,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.ListDownloadsRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.ListDownloadsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -407,6 +424,33 @@ class AdapterService:
             '/turret.v1.AdapterService/WatchAdapters',
             turret_dot_v1_dot_adapters__pb2.WatchAdaptersRequest.SerializeToString,
             turret_dot_v1_dot_adapters__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDownloads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.AdapterService/ListDownloads',
+            turret_dot_v1_dot_adapters__pb2.ListDownloadsRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.ListDownloadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

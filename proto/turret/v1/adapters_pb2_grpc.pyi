@@ -63,6 +63,8 @@ class AdapterServiceStub:
     or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
     RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
     """
+    ListDownloads: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListDownloadsRequest, _adapters_pb2.ListDownloadsResponse]
+    """The adapters that are on their way from their sources now, of those that the caller may load."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -99,6 +101,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
     RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
     """
+    ListDownloads: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListDownloadsRequest, _adapters_pb2.ListDownloadsResponse]  # type: ignore[assignment]
+    """The adapters that are on their way from their sources now, of those that the caller may load."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Loads, replaces and unloads adapters while requests run."""
@@ -180,5 +184,13 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
         RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
         """
+
+    @_abc_1.abstractmethod
+    def ListDownloads(
+        self,
+        request: _adapters_pb2.ListDownloadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.ListDownloadsResponse, _abc.Awaitable[_adapters_pb2.ListDownloadsResponse]]:
+        """The adapters that are on their way from their sources now, of those that the caller may load."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

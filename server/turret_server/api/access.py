@@ -6,12 +6,16 @@ that neither words nor time tell whether it is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from turret.v1 import adapters_pb2
 from turret_adapters.errors import AdapterNotFoundError
 from turret_adapters.fsspec_source import hub_url
 from turret_adapters.policy import Policy
+from turret_adapters.store_errors import SourceForbiddenError
 from turret_server.errors import PermissionDeniedError
 from turret_server.tenants import Tenant
 
@@ -51,6 +55,32 @@ def check_unload(tenant: Tenant, name: str) -> None:
         raise _denied(tenant, "unload", name)
 
 
+def seen_by(tenant: Tenant, adapter: adapters_pb2.Adapter) -> adapters_pb2.Adapter:
+    """What a tenant is told of an adapter. Where its operator keeps it, and why it FAILED, which may name
+    such places, is of no concern to those who only use it.
+    """
+    if tenant.may_load(adapter.name):
+        return adapter
+    seen = adapters_pb2.Adapter()
+    seen.CopyFrom(adapter)
+    for revision in seen.history:
+        revision.ClearField("source")
+    if seen.error:
+        seen.error = "it could not be loaded; ask the server's operator why"
+    return seen
+
+
+@contextmanager
+def told_to(tenant: Tenant) -> Iterator[None]:
+    """Leaves out why an adapter is not there where the tenant may not load it, as `seen_by` does."""
+    try:
+        yield
+    except AdapterNotFoundError as error:
+        if error.why and not tenant.may_load(error.name):
+            raise AdapterNotFoundError(error.message) from error
+        raise
+
+
 def check_source(tenant: Tenant, source: str) -> None:
     """See that a tenant may load from there, wherever the server itself may: or it could load the files of
     another's adapter under a name of its own.
@@ -67,10 +97,24 @@ def check_source(tenant: Tenant, source: str) -> None:
     )
     url = hub_url(source) or source
     if "://" not in url:
+        _check_written(source, policy.roots)
         policy.folder(source)
     else:
         # As it is fetched: a hub's revision stands behind an @.
         policy.url(url.partition("@")[0] if url.startswith("hf://") else url)
+
+
+def _check_written(source: str, roots: Iterable[Path]) -> None:
+    """Refuse what is not written as a place below a root before the disk is looked at: there may be links
+    everywhere, and whether they are there, and how long it takes to find out, is not told.
+    """
+    path = Path(os.path.normpath(source))
+    places = [place for root in roots for place in (root, Path(os.path.realpath(root)))]
+    if ".." in Path(source).parts or not any(path.is_relative_to(place) for place in places):
+        raise SourceForbiddenError(
+            f"{source[:200]!r}: expected a folder below {', '.join(map(str, roots)) or 'nowhere'}, found one "
+            "elsewhere"
+        )
 
 
 def _denied(tenant: Tenant, what: str, name: str) -> PermissionDeniedError:

@@ -12,12 +12,12 @@ import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
-from turret_server.api.access import check_change, check_source, check_unload, check_use
+from turret_server.api.access import check_change, check_source, check_unload, check_use, seen_by
 from turret_server.api.adapter_messages import AdapterMessages
 from turret_server.api.auth import caller
 from turret_server.api.loads import LoadQueue
 from turret_server.api.uploads import AdapterUploads
-from turret_server.api.validation import check_name, check_revision
+from turret_server.api.validation import check_name, check_path, check_revision
 from turret_server.api.watches import AdapterWatches
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle import AdapterLifecycle
@@ -54,10 +54,10 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.LoadAdapterResponse:
         name = check_name(request.name)
         check_change(caller(), name)
-        if not request.path:
-            raise InvalidRequestError("path is empty; give the adapter's folder", field="path")
-        await asyncio.to_thread(check_source, caller(), request.path)
-        await self._loads.start(partial(self._lifecycle.load, name, request.path))
+        path = check_path(request.path)
+        await asyncio.to_thread(check_source, caller(), path)
+        load = partial(self._lifecycle.load, name, path, caller().ownership)
+        await self._loads.start(load, caller())
         return adapters_pb2.LoadAdapterResponse(adapter=await self._present(name))
 
     async def UploadAdapter(
@@ -85,7 +85,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         name = check_name(request.name)
         check_change(caller(), name)
         revision = check_revision(request.revision) if request.revision else None
-        await self._loads.start(partial(self._lifecycle.rollback, name, revision))
+        await self._loads.start(partial(self._lifecycle.rollback, name, revision), caller())
         return adapters_pb2.RollbackAdapterResponse(adapter=await self._present(name))
 
     async def SetTrafficSplit(
@@ -96,7 +96,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if not 0 <= request.percent <= 100:
             raise InvalidRequestError(f"percent is from 0 to 100; found {request.percent}", field="percent")
         revision = check_revision(request.revision) if request.percent else ""
-        await self._loads.start(partial(self._lifecycle.split, name, revision, request.percent))
+        await self._loads.start(partial(self._lifecycle.split, name, revision, request.percent), caller())
         return adapters_pb2.SetTrafficSplitResponse(adapter=await self._present(name))
 
     async def GetAdapter(
@@ -129,10 +129,22 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(
         self, request: adapters_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[adapters_pb2.WatchAdaptersResponse]:
-        async with aclosing(self._watches.watch()) as changes:
+        async with aclosing(self._watches.watch(caller())) as changes:
             async for adapter in changes:
                 if caller().may_use(adapter.name):
-                    yield adapters_pb2.WatchAdaptersResponse(adapter=adapter)
+                    yield adapters_pb2.WatchAdaptersResponse(adapter=seen_by(caller(), adapter))
+
+    async def ListDownloads(
+        self, request: adapters_pb2.ListDownloadsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> adapters_pb2.ListDownloadsResponse:
+        tenant = caller()
+        return adapters_pb2.ListDownloadsResponse(
+            downloads=[
+                adapters_pb2.Download(name=each.name, done_bytes=each.num_done, total_bytes=each.num_total)
+                for each in self._lifecycle.downloads()
+                if tenant.may_load(each.name)
+            ]
+        )
 
     async def _present(self, name: str) -> adapters_pb2.Adapter:
         [message] = await self._described([self._registry.status(name)])
@@ -140,11 +152,4 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _described(self, statuses: Sequence[AdapterStatus]) -> list[adapters_pb2.Adapter]:
         histories = await asyncio.to_thread(self._lifecycle.histories, [status.name for status in statuses])
-        tenant, messages = caller(), []
-        for status in statuses:
-            messages.append(self._messages.of(status, histories[status.name]))
-            if not tenant.may_load(status.name):
-                # Where its operator keeps what is of no concern to those who only use it.
-                for revision in messages[-1].history:
-                    revision.ClearField("source")
-        return messages
+        return [seen_by(caller(), self._messages.of(status, histories[status.name])) for status in statuses]

@@ -1,4 +1,6 @@
-"""Who calls: by an API key, by a client's certificate, or, where the server is open, by saying so."""
+"""Who calls: as the operator's hook says, by an API key, by a client's certificate, or, where the server is
+open, by saying so.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from turret_server import logs
+from turret_server.api.auth_hook import AuthHook
 from turret_server.api.validation import named_tenant
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.errors import UnauthenticatedError
@@ -31,8 +35,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     open: what asks for a server's health holds no keys, and reflection tells what this repository does.
     """
 
-    def __init__(self, tenants: TenantsFile) -> None:
+    def __init__(
+        self, tenants: TenantsFile, hook: AuthHook | None, on_failure: Callable[[UnauthenticatedError], None]
+    ) -> None:
         self._tenants = tenants
+        self._hook = hook
+        self._on_failure = on_failure
 
     async def intercept_service(
         self,
@@ -42,54 +50,59 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/turret."):
             return handler
-        if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                self._known_stream(handler.unary_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(
                 self._known_stream(handler.stream_stream),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        assert handler.unary_unary
-        return grpc.unary_unary_rpc_method_handler(
-            self._known_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        assert handler.stream_unary
+        return grpc.stream_unary_rpc_method_handler(
+            self._known_unary(handler.stream_unary), handler.request_deserializer, handler.response_serializer
         )
 
     def _known_unary(self, method: Callable[..., Any]) -> Callable[..., Any]:
         async def known(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            self._recognise(context)
+            await self._recognise(context)
             return await method(request, context)
 
         return known
 
     def _known_stream(self, method: Callable[..., Any]) -> Callable[..., Any]:
         async def known(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            table = self._recognise(context)
+            table = await self._recognise(context)
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
                     if table is not self._tenants.table:
                         # The key may be taken away meanwhile, or what the tenant may do.
-                        table = self._recognise(context)
+                        table = await self._recognise(context)
                     yield response
 
         return known
 
-    def _recognise(self, context: grpc.aio.ServicerContext[Any, Any]) -> TenantTable:
+    async def _recognise(self, context: grpc.aio.ServicerContext[Any, Any]) -> TenantTable:
         """Sets the caller, which holds for this call: every one is a task, with a context of its own."""
         table = self._tenants.table
-        metadata = tuple(context.invocation_metadata() or ())
-        _caller.set(authenticate(table, metadata, _identities(context)))
+        metadata, identities = tuple(context.invocation_metadata() or ()), _identities(context)
+        try:
+            named = await self._hook.ask(metadata, identities) if self._hook else None
+            tenant = authenticate(table, metadata, identities, named)
+        except UnauthenticatedError as error:
+            self._on_failure(error)
+            raise
+        _caller.set(tenant)
+        logs.bind(tenant=tenant.name)
         return table
 
 
 def authenticate(
-    tenants: TenantTable, metadata: Iterable[tuple[str, str | bytes]], identities: Iterable[str] = ()
+    tenants: TenantTable,
+    metadata: Iterable[tuple[str, str | bytes]],
+    identities: Iterable[str] = (),
+    named: str | None = None,
 ) -> Tenant:
-    """Whose call this is. `identities` are the names in the certificate that the client proved to hold.
+    """Whose call this is. `identities` are the names in the certificate that the client proved to hold;
+    `named` is whose it is by the hook, which has the last word.
 
     What is refused is refused with the same words whoever exists.
 
@@ -99,6 +112,14 @@ def authenticate(
     """
     metadata = tuple(metadata)
     claimed = named_tenant(metadata)
+    if named is not None:
+        if claimed not in (None, named):
+            raise UnauthenticatedError(
+                "the metadata turret-tenant names another tenant than the one that you are known as; leave "
+                "it out",
+                cause="mismatch",
+            )
+        return tenants.by_name(named)
     if tenants.is_open:
         return tenants.unproven(claimed or DEFAULT_TENANT)
     key, by_identity = _key(metadata), tenants.by_identities(identities)
@@ -106,14 +127,18 @@ def authenticate(
     if found is None and key is None:
         raise UnauthenticatedError(
             "this server answers only tenants that it knows; send an API key as the metadata "
-            '"authorization: Bearer KEY" (the client\'s api_key, or TURRET_API_KEY)'
+            '"authorization: Bearer KEY" (the client\'s api_key, or TURRET_API_KEY)',
+            cause="no_key",
         )
     if found is None:
-        raise UnauthenticatedError("the API key is none of this server's; ask its operator for one")
+        raise UnauthenticatedError(
+            "the API key is none of this server's; ask its operator for one", cause="unknown_key"
+        )
     if by_identity not in (None, found) or claimed not in (None, found.name):
         raise UnauthenticatedError(
             "the API key, the client's certificate and the metadata turret-tenant must all name the same "
-            "tenant; leave out what does not belong to it"
+            "tenant; leave out what does not belong to it",
+            cause="mismatch",
         )
     return found
 
@@ -124,7 +149,9 @@ def _key(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
         return None
     scheme, _, key = str(sent.pop()).partition(" ")
     if sent or scheme.lower() != _SCHEME or not key.strip():
-        raise UnauthenticatedError('expected one metadata "authorization: Bearer KEY"; found another')
+        raise UnauthenticatedError(
+            'expected one metadata "authorization: Bearer KEY"; found another', cause="malformed"
+        )
     return key.strip()
 
 

@@ -1,4 +1,4 @@
-"""Errors become gRPC statuses with google.rpc.ErrorInfo, and RetryInfo, here and nowhere else."""
+"""Errors become gRPC statuses with google.rpc.ErrorInfo, RetryInfo and RequestInfo, here and nowhere else."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from turret_adapters.errors import AdapterError
-from turret_server.errors import InvalidRequestError, TurretError
+from turret_server.api.calls import REQUEST_ID, begin, request_id
+from turret_server.errors import TurretError
 
 log = logging.getLogger(__name__)
 
@@ -42,37 +43,39 @@ def _packed(message: Message) -> any_pb2.Any:
 
 
 def _shorten(message: str) -> str:
-    """A status travels in a header, which is lost whole if it is too long."""
-    encoded = message.encode()
-    if len(encoded) <= _MAX_MESSAGE_BYTES:
-        return message
-    return encoded[:_MAX_MESSAGE_BYTES].decode(errors="ignore") + " …"
+    """A status travels in a header, which is lost whole if it is too long. Names of files may be no UTF-8."""
+    encoded = message.encode(errors="backslashreplace")
+    cut = encoded[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
+    return cut if len(encoded) <= _MAX_MESSAGE_BYTES else f"{cut} …"
 
 
-async def _abort(context: Any, error: Exception) -> None:
+def _end(context: Any, error: Exception) -> None:
+    """Makes the call end with the error's status once its handler returns.
+
+    `context.abort` is not for that: gRPC keeps the exception that it raises with the call, and the frames of
+    its traceback keep the call: nothing ever frees the two, nor the request, and strangers could fill the
+    memory.
+    """
+    if isinstance(error, grpc.aio.AbortError):
+        # Health has told it already.
+        error.__traceback__ = error.__context__ = None
+        return
     if isinstance(error, TurretError | AdapterError):
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        status = to_status(error)
     else:
         log.error("a call failed", exc_info=error)
-        await context.abort(grpc.StatusCode.INTERNAL, "internal error; the server's log says more")
-
-
-class _Undecodable:
-    """Stands in for a request whose bytes are no message, so that the handler can say so."""
-
-
-def _decode_or_mark(deserialize: Callable[..., Any]) -> Callable[[bytes], Any]:
-    def decode(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except DecodeError:
-            return _Undecodable()
-
-    return decode
+        status = status_pb2.Status(
+            code=code_pb2.INTERNAL, message="internal error; the server's log says more"
+        )
+    status.details.append(_packed(error_details_pb2.RequestInfo(request_id=request_id())))
+    told = rpc_status.to_status(status)
+    context.set_trailing_metadata((*told.trailing_metadata, (REQUEST_ID, request_id())))
+    context.set_code(told.code)
+    context.set_details(told.details)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps every handler of this project's services; health and reflection answer for themselves."""
+    """The first interceptor. To it every method takes a stream (`reading`)."""
 
     async def intercept_service(
         self,
@@ -80,65 +83,38 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/turret."):
+        if handler is None:
             return handler
-        assert handler.request_deserializer
-        decode = _decode_or_mark(handler.request_deserializer)
-        if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream), decode, handler.response_serializer
-            )
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(
-                _guard_both(handler.stream_stream), decode, handler.response_serializer
+                _guard_stream(handler.stream_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
-        assert handler.unary_unary
-        return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary), decode, handler.response_serializer
-        )
-
-
-def _check_decoded(request: Message | _Undecodable) -> None:
-    if isinstance(request, _Undecodable):
-        raise InvalidRequestError(
-            "the request is no valid protobuf message of this method; strings must be valid UTF-8"
+        assert handler.stream_unary
+        return grpc.stream_unary_rpc_method_handler(
+            _guard_unary(handler.stream_unary), handler.request_deserializer, handler.response_serializer
         )
 
 
 def _guard_unary(method: Callable[..., Any]) -> Callable[..., Any]:
-    async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            _check_decoded(request)
-            return await method(request, context)
+            begin(context)
+            return await method(requests, context)
         except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
-            await _abort(context, error)
+            _end(context, error)
 
     return guarded
 
 
 def _guard_stream(method: Callable[..., Any]) -> Callable[..., Any]:
-    async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            _check_decoded(request)
-            async for response in method(request, context):
+            begin(context)
+            async for response in method(requests, context):
                 yield response
         except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
-            await _abort(context, error)
-
-    return guarded
-
-
-def _guard_both(method: Callable[..., Any]) -> Callable[..., Any]:
-    async def decoded(requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
-        async for request in requests:
-            _check_decoded(request)
-            yield request
-
-    async def guarded(requests: AsyncIterator[Message], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            async for response in method(decoded(requests), context):
-                yield response
-        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
-            await _abort(context, error)
+            _end(context, error)
 
     return guarded

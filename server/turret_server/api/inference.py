@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
-from turret_server.api.metrics import RequestMetrics
+from turret_server.api.records import RequestRecord, RequestRecords
 from turret_server.api.requests import Prepared, RequestFactory, when_over
 from turret_server.api.text import TextCodec, TextStream
 from turret_server.api.validation import check_stop
@@ -25,12 +25,12 @@ _FINISH_REASONS = {
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(
-        self, *, engine: Engine, requests: RequestFactory, codec: TextCodec, metrics: RequestMetrics
+        self, *, engine: Engine, requests: RequestFactory, codec: TextCodec, records: RequestRecords
     ) -> None:
         self._engine = engine
         self._requests = requests
         self._codec = codec
-        self._metrics = metrics
+        self._records = records
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -57,29 +57,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         """Every answer ends here in one of three ways: finished, failed, or cancelled from outside."""
-        with self._metrics.request() as record:
+        async with self._records.follow(context) as record:
             stop = check_stop(request)
             prepared = await self._requests.prepare(request, context)
             running = prepared.request
             self._engine.submit(running)
+            record.begin(prepared)
             prepared.charge.begun = True
             when_over(context, partial(self._engine.cancel, running.request_id))
-            record.submitted(len(running.prompt_token_ids))
-            async for piece in self._pieces(prepared, stop):
-                record.tokens(len(piece.token_ids), piece.usage.cached_tokens)
+            async for piece in self._pieces(prepared, stop, record):
                 yield piece
 
     async def _pieces(
-        self, prepared: Prepared, stop: list[str]
+        self, prepared: Prepared, stop: list[str], record: RequestRecord
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
         text = TextStream(self._codec, stop)
-        num_generated = 0
         while True:
             output = await prepared.outputs.get()
             if output.error:
                 raise output.error
             assert output.token_id is not None, "only an error or a cancellation ends without a token"
-            num_generated += 1
+            record.token(output.cached_tokens)
             piece = inference_pb2.GenerateStreamResponse(
                 text=text.push(output.token_id),
                 token_ids=[output.token_id],
@@ -92,9 +90,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 reason = FinishReason.STOP
             if reason:
                 piece.finish_reason = _FINISH_REASONS[reason]
-                piece.usage.prompt_tokens = len(prepared.request.prompt_token_ids)
-                piece.usage.cached_tokens = output.cached_tokens
-                piece.usage.generated_tokens = num_generated
+                piece.usage.prompt_tokens = record.prompt_tokens
+                piece.usage.cached_tokens = record.cached_tokens
+                piece.usage.generated_tokens = record.generated_tokens
+                await self._records.finish(record, reason.value)
             yield piece
             if reason:
                 return

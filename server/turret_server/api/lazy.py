@@ -61,7 +61,7 @@ class LazyAdapters:
     async def _load_once(self, name: str) -> None:
         until, error = self._missing.get(name, (0.0, None))
         if error and self._clock() < until:
-            raise AdapterNotFoundError(f"no adapter is loaded under the name {name!r}, nor found: {error}")
+            raise _not_found(name, error)
         if name not in self._loading:
             self._loading[name] = asyncio.create_task(self._load(name))
             self._loading[name].add_done_callback(partial(self._loaded, name))
@@ -81,9 +81,7 @@ class LazyAdapters:
             self._missing.move_to_end(name)
             while len(self._missing) > MAX_MISSING:
                 self._missing.popitem(last=False)
-            raise AdapterNotFoundError(
-                f"no adapter is loaded under the name {name!r}, nor found: {error}"
-            ) from error
+            raise _not_found(name, error) from error
         self._missing.pop(name, None)
         self._brought[name] = None
         self._brought.move_to_end(name)
@@ -94,3 +92,9 @@ class LazyAdapters:
 
     def _source_of(self, name: str) -> str:
         return self._source.replace(NAME_MARK, name)
+
+
+def _not_found(name: str, error: AdapterError) -> AdapterNotFoundError:
+    return AdapterNotFoundError(
+        f"no adapter is loaded under the name {name!r}, nor found", name=name, why=str(error)
+    )

@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections import Counter as Count
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from turret_adapters.errors import AdapterError
+from turret_adapters.downloads import Downloads
 from turret_adapters.host_memory import HostMemory
 from turret_server.engine.loop import EngineStats
-from turret_server.errors import TurretError
+from turret_server.errors import UnauthenticatedError
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-class RequestRecord:
-    """Follows one request from its arrival to its end."""
-
-    def __init__(self, metrics: RequestMetrics) -> None:
-        self._metrics = metrics
-        self._last = time.monotonic()
-        self._started = False
-
-    def submitted(self, num_prompt_tokens: int) -> None:
-        self._metrics.prompt_tokens.inc(num_prompt_tokens)
-
-    def tokens(self, count: int, num_cached_tokens: int) -> None:
-        """`count` tokens go out now; `num_cached_tokens` is known with the last of them, before that 0."""
-        now = time.monotonic()
-        latency = self._metrics.inter_token if self._started else self._metrics.first_token
-        latency.observe(now - self._last)
-        self._last, self._started = now, True
-        self._metrics.generated_tokens.inc(count)
-        self._metrics.cached_tokens.inc(num_cached_tokens)
 
 
 class RequestMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = Counter(
             "turret_requests",
-            "Generate calls by outcome: ok, cancelled, or the reason of the error.",
+            "Requests to generate and to pin by outcome: ok, cancelled, or the reason of the error.",
             ["outcome"],
             registry=registry,
         )
@@ -68,25 +44,9 @@ class RequestMetrics:
         self.generated_tokens = Counter("turret_generated_tokens", "Tokens generated.", registry=registry)
         self.cached_tokens = Counter(
             "turret_cached_tokens",
-            "Tokens whose keys and values were found in memory when a request that has finished started.",
+            "Tokens whose keys and values were found in memory when a request that has ended started.",
             registry=registry,
         )
-
-    @contextmanager
-    def request(self) -> Iterator[RequestRecord]:
-        """Count the request under how it ends."""
-        outcome = "internal_error"
-        try:
-            yield RequestRecord(self)
-            outcome = "ok"
-        except (asyncio.CancelledError, GeneratorExit):
-            outcome = "cancelled"
-            raise
-        except (TurretError, AdapterError) as error:
-            outcome = error.reason.lower()
-            raise
-        finally:
-            self.requests.labels(outcome).inc()
 
 
 class EngineMetrics:
@@ -110,6 +70,11 @@ class EngineMetrics:
         self._evictions = Counter(
             "turret_adapter_evictions", "Adapters that gave their pages up to others.", registry=registry
         )
+        self._failures = Counter(
+            "turret_step_failures",
+            "Steps that failed as a whole, and parts of them that failed when computed again.",
+            registry=registry,
+        )
         self._filling = Gauge(
             "turret_filling_adapters", "Adapters on their way into the arena.", registry=registry
         )
@@ -126,37 +91,75 @@ class EngineMetrics:
         self._preemptions.inc(stats.num_preempted)
         self._evictions.inc(stats.num_evicted)
         self._filling.set(stats.num_filling)
+        self._failures.inc(stats.num_failures)
         for owner, count in stats.pages.items():
             self._pages.labels(owner).set(count)
 
 
+class AuthMetrics:
+    """Calls that were refused because nobody knew whose they were."""
+
+    _REASONS = ("no_key", "unknown_key", "malformed", "mismatch")
+    # A hook says what it likes, and every word would be a series.
+    _OTHER = "hook"
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._failures = Counter(
+            "turret_failed_authentications",
+            f"Calls of nobody that is known, by reason: {', '.join((*self._REASONS, self._OTHER))}.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in (*self._REASONS, self._OTHER):
+            self._failures.labels(reason)
+
+    def failed(self, error: UnauthenticatedError) -> None:
+        cause = error.metadata.get("cause", "")
+        self._failures.labels(cause if cause in self._REASONS else self._OTHER).inc()
+
+
 class AdapterMetrics(Collector):
-    """Counts adapters by state, and what is in host memory, when it is asked, so that there is nothing to
-    keep in step.
+    """Counts adapters by state, what is in host memory, and what is being brought, when it is asked, so that
+    there is nothing to keep in step.
     """
 
     def __init__(
-        self, states: Callable[[], Iterable[str]], memory: HostMemory, registry: CollectorRegistry
+        self,
+        states: Callable[[], Iterable[str]],
+        memory: HostMemory,
+        downloads: Downloads,
+        registry: CollectorRegistry,
     ) -> None:
         self._states = states
         self._memory = memory
+        self._downloads = downloads
         registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        return self._families([], 0, 0)
+        return self._families([])
 
     def collect(self) -> Iterable[Metric]:
-        return self._families(self._states(), self._memory.num_bytes, self._memory.num_reads)
+        return self._families(self._states())
 
-    @staticmethod
-    def _families(states: Iterable[str], num_bytes: int, num_reads: int) -> list[Metric]:
+    def _families(self, states: Iterable[str]) -> list[Metric]:
         adapters = GaugeMetricFamily("turret_adapters", "Adapters by state.", labels=["state"])
         for state, count in Count(states).items():
             adapters.add_metric([state], count)
+        memory, downloads = self._memory, self._downloads
         return [
             adapters,
-            GaugeMetricFamily("turret_host_adapter_bytes", "Adapters in host memory.", num_bytes),
+            GaugeMetricFamily("turret_host_adapter_bytes", "Adapters in host memory.", memory.num_bytes),
             CounterMetricFamily(
-                "turret_adapter_disk_reads", "Adapters read again from the store.", num_reads
+                "turret_adapter_disk_reads", "Adapters read again from the store.", memory.num_reads
+            ),
+            CounterMetricFamily(
+                "turret_adapter_downloaded_bytes",
+                "Bytes that have come from adapters' sources, folders of this machine among them.",
+                downloads.num_bytes,
+            ),
+            GaugeMetricFamily(
+                "turret_adapter_downloads",
+                "Adapters on their way from their sources.",
+                len(downloads.running),
             ),
         ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -11,10 +14,12 @@ import grpc
 
 from turret.v1 import inference_pb2, prompts_pb2, prompts_pb2_grpc
 from turret_server.api.auth import caller
+from turret_server.api.records import RequestRecords
 from turret_server.api.requests import Prepared, RequestFactory, when_over
 from turret_server.api.validation import check_name
 from turret_server.engine.loop import Engine
-from turret_server.errors import InvalidRequestError, PromptNotFoundError
+from turret_server.errors import InvalidRequestError, PromptNotFoundError, QuotaExceededError
+from turret_server.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ _Key: TypeAlias = tuple[str, str]
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pin:
     key: _Key
+    tenant: str
     request_id: int
     message: prompts_pb2.PinnedPrompt
 
@@ -37,34 +43,45 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
     what belongs to a revision that goes, and the name is forgotten when that is noticed.
     """
 
-    def __init__(self, *, engine: Engine, requests: RequestFactory, block_size: int) -> None:
+    def __init__(
+        self, *, engine: Engine, requests: RequestFactory, records: RequestRecords, block_size: int
+    ) -> None:
         self._engine = engine
         self._requests = requests
+        self._records = records
         self._block_size = block_size
         self._pins: dict[_Key, _Pin] = {}
+        # Tokens of each tenant that are on their way to be pinned.
+        self._pinning: Counter[str] = Counter()
 
     async def PinPrompt(
         self, request: prompts_pb2.PinPromptRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> prompts_pb2.PinPromptResponse:
         name = check_name(request.name, of="a pinned prompt")
-        prepared = await self._requests.prepare(_as_generation(request), context, pinned=True)
-        self._check(prepared)
-        running = prepared.request
-        pin = _Pin(
-            (_owner(), name),
-            running.request_id,
-            prompts_pb2.PinnedPrompt(
-                name=name, revision=prepared.lease.revision, prompt_tokens=len(running.prompt_token_ids)
-            ),
-        )
-        self._engine.submit(running)
-        prepared.charge.begun = True
-        when_over(context, partial(self._abandon, pin))
-        output = await prepared.outputs.get()
-        if output.error:
-            raise output.error
-        before = self._pins.get(pin.key)
-        self._pins[pin.key] = pin
+        async with self._records.follow(context) as record:
+            prepared = await self._requests.prepare(_as_generation(request), context, pinned=True)
+            self._check(prepared)
+            running = prepared.request
+            pin = _Pin(
+                (_owner(), name),
+                running.tenant,
+                running.request_id,
+                prompts_pb2.PinnedPrompt(
+                    name=name, revision=prepared.lease.revision, prompt_tokens=len(running.prompt_token_ids)
+                ),
+            )
+            with self._room(pin, caller()):
+                self._engine.submit(running)
+                record.begin(prepared)
+                prepared.charge.begun = True
+                when_over(context, partial(self._abandon, pin))
+                output = await prepared.outputs.get()
+                if output.error:
+                    raise output.error
+                record.cached_tokens = output.cached_tokens
+                await self._records.finish(record, "pinned")
+                before = self._pins.get(pin.key)
+                self._pins[pin.key] = pin
         if before:
             self._engine.unpin(before.request_id)
         self._forget_gone()
@@ -94,6 +111,30 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
         return prompts_pb2.ListPinnedPromptsResponse(
             prompts=[pin.message for key, pin in sorted(self._pins.items()) if key[0] == owner]
         )
+
+    @contextmanager
+    def _room(self, pin: _Pin, tenant: Tenant) -> Iterator[None]:
+        """Keep the tokens of a pin for it for as long as the block takes. Those of the one that it replaces
+        count no more.
+        """
+        self._forget_gone()
+        most, tokens = tenant.max_pinned_tokens, pin.message.prompt_tokens
+        others = [one for one in self._pins.values() if one.tenant == tenant.name and one.key != pin.key]
+        taken = sum(one.message.prompt_tokens for one in others) + self._pinning[tenant.name]
+        if most is not None and taken + tokens > most:
+            raise QuotaExceededError(
+                f"prompts of {taken} tokens of tenant {tenant.name!r} are pinned, {most} may be, and this "
+                f"one has {tokens}; unpin one",
+                tenant=tenant.name,
+                quota="max_pinned_tokens",
+            )
+        self._pinning[tenant.name] += tokens
+        try:
+            yield
+        finally:
+            self._pinning[tenant.name] -= tokens
+            if not self._pinning[tenant.name]:
+                del self._pinning[tenant.name]
 
     def _check(self, prepared: Prepared) -> None:
         if prepared.lease.joined:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,6 +109,43 @@ class Quotas:
                 tenant=tenant.name,
                 quota="tokens_per_minute",
             )
+
+
+class Places:
+    """How many of a kind each tenant has at once; `quota` is the setting that says how many may be.
+
+    All methods are called from one event loop.
+    """
+
+    def __init__(self, quota: str, kind: str, retry_after: float | None = None) -> None:
+        self._quota = quota
+        self._kind = kind
+        self._retry_after = retry_after
+        self._taken: Counter[str] = Counter()
+
+    def take(self, tenant: Tenant) -> Callable[[], None]:
+        """Take a place; who has it gives it back by calling the result, once.
+
+        Raises:
+            QuotaExceededError: the tenant has as many as may be.
+        """
+        most: int | None = getattr(tenant, self._quota)
+        if most is not None and self._taken[tenant.name] >= most:
+            raise QuotaExceededError(
+                f"{most} {self._kind} of tenant {tenant.name!r} are under way, as many as may; try again "
+                "when one has ended",
+                retry_after=self._retry_after,
+                tenant=tenant.name,
+                quota=self._quota,
+            )
+        self._taken[tenant.name] += 1
+
+        def leave() -> None:
+            self._taken[tenant.name] -= 1
+            if not self._taken[tenant.name]:
+                del self._taken[tenant.name]
+
+        return leave
 
 
 def _nothing() -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import AdapterRegistry, Lease, Named
-from turret_server.api.access import check_use
+from turret_server import logs
+from turret_server.api.access import check_use, told_to
 from turret_server.api.auth import caller
 from turret_server.api.lazy import LazyAdapters
 from turret_server.api.quotas import Charge, Quotas
@@ -26,6 +27,7 @@ from turret_server.api.usage import UsageMetrics
 from turret_server.api.validation import (
     check_adapters,
     check_cache_salt,
+    check_length,
     check_priority,
     check_routing_key,
     check_token_ids,
@@ -103,8 +105,11 @@ class RequestFactory:
             named = [_placed(each, key) for each in named]
         check_use(tenant, [each.name for each in named])
         token_ids = await self._token_ids(message)
-        lease = await self._acquire(named)
+        with told_to(tenant):
+            lease = await self._acquire(named)
         when_over(context, partial(self._registry.release, lease))
+        if named:
+            logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
         if pinned:
             self._check_served(lease)
         uses = tuple(AdapterUse(spec, weight) for spec, weight in lease.uses)
@@ -128,6 +133,7 @@ class RequestFactory:
             # No two tenants come to the same by a salt of their choice: no tenant's name has a slash.
             cache_salt=f"{tenant.cache_domain}/{cache_salt}",
             pinned=pinned,
+            about=logs.bound(),
         )
         when_over(context, self._quotas.enter(tenant, charge))
         when_over(context, partial(self._count, tenant.name, [each.name for each in named], charge))
@@ -160,6 +166,7 @@ class RequestFactory:
                 # A long text takes a while, and other streams go on meanwhile.
                 token_ids = await asyncio.to_thread(self._codec.encode, message.text)
             case "token_ids":
+                check_length(len(message.token_ids.ids), self._model.max_context)
                 token_ids = list(message.token_ids.ids)
             case _:
                 raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")

@@ -18,6 +18,7 @@ from turret.v1 import (
     prompts_pb2,
     prompts_pb2_grpc,
 )
+from turret_server.api.drain import RunningCalls
 from turret_server.errors import ConfigError
 
 # What a stranger may do to the transport, known or not; every value is a bound that no honest client meets.
@@ -31,6 +32,10 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.absolute_max_metadata_size", 16 * 2**10),
     # Every stream has a task and buffers. A client with more calls than that waits, or connects again.
     ("grpc.max_concurrent_streams", 1024),
+    # Calls that have come and were not looked at yet wait. Beyond the first number gRPC cancels some of them
+    # by chance, whoever makes them, and so one who opens many at once would end others' calls.
+    ("grpc.server.max_pending_requests", 2**16),
+    ("grpc.server.max_pending_requests_hard_limit", 2**17),
     # Who connects and says nothing, or too slowly, is let go: TLS and the first settings must be through.
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A peer that went without a word is found out, and its streams end, within about two minutes.
@@ -43,6 +48,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # A connection without calls costs a file descriptor; clients connect again by themselves.
     ("grpc.max_connection_idle_ms", 15 * 60_000),
 )
+
+# The name under which health tells no more than that the process answers, also while it starts and drains.
+LIVENESS = "liveness"
 
 _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -79,9 +87,11 @@ class RpcServer:
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
         prompts: prompts_pb2_grpc.PromptServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        calls: RunningCalls,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """Without credentials nothing is encrypted."""
+        """`calls` is one of the interceptors. Without credentials nothing is encrypted."""
+        self.calls = calls
         self._credentials = credentials
         self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
@@ -94,7 +104,8 @@ class RpcServer:
         )
 
     async def start(self, address: str) -> int:
-        """Open the port and report healthy; returns the port, which the system chose if it was 0.
+        """Open the port, where health tells that the process is alive; returns the port, which the system
+        chose if it was 0.
 
         Raises:
             ConfigError: the port cannot be opened.
@@ -108,12 +119,26 @@ class RpcServer:
             raise ConfigError(
                 f"--listen {address}: the port cannot be opened; is another server on it?"
             ) from error
+        await self._report(ready=False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         return port
 
+    async def ready(self) -> None:
+        """Report that every service serves."""
+        await self._report(ready=True)
+
+    async def drain(self) -> None:
+        """Report that none serves any more, and refuse new calls."""
+        self.calls.refuse()
+        await self._report(ready=False)
+
     async def stop(self, grace: float) -> None:
-        """Report NOT_SERVING, refuse new calls, and let running ones finish for `grace` seconds."""
+        """Close the port, and let running calls finish for `grace` seconds."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
+
+    async def _report(self, *, ready: bool) -> None:
+        answers = health_pb2.HealthCheckResponse
+        for service in ("", *_SERVICES):
+            await self._health.set(service, answers.SERVING if ready else answers.NOT_SERVING)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -24,7 +26,9 @@ async def to_its_end(
 
     What it works on may be closed afterwards, and what it made for a call that is over is handed to `undo`.
     """
-    return await end_of(asyncio.get_running_loop().run_in_executor(executor, call), undo)
+    # With the context, so that its log lines say whose call it is.
+    inside = partial(copy_context().run, call)
+    return await end_of(asyncio.get_running_loop().run_in_executor(executor, inside), undo)
 
 
 async def end_of(future: asyncio.Future[_Result], undo: Callable[[_Result], None] = _keep) -> _Result:

@@ -22,6 +22,8 @@ _MAX_TEMPERATURE = 100.0
 _MAX_PRIORITY = 10
 _MAX_CACHE_SALT_LENGTH = 128
 _MAX_ROUTING_KEY_LENGTH = 128
+# As long as Linux takes paths; to look for a longer one takes time that grows with its square.
+_MAX_PATH_LENGTH = 4096
 _TENANT_KEY = "turret-tenant"
 _REVISION = re.compile(r"[0-9a-f]{8,32}")
 
@@ -67,6 +69,40 @@ def named_tenant(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
             f"a call is made for one tenant; the metadata {_TENANT_KEY} names {len(named)}", field=_TENANT_KEY
         )
     return check_name(named.pop(), _TENANT_KEY, "a tenant") if named else None
+
+
+def check_path(path: str) -> str:
+    """Hand the place of an adapter on if there can be such a place.
+
+    Raises:
+        InvalidRequestError: there cannot.
+    """
+    if not 0 < len(path) <= _MAX_PATH_LENGTH:
+        raise InvalidRequestError(
+            f"path is an adapter's folder or URL, of 1 to {_MAX_PATH_LENGTH} characters; found {len(path)}",
+            field="path",
+        )
+    return path
+
+
+def check_length(num_tokens: int, max_context: int) -> None:
+    """See that there is room for so many tokens and one more, before anything is done with them.
+
+    Raises:
+        PromptTooLongError: there is not.
+    """
+    _check_room(num_tokens, 1, max_context)
+
+
+def _check_room(num_context: int, wanted: int, max_context: int) -> None:
+    if num_context + wanted > max_context:
+        raise PromptTooLongError(
+            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_context} and "
+            f"{wanted} are to be generated",
+            max_context=max_context,
+            prompt_tokens=num_context,
+            max_tokens=wanted,
+        )
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
@@ -196,14 +232,7 @@ def _max_tokens(request: inference_pb2.GenerateRequest, num_context: int, max_co
     if request.HasField("max_tokens") and request.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is at least 1; found {request.max_tokens}", field="max_tokens")
     wanted = request.max_tokens if request.HasField("max_tokens") else 1
-    if wanted > room:
-        raise PromptTooLongError(
-            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_context} and "
-            f"{wanted} are to be generated",
-            max_context=max_context,
-            prompt_tokens=num_context,
-            max_tokens=wanted,
-        )
+    _check_room(num_context, wanted, max_context)
     return request.max_tokens if request.HasField("max_tokens") else min(_DEFAULT_MAX_TOKENS, room)
 
 

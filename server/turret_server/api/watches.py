@@ -12,9 +12,11 @@ from functools import partial
 from turret.v1 import adapters_pb2
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_server.api.adapter_messages import AdapterMessages
-from turret_server.errors import ShuttingDownError, SlowWatcherError, TooManyCallsError
+from turret_server.errors import QuotaExceededError, ShuttingDownError, SlowWatcherError, TooManyCallsError
+from turret_server.tenants import Tenant
 
 MAX_WATCHERS = 64
+MAX_WATCHERS_OF_TENANT = 32
 MAX_PENDING = 1024
 
 # The engine does not tell when an adapter gets its pages or gives them up, so that is looked at.
@@ -42,15 +44,16 @@ class AdapterWatches:
             for watcher in self._watchers:
                 watcher.wake()
 
-    async def watch(self) -> AsyncGenerator[adapters_pb2.Adapter]:
+    async def watch(self, tenant: Tenant) -> AsyncGenerator[adapters_pb2.Adapter]:
         """Every adapter as it is now, then each as it is after every change of it.
 
         Raises:
+            QuotaExceededError: as many of the tenant's calls watch as may.
             TooManyCallsError: as many watch as may.
             SlowWatcherError: changes came faster than they were taken.
             ShuttingDownError: the server stops.
         """
-        watcher = self._enter()
+        watcher = self._enter(tenant)
         try:
             for status in watcher.present:
                 yield self._messages.of(status)
@@ -62,8 +65,8 @@ class AdapterWatches:
         finally:
             self._leave(watcher)
 
-    def _enter(self) -> _Watcher:
-        watcher = _Watcher(asyncio.get_running_loop())
+    def _enter(self, tenant: Tenant) -> _Watcher:
+        watcher = _Watcher(asyncio.get_running_loop(), tenant)
         self._registry.look(partial(self._begin, watcher))
         if self._looking is None:
             self._looking = asyncio.create_task(self._look())
@@ -72,9 +75,19 @@ class AdapterWatches:
     def _begin(self, watcher: _Watcher, present: list[AdapterStatus]) -> None:
         """Called by the registry, which changes nothing meanwhile, as `_changed` is."""
         with self._lock:
-            if len(self._watchers) >= MAX_WATCHERS:
+            tenant = watcher.tenant
+            of_tenant = sum(each.tenant.name == tenant.name for each in self._watchers)
+            if tenant.max_watches is not None and of_tenant >= tenant.max_watches:
+                raise QuotaExceededError(
+                    f"{of_tenant} calls of tenant {tenant.name!r} watch adapters, as many as may; end one",
+                    tenant=tenant.name,
+                    quota="max_watches",
+                )
+            if len(self._watchers) >= MAX_WATCHERS or of_tenant >= MAX_WATCHERS_OF_TENANT:
                 raise TooManyCallsError(
-                    f"at most {MAX_WATCHERS} calls watch adapters at once; end one", limit=MAX_WATCHERS
+                    f"at most {MAX_WATCHERS} calls watch adapters at once, {MAX_WATCHERS_OF_TENANT} of one "
+                    "tenant; end one",
+                    limit=MAX_WATCHERS,
                 )
             self._watchers.add(watcher)
             watcher.present = present
@@ -122,7 +135,8 @@ class AdapterWatches:
 class _Watcher:
     """What one call has not been told yet."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, tenant: Tenant) -> None:
+        self.tenant = tenant
         self.present: list[AdapterStatus] = []
         self.something = asyncio.Event()
         self._loop = loop

@@ -9,7 +9,9 @@ import pytest
 
 from turret_server.api import loads
 from turret_server.api.loads import LoadQueue
-from turret_server.errors import TooManyCallsError
+from turret_server.engine.admission import TenantLimits
+from turret_server.errors import QuotaExceededError, TooManyCallsError
+from turret_server.tenants import Tenant
 
 
 @pytest.fixture
@@ -50,3 +52,30 @@ async def test_a_load_that_fails_gives_its_place_back():
             await queue.start(lambda: 1 // 0)
         await asyncio.sleep(0)
     assert await queue.start(lambda: "loaded") == "loaded"
+
+
+async def test_a_tenant_has_so_many_loads_at_once_and_no_more():
+    acme, bolt = (
+        Tenant(name=name, limits=TenantLimits(), max_concurrent_loads=2) for name in ("acme", "bolt")
+    )
+    queue, gate = LoadQueue(), threading.Event()
+    with queue.place(acme):
+        first = queue.start(gate.wait, acme)
+        with pytest.raises(QuotaExceededError, match="2 loads of tenant 'acme'") as refused:
+            queue.start(gate.wait, acme)
+        assert refused.value.metadata == {"tenant": "acme", "quota": "max_concurrent_loads"}
+        assert refused.value.retry_after
+        others = [queue.start(gate.wait, bolt), queue.start(gate.wait)]
+        # It runs on, though nobody waits for it.
+        first.cancel()
+        await asyncio.sleep(0.05)
+        with pytest.raises(QuotaExceededError):
+            queue.start(gate.wait, acme)
+    second = queue.start(gate.wait, acme)
+    gate.set()
+    await asyncio.gather(second, *others)
+    await asyncio.sleep(0.05)
+    for _ in range(2):
+        with queue.place(acme):
+            await queue.start(gate.wait, acme)
+            await asyncio.sleep(0.05)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import threading
+
+import pytest
+
+from turret_server import logs
+
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
+
+
+@pytest.fixture
+def lines():
+    """A logger, and a function that gives the lines of both formats that it wrote."""
+    # Not one that pytest knows and listens to: its workers cannot tell each other what is no UTF-8.
+    logger = logging.Logger("turret_server.test_logs", logging.INFO)  # noqa: LOG001
+    handlers = {"human": logs.HumanFormatter(), "json": logs.JsonFormatter()}
+    written = {}
+    for form, formatter in handlers.items():
+        handler = logging.StreamHandler(io.StringIO())
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+        written[form] = handler.stream
+    return logger, lambda form: written[form].getvalue().splitlines()
+
+
+def test_a_line_says_when_how_severe_and_what_it_is_about(lines):
+    logger, written = lines
+    with logs.about({"request_id": "r-1", "tenant": "acme"}):
+        logger.info("request %s", "finished", extra={"fields": {"prompt_tokens": 7, "seconds": 0.123456789}})
+    [human], [line] = written("human"), written("json")
+    time, rest = human.split(" ", 1)
+    assert RFC_3339.fullmatch(time)
+    assert rest == (
+        "INFO turret_server.test_logs: request finished "
+        "request_id=r-1 tenant=acme prompt_tokens=7 seconds=0.1235"
+    )
+    found = json.loads(line)
+    assert RFC_3339.fullmatch(found.pop("time"))
+    assert found == {
+        "level": "info",
+        "logger": "turret_server.test_logs",
+        "message": "request finished",
+        "request_id": "r-1",
+        "tenant": "acme",
+        "prompt_tokens": 7,
+        "seconds": 0.123456789,
+    }
+
+
+def raised(text: str) -> ValueError:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (it is this one)
+        raise ValueError(text)
+    return caught.value
+
+
+HOSTILE = [
+    "one\nERROR two",
+    "one\r\ntwo",
+    "one\x1b[2Jtwo",
+    "one\x85two\u2028three\u2029four",
+    "one\x00\x0b\x0ctwo",
+    "one\udc80two",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_nothing_that_a_stranger_says_begins_a_line_or_moves_the_cursor(lines, text):
+    logger, written = lines
+    with logs.about({"tenant": text}):
+        logger.info("from %s", text)
+    [human], [line] = written("human"), written("json")
+    assert human.isprintable()
+    assert line.isprintable()
+    assert json.loads(line)["message"] == f"from {text}"
+    assert json.loads(line)["tenant"] == text
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_lines_of_an_exception_are_told_from_others(lines, text):
+    logger, written = lines
+    logger.error("it failed", exc_info=raised(text))
+    first, *trace = written("human")
+    assert first.endswith("it failed")
+    assert trace[0] == "  Traceback (most recent call last):"
+    assert all(each.startswith("  ") and each.isprintable() for each in trace)
+    [line] = written("json")
+    assert json.loads(line)["exception"].endswith(f"ValueError: {text}")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("a b", '"a b"'), ('a"b', r'"a\"b"'), ("a=b", '"a=b"'), ("", '""'), ("é", r'"\u00e9"'), (3, "3")],
+)
+def test_a_field_of_a_line_for_people_can_be_told_from_the_next(lines, value, said):
+    logger, written = lines
+    logger.info("x", extra={"fields": {"key": value, "next": "1"}})
+    assert written("human")[0].endswith(f"x key={said} next=1")
+
+
+def test_what_is_bound_holds_for_its_own_thread_alone(lines):
+    logger, written = lines
+    thread = threading.Thread(target=lambda: (logs.bind(request_id="other"), logger.info("there")))
+    thread.start()
+    thread.join()
+    logger.info("here")
+    there, here = map(json.loads, written("json"))
+    assert there["request_id"] == "other"
+    assert "request_id" not in here
