@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test parity bench bench-peers load page-size simulate check format proto clean
+.PHONY: help demo test parity bench bench-peers load soak chaos page-size simulate check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,12 @@ load: $(READY)  ## Serve 2,000 adapters on memory for 40, and a long prompt besi
 	@PYTHONPATH=tests $(BIN)/python -m load.many_adapters
 	@PYTHONPATH=tests $(BIN)/python -m load.long_prompt
 
+soak: $(READY)  ## Twenty minutes of everything at once on a server short of everything; writes tests/soak/RESULTS.md
+	@PYTHONPATH=tests $(BIN)/python -m soak.run $(ARGS)
+
+chaos: $(READY)  ## Kill a server fifty times under load and start it again; writes tests/chaos/RESULTS.md
+	@PYTHONPATH=tests $(BIN)/python -m chaos.run $(ARGS)
+
 page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
 	@PYTHONPATH=tests $(BIN)/python -m bench.page_size
 
@@ -60,4 +66,4 @@ proto: $(READY)  ## Generate the stubs from proto/
 	  --grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/turret/v1/*.proto
 
 clean:  ## Remove the environment and what the demo and the measurements made
-	rm -rf $(VENV) .demo .bench .load
+	rm -rf $(VENV) .demo .bench .load .soak .chaos

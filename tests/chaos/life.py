@@ -1,0 +1,147 @@
+"""One life of a server, with everything under way when it is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from chaos.nursery import Nursling
+from soak.asking import Asked, Asker
+from soak.changes import Changer, Shelf
+from soak.judge import Judge
+from soak.known import Content
+from soak.setting import OPERATOR
+from soak.timeline import Timeline
+from turret.v1 import adapters_pb2, adapters_pb2_grpc
+from turret_client import Client, TurretError
+from turret_client._status import raising_turret_errors
+from turret_client._upload import AdapterFolder
+
+NAMES = tuple(f"name-{index}" for index in range(6))
+UPLOADED = "uploaded"
+
+_CHUNK_BYTES = 1024
+_CHUNK_SECONDS = 0.02
+
+
+class Interrupted(Changer):
+    """Changes names until the server dies under it."""
+
+    def failed(self, name: str, error: TurretError) -> None:
+        if error.reason or time.monotonic() < self.judge.killed_at:
+            super().failed(name, error)
+        self.over.set()
+
+
+@dataclass
+class Uploader:
+    """Uploads one adapter after another, slowly, so that a kill finds most of them on the way."""
+
+    address: str
+    shelf: Shelf
+    judge: Judge
+    timeline: Timeline
+    over: threading.Event
+    going: Content | None = None
+
+    def run(self, chance: random.Random) -> None:
+        while not self.over.is_set():
+            self.going = self.shelf.new(chance)
+            folder = self.shelf.place(self.going)
+            try:
+                with self.timeline.change(
+                    UPLOADED, self.timeline.now(UPLOADED).loaded(self.going.revision)
+                ) as change:
+                    self._send(folder)
+                    change.done = True
+            except TurretError as error:
+                dead = not error.reason and time.monotonic() >= self.judge.killed_at
+                self.judge.expect(dead, f"an upload: {error.reason}: {error}")
+                return
+            shutil.rmtree(folder)
+            self.going = None
+            self.judge.count("slow uploads that were served")
+
+    def _send(self, folder: Path) -> None:
+        files = AdapterFolder(UPLOADED, folder, None)
+        tensors = (folder / "adapter_model.safetensors").read_bytes()
+
+        def requests() -> Iterator[adapters_pb2.UploadAdapterRequest]:
+            yield files.start()
+            for offset in range(0, len(tensors), _CHUNK_BYTES):
+                time.sleep(_CHUNK_SECONDS)
+                chunk = adapters_pb2.UploadChunk(offset=offset, data=tensors[offset : offset + _CHUNK_BYTES])
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+
+        with grpc.insecure_channel(self.address) as channel, raising_turret_errors(self.address):
+            stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+            metadata = [("authorization", f"Bearer {OPERATOR}")]
+            list(stub.UploadAdapter(requests(), metadata=metadata))
+
+
+@dataclass
+class Life:
+    server: Nursling
+    shelf: Shelf
+    judge: Judge
+    timeline: Timeline
+    seed: int
+    questions: Sequence[int]
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, seconds: float) -> Content | None:
+        """Load, change and upload for so long, then kill the server. What was being uploaded then."""
+        address = self.server.address
+        uploader = Uploader(address, self.shelf, self.judge, self.timeline, self.over)
+        with Client(address, api_key=OPERATOR) as client:
+            changers = [self._changer(client, NAMES[index::2], index) for index in range(2)]
+            works: list[Callable[[], None]] = [
+                self._ask,
+                lambda: uploader.run(random.Random(self.seed)),
+                *(changer.run for changer in changers),
+            ]
+            threads = [threading.Thread(target=work) for work in works]
+            for thread in threads:
+                thread.start()
+            time.sleep(seconds)
+            self.judge.killed_at = time.monotonic()
+            self.server.kill()
+            self.over.set()
+            for thread in threads:
+                thread.join()
+        return uploader.going
+
+    def _changer(self, client: Client, names: tuple[str, ...], index: int) -> Changer:
+        return Interrupted(
+            client=client,
+            address=self.server.address,
+            api_key=OPERATOR,
+            names=names,
+            shelf=self.shelf,
+            judge=self.judge,
+            timeline=self.timeline,
+            pause=0.0,
+            seed=2 * self.seed + index,
+            over=self.over,
+        )
+
+    def _ask(self) -> None:
+        asker = Asker(OPERATOR, self._choose, 6, self.seed)
+        asyncio.run(asker.run(self.server.address, self.over.is_set, self.judge.take, lambda _: None))
+
+    def _choose(self, chance: random.Random) -> Asked:
+        name = chance.choice((*NAMES, UPLOADED, None))
+        return Asked(
+            tenant=OPERATOR,
+            names=(name,) if name else (),
+            question=chance.choice(self.questions),
+            streamed=chance.random() < 0.6,
+        )

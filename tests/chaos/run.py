@@ -1,0 +1,58 @@
+"""Kills a server again and again while it generates, loads, swaps, rolls back, splits and receives uploads,
+and starts it on the same store each time; `make chaos` does it fifty times.
+
+Each time store and names must be whole, every change that was acknowledged must be there, one that was not
+either wholly or not at all, names must answer what their revisions are known to answer, and the upload that
+was broken off must go on where it was. RESULTS.md says what came of it, and any violation ends it with
+status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from chaos.killing import Chaos
+from chaos.nursery import Nursery
+from chaos.report import write
+from soak.judge import Judge
+from soak.known import learn, make_contents
+from soak.setting import quiet
+from soak.timeline import Timeline
+from soak.usage import check_usage_log
+from support.models import save_model
+
+ROOT = Path(".chaos")
+
+
+@click.command()
+@click.option("--kills", default=50, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--results/--no-results", default=True, help="Whether to write RESULTS.md.")
+def main(kills: int, seed: int, results: bool) -> None:  # noqa: FBT001 -- click's
+    """Exit with 0 if nothing was violated."""
+    shutil.rmtree(ROOT, ignore_errors=True)
+    (ROOT / "model").mkdir(parents=True)
+    contents = make_contents(save_model("llama", ROOT / "model"), ROOT / "made")
+    with quiet(ROOT) as server:
+        answers = learn(server.address, contents, ROOT / "learnt")
+    judge = Judge(answers, Timeline(), forbidden={}, queue_full=set(), quota=set())
+    with Nursery() as nursery:
+        chaos = Chaos(ROOT, ROOT / "model", contents, judge, random.Random(seed), nursery)
+        for _ in range(kills):
+            chaos.one_kill()
+            click.echo(f"killed {chaos.kills} times, {len(judge.violations)} violations")
+    exec_seconds = chaos.last_start()
+    judge.count("lines of the usage log", check_usage_log(ROOT / "usage.jsonl", judge, exact=()))
+    click.echo(write(judge, chaos.kills, chaos.start_seconds, exec_seconds, results=results))
+    sys.exit(1 if judge.violations else 0)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

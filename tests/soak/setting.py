@@ -1,0 +1,84 @@
+"""The server of the soak, and who may do what on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from soak.mortal import TENANT as MORTAL
+from support.serving import ServerProcess, server_process
+from turret_server.kernels import has_avx512bf16
+from turret_server.keys import digest_of
+
+# In which an answer does not depend on its company to the bit, where the CPU has it.
+DTYPE = "bfloat16" if has_avx512bf16() else "float32"
+
+# Room for some of the adapters in the arena, in host memory and in the store, and for some of the requests.
+PAGES, PAGE_BYTES = 56, {"bfloat16": 6144, "float32": 12288}[DTYPE]
+HOST_BYTES = 150 << 10
+STORE_BYTES = 2500 << 10
+# Loads that run at once have each a revision more in the store until it is collected.
+STORE_SLACK = 6 * (100 << 10)
+
+STABLE = {
+    "stable-lora": "lora-0",
+    "stable-prefix": "prefix-0",
+    "stable-prompt": "prompt-0",
+    "stable-ia3": "ia3-0",
+}
+CHURN = tuple(f"churn-{index}" for index in range(6))
+WATCHED = tuple(f"watched-{index}" for index in range(4))
+EVERY = (*STABLE, *CHURN, *WATCHED)
+
+OPERATOR, FICKLE, SMALL, POOR = "operator", "fickle", "small", "poor"
+# Nobody of these leaves or is killed, so that the server's counts must be theirs to the token.
+EXACT = ("acme", "bolt", SMALL, POOR)
+# Names that do not exist for a tenant begin so.
+FORBIDDEN = {"bolt": "churn-"}
+_TENANTS = {
+    "acme": 'use = ["*"]\nweight = 2.0',
+    "bolt": 'use = ["stable-*", "watched-*"]\nshare_cache = true',
+    SMALL: 'use = ["*"]\nmax_queued_requests = 1',
+    POOR: 'use = ["*"]\ntokens_per_minute = 4000',
+    FICKLE: 'use = ["stable-*"]\nshare_cache = true',
+    MORTAL: 'use = ["stable-*"]',
+    OPERATOR: "admin = true",
+}
+
+
+def write_tenants(path: Path) -> Path:
+    """Everybody's key is their name here."""
+    path.write_text(
+        "".join(
+            f'[tenants.{name}]\nkeys = ["{digest_of(name)}"]\n{more}\n' for name, more in _TENANTS.items()
+        )
+    )
+    return path
+
+
+@contextmanager
+def short_of_everything(root: Path) -> Iterator[ServerProcess]:
+    (root / "watched").mkdir()
+    arguments = {
+        "--dtype": DTYPE,
+        "--memory": PAGES * PAGE_BYTES,
+        "--host-memory": HOST_BYTES,
+        "--store": root / "store",
+        "--store-size": STORE_BYTES,
+        "--adapters": root / "watched",
+        "--tenants": write_tenants(root / "tenants.toml"),
+        "--usage-log": root / "usage.jsonl",
+        "--max-batch-tokens": 64,
+        "--max-batch-requests": 12,
+    }
+    words = [str(word) for pair in arguments.items() for word in pair]
+    with server_process(root / "model", root / "cache", "--watch", *words) as server:
+        yield server
+
+
+@contextmanager
+def quiet(root: Path) -> Iterator[ServerProcess]:
+    arguments = ("--dtype", DTYPE, "--memory", "64MiB", "--store", str(root / "quiet"))
+    with server_process(root / "model", root / "cache", *arguments) as server:
+        yield server

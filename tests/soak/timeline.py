@@ -1,0 +1,131 @@
+"""What a name may serve at which time, as far as those who change it know.
+
+A change counts as possible from the moment before it is asked for to the moment after its answer; what was
+before it, until that answer. An answer's revision must be one of a state that was possible at some time
+between the sending of its request and its arrival.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from turret_adapters.names import MAX_HISTORY
+
+# What the store keeps of a name whatever its budget.
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """What a name serves and served, the latest first, nothing where it is not there; and the revision that
+    some percent of its requests go to.
+
+    Of the history the store has those for certain that were among the latest, or shared requests, ever since
+    they were served last: what was let go of meanwhile does not come back by a rollback of what followed it.
+    """
+
+    history: tuple[str, ...] = ()
+    split: tuple[str, int] | None = None
+    kept: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @property
+    def served(self) -> set[str]:
+        return {*self.history[:1], *([self.split[0]] if self.split else [])}
+
+    def loaded(self, revision: str) -> State:
+        if self.history[:1] == (revision,):
+            return self._tidied(self.history)
+        return self._tidied((revision, *self.history)[:MAX_HISTORY])
+
+    def rolled_back(self, to: int) -> State:
+        """To the revision at a place of the history."""
+        return self._tidied(self.history[to:])
+
+    def split_to(self, revision: str, percent: int) -> State:
+        return self._with(self.history, (revision, percent) if percent else None)
+
+    def _tidied(self, history: tuple[str, ...]) -> State:
+        others = set(history) - {history[0]}
+        return self._with(history, self.split if self.split and self.split[0] in others else None)
+
+    def _with(self, history: tuple[str, ...], split: tuple[str, int] | None) -> State:
+        state = State(history, split)
+        kept = (self.kept | state.served) & {*history[:_KEPT], *state.served}
+        return replace(state, kept=frozenset(kept))
+
+
+@dataclass
+class _Span:
+    state: State
+    since: float
+    until: float = float("inf")
+
+
+@dataclass
+class Change:
+    """One that is under way; whoever makes it says how it ended."""
+
+    after: State
+    done: bool = False
+
+
+@dataclass
+class Timeline:
+    """All methods may be called from any thread. Each name has one who changes it."""
+
+    _spans: dict[str, list[_Span]] = field(default_factory=dict)
+    _unsure: dict[str, State] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def now(self, name: str) -> State:
+        """What its changer knows it to serve."""
+        with self._lock:
+            spans = self._spans.get(name)
+            return spans[-1].state if spans else State()
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return sorted(name for name, spans in self._spans.items() if spans[-1].state.history)
+
+    @contextmanager
+    def change(self, name: str, after: State) -> Iterator[Change]:
+        """A change that begins now; afterwards it has taken place if it was `done`."""
+        change = Change(after)
+        with self._lock:
+            spans = self._spans.setdefault(name, [_Span(State(), 0.0)])
+            before, came = spans[-1], _Span(after, time.monotonic())
+            spans.insert(-1, came)
+            self._unsure.pop(name, None)
+        try:
+            yield change
+        except BaseException:
+            self._unsure[name] = after
+            raise
+        finally:
+            with self._lock:
+                if change.done:
+                    spans.remove(came)
+                    spans.append(came)
+                (before if change.done else came).until = time.monotonic()
+
+    def left(self) -> dict[str, list[State]]:
+        """What each name may serve when nobody changes it any more: what it did, and where nobody heard how
+        the last change of it ended, what that would have made of it.
+        """
+        unsure = self._unsure
+        return {
+            name: [self.now(name), *([unsure[name]] if name in unsure else [])] for name in list(self._spans)
+        }
+
+    def put(self, name: str, state: State) -> None:
+        """Know what a name serves before anybody changes it."""
+        self._spans[name] = [_Span(state, 0.0)]
+
+    def possible(self, name: str, began: float, ended: float) -> list[State]:
+        with self._lock:
+            spans: Sequence[_Span] = self._spans.get(name, [_Span(State(), 0.0)])
+            return [span.state for span in spans if span.since <= ended and began <= span.until]

@@ -1,0 +1,141 @@
+"""What a running server says of itself, and the system of it: pages, memory, threads, files."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+SAMPLE_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
+# A scrape may fall between two of the gauges that belong together.
+_TRIES = 10
+# Growth over the part of the run that is looked at, as a share of what it is.
+MAX_GROWTH = 0.03
+
+
+@dataclass(frozen=True)
+class Sample:
+    seconds: float
+    resident: int
+    threads: int
+    files: int
+    host_adapters: float
+    store: int
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url) as response:  # noqa: S310 (loopback)
+        lines = response.read().decode().splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+def pages_of(metrics: dict[str, float]) -> dict[str, float]:
+    mark = 'turret_arena_pages{owner="'
+    return {key.removeprefix(mark)[:-2]: value for key, value in metrics.items() if key.startswith(mark)}
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of its files; some may go while we look."""
+    total = 0
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(inner) / name).stat().st_size
+    return total
+
+
+class Vitals(threading.Thread):
+    """Looks every second until it is stopped, and keeps a sample every ten."""
+
+    def __init__(
+        self,
+        *,
+        pid: int,
+        url: str,
+        store: Path,
+        num_pages: int,
+        host_budget: int,
+        store_budget: int,
+        complain: Callable[[str], None],
+    ) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[Sample] = []
+        self.looks = 0
+        self.most: dict[str, float] = {}
+        self._process = psutil.Process(pid)
+        self._url = url
+        self._adapters = store / "adapters"
+        self._num_pages = num_pages
+        self._host_budget = host_budget
+        self._store_budget = store_budget
+        self._complain = complain
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:
+            self._complain(f"the vitals: {type(error).__name__}: {error}")
+            raise
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        while not self._over.wait(_LOOK_SECONDS):
+            metrics = self.look()
+            seconds = time.monotonic() - started
+            if not self.samples or seconds - self.samples[-1].seconds >= SAMPLE_SECONDS:
+                self.samples.append(self._sample(seconds, metrics))
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def _sample(self, seconds: float, metrics: dict[str, float]) -> Sample:
+        with self._process.oneshot():
+            return Sample(
+                seconds,
+                self._process.memory_info().rss,
+                self._process.num_threads(),
+                self._process.num_fds(),
+                metrics["turret_host_adapter_bytes"],
+                size_of(self._adapters),
+            )
+
+    def look(self) -> dict[str, float]:
+        """Every page belongs to somebody, and budgets are kept."""
+        for _ in range(_TRIES):
+            metrics = read_metrics(self._url)
+            pages = pages_of(metrics)
+            sound = sum(pages.values()) == self._num_pages and min(pages.values()) >= 0
+            if sound:
+                break
+        else:
+            self._complain(f"pages do not add up to {self._num_pages}: {pages}")
+        self.looks += 1
+        for name, value in {**pages, "host": metrics["turret_host_adapter_bytes"]}.items():
+            self.most[name] = max(self.most.get(name, 0), value)
+        if metrics["turret_host_adapter_bytes"] > self._host_budget:
+            self._complain(f"{metrics['turret_host_adapter_bytes']} bytes of adapters in host memory")
+        store = size_of(self._adapters)
+        self.most["store"] = max(self.most.get("store", 0), store)
+        if store > self._store_budget:
+            self._complain(f"{store} bytes in the store, expected at most {self._store_budget}")
+        return metrics
+
+    def slope(self, what: Callable[[Sample], float]) -> tuple[float, float]:
+        """Of the last three quarters: the mean, and by how much a straight line through it rises."""
+        late = self.samples[len(self.samples) // 4 :]
+        seconds = np.array([sample.seconds for sample in late])
+        values = np.array([what(sample) for sample in late])
+        rise = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(late) > 1 else 0.0
+        return float(values.mean()), float(rise)
