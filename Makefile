@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test parity bench bench-peers load soak chaos page-size simulate check format proto clean
+.PHONY: help demo test parity bench bench-peers profile load soak chaos page-size simulate check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ bench: $(READY)  ## Measure Turret beside its peers, and write tests/bench/RESUL
 
 bench-peers: $(READY)  ## Build llama.cpp and install vLLM for it, into .bench
 	@PYTHONPATH=tests $(BIN)/python -m bench.install_peers
+
+profile: $(READY)  ## Measure where the time of a decode step goes, and write tests/bench/PROFILE.md
+	@PYTHONPATH=tests $(BIN)/python -m bench.profile_step
 
 load: $(READY)  ## Serve 2,000 adapters on memory for 40, and a long prompt beside streams; writes tests/load/*.md
 	@PYTHONPATH=tests $(BIN)/python -m load.many_adapters

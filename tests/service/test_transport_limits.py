@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 
 import grpc
 import pytest
 
+from support.http2 import GOAWAY, PING, SETTINGS, connected, frame, frames
 from support.prompts import PROMPT
+from support.serving import TURRET, server_process
 from turret_client import Client
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS, PING, GOAWAY = 4, 6, 7
 MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_SIZE = 3, 6
 ENHANCE_YOUR_CALM = 11
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, 0]) + b"\0\0\0\0" + payload
-
-
-def frames(connection: socket.socket) -> Iterator[tuple[int, bytes]]:
-    """Kind and payload of all that comes until the server closes."""
-    with connection.makefile("rb") as stream:
-        while head := stream.read(9):
-            yield head[3], stream.read(int.from_bytes(head[:3], "big"))
-
-
-@contextmanager
-def connected(address: str) -> Iterator[socket.socket]:
-    host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(PREFACE + frame(SETTINGS))
-        yield connection
 
 
 def test_the_server_says_how_many_streams_and_how_long_headers_it_takes(served):
@@ -84,3 +65,25 @@ def test_a_thousand_idle_streams_hold_nobody_up(served):
             assert client.generate(PROMPT, max_tokens=1).token_ids
         for each in watches:
             each.cancel()
+
+
+def test_connections_leave_the_server_the_files_that_it_needs_itself(
+    base_of, adapter_of, quantised_cache, tmp_path
+):
+    """Of 400 files that the server may open, connections may take half."""
+    source = shutil.copytree(adapter_of("llama", "lora"), tmp_path / "lora")
+    few = ("sh", "-c", 'ulimit -n 400 && exec "$0" "$@"', TURRET)
+    with (
+        server_process(base_of("llama"), quantised_cache, "--memory", "8MiB", program=few) as server,
+        Client(server.address) as client,
+        ExitStack() as stack,
+    ):
+        client.generate(PROMPT, max_tokens=1)
+        num_open = 0
+        for _ in range(600):
+            with suppress(ConnectionError):
+                connection = stack.enter_context(connected(server.address))
+                num_open += connection.recv(1) != b""
+        assert 100 < num_open <= 200
+        client.load_adapter("mine", str(source))
+        assert client.generate(PROMPT, adapter="mine", max_tokens=1).token_ids

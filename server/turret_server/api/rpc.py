@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_idle_ms", 15 * 60_000),
 )
 
+_MOST_FILES = 2**16
+_OWN_FILES = 512
+
 # The name under which health tells no more than that the process answers, also while it starts and drains.
 LIVENESS = "liveness"
 
@@ -80,6 +84,16 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def _most_connections() -> int:
+    """How many may be open at once: strangers may not take the file descriptors that the server itself needs,
+    for adapters, for its store and for its logs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return max(allowed - _OWN_FILES, allowed // 2)
+
+
 class RpcServer:
     def __init__(
         self,
@@ -93,7 +107,8 @@ class RpcServer:
         """`calls` is one of the interceptors. Without credentials nothing is encrypted."""
         self.calls = calls
         self._credentials = credentials
-        self._server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
+        most = ("grpc.max_allowed_incoming_connections", _most_connections())
+        self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
