@@ -217,6 +217,8 @@ def main() -> None:
         cache=BENCH / "cache",
         store=BENCH / "store",
         memory="3GiB",
+        # Prompts enter whole, as quickly as they can: all are to decode together for a while.
+        max_step_seconds=60,
     )
     with assemble(config) as parts:
         steps = step_table(parts)
