@@ -48,17 +48,17 @@ class Row:
 
 
 def rows(groups: dict[str, Any]) -> Iterator[Row]:
-    """The rows of what has been measured."""
+    """The rows of what has been measured. A target that was met became what was reached."""
     decode = (
-        ("batch-8", "batch 8, 8 LoRAs of rank 16", {PEFT: 2.6, VLLM: 5.0, LLAMA_CPP: 1.7}),
-        ("batch-32", "batch 32, 32 LoRAs of rank 16", {PEFT: 2.2, LLAMA_CPP: 2.0}),
+        ("batch-8", "batch 8, 8 LoRAs of rank 16", {PEFT: 3.7, VLLM: 5.0, LLAMA_CPP: 2.3}),
+        ("batch-32", "batch 32, 32 LoRAs of rank 16", {PEFT: 3.9, LLAMA_CPP: 2.8}),
         ("batch-1", "batch 1, a LoRA of rank 16", {PEFT: 2.5, LLAMA_CPP: 0.75}),
     )
     for name, title, targets in decode:
         if name in groups:
             yield _rate_row(f"{title}, decode tokens/s", groups[name]["lora"], "decode", targets)
     if "prefill" in groups:
-        targets = {PEFT: 2.0, LLAMA_CPP: 1.2}
+        targets = {PEFT: 2.0, LLAMA_CPP: 1.4}
         yield _rate_row("prefill 8 × 512, 8 LoRAs, tokens/s", groups["prefill"]["lora"], "prefill", targets)
     if "batch-8" in groups:
         yield from _cost_rows({name: figures[TURRET] for name, figures in groups["batch-8"].items()})
@@ -136,9 +136,9 @@ def _outside_rows(figures: Any) -> Iterator[Row]:
         yield _ours(
             "batch 32: time outside the engine's steps (gRPC, scheduling, detokenising)",
             f"{share:.1%}",
-            "at most 5 %",
+            "at most 1 %",
             f"{share:.1%}",
-            met=share <= 0.05,
+            met=share <= 0.01,
         )
 
 
@@ -159,9 +159,9 @@ def _start_rows(figures: dict[str, Any]) -> Iterator[Row]:
     yield _ours(
         "second start to the first token, imports included",
         f"{seconds:.1f} s",
-        "at most 10 s",
+        "at most 9 s",
         f"{seconds:.1f} s",
-        met=seconds <= 10,
+        met=seconds <= 9,
     )
 
 

@@ -62,7 +62,7 @@ def test_a_row_says_the_median_the_ratios_and_whether_the_targets_are_met():
     row = next(rows(STATE["groups"]))
     assert row.cells == ("80.0", "20.0", "50.0", "not installed")
     assert row.result == "4.00 × peft, 1.60 × llama.cpp"
-    assert row.met is False  # 1.6 of 1.7; what is not installed is not judged
+    assert row.met is False  # 1.6 of 2.3; what is not installed is not judged
 
 
 def test_what_adapters_cost_is_judged_against_the_base_alone():
