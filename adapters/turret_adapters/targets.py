@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,9 @@ from turret_adapters.fields import Fields, Policy, Use, show
 from turret_adapters.source import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 
-MAX_MATCH_SECONDS = 5.0
+# Of a core, so that a busy machine refuses nothing that a quiet one takes; and of the clock, for all that.
+MAX_MATCH_SECONDS = 5
+_MAX_WAIT_SECONDS = 60.0
 ALL_LINEAR = "all-linear"
 # What peft takes for the embedding or the head, whatever the model calls them.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
@@ -208,8 +211,9 @@ def _suffixes(path: str) -> list[str]:
 
 # For each path, the index of the first regular expression that matches it.
 _FIRST_MATCHES = """
-import json, re, sys
-how, regexes, paths = json.load(sys.stdin)
+import json, re, resource, sys
+seconds, how, regexes, paths = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 matchers = [getattr(re.compile(regex), how) for regex in regexes]
 found = [next((i for i, match in enumerate(matchers) if match(path)), None) for path in paths]
 json.dump(found, sys.stdout)
@@ -218,20 +222,23 @@ json.dump(found, sys.stdout)
 
 def _first_matches(field: str, how: str, regexes: Sequence[str], paths: Sequence[str]) -> list[int | None]:
     """Matches in a process of its own: a hostile expression would hold the interpreter's lock for years."""
+    too_long = AdapterFormatError(
+        f"{CONFIG_NAME}: expected {field!r} to match the base model's modules within {MAX_MATCH_SECONDS} s, "
+        "found a pattern that takes longer"
+    )
     try:
         done = subprocess.run(  # noqa: S603 -- the program is ours, the adapter's part is its input
             [sys.executable, "-I", "-S", "-c", _FIRST_MATCHES],
-            input=json.dumps([how, regexes, paths]).encode(),
+            input=json.dumps([MAX_MATCH_SECONDS, how, regexes, paths]).encode(),
             capture_output=True,
-            timeout=MAX_MATCH_SECONDS,
+            timeout=_MAX_WAIT_SECONDS,
             check=True,
         )
     except subprocess.TimeoutExpired as error:
-        raise AdapterFormatError(
-            f"{CONFIG_NAME}: expected {field!r} to match the base model's modules within "
-            f"{MAX_MATCH_SECONDS:.0f} s, found a pattern that takes longer"
-        ) from error
+        raise too_long from error
     except subprocess.CalledProcessError as error:
+        if -error.returncode in {signal.SIGXCPU, signal.SIGKILL}:
+            raise too_long from error
         reason = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise AdapterFormatError(
             f"{CONFIG_NAME}: expected {field!r} to hold regular expressions, found a failure: {show(reason)}"
