@@ -369,8 +369,10 @@ def test_watch_prints_each_change(turret):
 @pytest.mark.parametrize("options", [(), ("--no-stream",), ("--json",)], ids=" ".join)
 def test_ctrl_c_cancels_the_request(server, options):
     server.hold = True
+    # Whoever runs the tests in the background may have told them to ignore it, and so their children.
+    heeding = ("/usr/bin/env", "--default-signal=INT")
     with subprocess.Popen(  # noqa: S603 -- our own command
-        [TURRET, "generate", "--server", server.address, *options, "Hello"],
+        [*heeding, TURRET, "generate", "--server", server.address, *options, "Hello"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
