@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from turret_adapters.errors import AdapterSourceError
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec
-from turret_adapters.store_errors import RevisionCorruptError
+from turret_adapters.store.store_errors import RevisionCorruptError
 
 
 def _nowhere(revision: str) -> HostAdapter:

@@ -11,26 +11,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from turret_adapters.downloads import Downloads
 from turret_adapters.errors import AdapterError, AdapterNotFoundError, AdapterSourceError
-from turret_adapters.fetch import fetch
+from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights, HostAdapter
-from turret_adapters.intake import Progress, untold
-from turret_adapters.names import MAX_HISTORY, Names, Published, Record, Split
-from turret_adapters.ownership import Ownership
-from turret_adapters.peft import read_adapter
-from turret_adapters.policy import Deadline, Policy, public
-from turret_adapters.records import decode, encode, marks_of, reader_of
+from turret_adapters.sources.downloads import Downloads
+from turret_adapters.sources.fetch import fetch
+from turret_adapters.sources.intake import Progress, untold
+from turret_adapters.sources.policy import Deadline, Policy, public
 from turret_adapters.spec import AdapterSpec, BaseSpec
-from turret_adapters.store import AdapterStore
-from turret_adapters.store_errors import (
+from turret_adapters.store.names import MAX_HISTORY, Names, Published, Record, Split
+from turret_adapters.store.ownership import Ownership
+from turret_adapters.store.records import decode, encode, marks_of, reader_of
+from turret_adapters.store.store import AdapterStore
+from turret_adapters.store.store_errors import (
     RevisionCorruptError,
     RevisionNotFoundError,
     SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
 )
-from turret_adapters.uploads import Upload
+from turret_adapters.store.uploads import Upload
 
 _NOBODYS = Ownership()
 
@@ -70,7 +70,7 @@ class AdapterLibrary:
 
     @contextmanager
     def fetch(self, source: str, progress: Progress = untold, name: str = "") -> Iterator[HostAdapter]:
-        """An adapter from a source, see `turret_adapters.fetch`. Unless it is kept in the block, it may go.
+        """An adapter from a source, see `sources.fetch`. Unless it is kept in the block, it may go.
         `downloads` has it under `name` meanwhile.
 
         Raises:

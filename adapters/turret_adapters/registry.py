@@ -22,9 +22,9 @@ from turret_adapters.errors import (
 )
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.names import Split
 from turret_adapters.spec import TASK_MARK, AdapterSpec
-from turret_adapters.store_errors import RevisionCorruptError, RevisionNotFoundError
+from turret_adapters.store.names import Split
+from turret_adapters.store.store_errors import RevisionCorruptError, RevisionNotFoundError
 
 # What no later try to read a revision can mend.
 _LOST = (AdapterBaseError, AdapterFormatError, RevisionCorruptError, RevisionNotFoundError)

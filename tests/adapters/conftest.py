@@ -19,7 +19,7 @@ from torch import nn
 
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
-from turret_adapters.store import AdapterStore
+from turret_adapters.store.store import AdapterStore
 
 # No two widths are alike, so that a mistaken one is seen: hidden 32, query 48, key-value 24, MLP 40.
 SIZES = {

@@ -14,7 +14,7 @@ from turret_adapters.errors import AdapterSourceError
 from turret_adapters.host import HostAdapter, ModuleDelta
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.spec import Part
-from turret_adapters.store_errors import RevisionCorruptError
+from turret_adapters.store.store_errors import RevisionCorruptError
 
 PATIENCE = 60.0
 

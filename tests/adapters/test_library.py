@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from turret_adapters.digest import digest_of_folder
 from turret_adapters.errors import AdapterFormatError
+from turret_adapters.formats.digest import digest_of_folder
 from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
-from turret_adapters.names import Names
-from turret_adapters.ownership import Ownership
-from turret_adapters.policy import Policy
+from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import BaseSpec
-from turret_adapters.store import AdapterStore
-from turret_adapters.store_errors import SourceTooLargeError, SourceUnavailableError
+from turret_adapters.store.names import Names
+from turret_adapters.store.ownership import Ownership
+from turret_adapters.store.store import AdapterStore
+from turret_adapters.store.store_errors import SourceTooLargeError, SourceUnavailableError
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from support.fake_device import make_spec
 from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
-from turret_adapters.names import Split
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_adapters.spec import Part, PrefixKind, RowGroup
+from turret_adapters.store.names import Split
 
 
 def host(revision: str) -> HostAdapter:

@@ -10,9 +10,9 @@ from support.fake_device import make_spec
 from turret_adapters.errors import AdapterNotFoundError, AdapterSourceError
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.names import Split
 from turret_adapters.registry import AdapterRegistry, Lease, Named
-from turret_adapters.store_errors import RevisionCorruptError
+from turret_adapters.store.names import Split
+from turret_adapters.store.store_errors import RevisionCorruptError
 
 
 def host(revision: str) -> HostAdapter:

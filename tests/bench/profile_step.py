@@ -24,21 +24,16 @@ from bench.models import make_models
 from bench.plan import Work
 from support.running import submit, wait
 from turret_adapters.registry import Named
+from turret_server.app.serve import Parts, assemble
 from turret_server.config import ServerConfig
-from turret_server.kernels import (
-    CpuOps,
-    NF4Weight,
-    PackedNF4Weight,
-    ReferenceOps,
-    cpu_attention,
-    cpu_dense,
-    cpu_lora,
-    cpu_nf4,
-    cpu_norm,
-)
-from turret_server.kernels.cores import take_cores
+from turret_server.kernels import CpuOps, NF4Weight, PackedNF4Weight, ReferenceOps
+from turret_server.kernels.cpu import attention as cpu_attention
+from turret_server.kernels.cpu import dense as cpu_dense
+from turret_server.kernels.cpu import lora as cpu_lora
+from turret_server.kernels.cpu import nf4 as cpu_nf4
+from turret_server.kernels.cpu import norm as cpu_norm
+from turret_server.kernels.cpu.cores import take_cores
 from turret_server.model.adapted import AdaptedLinear
-from turret_server.serve import Parts, assemble
 
 RESULTS = Path(__file__).with_name("PROFILE.md")
 KERNELS: dict[str, tuple[Any, str]] = {

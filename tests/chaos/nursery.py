@@ -102,8 +102,8 @@ class Nursery:
 
 
 def main() -> None:
-    import turret_server.serve  # noqa: F401, PLC0415 -- what takes so long otherwise
-    from turret_server.cli import main as turret  # noqa: PLC0415
+    import turret_server.app.serve  # noqa: F401, PLC0415 -- what takes so long otherwise
+    from turret_cli.main import main as turret  # noqa: PLC0415
 
     for line in sys.stdin:
         question = json.loads(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 from soak.judge import Judge
 from soak.known import Content
 from soak.timeline import State
-from turret_adapters.digest import digest_of_folder
+from turret_adapters.formats.digest import digest_of_folder
 
 
 @dataclass(frozen=True)

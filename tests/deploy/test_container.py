@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from turret_cli.main import serve
 from turret_client import DEFAULT_ADDRESS
-from turret_server.cli import serve
 from turret_server.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]

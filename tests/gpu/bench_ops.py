@@ -20,7 +20,7 @@ from support.kernel_inputs import DEVICE, lora, paged, params
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep
 from turret_server.kernels import NF4Weight, ReferenceOps
-from turret_server.kernels.gpu import GpuOps
+from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.sampler import Sampler
 
 DTYPE = torch.bfloat16

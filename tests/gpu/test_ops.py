@@ -12,10 +12,10 @@ from bitsandbytes.functional import quantize_4bit
 
 from support.kernel_inputs import lora, paged, params
 from turret_server.kernels import NF4Weight, ReferenceOps
-from turret_server.kernels.gpu import GpuOps
-from turret_server.kernels.gpu_attention import attend, make_tiles
-from turret_server.kernels.gpu_lora import add_tiles
-from turret_server.kernels.gpu_nf4 import MOST_FUSED
+from turret_server.kernels.gpu.attention import attend, make_tiles
+from turret_server.kernels.gpu.lora import add_tiles
+from turret_server.kernels.gpu.nf4 import MOST_FUSED
+from turret_server.kernels.gpu.ops import GpuOps
 
 CUDA = torch.device("cuda")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

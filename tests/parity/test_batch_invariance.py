@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from support.models import save_tokenizer
 from support.running import RecordingSampler, Running, submit, wait
 from turret_adapters.registry import Named
+from turret_server.app.serve import Parts, assemble
 from turret_server.config import ServerConfig
-from turret_server.serve import Parts, assemble
 
 NAMED = [(), (Named("lora-all-linear"),), (Named("rslora"),), (Named("p-tuning-v2"),), (Named("dora"),)]
 each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

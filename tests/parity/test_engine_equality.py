@@ -14,9 +14,9 @@ import pytest
 
 from support.running import Running, submit, wait
 from turret_adapters.registry import Named
+from turret_server.app.serve import Parts, assemble
 from turret_server.config import ServerConfig
 from turret_server.kernels import has_avx512bf16
-from turret_server.serve import Parts, assemble
 
 KINDS = ("lora", "rslora", "lora-all-linear", "lora-layers", "prefix", "p-tuning-v2", "prompt", "p-tuning")
 DTYPES = ["float32"] + ["bfloat16"] * has_avx512bf16()

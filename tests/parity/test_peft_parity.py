@@ -20,8 +20,8 @@ from support.models import FAMILIES, VOCAB_SIZE
 from support.oracle import Oracle
 from support.running import RecordingSampler, Running, submit, wait
 from turret_adapters.registry import Named
+from turret_server.app.serve import Parts, assemble
 from turret_server.config import ServerConfig
-from turret_server.serve import Parts, assemble
 
 TOLERANCE = 1e-3
 # Smaller than most prompts: they enter in chunks, beside sequences that decode.

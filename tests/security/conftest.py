@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 from support.prompts import PROMPT, until
 from support.serving import ServerProcess, server_process
 from turret_client import Client
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 # What a call may end with. INTERNAL and UNKNOWN say that something happened that nobody thought of.
 CLEAN = {

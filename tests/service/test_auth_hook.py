@@ -14,7 +14,7 @@ import pytest
 from support.prompts import PROMPT
 from support.serving import server_process
 from turret_client import Client, NotFoundError, UnauthenticatedError, UnavailableError
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 HOOKS = Path(__file__).parents[2] / "deploy"
 

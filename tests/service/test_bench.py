@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from support.prompts import until
 from support.serving import TURRET
-from turret_server.cli import main
+from turret_cli.main import main
 
 LATENCIES = {"mean", "p50", "p90", "p99", "max"}
 FEW = ("--prompt-tokens", "4-8", "--max-tokens", "5", "--warm-up", "2")

@@ -19,9 +19,9 @@ from grpc_status import rpc_status
 from support.prompts import PROMPT, until
 from support.serving import ServerProcess, server_process
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
-from turret_adapters.digest import digest_of_folder
+from turret_adapters.formats.digest import digest_of_folder
 from turret_client import Client, UnavailableError
-from turret_server.api.rpc import LIVENESS
+from turret_server.rpc.server import LIVENESS
 
 Status = health_pb2.HealthCheckResponse
 LONG_ANSWER = 200

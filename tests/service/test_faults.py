@@ -205,7 +205,7 @@ def test_a_lost_device_is_told_apart_from_a_step_that_fails(served, monkeypatch)
 
 BROKEN_SERVER = """
 import sys
-from turret_server.cli import main
+from turret_cli.main import main
 from turret_server.engine.scheduler import Scheduler
 
 update = Scheduler.update

@@ -10,10 +10,10 @@ import pytest
 
 from support.serving import serving
 from turret_client import AsyncClient, Client, NotFoundError
-from turret_server.api import lazy
+from turret_server.app.serve import assemble
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
-from turret_server.serve import assemble
+from turret_server.lifecycle import lazy
 
 PROMPT = list(range(3, 15))
 

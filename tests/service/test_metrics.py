@@ -20,7 +20,7 @@ from support.serving import TURRET, serving
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_client import Client, Download
 from turret_server.config import ServerConfig
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 HANG_S = 60
 """Only so that a failing test ends."""

@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.prompts import PROMPT, until
 from support.serving import server_process, serving
 from turret_client import AdapterState, Client, FailedPreconditionError
-from turret_server.api.rpc import LIVENESS
 from turret_server.config import ServerConfig
+from turret_server.rpc.server import LIVENESS
 
 Status = health_pb2.HealthCheckResponse
 

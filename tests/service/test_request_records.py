@@ -20,7 +20,7 @@ from support.serving import server_process, serving
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from turret_client import Client, NotFoundError, UnavailableError
 from turret_server.config import ServerConfig
-from turret_server.usage_log import UsageLog
+from turret_server.observability.usage_log import UsageLog
 
 MADE = re.compile(r"[0-9a-f]{32}")
 
@@ -79,7 +79,7 @@ def end_of(server, request_id: str) -> dict[str, object]:
 
     def ended() -> bool:
         lines = lines_about(server, request_id)
-        found[:] = [line for line in lines if line["logger"] == "turret_server.api.records"]
+        found[:] = [line for line in lines if line["logger"] == "turret_server.observability.request_log"]
         return bool(found)
 
     until(ended)

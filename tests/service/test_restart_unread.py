@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from support.serving import serving
-from turret_adapters import records
 from turret_adapters.library import AdapterLibrary
+from turret_adapters.store import records
 from turret_client import AdapterState, Client, TurretError
 from turret_server.config import ServerConfig
 

@@ -25,7 +25,7 @@ from turret_client import (
     UnauthenticatedError,
 )
 from turret_server.config import ServerConfig
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 SHARES = "share_cache = true"
 TENANTS = {

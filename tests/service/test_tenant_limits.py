@@ -13,7 +13,7 @@ from support.prompts import PROMPT, until
 from support.serving import serving
 from turret_client import AdapterState, Client, ResourceExhaustedError
 from turret_server.config import ServerConfig
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 RIGHTS = 'use = ["{name}-*"]\nload = ["{name}-*"]\nunload = ["{name}-*"]\nsources = ["{sources}"]\n'
 HANG_S = 60

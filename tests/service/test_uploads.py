@@ -25,7 +25,8 @@ from turret_client import (
 )
 from turret_client import _upload as sending
 from turret_client._status import raising_turret_errors
-from turret_server.api import loads, uploads
+from turret_server.lifecycle import loads
+from turret_server.rpc import uploads
 
 _blanks = itertools.count(1)
 

@@ -8,9 +8,9 @@ import pytest
 
 from support.prompts import PROMPT, until
 from turret_adapters.registry import Named
-from turret_adapters.store_errors import StoreBusyError
+from turret_adapters.store.store_errors import StoreBusyError
 from turret_client import AdapterRef, AsyncClient, InvalidArgumentError, NotFoundError
-from turret_server import lifecycle
+from turret_server.lifecycle import publishing as lifecycle
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from turret_client import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from turret_server.api import watches
+from turret_server.lifecycle import watches
 
 
 class Watcher:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
-from turret_server.engine.eviction import EvictionOrder
 from turret_server.engine.fairness import FairQueue
-from turret_server.engine.resident import Resident
+from turret_server.engine.residency.eviction import EvictionOrder
+from turret_server.engine.residency.resident import Resident
 from turret_server.engine.sequence import Sequence
 
 

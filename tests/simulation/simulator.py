@@ -20,7 +20,7 @@ from turret_adapters.spec import AdapterSpec
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.request import FinishReason, Output
-from turret_server.engine.residency import AdapterMemory
+from turret_server.engine.residency.residency import AdapterMemory
 from turret_server.engine.scheduler import Limits
 from turret_server.engine.step import Step, StepResult
 from turret_server.errors import TurretError

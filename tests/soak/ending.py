@@ -17,7 +17,7 @@ from soak.timeline import Timeline
 from soak.vitals import pages_of, read_metrics
 from support.prompts import until
 from support.serving import ServerProcess
-from turret_adapters.digest import digest_of_folder
+from turret_adapters.formats.digest import digest_of_folder
 from turret_client import AsyncClient, Client, NotFoundError
 
 _REQUESTS = re.compile(r'turret_requests_total\{outcome="(\w+)"\}')

@@ -9,7 +9,7 @@ from pathlib import Path
 from soak.mortal import TENANT as MORTAL
 from support.serving import ServerProcess, server_process
 from turret_server.kernels import has_avx512bf16
-from turret_server.keys import digest_of
+from turret_server.tenancy.keys import digest_of
 
 # In which an answer does not depend on its company to the bit, where the CPU has it.
 DTYPE = "bfloat16" if has_avx512bf16() else "float32"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from soak.timeline import State, Timeline
 from support.adapter_files import revision
-from turret_adapters.names import Names
+from turret_adapters.store.names import Names
 
 REVISIONS = [revision(b"%d" % index) for index in range(4)]
 STEPS = st.tuples(

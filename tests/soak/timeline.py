@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from turret_adapters.names import MAX_HISTORY
+from turret_adapters.store.names import MAX_HISTORY
 
 # What the store keeps of a name whatever its budget.
 _KEPT = 2

@@ -18,8 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from support.kernel_inputs import lora, paged, params
 from turret_server.kernels import NF4Weight
-from turret_server.kernels.gpu import GpuOps
-from turret_server.kernels.gpu_rows import StepRows, gather
+from turret_server.kernels.gpu.ops import GpuOps
+from turret_server.kernels.gpu.rows import StepRows, gather
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import torch
 
 from support.adapters import save_adapter
+from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import HostAdapter
-from turret_adapters.peft import read_adapter
 from turret_adapters.slab import slab_layout
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, Step
-from turret_server.kernels.gpu import GpuOps
+from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.arena import Arena
 from turret_server.model.decode_graph import DecodeGraphs, Record
 from turret_server.model.load import LoadedModel, load_model

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
-from turret_server.engine.pages import PagePool
-from turret_server.engine.prefix_cache import PrefixCache, block_key
+from turret_server.engine.kv.pages import PagePool
+from turret_server.engine.kv.prefix_cache import PrefixCache, block_key
 from turret_server.engine.recovery import Runner
 from turret_server.engine.request import (
     DEFAULT_TENANT,
@@ -26,7 +26,7 @@ from turret_server.engine.request import (
     Request,
     SamplingParams,
 )
-from turret_server.engine.residency import Residency
+from turret_server.engine.residency.residency import Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence as EngineSequence
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step, StepResult

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from support.adapter_files import CONFIG, digest, files, read_folder, revision, write_folder
-from turret_adapters.digest import digest_of_folder
-from turret_adapters.names import Names
-from turret_adapters.store import AdapterStore
+from turret_adapters.formats.digest import digest_of_folder
+from turret_adapters.store.names import Names
+from turret_adapters.store.store import AdapterStore
 
 CONTENTS = [b"tensors%d" % index * 100 for index in range(4)]
 REVISIONS = [revision(content) for content in CONTENTS]

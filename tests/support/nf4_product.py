@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from bitsandbytes.functional import quantize_4bit
 
-from turret_server.kernels import NF4Weight, PackedNF4Weight, ReferenceOps, cpu_nf4
-from turret_server.kernels.jit import as_array
+from turret_server.kernels import NF4Weight, PackedNF4Weight, ReferenceOps
+from turret_server.kernels.cpu import nf4 as cpu_nf4
+from turret_server.kernels.cpu.jit import as_array
 
 
 def main(dtype):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from turret_adapters.registry import Named
+from turret_server.app.serve import Parts
 from turret_server.engine.request import AdapterUse, FinishReason, Output, Request, SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.model.sampler import Sampler
-from turret_server.serve import Parts
 
 _ids = itertools.count(1)
 

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from turret_adapters.train import encode_batch
+from turret_adapters.training.train import encode_batch
 from turret_demo.tasks import make_base_examples
 
 STEPS = 300

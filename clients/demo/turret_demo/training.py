@@ -39,7 +39,7 @@ _LORA = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 _REPORTS, _UNFINISHED = "reports.json", "unfinished-"
-_SOURCES = ("turret_adapters.train", "turret_demo.base", "turret_demo.tasks", "turret_demo.training")
+_SOURCES = ("turret_adapters.training.train", "turret_demo.base", "turret_demo.tasks", "turret_demo.training")
 _LIBRARIES = ("bitsandbytes", "peft", "tokenizers", "torch", "transformers")
 
 
@@ -103,7 +103,7 @@ _PLANS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterReport:
-    """What one adapter took to train; memory as in `turret_adapters.train.TrainReport`."""
+    """What one adapter took to train; memory as in `turret_adapters.training.train.TrainReport`."""
 
     method: str
     task: str
@@ -220,7 +220,7 @@ def _train_adapter(name: str, base_folder: Path, folder: Path, threads: int) -> 
     import torch  # noqa: PLC0415 - see _silence_libraries
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    from turret_adapters.train import Recipe, load_base, train_adapter  # noqa: PLC0415
+    from turret_adapters.training.train import Recipe, load_base, train_adapter  # noqa: PLC0415
 
     torch.set_num_threads(threads)
     task, plan = TASKS[name], _PLANS[name]

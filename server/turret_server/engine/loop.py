@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from turret_adapters.spec import AdapterSpec
 from turret_server import logs
 from turret_server.engine.admission import Admission, TenantLimits
-from turret_server.engine.pages import PagePool
-from turret_server.engine.prefix_cache import PrefixCache
+from turret_server.engine.kv.pages import PagePool
+from turret_server.engine.kv.prefix_cache import PrefixCache
 from turret_server.engine.recovery import RecoveringRunner, Runner
 from turret_server.engine.request import DEFAULT_TENANT, FinishReason, Output, Request
-from turret_server.engine.residency import AdapterMemory, Residency
+from turret_server.engine.residency.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import Step

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
-from turret_server.engine.allocation import Allocation
 from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, FairQueue
+from turret_server.engine.kv.allocation import Allocation
+from turret_server.engine.kv.pages import PagePool
+from turret_server.engine.kv.prefix_cache import PrefixCache
 from turret_server.engine.pacing import Pacing
-from turret_server.engine.pages import PagePool
-from turret_server.engine.prefix_cache import PrefixCache
 from turret_server.engine.request import FinishReason, Output, Request
-from turret_server.engine.residency import Absence, Residency
-from turret_server.engine.resident import Resident
+from turret_server.engine.residency.residency import Absence, Residency
+from turret_server.engine.residency.resident import Resident
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import VIRTUAL_TOKEN, PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import (

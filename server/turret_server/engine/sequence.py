@@ -6,9 +6,9 @@ import hashlib
 from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
-from turret_server.engine.prefix_cache import block_key
+from turret_server.engine.kv.prefix_cache import block_key
 from turret_server.engine.request import Request
-from turret_server.engine.resident import Resident
+from turret_server.engine.residency.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
 # A position that no context reaches.

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret_server.kernels.cpu import CpuOps
+from turret_server.kernels.cpu.ops import CpuOps
 from turret_server.kernels.ops import (
     AttentionBatch,
     AttentionParams,
@@ -35,7 +35,7 @@ __all__ = [
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest table that computes in `dtype` on `device`."""
     if device.type == "cuda" and find_spec("triton"):
-        from turret_server.kernels.gpu import GpuOps  # noqa: PLC0415 (not everybody has Triton)
+        from turret_server.kernels.gpu.ops import GpuOps  # noqa: PLC0415 (not everybody has Triton)
 
         return GpuOps(dtype)
     if device.type == "cpu" and dtype in {torch.bfloat16, torch.float32}:

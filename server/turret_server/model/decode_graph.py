@@ -23,9 +23,9 @@ import torch
 
 from turret_adapters.spec import ModuleKind, Part
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
-from turret_server.kernels.gpu_attention import AttentionTiles, TiledBatch, most_splits
-from turret_server.kernels.gpu_lora import TOKENS, TiledRows
-from turret_server.kernels.gpu_rows import (
+from turret_server.kernels.gpu.attention import AttentionTiles, TiledBatch, most_splits
+from turret_server.kernels.gpu.lora import TOKENS, TiledRows
+from turret_server.kernels.gpu.rows import (
     MOST_ROWS,
     Directory,
     LinearRows,

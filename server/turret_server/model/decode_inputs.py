@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from turret_server.engine.step import SequenceStep
-from turret_server.kernels.gpu_rows import Directory, float_bits
+from turret_server.kernels.gpu.rows import Directory, float_bits
 
 # Pairs for every row of a bucket.
 _PAIRS = 8

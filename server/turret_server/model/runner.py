@@ -15,7 +15,7 @@ from turret_adapters.spec import AdapterSpec, ModuleKind
 from turret_server.engine.step import DeviceLostError, PageCopy, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
-from turret_server.kernels.cores import take_cores
+from turret_server.kernels.cpu.cores import take_cores
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context

@@ -20,7 +20,7 @@ from support.kernel_inputs import DEVICE
 from support.models import FAMILIES, MIXTURES
 from turret_server.engine.step import VIRTUAL_TOKEN, Step
 from turret_server.kernels import PackedNF4Weight
-from turret_server.kernels.gpu import GpuOps
+from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.adapted import AdaptedLinear
 from turret_server.model.arena import Arena
 from turret_server.model.decode_graph import DecodeGraphs

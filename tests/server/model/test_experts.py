@@ -8,9 +8,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from turret_adapters.formats.parameters import StackedPair
+from turret_adapters.formats.rows import Rows
 from turret_adapters.host import HostAdapter, row_groups
-from turret_adapters.parameters import StackedPair
-from turret_adapters.rows import Rows
 from turret_adapters.slab import slab_layout
 from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, ModuleShape, Part
 from turret_server.kernels import NF4Weight

@@ -7,8 +7,8 @@ import queue
 
 import pytest
 
+from turret_server.app.serve import assemble
 from turret_server.config import ServerConfig
-from turret_server.serve import assemble
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""From adapters that are not served to LORA ones that are, by peft's own conversion."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from turret_adapters.errors import AdapterFormatError, AdapterSourceError
+from turret_adapters.formats.digest import MAX_CONFIG_BYTES
+from turret_adapters.formats.fields import parse_object, refusal, show
+from turret_adapters.formats.kinds import KINDS
+from turret_adapters.formats.kinds.lora import MAX_RANK
+from turret_adapters.formats.tensors import MODULE_PREFIX
+from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME, open_inside, resolve
+
+# What of ΔW's energy the least rank keeps that loses nothing: all but the rounding of peft's sum of it.
+_WHOLE = 1 - 2.0**-22
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleConversion:
+    """`error` is ‖ΔW − BA‖ / ‖ΔW‖, Frobenius, in the numbers that were written."""
+
+    rank: int
+    error: float
+
+
+def convert_adapter(
+    adapter: Path, out: Path, *, model: str, rank: int | None = None, progress: bool = False
+) -> Mapping[str, ModuleConversion]:
+    """Write the LORA adapter that is nearest to another one.
+
+    Args:
+        adapter: a folder with an adapter that peft saved.
+        out: an empty folder, to be filled.
+        model: the base model, a folder or an id on the hub; it is loaded as it is.
+        rank: of every module; without it each has the least that loses nothing but roundings (an error below
+            5e-4).
+        progress: tell it on standard error.
+
+    Returns:
+        What became of each module.
+
+    Raises:
+        AdapterSourceError: there is no adapter at `adapter`.
+        AdapterFormatError: peft cannot read or convert it, or it would take ranks that are not served.
+    """
+    folder = resolve(str(adapter))
+    _check_type(folder)
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise AdapterFormatError(f"rank: expected one from 1 to {MAX_RANK}, which are served, found {rank}")
+    with warnings.catch_warnings(), torch.inference_mode():
+        # peft 0.21 calls what transformers 5 deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+            adapted = peft.PeftModel.from_pretrained(base, str(folder))
+            config, tensors = peft.convert_to_lora(
+                adapted, _WHOLE if rank is None else rank, progressbar=progress
+            )
+        # What peft finds wrong with an adapter, it raises as any of these.
+        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise AdapterFormatError(f"peft does not convert {str(adapter)!r}: {error}") from error
+        modules = _measure(adapted, tensors)
+    _check_ranks(modules)
+    config.task_type = "CAUSAL_LM"
+    # peft drops `exclude_modules`, and names some modules twice.
+    config.target_modules = set(modules)
+    config.layers_pattern = config.layers_to_transform = None
+    save_file(tensors, out / TENSORS_NAME, metadata={"format": "pt"})
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    return modules
+
+
+def _check_type(folder: Path) -> None:
+    with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
+        peft_type = parse_object(file.read(size), CONFIG_NAME).get("peft_type")
+    if not isinstance(peft_type, str) or peft_type in KINDS:
+        raise refusal("peft_type", peft_type, "a method that is not served as it is")
+    if not (folder / TENSORS_NAME).exists():  # peft would read a pickle instead
+        raise AdapterSourceError(f"{str(folder)!r}: expected a folder with {TENSORS_NAME}, found none")
+
+
+def _measure(adapted: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, ModuleConversion]:
+    modules = {}
+    for name, module in adapted.named_modules():
+        a_RI = tensors.get(f"{name}.lora_A.weight")
+        if not isinstance(module, BaseTunerLayer) or a_RI is None:
+            continue
+        delta_OI = module.get_delta_weight("default").float()
+        if type(module.get_base_layer()).__name__ == "Conv1D":
+            delta_OI = delta_OI.mT
+        left_OI = delta_OI - tensors[f"{name}.lora_B.weight"].float() @ a_RI.float()
+        error = float(left_OI.norm() / delta_OI.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        modules[name.removeprefix(MODULE_PREFIX)] = ModuleConversion(len(a_RI), error)
+    return modules
+
+
+def _check_ranks(modules: Mapping[str, ModuleConversion]) -> None:
+    name, largest = max(modules.items(), key=lambda item: item[1].rank)
+    if largest.rank > MAX_RANK:
+        raise AdapterFormatError(
+            f"module {show(name)}: expected a rank of at most {MAX_RANK} to lose nothing, "
+            f"found {largest.rank} (give a rank)"
+        )

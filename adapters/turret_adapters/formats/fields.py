@@ -1,0 +1,178 @@
+"""`adapter_config.json`: a JSON object whose every field has a policy.
+
+A field that changes the mathematics and is not served, and a field that we do not know, must be empty;
+otherwise the adapter is refused, naming the field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from reprlib import Repr
+from typing import Any, Final, TypeAlias
+
+from turret_adapters.errors import AdapterFormatError
+from turret_adapters.sources.folder import CONFIG_NAME
+
+MAX_NUMBER = 1e6
+MAX_PATTERNS = 4096
+
+
+class Use(Enum):
+    """What is done with a field; a tuple instead lists the values, besides empty ones, that are served."""
+
+    READ = "read"
+    INERT = "inert"
+
+
+REFUSED: Final = ()
+
+Policy: TypeAlias = Use | tuple[object, ...]
+
+COMMON: Mapping[str, Policy] = {
+    "auto_mapping": Use.INERT,
+    "base_model_name_or_path": Use.INERT,
+    "inference_mode": Use.INERT,
+    "modules_to_save": REFUSED,
+    "peft_type": Use.READ,
+    "peft_version": Use.INERT,
+    "revision": Use.INERT,
+    "task_type": ("CAUSAL_LM",),
+}
+_HINTS: Mapping[str, str] = {
+    "init_lora_weights": " (peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts an "
+    "adapter that changed its base's weights)",
+}
+
+
+class Fields:
+    """The fields of a config, read with the types that peft gives them.
+
+    Every method raises AdapterFormatError where a field says something else.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def check(self, policy: Mapping[str, Policy]) -> None:
+        """Compares every field with its policy."""
+        for name, value in self._values.items():
+            served = policy.get(name, REFUSED)
+            if isinstance(served, Use) or value is None or value is False or value in ([], {}):
+                continue
+            # JSON's true and 1 are different values, Python's are not.
+            if not any(type(value) is type(other) and value == other for other in served):
+                values = (
+                    f"empty, {', '.join(map(repr, served))}" if served else "empty, since it is not served"
+                )
+                raise self.refusal(name, values + _HINTS.get(name, ""))
+
+    def integer(self, name: str, *, most: int, default: int | None = None) -> int:
+        return integer(name, self._values.get(name, default), most)
+
+    def optional_size(self, name: str) -> int | None:
+        value = self.get(name)
+        return None if value is None else integer(name, value, None)
+
+    def number(self, name: str, *, default: float) -> float:
+        return number(name, self._values.get(name, default))
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.refusal(name, "true or false")
+        return value
+
+    def names(self, name: str) -> frozenset[str] | None:
+        """A list of names; None if there is none."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.refusal(name, "a list of names")
+        return frozenset(value)
+
+    def patterns(self, name: str) -> list[tuple[str, object]]:
+        """An object's items, in its order."""
+        value = {} if self.get(name) is None else self.get(name)
+        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+            raise self.refusal(name, f"an object of at most {MAX_PATTERNS} patterns")
+        return list(value.items())
+
+    def refusal(self, name: str, expected: str) -> AdapterFormatError:
+        return refusal(name, self.get(name), expected)
+
+
+def parse_object(data: bytes, file_name: str) -> dict[str, Any]:
+    """Parses JSON that must be one object in UTF-8 without repeated keys.
+
+    Raises:
+        AdapterFormatError: it is not, in the file of that name.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise AdapterFormatError(
+            f"{file_name}: expected a JSON object, found one nested too deeply"
+        ) from error
+    except ValueError as error:
+        raise AdapterFormatError(
+            f"{file_name}: expected a JSON object, found broken JSON ({error})"
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterFormatError(f"{file_name}: expected a JSON object, found {show(value)}")
+    return value
+
+
+def integer(field: str, value: object, most: int | None) -> int:
+    """A positive integer.
+
+    Raises:
+        AdapterFormatError: the value is none, or larger than `most`.
+    """
+    if type(value) is not int or value < 1 or (most is not None and value > most):
+        raise refusal(field, value, "a positive integer" if most is None else f"an integer from 1 to {most}")
+    return value
+
+
+def number(field: str, value: object) -> float:
+    """A number of sensible size.
+
+    Raises:
+        AdapterFormatError: the value is none.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_NUMBER:
+        raise refusal(field, value, f"a number of at most {MAX_NUMBER:.0f}")
+    return float(value)
+
+
+def refusal(field: str, value: object, expected: str) -> AdapterFormatError:
+    return AdapterFormatError(f"{CONFIG_NAME}: expected {show(field)} to be {expected}, found {show(value)}")
+
+
+def show(value: object) -> str:
+    """A value out of a file, printable and short whatever it is."""
+    return _SHORT.repr(value)
+
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 160
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"the key {show(key)} stands twice")
+        value[key] = item
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

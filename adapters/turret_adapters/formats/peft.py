@@ -1,0 +1,116 @@
+"""From the two files that peft writes to an adapter in host memory.
+
+The format is peft 0.21's `save_pretrained` with safetensors; peft itself is not needed. `kinds` says what
+each kind of adapter holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from turret_adapters.errors import AdapterSourceError
+from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, REVISION_LENGTH
+from turret_adapters.formats.fields import Fields, parse_object, refusal
+from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
+from turret_adapters.formats.plan import Content, Kind
+from turret_adapters.formats.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
+from turret_adapters.host import BaseWeights, HostAdapter, row_groups
+from turret_adapters.sources.folder import (
+    CONFIG_NAME,
+    TENSORS_NAME,
+    describe,
+    open_inside,
+    refuse_pickle,
+    resolve,
+)
+from turret_adapters.sources.intake import Progress, untold
+from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
+
+
+def read_adapter(
+    path: Path, base: BaseSpec, weights: BaseWeights, progress: Progress = untold
+) -> HostAdapter:
+    """Reads an adapter that peft saved.
+
+    Args:
+        path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base: the model that it must fit.
+        weights: the model's weights, which are asked for only once everything else is sound.
+        progress: told bytes read and in all before each tensor; what it raises ends the reading.
+
+    Raises:
+        AdapterSourceError: there is no adapter at `path`, or it cannot be read.
+        AdapterFormatError: the files are broken, or hold something that is not served.
+        AdapterBaseError: the files were made for another base model.
+    """
+    try:
+        return _read_folder(resolve(str(path)), base, weights, progress)
+    except OSError as error:
+        raise AdapterSourceError(
+            f"{str(error.filename or path)!r}: expected a file that can be read, found {describe(error)}"
+        ) from error
+
+
+def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: Progress) -> HostAdapter:
+    with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
+        config_bytes = file.read(size)
+    kind, fields = _parse_config(config_bytes)
+    plan = kind.plan(fields, base)
+    refuse_pickle(folder)
+    digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
+    with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
+        header, entries = read_header(file, size)
+        check_entries(entries, plan.expected, base)
+        digest.update(header)
+        tensors = {}
+        for entry in entries:
+            progress(entry.begin, size)
+            tensors[entry.key] = read_tensor(file, entry, digest)
+    content = plan.build(tensors, weights)
+    spec = AdapterSpec(
+        revision=digest.hexdigest()[:REVISION_LENGTH],
+        method=kind.method,
+        rows=row_groups(content.deltas),
+        prefix=_prefix_spec(content),
+        max_rank=content.max_rank,
+        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        file_bytes=len(config_bytes) + size,
+        invocation_tokens=content.invocation_tokens,
+        num_tasks=len(content.tasks),
+    )
+    return HostAdapter(
+        spec=spec,
+        deltas=content.deltas,
+        prefix_kv=content.prefix_kv,
+        prompt_embeddings=content.prompt_embeddings,
+        tasks=tuple(
+            HostAdapter(
+                spec=spec.of_task(task),
+                deltas={},
+                prompt_embeddings=rows_NE,
+            )
+            for task, rows_NE in enumerate(content.tasks)
+        ),
+    )
+
+
+def _parse_config(data: bytes) -> tuple[Kind, Fields]:
+    values = parse_object(data, CONFIG_NAME)
+    peft_type = values.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in KINDS:
+        hint = (
+            " (`turret adapters convert` makes a LORA of it)"
+            if isinstance(peft_type, str) and peft_type in CONVERTIBLE
+            else ""
+        )
+        raise refusal("peft_type", peft_type, f"one of {', '.join(KINDS)}{hint}")
+    fields = Fields(values)
+    fields.check(KINDS[peft_type].fields)
+    return KINDS[peft_type], fields
+
+
+def _prefix_spec(content: Content) -> PrefixSpec | None:
+    if content.prefix_kind is None:
+        return None
+    return PrefixSpec(num_virtual_tokens=content.num_virtual_tokens, kind=content.prefix_kind)

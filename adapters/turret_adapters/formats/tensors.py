@@ -1,0 +1,206 @@
+"""`adapter_model.safetensors`: its header, what is expected in it, and its bytes.
+
+The format: https://github.com/huggingface/safetensors#format. Everything is checked before a tensor's bytes
+are read, and each byte is read once, so what is digested is what is served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+
+import torch
+
+from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError
+from turret_adapters.formats.digest import MAX_TENSORS_BYTES
+from turret_adapters.formats.fields import parse_object, show
+from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.spec import BaseSpec
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_DIMENSIONS = 8
+DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MODULE_PREFIX = "base_model.model."
+LENGTH_BYTES = 8
+
+# What of the base model a dimension is; None where the config says its size.
+WIDTH = "a width"
+VOCABULARY = "the vocabulary (a resized one is not served)"
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A tensor that must be in the file or, if `optional`, may be."""
+
+    shape: tuple[int, ...]
+    of_base: tuple[str | None, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in the header of a safetensors file."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    num_bytes: int
+
+
+def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entry]]:
+    """The header's bytes with its length before it, and its tensors in the order of their bytes.
+
+    Raises:
+        AdapterFormatError: it is broken, or its tensors do not fill the file without gap and overlap.
+    """
+    length_bytes = file.read(LENGTH_BYTES)
+    length = int.from_bytes(length_bytes, "little")
+    most = min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES)
+    if length > most:
+        raise AdapterFormatError(
+            f"{TENSORS_NAME}: expected a safetensors header of at most {most} bytes, found {length} bytes"
+        )
+    header = file.read(length)
+    table = parse_object(header, TENSORS_NAME)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFormatError(
+            f"{TENSORS_NAME}: expected '__metadata__' to hold strings, found {show(metadata)}"
+        )
+    entries = sorted((_entry(*item) for item in table.items()), key=lambda entry: entry.begin)
+    end = 0
+    for entry in entries:
+        if entry.begin != end:
+            raise AdapterFormatError(
+                f"tensor {show(entry.key)}: expected its bytes to begin at {end}, found {entry.begin}"
+            )
+        end += entry.num_bytes
+    if end != file_bytes - LENGTH_BYTES - length:
+        raise AdapterFormatError(
+            f"{TENSORS_NAME}: expected {end} bytes of tensors, "
+            f"found {file_bytes - LENGTH_BYTES - length} bytes"
+        )
+    return length_bytes + header, entries
+
+
+def check_entries(entries: list[Entry], expected: Mapping[str, Expected], base: BaseSpec) -> None:
+    """Compares the tensors of a header with those that the config and the base model let expect.
+
+    Raises:
+        AdapterFormatError: one is missing, one more is there, or a shape is not what the config says.
+        AdapterBaseError: a shape or a path is not what the base model has.
+    """
+    for entry in entries:
+        if entry.key not in expected:
+            raise _unexpected(entry.key, base)
+        _check_shape(entry, expected[entry.key], base)
+    found = {entry.key for entry in entries}
+    missing = [key for key, tensor in expected.items() if key not in found and not tensor.optional]
+    if missing:
+        number = sum(not tensor.optional for tensor in expected.values())
+        raise AdapterFormatError(
+            f"tensor {show(min(missing))}: expected {number} tensors by {CONFIG_NAME}, "
+            f"found all but this and {len(missing) - 1} others"
+        )
+
+
+def read_tensor(file: BufferedReader, entry: Entry, digest: hashlib._Hash) -> torch.Tensor:
+    """Reads the bytes that come next, which must be those of `entry`, into a tensor that owns them.
+
+    Raises:
+        AdapterFormatError: the file ends before, or a number is not finite.
+    """
+    data = bytearray(entry.num_bytes)
+    found = file.readinto(data)
+    if found != entry.num_bytes:
+        raise AdapterFormatError(
+            f"tensor {show(entry.key)}: expected {entry.num_bytes} bytes, found {found} when reading"
+        )
+    digest.update(data)
+    if not data:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    tensor_XX = torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)
+    if not tensor_XX.isfinite().all():
+        raise AdapterFormatError(
+            f"tensor {show(entry.key)}: expected finite numbers, found NaN or an infinity"
+        )
+    return tensor_XX
+
+
+def _entry(key: str, value: object) -> Entry:
+    match value:
+        case {"dtype": dtype, "shape": [*shape], "data_offsets": [begin, end], **others} if (
+            not others and len(shape) <= MAX_DIMENSIONS and all(map(_is_size, [*shape, begin, end]))
+        ):
+            pass
+        case _:
+            raise AdapterFormatError(
+                f"tensor {show(key)}: expected its dtype, shape and data_offsets, found {show(value)}"
+            )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise AdapterFormatError(
+            f"tensor {show(key)}: expected its dtype to be one of {', '.join(DTYPES)}, found {show(dtype)}"
+        )
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != num_bytes:
+        raise AdapterFormatError(
+            f"tensor {show(key)}: expected {num_bytes} bytes for {dtype} {shape}, found {end - begin}"
+        )
+    return Entry(key, DTYPES[dtype], tuple(shape), begin, num_bytes)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TENSORS_BYTES
+
+
+def _check_shape(entry: Entry, expected: Expected, base: BaseSpec) -> None:
+    if entry.shape == expected.shape:
+        return
+    message = f"tensor {show(entry.key)}: expected shape {list(expected.shape)}, found {list(entry.shape)}"
+    if len(entry.shape) != len(expected.shape):
+        raise AdapterFormatError(message)
+    wrong = [dim for dim, size in enumerate(expected.shape) if size != entry.shape[dim]]
+    for dim in wrong:
+        what = expected.of_base[dim]
+        if what:
+            raise AdapterBaseError(
+                f"{message}, where {expected.shape[dim]} is {what} of the base model {base.name_or_path!r}"
+            )
+    raise AdapterFormatError(f"{message}, where {expected.shape[wrong[0]]} is what {CONFIG_NAME} says")
+
+
+def _unexpected(key: str, base: BaseSpec) -> AdapterError:
+    """The refusal of a tensor that nothing needs, which says so if the base lacks the module of its key."""
+    names = key.removeprefix(MODULE_PREFIX).split(".")
+    module = next((".".join(names[:end]) for end, name in enumerate(names) if name in _OF_MODULES), None)
+    if key.startswith(MODULE_PREFIX) and module is not None and module not in base.modules:
+        return AdapterBaseError(
+            f"module {show(module)}: expected a module of the base model {base.name_or_path!r}, "
+            "found none of that path"
+        )
+    return AdapterFormatError(
+        f"tensor {show(key)}: expected only tensors of what {CONFIG_NAME} targets, found one more"
+    )
+
+
+# What stands right behind a module's path in keys of any kind.
+_OF_MODULES = frozenset(
+    {
+        "base_layer",
+        "ia3_l",
+        "ln_tuning_layers",
+        "lora_A",
+        "lora_B",
+        "lora_E",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "token_adapter",
+        "vera_lambda_b",
+        "vera_lambda_d",
+    }
+)

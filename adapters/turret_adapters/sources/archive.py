@@ -1,0 +1,191 @@
+"""An adapter's two files out of an archive that anybody may have made.
+
+Nothing is extracted by the path that an archive says: the two files are found by their name, and written
+under it. An archive that holds a path out of itself, a link or a device is refused as a whole. How much is
+read, in all and at once, is bounded whatever the archive says of itself: neither disk nor memory fills.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import stat
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from turret_adapters.errors import AdapterError, AdapterSourceError
+from turret_adapters.formats.digest import CHUNK_BYTES
+from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.sources.intake import Intake
+from turret_adapters.store.staging import write_whole
+from turret_adapters.store.store_errors import SourceTooLargeError
+
+MAX_MEMBERS = 1000
+SUFFIXES = (".zip", ".tar.gz", ".tgz")
+
+# The libraries read directories and long names whole; no sound archive of two files has more of them.
+_MAX_READ = 4 << 20
+_BROKEN = (
+    EOFError, NotImplementedError, ValueError, gzip.BadGzipFile, struct.error, tarfile.TarError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file or folder in an archive. `is_plain` is false for links, devices and what cannot be read."""
+
+    path: str
+    is_plain: bool
+    is_folder: bool
+    size: int
+    open: Callable[[], IO[bytes] | None]
+
+
+def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> None:
+    """Takes the two files out of an archive.
+
+    Args:
+        archive: can be sought in.
+        name: how it is called, which ends in one of `SUFFIXES`.
+        intake: where they go.
+        max_bytes: how much may be read of it once decompressed.
+
+    Raises:
+        AdapterSourceError: it is broken or hostile, or does not hold one adapter.
+        SourceTooLargeError: it holds more than is taken.
+        OSError: a file cannot be written.
+    """
+    members = _zip_members if name.endswith(".zip") else _tar_members
+    with _told(name), members(archive, intake.folder, max_bytes) as found:
+        for wanted, member in _choose(name, found).items():
+            intake.take(wanted, _chunks(name, member), member.size)
+
+
+def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
+    chosen: dict[str, Member] = {}
+    for number, member in enumerate(members, 1):
+        if number > MAX_MEMBERS:
+            raise SourceTooLargeError(f"{name}: expected at most {MAX_MEMBERS} members, found more")
+        path = PurePosixPath(member.path)
+        if path.is_absolute() or ".." in path.parts or "\\" in member.path or "\0" in member.path:
+            raise AdapterSourceError(f"{name}: expected paths in the archive, found {member.path[:200]!r}")
+        if not member.is_plain:
+            raise AdapterSourceError(
+                f"{name}: expected files and folders, found a link, device or encrypted file "
+                f"{member.path[:200]!r}"
+            )
+        if path.name in (CONFIG_NAME, TENSORS_NAME) and not member.is_folder:
+            if path.name in chosen:
+                raise AdapterSourceError(f"{name}: expected one {path.name}, found several")
+            chosen[path.name] = member
+    folders = {PurePosixPath(member.path).parent for member in chosen.values()}
+    if chosen.keys() != {CONFIG_NAME, TENSORS_NAME} or len(folders) != 1:
+        found = ", ".join(repr(member.path[:200]) for member in chosen.values()) or "neither"
+        raise AdapterSourceError(
+            f"{name}: expected {CONFIG_NAME} and {TENSORS_NAME} in one folder, found {found}"
+        )
+    return {wanted: chosen[wanted] for wanted in (CONFIG_NAME, TENSORS_NAME)}
+
+
+@contextmanager
+def _zip_members(archive: IO[bytes], _folder: Path, _max_bytes: int) -> Iterator[Sequence[Member]]:
+    with zipfile.ZipFile(_Bounded(archive)) as opened:
+        yield [
+            Member(
+                path=info.filename,
+                is_plain=_is_plain(info),
+                is_folder=info.filename.endswith("/"),
+                size=info.file_size,
+                open=partial(opened.open, info),
+            )
+            for info in opened.infolist()
+        ]
+
+
+def _is_plain(info: zipfile.ZipInfo) -> bool:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    # The other methods may turn a megabyte into many gigabytes before the size is looked at.
+    method = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return kind in (0, stat.S_IFREG, stat.S_IFDIR) and method and not info.flag_bits & 1
+
+
+@contextmanager
+def _tar_members(archive: IO[bytes], folder: Path, max_bytes: int) -> Iterator[Iterable[Member]]:
+    # Decompressed first: a library that seeks in a compressed stream reads it over and over.
+    with (
+        tempfile.TemporaryFile(buffering=0, dir=folder) as plain,
+        gzip.GzipFile(fileobj=archive) as compressed,
+    ):
+        done = 0
+        while chunk := compressed.read(CHUNK_BYTES):
+            done += len(chunk)
+            if done > max_bytes:
+                raise SourceTooLargeError(f"expected at most {max_bytes} bytes in the archive, found more")
+            write_whole(plain.fileno(), chunk)
+        plain.seek(0)
+        with tarfile.open(fileobj=_Bounded(plain), mode="r:") as opened:
+            yield (
+                Member(
+                    path=info.name,
+                    is_plain=info.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE),
+                    is_folder=info.isdir(),
+                    size=info.size,
+                    open=partial(opened.extractfile, info),
+                )
+                for info in opened
+            )
+
+
+def _chunks(name: str, member: Member) -> Iterator[bytes]:
+    with _told(name):
+        file = member.open()
+        assert file is not None, "it is a regular file"
+        with file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except AdapterError:
+        raise
+    except _BROKEN as error:
+        raise AdapterSourceError(f"{name}: expected a sound archive, found: {error}") from error
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which only a little is read at once, as zipfile and tarfile use one."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_READ:
+            here = self._file.tell()
+            size = self._file.seek(0, os.SEEK_END) - here
+            self._file.seek(here)
+            if size > _MAX_READ:
+                raise AdapterSourceError("expected short headers in the archive, found very long ones")
+        return self._file.read(size)

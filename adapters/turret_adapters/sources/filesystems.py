@@ -1,0 +1,119 @@
+"""Files of an object store or a model hub, through fsspec: `s3://…`, `gs://…`, `hf://…`, what is installed.
+
+These libraries open their own connections, to hosts that the server's operator configures (or names in
+`Policy.urls`), with the server's own credentials; addresses are not checked here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from turret_adapters.errors import AdapterError, AdapterSourceError
+from turret_adapters.formats.digest import CHUNK_BYTES
+from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.sources.intake import Intake
+from turret_adapters.sources.policy import Deadline, public
+from turret_adapters.store.store_errors import SourceUnavailableError
+
+WAIT_SECONDS = 30.0
+
+_HUB_ID = re.compile(r"(?:hf://)?(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def hub_url(source: str) -> str | None:
+    """`owner/name` or `owner/name@revision` as a URL; None if it is no hub id."""
+    found = _HUB_ID.fullmatch(source)
+    if not found or found["owner"].strip(".") == "":
+        return None
+    return source if source.startswith("hf://") else f"hf://{source}"
+
+
+def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
+    """Takes the two files out of a folder.
+
+    Args:
+        url: of the folder; the policy allows it.
+        intake: where they go.
+        deadline: looked at after each chunk; a wait within the library is cut off by its own time-outs alone.
+
+    Raises:
+        AdapterSourceError: they are not there, or not for us, or the protocol's package is not installed.
+        SourceTooLargeError, SourceUnavailableError
+        OSError: a file cannot be written.
+    """
+    files, folder = _open(_pinned(url) if url.startswith("hf://") else url)
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        place = f"{folder}/{name}"
+        try:
+            size = files.info(place)["size"]
+            # A block size of 0 streams; other file systems than the hub's take it as none of their own.
+            file = files.open(place, "rb", **({"block_size": 0} if url.startswith("hf://") else {}))
+        except Exception as error:  # the libraries have no common class
+            raise _refusal(url, error) from error
+        with file:
+            intake.take(name, _chunks(url, file, deadline), size)
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it."""
+    protocol = urlsplit(url).scheme
+    try:
+        # A cached one would answer from listings of before.
+        files, folder = fsspec.url_to_fs(url, skip_instance_cache=True)
+    except ImportError as error:
+        package = known_implementations.get(protocol, {}).get("err", str(error))
+        raise AdapterSourceError(
+            f"{public(url)!r}: expected a protocol whose package the server has, found none ({package})"
+        ) from error
+    except ValueError as error:
+        raise AdapterSourceError(
+            f"{public(url)!r}: expected a protocol that fsspec knows, found {protocol!r}"
+        ) from error
+    except Exception as error:  # some connect at once
+        raise _refusal(url, error) from error
+    return files, str(folder).rstrip("/")
+
+
+def _pinned(url: str) -> str:
+    """A hub's URL with the commit that its revision names now, so that both files are of one."""
+    found = _HUB_ID.fullmatch(url)
+    if not found:
+        raise AdapterSourceError(f"{public(url)!r}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")
+    from huggingface_hub import HfApi  # noqa: PLC0415 -- a second, and not for other sources
+
+    model = f"{found['owner']}/{found['name']}"
+    try:
+        commit = HfApi().model_info(model, revision=found["revision"], timeout=WAIT_SECONDS).sha
+    except Exception as error:
+        raise _refusal(url, error) from error
+    return f"hf://{model}@{commit}"
+
+
+def _chunks(url: str, file: Any, deadline: Deadline) -> Iterator[bytes]:
+    while True:
+        deadline.left()
+        try:
+            chunk = file.read(CHUNK_BYTES)
+        except Exception as error:
+            raise _refusal(url, error) from error
+        if not chunk:
+            return
+        yield chunk
+
+
+def _refusal(url: str, error: Exception) -> AdapterError:
+    if isinstance(error, AdapterError):
+        return error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    message = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, FileNotFoundError | PermissionError | ValueError) or status in (401, 403, 404):
+        return AdapterSourceError(
+            f"{public(url)!r}: expected {CONFIG_NAME} and {TENSORS_NAME}, found: {message}"
+        )
+    return SourceUnavailableError(f"{public(url)!r}: expected an answer, found: {message} (try again later)")

@@ -1,0 +1,114 @@
+"""The way of an adapter's two files, from wherever they are, into a folder of the store's."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from io import BufferedReader
+from pathlib import Path
+
+from turret_adapters.errors import AdapterSourceError
+from turret_adapters.formats.digest import CHUNK_BYTES, MAX_FILE_BYTES
+from turret_adapters.sources.folder import describe, open_inside
+from turret_adapters.store.staging import write_file
+from turret_adapters.store.store_errors import SourceTooLargeError
+
+# Told the bytes that have come, and of how many; None where the source does not say.
+Progress = Callable[[int, int | None], None]
+
+
+def untold(_done: int, _total: int | None) -> None:
+    """Progress that nobody looks at."""
+
+
+_FICLONE = 0x40049409  # linux/fs.h
+
+
+class Intake:
+    """Takes at most `max_bytes` into `folder`; `progress` is told on the thread that takes them."""
+
+    def __init__(self, folder: Path, max_bytes: int, progress: Progress) -> None:
+        self.folder = folder
+        self._max_bytes = max_bytes
+        self._progress = progress
+        self._done = 0
+
+    def take(self, name: str, chunks: Iterable[bytes], size: int | None) -> None:
+        """Writes a file from chunks of bytes. `size` is what the source says of it, if it says anything.
+
+        Raises:
+            SourceTooLargeError: there are more bytes than may be.
+            OSError: it cannot be written.
+        """
+        if size is not None:
+            self._check(name, size)
+        write_file(self.folder / name, self._counted(name, chunks, size))
+
+    def copy(self, folder: Path, name: str) -> None:
+        """Copies a file from a folder on this machine, sharing its blocks where the file system can.
+
+        Raises:
+            AdapterSourceError: it cannot be read, is no regular file in `folder`, or changed meanwhile.
+            SourceTooLargeError: there are more bytes than may be.
+            OSError: it cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                file, size = stack.enter_context(open_inside(folder, name, MAX_FILE_BYTES[name]))
+            except OSError as error:
+                raise _unreadable(name, error) from error
+            before = os.fstat(file.fileno())
+            self._check(name, size)
+            if self._clone(file, self.folder / name):
+                self._done += size
+                self._progress(self._done, self._done)
+            else:
+                self.take(name, _read(name, file, size), size)
+            after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise AdapterSourceError(
+                f"{name}: expected a file that stays as it is, found that it changed while it was copied "
+                "(load it again once it is written)"
+            )
+
+    def _clone(self, file: BufferedReader, target: Path) -> bool:
+        # Never a hard link: whoever rewrites the source in place would rewrite the copy.
+        with target.open("wb") as copy:
+            try:
+                fcntl.ioctl(copy.fileno(), _FICLONE, file.fileno())
+            except OSError:
+                return False
+        return True
+
+    def _counted(self, name: str, chunks: Iterable[bytes], size: int | None) -> Iterator[bytes]:
+        before = self._done
+        total = None if size is None else before + size
+        for chunk in chunks:
+            self._check(name, self._done - before + len(chunk), before)
+            yield chunk
+            self._done += len(chunk)
+            self._progress(self._done, total)
+
+    def _check(self, name: str, size: int, before: int | None = None) -> None:
+        most = min(MAX_FILE_BYTES[name], self._max_bytes - (self._done if before is None else before))
+        if size > most:
+            raise SourceTooLargeError(f"{name}: expected at most {max(most, 0)} bytes, found {size} or more")
+
+
+def _read(name: str, file: BufferedReader, size: int) -> Iterator[bytes]:
+    # No further than it went at first: somebody may append to it faster than we read.
+    while size:
+        try:
+            chunk = file.read(min(CHUNK_BYTES, size))
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        if not chunk:
+            return
+        size -= len(chunk)
+        yield chunk
+
+
+def _unreadable(name: str, error: OSError) -> AdapterSourceError:
+    return AdapterSourceError(f"{name}: expected a file that can be read, found {describe(error)}")

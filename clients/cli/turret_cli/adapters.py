@@ -1,0 +1,315 @@
+"""The commands of `turret adapters` that speak to a running server."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+from turret_cli.generate import (
+    connect,
+    format_count,
+    format_size,
+    format_table,
+    json_option,
+    server_option,
+    to_json,
+)
+from turret_client import TurretError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from turret_client import Adapter, AdapterRevision, Client
+
+# How often a bar of what the server does is drawn.
+_LOOK_SECONDS = 0.2
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  turret adapters load pirate /srv/adapters/pirate
+  turret adapters list
+  turret adapters validate ./pirate --model HuggingFaceTB/SmolLM2-135M
+"""
+)
+def adapters() -> None:
+    """Load, replace, unload and look at a server's adapters; validate and convert them without one."""
+
+
+@adapters.command(
+    "list",
+    epilog="""\b
+Examples:
+  turret adapters list
+  turret adapters list --json | jq -r .name
+""",
+)
+@server_option
+@json_option
+def list_(*, server: str, as_json: bool) -> None:
+    """List all adapters in the order of their names."""
+    with connect(server) as client:
+        found = client.list_adapters()
+    if not found and not as_json:
+        click.echo("no adapters", err=True)
+    else:
+        print_adapters(found, as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters load pirate /srv/adapters/pirate
+"""
+)
+@click.argument("name")
+@click.argument("path")
+@server_option
+@json_option
+def load(name: str, path: str, *, server: str, as_json: bool) -> None:
+    """Serve the peft adapter at PATH under NAME.
+
+    PATH is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging Face
+    hub, or the URL of a folder or archive, as far as the server was started with --allow-source for it.
+    Where NAME is in use it flips to the new revision at once; requests that began on the old one end on it.
+    """
+    with connect(server) as client:
+        # A server on this machine has another working directory.
+        here = Path(path)
+        with _downloading(client, name):
+            found = client.load_adapter(name, str(here.absolute()) if here.exists() else path)
+        print_adapters([found], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters unload pirate
+"""
+)
+@click.argument("name")
+@server_option
+@json_option
+def unload(name: str, *, server: str, as_json: bool) -> None:
+    """Take NAME away. Requests that run on it end on it; then its memory is freed."""
+    with connect(server) as client:
+        print_adapters([client.unload_adapter(name)], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Example:
+  turret adapters show pirate
+"""
+)
+@click.argument("name")
+@server_option
+@json_option
+def show(name: str, *, server: str, as_json: bool) -> None:
+    """Show all that is known of one adapter."""
+    with connect(server) as client:
+        adapter = client.get_adapter(name)
+    click.echo(to_json(adapter) if as_json else _details(adapter))
+
+
+@adapters.command(
+    epilog="""\b
+Examples:
+  turret adapters rollback pirate
+  turret adapters rollback pirate 3f9a1c07
+"""
+)
+@click.argument("name")
+@click.argument("revision", required=False)
+@server_option
+@json_option
+def rollback(name: str, revision: str | None, *, server: str, as_json: bool) -> None:
+    """Serve an earlier REVISION under NAME again and forget those after it.
+
+    The first 8 digits of it are enough; without it, the one before the current. `turret adapters show NAME`
+    lists them.
+    """
+    with connect(server) as client:
+        print_adapters([client.rollback_adapter(name, revision)], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Examples:
+  turret adapters split pirate 3f9a1c07 --percent 10
+  turret adapters split pirate --percent 0
+"""
+)
+@click.argument("name")
+@click.argument("revision", required=False, default="")
+@click.option(
+    "--percent",
+    type=click.IntRange(0, 100),
+    required=True,
+    metavar="N",
+    help="How many of a hundred requests; 0 ends the split.",
+)
+@server_option
+@json_option
+def split(name: str, revision: str, percent: int, *, server: str, as_json: bool) -> None:
+    """Make some percent of the requests for NAME go to another REVISION of its history.
+
+    The first 8 digits of it are enough. Requests with the same --routing-key go to the same revision.
+    """
+    with connect(server) as client:
+        print_adapters([client.set_traffic_split(name, revision, percent)], as_json=as_json)
+
+
+@adapters.command(
+    epilog="""\b
+Examples:
+  turret adapters upload pirate ./pirate
+"""
+)
+@click.argument("name")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@server_option
+@json_option
+def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
+    """Send the peft adapter in FOLDER of this machine to the server, and serve it under NAME.
+
+    Where an upload of the same files was broken off, it goes on there.
+    """
+    with connect(server) as client, _Bar("Uploading") as bar:
+        try:
+            adapter = client.upload_adapter(name, folder, progress=bar.show)
+        except OSError as error:
+            raise click.BadParameter(f"{error.filename}: {str(error.strerror).lower()}") from error
+    print_adapters([adapter], as_json=as_json)
+
+
+class _Bar:
+    """A bar on standard error, if that is a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._stack = ExitStack()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def show(self, done: int, total: int) -> None:
+        if self._bar is None:
+            bar = click.progressbar(length=total, label=self._label, file=sys.stderr)
+            self._bar = self._stack.enter_context(bar)
+        # There may be more to come than was known: then it is not finished after all.
+        self._bar.length, self._bar.finished = total, False
+        self._bar.update(done - self._bar.pos)
+
+
+@contextmanager
+def _downloading(client: Client, name: str) -> Iterator[None]:
+    """Shows on a terminal how far the server is with what it brings under the name in the block."""
+    over = threading.Event()
+
+    def look() -> None:
+        with _Bar("Loading") as bar, suppress(TurretError):
+            while not over.wait(_LOOK_SECONDS):
+                for each in client.list_downloads():
+                    if each.name == name and each.total_bytes is not None:
+                        bar.show(each.done_bytes, each.total_bytes)
+
+    looking = threading.Thread(target=look)
+    if sys.stderr.isatty():
+        looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if looking.is_alive():
+            looking.join()
+
+
+@adapters.command(
+    epilog="""\b
+Examples:
+  turret adapters watch
+  turret adapters watch --json | jq -r 'select(.state == "failed").error'
+"""
+)
+@server_option
+@json_option
+def watch(*, server: str, as_json: bool) -> None:
+    """Print every adapter as it is, then each again whenever it changes, until Ctrl-C."""
+    with connect(server) as client, closing(client.watch_adapters()) as changes:
+        for adapter in changes:
+            click.echo(to_json(adapter) if as_json else _line(adapter))
+
+
+def _line(adapter: Adapter) -> str:
+    draining = f"draining {', '.join(each[:12] for each in adapter.draining_revisions)}"
+    parts = [adapter.name, adapter.state, adapter.revision[:12]]
+    return "  ".join(filter(None, [*parts, draining if adapter.draining_revisions else "", adapter.error]))
+
+
+def print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
+    if as_json:
+        for adapter in found:
+            click.echo(to_json(adapter))
+    else:
+        click.echo(_table(found))
+
+
+def _table(found: Sequence[Adapter]) -> str:
+    words = ("NAME", "STATE", "METHOD", "REVISION")
+    numbers = ("RANK", "VIRTUAL", "PARAMETERS", "FILE", "ARENA", "ACTIVE")
+    return format_table(words, numbers, map(_row, found))
+
+
+def _row(adapter: Adapter) -> tuple[str, ...]:
+    return (
+        adapter.name,
+        adapter.state,
+        adapter.method,
+        adapter.revision[:12] or "-",
+        str(adapter.max_rank or "-"),
+        str(adapter.num_virtual_tokens or "-"),
+        format_count(adapter.num_parameters),
+        format_size(adapter.file_bytes),
+        format_size(adapter.arena_bytes),
+        str(adapter.active_requests),
+    )
+
+
+def _details(adapter: Adapter) -> str:
+    lines = {
+        "name": adapter.name,
+        "state": adapter.state,
+        "method": adapter.method,
+        "revision": adapter.revision or "-",
+        "rank": str(adapter.max_rank or "-"),
+        "virtual tokens": str(adapter.num_virtual_tokens or "-"),
+        "parameters": f"{adapter.num_parameters:,}",
+        "file": format_size(adapter.file_bytes),
+        "arena": format_size(adapter.arena_bytes),
+        "active": str(adapter.active_requests),
+        "draining": ", ".join(adapter.draining_revisions) or "-",
+    }
+    if adapter.error:
+        lines["error"] = adapter.error
+    width = max(map(len, lines))
+    if split := adapter.traffic_split:
+        lines["split"] = f"{split.percent} % go to {split.revision}"
+    told = [f"{key.ljust(width)}  {value}" for key, value in lines.items()]
+    return "\n".join([*told, *(f"{'history'.ljust(width)}  {_history(each)}" for each in adapter.history)])
+
+
+def _history(published: AdapterRevision) -> str:
+    when = datetime.fromtimestamp(published.published_at, UTC).isoformat(" ", "seconds")
+    return f"{when}  {published.revision}  {published.source}"

@@ -1,0 +1,267 @@
+"""The command `turret bench`: puts a load on a running server and says what its requests waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import click
+
+from turret_cli.bench_plot import check_plot, save_plot
+from turret_cli.generate import connection_options, server_option
+from turret_client import Adapter, AdapterState, AsyncClient
+from turret_client.bench import Latencies, LoadGenerator, Popularity, Summary, Workload, summarise
+
+_DEFAULT_CONCURRENCY = 8
+_DEFAULT_REQUESTS = 64
+
+
+def _tokens_range(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, int]:
+    """From N or MIN-MAX."""
+    fewest, _, most = value.partition("-")
+    with suppress(ValueError):
+        found = int(fewest), int(most or fewest)
+        if 1 <= found[0] <= found[1]:
+            return found
+    raise click.BadParameter(f"expected N or MIN-MAX, from 1, found {value!r}")
+
+
+def _popularity(_ctx: click.Context, _param: click.Parameter, value: str) -> Popularity:
+    try:
+        return Popularity.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  turret bench
+  turret bench --adapters "*" --concurrency 32 --requests 320
+  turret bench --adapters 100 --popularity zipf:1.1 --rate 4 --duration 60 --json run.json
+  turret bench --adapters pirate --adapters "tenant-*" --prompt-tokens 64-512 --plot run.svg
+"""
+)
+@server_option
+@click.option(
+    "--adapters",
+    "wanted",
+    multiple=True,
+    metavar="NAME|GLOB|COUNT",
+    help="Adapters of the server to use: a name, a pattern, or the first so many in the order of their "
+    "names. May be given several times. Without it: the base model alone.",
+)
+@click.option(
+    "--popularity",
+    callback=_popularity,
+    default="uniform",
+    show_default=True,
+    metavar="uniform|zipf:S|turns",
+    help="How requests choose among them. zipf:1.1 asks for the adapter of rank k in proportion to "
+    "1/k^1.1; with turns, requests that run together use different ones.",
+)
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Closed loop: N requests run at any moment. Without it and --rate: {_DEFAULT_CONCURRENCY}.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="F",
+    help="Open loop: F requests a second on average arrive by a Poisson process, however many run already, "
+    "and each waits from when it was due.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Requests to send. Without it and --duration: {_DEFAULT_REQUESTS}.",
+)
+@click.option(
+    "--duration",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Send nothing after so long; what runs then may end.",
+)
+@click.option(
+    "--prompt-tokens",
+    callback=_tokens_range,
+    default="128",
+    show_default=True,
+    metavar="N|MIN-MAX",
+    help="Length of a prompt of random tokens. In a range every length is equally likely.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens to generate. A model that ends its texts may generate fewer.",
+)
+@click.option(
+    "--warm-up",
+    type=click.IntRange(min=0),
+    default=_DEFAULT_CONCURRENCY,
+    show_default=True,
+    metavar="N",
+    help="Requests to send before, which are not measured.",
+)
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Same seed: the same requests.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write settings, figures and the time of every token.",
+)
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Draw latencies, throughput and running requests; .svg, .png or .pdf. Needs matplotlib.",
+)
+def bench(
+    *,
+    server: str,
+    wanted: tuple[str, ...],
+    popularity: Popularity,
+    concurrency: int | None,
+    rate: float | None,
+    requests: int | None,
+    duration: float | None,
+    prompt_tokens: tuple[int, int],
+    max_tokens: int,
+    warm_up: int,
+    seed: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure a running server under load.
+
+    Requests with prompts of random tokens stream from the server. What is told is the throughput, and how
+    long a request waits for its first token (first token), between two tokens (inter token), and in all
+    (request). Requests that fail are counted by reason. Ctrl-C ends the run and shows what was measured.
+    """
+    if concurrency and rate:
+        raise click.UsageError("Give --concurrency or --rate: a closed loop or an open one.")
+    for file in (json_file, plot_file):
+        if file and not file.parent.is_dir():
+            raise click.UsageError(f"There is no folder {file.parent} to write {file.name} to.")
+    if plot_file:
+        check_plot(plot_file)
+    workload = Workload(
+        concurrency=None if rate else concurrency or _DEFAULT_CONCURRENCY,
+        rate=rate,
+        num_requests=requests if requests or duration else _DEFAULT_REQUESTS,
+        duration=duration,
+        adapters=asyncio.run(_adapters(server, wanted)),
+        popularity=popularity,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    generator, interrupted = asyncio.run(_measure(server, workload, warm_up))
+    summary = summarise(generator.records, generator.seconds)
+    if json_file:
+        settings = {"server": server, "workload": asdict(workload), "interrupted": interrupted}
+        json_file.write_text(json.dumps(settings | summary.as_json(generator.records)) + "\n")
+    if plot_file:
+        save_plot(plot_file, generator.records)
+    click.echo(_table(summary))
+    if interrupted:
+        raise KeyboardInterrupt
+    if not summary.succeeded:
+        sys.exit(1)
+
+
+async def _adapters(server: str, wanted: Sequence[str]) -> tuple[str, ...]:
+    if not wanted:
+        return ()
+    async with AsyncClient(server, **connection_options()) as client:
+        listed = await client.list_adapters()
+    names = {name: None for each in wanted for name in _matching(each, listed)}
+    return tuple(names)
+
+
+def _matching(wanted: str, listed: Sequence[Adapter]) -> list[str]:
+    served = [adapter.name for adapter in listed if adapter.state is not AdapterState.FAILED]
+    if wanted in served:
+        return [wanted]
+    if wanted.isdecimal():
+        if not 1 <= int(wanted) <= len(served):
+            raise click.UsageError(f"--adapters {wanted}: the server has {len(served)} adapters.")
+        return served[: int(wanted)]
+    found = [name for name in served if fnmatchcase(name, wanted)]
+    if not found:
+        raise click.UsageError(f"--adapters {wanted}: the server has none; see turret adapters list.")
+    return found
+
+
+async def _measure(server: str, workload: Workload, warm_up: int) -> tuple[LoadGenerator, bool]:
+    """The generator after its run, and whether Ctrl-C ended it."""
+    async with AsyncClient(server, **connection_options()) as client:
+        generator = LoadGenerator(client, workload)
+        progress = asyncio.create_task(_show_progress(generator))
+        try:
+            await generator.warm_up(warm_up)
+            await generator.run()
+        except asyncio.CancelledError:
+            # asyncio.run cancels its task at Ctrl-C. Before the run there is nothing to show.
+            if not generator.records:
+                raise
+            return generator, True
+        finally:
+            progress.cancel()
+            click.echo(err=True)
+    return generator, False
+
+
+async def _show_progress(generator: LoadGenerator) -> None:
+    """One line that is written over where somebody watches, and a line every ten seconds elsewhere."""
+    watched = sys.stderr.isatty()
+    while True:
+        records = generator.records
+        ended = sum(record.ended is not None for record in records)
+        tokens = sum(len(record.token_seconds) for record in records)
+        line = (
+            f"{generator.seconds:5.0f} s  {ended} ended, {generator.running} running, {tokens} tokens"
+            if records
+            else "warming up"
+        )
+        click.echo(f"\r\033[K{line}" if watched else line, nl=not watched, err=True)
+        await asyncio.sleep(0.5 if watched else 10)
+
+
+def _table(summary: Summary) -> str:
+    errors = ", ".join(f"{reason} {count}" for reason, count in summary.errors.items())
+    failed = f"{summary.failed} failed ({errors})" if errors else "0 failed"
+    unfinished = f", {summary.unfinished} unfinished" if summary.unfinished else ""
+    cached = f" ({summary.cached_tokens:,} cached)" if summary.cached_tokens else ""
+    tokens_rate, requests_rate = summary.output_tokens_per_second, summary.requests_per_second
+    lines = [
+        f"requests   {summary.succeeded} succeeded, {failed}{unfinished} in {summary.seconds:.1f} s",
+        f"rates      {tokens_rate:,.1f} generated tokens/s, {requests_rate:.2f} requests/s",
+        f"tokens     {summary.generated_tokens:,} generated, {summary.prompt_tokens:,} of prompts{cached}",
+        f"adapters   {len(summary.adapters.keys() - {''}) or 'none'}",
+        "",
+        f"{'':12}" + "".join(f"{word:>12}" for word in ("mean", "p50", "p90", "p99", "max")),
+        _latency_line("first token", summary.first_token_seconds),
+        _latency_line("inter token", summary.inter_token_seconds),
+        _latency_line("request", summary.request_seconds),
+    ]
+    return "\n".join(lines)
+
+
+def _latency_line(title: str, latencies: Latencies | None) -> str:
+    values = asdict(latencies).values() if latencies else []
+    return f"{title:12}" + "".join(f"{value * 1000:9,.1f} ms" for value in values)

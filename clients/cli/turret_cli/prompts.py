@@ -1,0 +1,140 @@
+"""`turret prompts`: the beginnings of prompts that a running server keeps in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from turret_cli.generate import (
+    adapter_option,
+    cache_salt_option,
+    connect,
+    format_table,
+    json_option,
+    read_stdin,
+    server_option,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from turret_client import AdapterRef, PinnedPrompt
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  turret prompts pin rules --file system-prompt.txt --adapter pirate
+  turret prompts list
+  turret prompts unpin rules
+"""
+)
+def prompts() -> None:
+    """Pin prompts: keep them computed, so that requests that begin with them compute only the rest.
+
+    The server keeps what it computed of any prompt until it needs the memory; a pinned one stays. Pinned
+    prompts take at most half of the arena.
+    """
+
+
+@prompts.command(
+    epilog="""\b
+Examples:
+  turret prompts pin rules "You are a pirate. Answer in one sentence." --adapter pirate
+  turret prompts pin manual --file manual.txt
+  turret prompts pin secret --cache-salt "$SECRET" - < notes.txt
+"""
+)
+@click.argument("name")
+@click.argument("text", required=False)
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Read the prompt from this file.",
+)
+@adapter_option
+@cache_salt_option
+@server_option
+@json_option
+def pin(
+    name: str,
+    text: str | None,
+    *,
+    file: Path | None,
+    adapter: Sequence[AdapterRef],
+    cache_salt: str,
+    server: str,
+    as_json: bool,
+) -> None:
+    """Compute the prompt TEXT and keep it under NAME until it is unpinned.
+
+    Requests find it that begin with the same tokens and name the same adapters, with the same weights and
+    the same cache salt. It goes when an adapter of it is replaced or unloaded: pin it anew after a swap.
+    Where NAME is in use, the new prompt takes the place of the old one.
+
+    Without TEXT and --file, or where TEXT is "-", the prompt is read from standard input. One newline at the
+    end of a file or of standard input is left out. Whole blocks of tokens are kept; a prompt that fills none
+    is refused.
+    """
+    if text is not None and file is not None:
+        raise click.UsageError("Give TEXT or --file, not both.")
+    prompt = _read(file) if file else read_stdin(text) if text in (None, "-") else text
+    with connect(server) as client:
+        _print([client.pin_prompt(name, prompt, adapter=adapter, cache_salt=cache_salt)], as_json=as_json)
+
+
+@prompts.command(
+    "list",
+    epilog="""\b
+Examples:
+  turret prompts list
+  turret prompts list --json | jq -r .name
+""",
+)
+@server_option
+@json_option
+def list_(*, server: str, as_json: bool) -> None:
+    """List pinned prompts in the order of their names."""
+    with connect(server) as client:
+        found = client.list_pinned_prompts()
+    if not found and not as_json:
+        click.echo("no pinned prompts", err=True)
+    else:
+        _print(found, as_json=as_json)
+
+
+@prompts.command(
+    epilog="""\b
+Example:
+  turret prompts unpin rules
+"""
+)
+@click.argument("name")
+@server_option
+@json_option
+def unpin(name: str, *, server: str, as_json: bool) -> None:
+    """Let the prompt NAME go, like any other, when its memory is needed."""
+    with connect(server) as client:
+        client.unpin_prompt(name)
+    click.echo(json.dumps({"name": name}) if as_json else f"unpinned {name}")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"The prompt in {file} is not UTF-8.") from error
+
+
+def _print(found: Sequence[PinnedPrompt], *, as_json: bool) -> None:
+    if as_json:
+        for prompt in found:
+            click.echo(to_json(prompt))
+    else:
+        rows = [(prompt.name, prompt.revision or "-", str(prompt.prompt_tokens)) for prompt in found]
+        click.echo(format_table(("NAME", "REVISION"), ("TOKENS",), rows))

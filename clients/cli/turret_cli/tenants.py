@@ -1,0 +1,70 @@
+"""`turret tenants`: what the operator needs for the tenants file. No server is asked."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from turret_server.tenancy.keys import digest_of, new_key
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  turret tenants key acme
+
+\b
+A tenants file:
+  [tenants.acme]
+  keys = ["sha256:..."]            # turret tenants key acme
+  use = ["acme-*", "shared-*"]     # patterns of adapters' names
+  load = ["acme-*"]
+  unload = ["acme-*"]
+  sources = ["/srv/adapters/acme"]
+  weight = 2.0
+  max_queued_requests = 100
+  max_queued_tokens = 200_000
+  max_concurrent_requests = 20
+  tokens_per_minute = 100_000
+  max_adapters = 50
+  max_adapter_bytes = 20_000_000_000
+  max_device_bytes = 2_000_000_000
+  max_concurrent_loads = 2
+  max_pinned_tokens = 50_000
+  max_watches = 4
+  [tenants.operator]
+  keys = ["sha256:..."]
+  admin = true
+  share_cache = true
+"""
+)
+def tenants() -> None:
+    """Keys for the tenants of `turret serve --tenants FILE`.
+
+    A tenant has the rights that its table names, and no others; other limits are the server's. Where no
+    tenant has keys or identities, the server is open to anybody.
+    """
+
+
+@tenants.command(
+    epilog="""\b
+Examples:
+  turret tenants key acme
+  turret tenants key acme --json | jq -r .key
+"""
+)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def key(name: str, *, as_json: bool) -> None:
+    """Make an API key for the tenant NAME, and the line for the tenants file that lets it in.
+
+    The key is printed once and kept nowhere; the file has only its digest. A tenant may have several keys, so
+    that a new one is in use before the old one goes.
+    """
+    made = new_key()
+    if as_json:
+        click.echo(json.dumps({"tenant": name, "key": made, "digest": digest_of(made)}))
+    else:
+        click.echo(f'key, for the tenant alone:\n{made}\n\nfor the tenants file:\n[tenants."{name}"]')
+        click.echo(f'keys = ["{digest_of(made)}"]')

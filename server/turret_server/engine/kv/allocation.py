@@ -1,0 +1,256 @@
+"""Pages of sequences: what one takes to start and to grow, what is kept of it, what is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from turret_adapters.spec import AdapterSpec
+from turret_server.engine.kv.pages import PagePool
+from turret_server.engine.kv.prefix_cache import PrefixCache
+from turret_server.engine.residency.residency import Residency
+from turret_server.engine.residency.resident import Resident
+from turret_server.engine.sequence import Sequence
+from turret_server.engine.step import PageCopy
+from turret_server.errors import AdapterTooLargeError, QuotaExceededError, RequestTooLargeError
+
+# Prompts and adapters that are pinned must leave room for requests.
+_MOST_PINNED = 0.5
+
+
+class Allocation:
+    """Gives sequences the pages of their keys and values, sharing those that are there already.
+
+    A pinned prompt is a sequence that has ended and keeps its whole blocks and its adapters.
+    """
+
+    def __init__(self, pool: PagePool, cache: PrefixCache, residency: Residency, block_size: int) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._residency = residency
+        self._block_size = block_size
+        self._pinned: dict[int, Sequence] = {}
+
+    @property
+    def pinned(self) -> Iterator[Sequence]:
+        yield from self._pinned.values()
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages of pinned prompts, without those of their adapters."""
+        return len(
+            {
+                page
+                for sequence in self._pinned.values()
+                for page in sequence.block_table[sequence.num_virtual // self._block_size :]
+            }
+        )
+
+    def is_pinned(self, request_id: int) -> bool:
+        return request_id in self._pinned
+
+    def num_pages(self, sequence: Sequence) -> int:
+        """Pages that the sequence and its adapters take when its last token is generated.
+
+        That token is computed no more, and whole pages of the adapter's prefix are the sequence's as well.
+        """
+        num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens - 1
+        num_pages = -(-num_tokens // self._block_size) - sequence.num_virtual // self._block_size
+        return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.request.adapters)
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """See that the sequence could run, were it alone.
+
+        Raises:
+            RequestTooLargeError: it takes more pages than there are beside pinned prompts, or it is to be
+                pinned and would leave too few.
+            QuotaExceededError: its adapters take more pages than its tenant may have for them.
+        """
+        self._check_quota(sequence)
+        needed, available = self.num_pages(sequence), self._pool.num_pages
+        own = {use.spec.revision for use in sequence.request.adapters}
+        pinned = self._num_pinned_beside(own, self._residency.pinned())
+        if sequence.request.pinned and needed + pinned > available * _MOST_PINNED:
+            raise RequestTooLargeError(
+                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
+                f"{available} pages; this one takes {needed} with its adapters and others take {pinned}; "
+                "unpin one or start the server with more --memory",
+                needed_pages=needed,
+                arena_pages=available,
+                pinned_pages=pinned,
+            )
+        if needed + pinned > available:
+            beside = f", of which pinned prompts and adapters take {pinned}" if pinned else ""
+            raise RequestTooLargeError(
+                f"prompt, tokens to generate and adapter take {needed} pages, but the arena has {available}"
+                f"{beside}; ask for fewer tokens{', unpin a prompt' * bool(pinned)} or start the server with "
+                "more --memory",
+                needed_pages=needed,
+                arena_pages=available,
+                pinned_pages=pinned,
+            )
+
+    def check_pin(self, name: str, specs: Iterable[AdapterSpec]) -> None:
+        """See that adapters can be pinned under a name, in place of what is now.
+
+        Raises:
+            AdapterTooLargeError: they would leave too little for requests.
+        """
+        needed, available = sum(map(self._residency.num_pages, specs)), self._pool.num_pages
+        own = {spec.revision for spec in specs}
+        pinned = self._num_pinned_beside(own, self._residency.pinned(but=name))
+        if needed + pinned > available * _MOST_PINNED:
+            raise AdapterTooLargeError(
+                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
+                f"{available} pages; {name!r} takes {needed} and others take {pinned}; pin fewer or start "
+                "the server with more --memory",
+                adapter_pages=needed,
+                arena_pages=available,
+                pinned_pages=pinned,
+            )
+
+    def take(self, sequence: Sequence, residents: tuple[Resident, ...]) -> list[PageCopy] | None:
+        """Share the adapters' prefix and cached blocks, and take pages for the rest of the tokens.
+
+        Returns:
+            The copies that have to be made first; None when there are too few pages.
+        """
+        num_virtual = sequence.num_virtual
+        whole = num_virtual // self._block_size
+        # The last token is always computed, for its logits.
+        keys = sequence.keys((len(sequence.tokens) - 1) // self._block_size, self._block_size)
+        cached = self._cache.match(keys[whole:])
+        prefix = [page for resident in residents for page in resident.prefix_pages]
+        shared = prefix[:whole]
+        missing = -(-len(sequence.tokens) // self._block_size) - len(shared) - len(cached)
+        pages = self._pool.allocate(missing)
+        if pages is None:
+            self._pool.release(cached)
+            self._cache.given_back(keys[whole : whole + len(cached)])
+            return None
+        self._pool.share(shared)
+        sequence.block_table = [*shared, *cached, *pages]
+        sequence.num_computed = max(num_virtual, (whole + len(cached)) * self._block_size)
+        for resident in residents:
+            self._residency.acquire(resident, sequence.tenant)
+        sequence.residents = residents
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        if num_virtual % self._block_size and not cached:
+            return [PageCopy(source=prefix[whole], target=pages[0])]
+        return []
+
+    def needs_page(self, sequence: Sequence) -> bool:
+        """Whether the next token of a sequence that runs has no place."""
+        table = sequence.block_table
+        return bool(table) and len(table) * self._block_size < len(sequence.tokens)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Give it one page more; False when there is none."""
+        pages = self._pool.allocate(1)
+        sequence.block_table += pages or []
+        return pages is not None
+
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count `num_tokens` as computed and offer the blocks that became whole to the cache."""
+        before = max(sequence.num_computed, sequence.num_virtual) // self._block_size
+        sequence.num_computed += num_tokens
+        after = sequence.num_computed // self._block_size
+        keys = sequence.keys(after, self._block_size)
+        for index in range(before, after):
+            self._cache.insert(keys[index], sequence.block_table[index])
+
+    def forget(self, sequence: Sequence) -> None:
+        """What was computed of it may be wrong: nobody is to find it in the cache from now on."""
+        whole = sequence.num_virtual // self._block_size
+        self._cache.forget(sequence.keys(sequence.num_computed // self._block_size, self._block_size)[whole:])
+
+    def release(self, sequence: Sequence) -> None:
+        """Give pages and adapters back; what the prefix cache keeps of them can be found again."""
+        self._pool.release(sequence.block_table)
+        self._cache.given_back(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
+        sequence.block_table = []
+        sequence.num_computed = 0
+        for resident in sequence.residents:
+            self._residency.release(resident, sequence.tenant)
+        sequence.residents = ()
+
+    def pin(self, sequence: Sequence, beside: Iterable[Sequence]) -> None:
+        """Keep the whole blocks of a prompt that was computed, and its adapters, until it is unpinned.
+
+        Raises:
+            RequestTooLargeError: there is no room for it, or none left for those `beside` it.
+            QuotaExceededError: the same of what its tenant may have.
+        """
+        self.check_fits(sequence)
+        request_id = sequence.request.request_id
+        self._pinned[request_id] = sequence
+        try:
+            for other in beside:
+                if other is not sequence:
+                    self.check_fits(other)
+        except (QuotaExceededError, RequestTooLargeError):
+            del self._pinned[request_id]
+            raise
+        whole = sequence.num_virtual // self._block_size
+        count = sequence.num_prompt // self._block_size
+        keys = sequence.keys(count, self._block_size)[whole:]
+        # Those of the cache, where others computed the same at the same time; its own where those are gone.
+        for key, page in zip(keys, sequence.block_table[whole:count], strict=True):
+            self._cache.insert(key, page)
+        cached = self._cache.match(keys)
+        self._pool.release(sequence.block_table[whole:])
+        sequence.block_table = [*sequence.block_table[:whole], *cached]
+        sequence.num_computed = count * self._block_size
+
+    def unpin(self, request_id: int) -> None:
+        """Let a prompt go like any other; one that is not pinned is left alone."""
+        sequence = self._pinned.pop(request_id, None)
+        if sequence is not None:
+            self.release(sequence)
+
+    def drop(self, revision: str) -> None:
+        """Unpin the prompts of an adapter's revision that nobody will name again."""
+        for request_id, sequence in list(self._pinned.items()):
+            if any(use.spec.revision == revision for use in sequence.request.adapters):
+                self.unpin(request_id)
+
+    def _check_quota(self, sequence: Sequence) -> None:
+        most = self._residency.max_pages(sequence.tenant)
+        if most is None:
+            return
+        everybodys = {spec.revision for spec in self._residency.pinned()}
+        specs = {use.spec.revision: use.spec for use in sequence.request.adapters}
+        own = {
+            revision: self._residency.num_pages(spec)
+            for revision, spec in specs.items()
+            if revision not in everybodys
+        }
+        pinned = {
+            resident.spec.revision: resident.num_pages
+            for other in list(self._pinned.values())
+            if other.tenant == sequence.tenant
+            for resident in other.residents
+            if resident.spec.revision not in specs.keys() | everybodys
+        }
+        if own and sum(own.values()) + sum(pinned.values()) > most:
+            raise QuotaExceededError(
+                f"the request's adapters take {sum(own.values())} pages of the arena and those of pinned "
+                f"prompts {sum(pinned.values())}, and adapters of tenant {sequence.tenant!r} may have "
+                f"{most}; name fewer or smaller ones, or unpin a prompt",
+                tenant=sequence.tenant,
+                quota="max_device_bytes",
+            )
+
+    def _num_pinned_beside(self, own: Collection[str], adapters: Iterable[AdapterSpec]) -> int:
+        """Pages of these pinned adapters, and of pinned prompts with theirs, without those of own revisions.
+
+        Other threads ask as well, while the engine's pins and unpins.
+        """
+        pinned = list(self._pinned.values())
+        pages = {page for sequence in pinned for page in sequence.block_table}
+        for sequence in pinned:
+            for resident in sequence.residents:
+                (pages.difference_update if resident.spec.revision in own else pages.update)(resident.pages)
+        counted = {resident.spec.revision for sequence in pinned for resident in sequence.residents}
+        others = (spec for spec in adapters if spec.revision not in counted and spec.revision not in own)
+        return len(pages) + sum(map(self._residency.num_pages, others))

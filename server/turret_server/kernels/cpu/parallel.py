@@ -1,0 +1,92 @@
+"""Runs a kernel on the threads of torch's OpenMP pool.
+
+numba's own pools are others: its OpenMP layer asks for `libgomp.so.1.0.0` by that name and so loads a second
+copy beside torch's. Two pools fight, since threads that wait for work spin, and steps then take milliseconds
+longer than their kernels. So the region is opened through the OpenMP that is loaded already. Where there is
+none of GNU's interface, as on macOS, kernels run on one thread.
+"""
+
+# ruff: noqa: ARG001, ARG005 (the signatures are numba's and OpenMP's)
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from turret_server.kernels.cpu.cores import CORES
+
+_POINTER = ir.IntType(8).as_pointer()
+_INT = ir.IntType(32)
+_VOID = ir.VoidType()
+_PLACEHOLDERS = (
+    ("omp_get_thread_num", ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)),
+    ("omp_get_num_threads", ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)),
+    (
+        "GOMP_parallel",
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(
+            lambda body, data, threads, flags: ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)(data)
+        ),
+    ),
+)
+
+
+def _bind() -> int:
+    """Tell LLVM where the functions are, and how many threads there will be."""
+    loaded = ctypes.CDLL(None)
+    has_gomp = hasattr(loaded, "GOMP_parallel")
+    for name, placeholder in _PLACEHOLDERS:
+        function = getattr(loaded, name) if has_gomp else placeholder
+        binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return CORES if has_gomp else 1
+
+
+THREADS = _bind()
+
+_intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
+
+
+@_intrinsic
+def on_all_threads(typing: Any, kernel: Any, arguments: Any) -> Any:
+    """Run kernel(worker, workers, *arguments) once for every worker; it must not raise."""
+    call = kernel.get_call_type(typing, (types.intp, types.intp, *arguments.types), {})
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        compiled = kernel.dispatcher.get_compile_result(call)
+        context.active_code_library.add_linking_library(compiled.library)
+        body = _body(context, builder.module, compiled.fndesc, values[1].type)
+        data = builder.bitcast(cgutils.alloca_once_value(builder, values[1]), _POINTER)
+        opened = ir.FunctionType(_VOID, [body.type, _POINTER, _INT, _INT])
+        parallel = cgutils.get_or_insert_function(builder.module, opened, "GOMP_parallel")
+        builder.call(parallel, [body, data, ir.Constant(_INT, 0), ir.Constant(_INT, 0)])
+        return context.get_dummy_value()
+
+    return types.none(kernel, arguments), generate
+
+
+def _body(context: Any, module: Any, kernel: Any, arguments: Any) -> Any:
+    """A C function that calls the kernel with the arguments it gets a pointer to."""
+    name = module.get_unique_name("on_all_threads")
+    body = ir.Function(module, ir.FunctionType(_VOID, [_POINTER]), name)
+    body.linkage = "internal"
+    builder = ir.IRBuilder(body.append_basic_block())
+    worker, workers = (
+        builder.sext(
+            builder.call(cgutils.get_or_insert_function(module, ir.FunctionType(_INT, []), name), []),
+            ir.IntType(64),
+        )
+        for name in ("omp_get_thread_num", "omp_get_num_threads")
+    )
+    values = builder.load(builder.bitcast(body.args[0], arguments.as_pointer()))
+    context.call_conv.call_function(
+        builder,
+        context.declare_function(module, kernel),
+        kernel.restype,
+        kernel.argtypes,
+        [worker, workers, *cgutils.unpack_tuple(builder, values)],
+    )
+    builder.ret_void()
+    return body

@@ -1,0 +1,159 @@
+"""The gRPC server: this project's services, the standard health service, and reflection."""
+
+from __future__ import annotations
+
+import ipaddress
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from turret.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    prompts_pb2,
+    prompts_pb2_grpc,
+)
+from turret_server.errors import ConfigError
+from turret_server.rpc.drain import RunningCalls
+
+# What a stranger may do to the transport, known or not; every value is a bound that no honest client meets.
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Two servers on one port would share its calls between them, in silence.
+    ("grpc.so_reuseport", 0),
+    # More than any prompt or part of an upload has. It is in memory before anybody knows whose it is.
+    ("grpc.max_receive_message_length", 4 * 2**20),
+    # A key, a tenant and what tracing adds. Beyond the first some calls are refused, beyond the second all.
+    ("grpc.max_metadata_size", 8 * 2**10),
+    ("grpc.absolute_max_metadata_size", 16 * 2**10),
+    # Every stream has a task and buffers. A client with more calls than that waits, or connects again.
+    ("grpc.max_concurrent_streams", 1024),
+    # Calls that have come and were not looked at yet wait. Beyond the first number gRPC cancels some of them
+    # by chance, whoever makes them, and so one who opens many at once would end others' calls.
+    ("grpc.server.max_pending_requests", 2**16),
+    ("grpc.server.max_pending_requests_hard_limit", 2**17),
+    # Who connects and says nothing, or too slowly, is let go: TLS and the first settings must be through.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    # A peer that went without a word is found out, and its streams end, within about two minutes.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Pings cost an answer each. With data every one is welcome; without, one in 30 s, and the third too many
+    # ends the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 2),
+    # A connection without calls costs a file descriptor; clients connect again by themselves.
+    ("grpc.max_connection_idle_ms", 15 * 60_000),
+)
+
+_MOST_FILES = 2**16
+_OWN_FILES = 512
+
+# The name under which health tells no more than that the process answers, also while it starts and drains.
+LIVENESS = "liveness"
+
+_SERVICES = (
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    prompts_pb2.DESCRIPTOR.services_by_name["PromptService"].full_name,
+)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"expected an address as HOST:PORT, such as 127.0.0.1:50051; found {address!r}")
+    return host, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches HOST:PORT."""
+    host = split_address(address)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _most_connections() -> int:
+    """How many may be open at once: strangers may not take the file descriptors that the server itself needs,
+    for adapters, for its store and for its logs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return max(allowed - _OWN_FILES, allowed // 2)
+
+
+class RpcServer:
+    def __init__(
+        self,
+        inference: inference_pb2_grpc.InferenceServiceServicer,
+        adapters: adapters_pb2_grpc.AdapterServiceServicer,
+        prompts: prompts_pb2_grpc.PromptServiceServicer,
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        calls: RunningCalls,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
+        """`calls` is one of the interceptors. Without credentials nothing is encrypted."""
+        self.calls = calls
+        self._credentials = credentials
+        most = ("grpc.max_allowed_incoming_connections", _most_connections())
+        self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are behind
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+        )
+
+    async def start(self, address: str) -> int:
+        """Open the port, where health tells that the process is alive; returns the port, which the system
+        chose if it was 0.
+
+        Raises:
+            ConfigError: the port cannot be opened.
+        """
+        try:
+            if self._credentials:
+                port = self._server.add_secure_port(address, self._credentials)
+            else:
+                port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--listen {address}: the port cannot be opened; is another server on it?"
+            ) from error
+        await self._report(ready=False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return port
+
+    async def ready(self) -> None:
+        """Report that every service serves."""
+        await self._report(ready=True)
+
+    async def drain(self) -> None:
+        """Report that none serves any more, and refuse new calls."""
+        self.calls.refuse()
+        await self._report(ready=False)
+
+    async def stop(self, grace: float) -> None:
+        """Close the port, and let running calls finish for `grace` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+    async def _report(self, *, ready: bool) -> None:
+        answers = health_pb2.HealthCheckResponse
+        for service in ("", *_SERVICES):
+            await self._health.set(service, answers.SERVING if ready else answers.NOT_SERVING)

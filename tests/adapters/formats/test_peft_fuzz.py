@@ -1,0 +1,161 @@
+"""Whatever stands in the files, the reader returns or raises an AdapterError, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from turret_adapters.errors import AdapterError
+from turret_adapters.formats.fields import Use
+from turret_adapters.formats.kinds import KINDS
+from turret_adapters.formats.peft import read_adapter
+from turret_adapters.host import BaseWeights, HostAdapter
+from turret_adapters.spec import BaseSpec
+
+METHODS = list(KINDS)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FUZZ = settings(
+    max_examples=40,
+    deadline=None,
+    # The folder is written anew for each example, so a fixture of the whole test is safe.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+EDGES = st.sampled_from([0, 1, -1, 4, 5, 8, 512, 513, 4096, 4097, 2**31, 2**63, 2**64, -(2**64), 10**400])
+SCALARS = st.none() | st.booleans() | st.integers() | EDGES | st.floats() | st.text(max_size=8)
+WORDS = st.sampled_from(
+    ["q_proj", "down_proj", "all-linear", ".*", "layers", "(", "norm", "lm_head", "embed_tokens", "all"]
+)
+VALUES = st.recursive(
+    SCALARS | WORDS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6) | WORDS, inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({name for kind in KINDS.values() for name in kind.fields})
+READ = sorted({name for kind in KINDS.values() for name, use in kind.fields.items() if use is Use.READ})
+
+
+@st.composite
+def mutations(draw: st.DrawFn, data: bytes) -> bytes:
+    found = bytearray(data)
+    for _ in range(draw(st.integers(1, 6))):
+        # The header is where a byte means most.
+        at = draw(st.integers(0, min(len(found), 1600)) | st.integers(0, len(found)))
+        match draw(st.sampled_from(["set", "insert", "remove", "cut", "double"])):
+            case "set":
+                found[at : at + 1] = bytes([draw(st.integers(0, 255))])
+            case "insert":
+                found[at:at] = draw(st.binary(min_size=1, max_size=12))
+            case "remove":
+                del found[at : at + draw(st.integers(1, 40))]
+            case "cut":
+                del found[at:]
+            case "double":
+                found[at:at] = found[at : at + draw(st.integers(1, 40))]
+    return bytes(found)
+
+
+def read(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter | None:
+    with contextlib.suppress(AdapterError):
+        return read_adapter(folder, base, weights)
+    return None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@FUZZ
+@given(data=st.data())
+def test_mutated_tensor_files(
+    method: str,
+    data: st.DataObject,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+) -> None:
+    file = sound[method].write(tmp_path) / TENSORS
+    file.write_bytes(data.draw(mutations(file.read_bytes())))
+    read(tmp_path, base, weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@FUZZ
+@given(data=st.data())
+def test_mutated_configs(
+    method: str,
+    data: st.DataObject,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+) -> None:
+    file = sound[method].write(tmp_path) / CONFIG
+    file.write_bytes(data.draw(mutations(file.read_bytes())))
+    read(tmp_path, base, weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@FUZZ
+@given(fields=st.dictionaries(st.sampled_from(READ) | st.sampled_from(NAMES) | st.text(), VALUES, max_size=3))
+def test_configs_with_any_values(
+    method: str,
+    fields: dict[str, Any],
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+) -> None:
+    files = copy.copy(sound[method])
+    file = files.write(tmp_path) / CONFIG
+    file.write_text(json.dumps({**files.fields, **fields}))
+    read(tmp_path, base, weights)
+
+
+@FUZZ
+@given(value=VALUES)
+def test_configs_of_any_json(
+    value: Any, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
+    (sound["LORA"].write(tmp_path) / CONFIG).write_text(json.dumps(value))
+    assert read(tmp_path, base, weights) is None
+
+
+@st.composite
+def near_headers(draw: st.DrawFn) -> bytes:
+    """A file for one prompt tensor whose header is nearly right."""
+    key = draw(st.sampled_from(["prompt_embeddings", "other"]))
+    begin, end = draw(st.sampled_from([0, 0, 0, 4, 640])), draw(st.sampled_from([640, 640, 640, 320, 0]))
+    entry = {
+        "dtype": draw(st.sampled_from(["F32", "F32", "F16", "I32"])),
+        "shape": draw(st.sampled_from([[5, 32], [5, 32], [160], [5, 32, 1], [0, 32]])),
+        "data_offsets": [begin, end],
+    }
+    entry.update(draw(st.dictionaries(st.sampled_from(list(entry)), VALUES, max_size=1)))
+    table = {key: entry}
+    table.update(draw(st.dictionaries(st.sampled_from(["__metadata__", "b"]), VALUES, max_size=1)))
+    head = json.dumps(table).encode() + b" " * draw(st.integers(0, 3))
+    return struct.pack("<Q", len(head)) + head + bytes(draw(st.sampled_from([640, 640, 639, 641, 0])))
+
+
+@FUZZ
+@given(data=near_headers())
+def test_what_is_read_is_what_the_library_reads(
+    data: bytes, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
+    (sound["PROMPT_TUNING"].write(tmp_path) / TENSORS).write_bytes(data)
+    found = read(tmp_path, base, weights)
+    if found is not None:
+        assert found.prompt_embeddings is not None
+        expected = safetensors.torch.load(data)
+        torch.testing.assert_close(found.prompt_embeddings, expected["prompt_embeddings"], rtol=0, atol=0)

@@ -1,0 +1,387 @@
+"""The rows of every kind, put into the formula of `Part`, give what peft's own modules give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    VeraConfig,
+)
+
+from turret_adapters.formats.peft import read_adapter
+from turret_adapters.host import BaseWeights, HostAdapter, ModuleDelta
+from turret_adapters.spec import BaseSpec, Method, ModuleKind, ModuleShape, Part, PrefixKind
+
+TASK = {"task_type": "CAUSAL_LM"}
+
+
+def lora(**fields: Any) -> Callable[[], LoraConfig]:
+    return lambda: LoraConfig(**{**TASK, "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **fields})
+
+
+def adalora(**fields: Any) -> Callable[[], AdaLoraConfig]:
+    return lambda: AdaLoraConfig(
+        **{**TASK, "init_r": 5, "lora_alpha": 3, "target_modules": ["q_proj"], "total_step": 9, **fields}
+    )
+
+
+def vera(**fields: Any) -> Callable[[], VeraConfig]:
+    return lambda: VeraConfig(**{**TASK, "r": 6, "target_modules": ["q_proj", "down_proj"], **fields})
+
+
+def ia3(**fields: Any) -> Callable[[], IA3Config]:
+    fields = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"], **fields}
+    return lambda: IA3Config(**TASK, **fields)
+
+
+def ln(*names: str, **fields: Any) -> Callable[[], LNTuningConfig]:
+    return lambda: LNTuningConfig(**TASK, target_modules=list(names), **fields)
+
+
+A, B, GAIN, INPUT_GAIN, BIAS, WEIGHT, TOKENS = Part
+NEOX = ["query_key_value", "dense_4h_to_h"]
+# family, config, and the parts that must be found
+CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {
+    "lora, biased base": ("qwen2", lora(target_modules=["q_proj", "o_proj"]), {A, B}),
+    "lora, head": ("llama", lora(target_modules=["q_proj", "lm_head"]), {A, B}),
+    "lora, embedding": ("llama", lora(target_modules=["q_proj", "embed_tokens"], use_rslora=True), {A, B}),
+    "lora, rank 1": ("llama", lora(target_modules=["q_proj", "embed_tokens", "lm_head"], r=1), {A, B}),
+    "lora, both, tied": ("llama-tied", lora(target_modules=["embed_tokens", "lm_head"]), {A, B}),
+    "lora, embedding by regex": ("llama", lora(target_modules=r".*(embed_tokens|lm_head|1.*q_proj)"), {A, B}),
+    "lora, other names": ("neox", lora(target_modules=["embed_in", "embed_out"]), {A, B}),
+    "lora, ranks of the head": (
+        "llama",
+        lora(
+            target_modules=["q_proj", "lm_head", "embed_tokens"],
+            rank_pattern={"lm_head": 7, "embed_tokens": 2},
+        ),
+        {A, B},
+    ),
+    "lora, conv1d": ("gpt2", lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), {A, B}),
+    "dora": ("llama", lora(target_modules="all-linear", use_dora=True), {A, B, GAIN}),
+    "dora, biased base": ("qwen2", lora(target_modules=["q_proj", "o_proj"], use_dora=True), {A, B, GAIN}),
+    "dora, rslora, head": (
+        "llama",
+        lora(target_modules=["lm_head", "up_proj"], use_dora=True, use_rslora=True),
+        {A, B, GAIN},
+    ),
+    "dora, biased head": ("phi", lora(target_modules=["lm_head", "fc1"], use_dora=True), {A, B, GAIN}),
+    "dora, conv1d": (
+        "gpt2",
+        lora(target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True),
+        {A, B, GAIN},
+    ),
+    "dora, trained biases": (
+        "qwen2",
+        lora(target_modules=["q_proj", "o_proj"], use_dora=True, bias="lora_only"),
+        {A, B, GAIN, BIAS},
+    ),
+    "lora_bias": ("qwen2", lora(target_modules=["q_proj", "o_proj"], lora_bias=True), {A, B, BIAS}),
+    "lora_bias, head": ("phi", lora(target_modules=["lm_head"], lora_bias=True), {A, B, BIAS}),
+    "lora_bias, trained biases": (
+        "qwen2",
+        lora(target_modules=["q_proj", "o_proj"], lora_bias=True, bias="lora_only"),
+        {A, B, BIAS},
+    ),
+    "lora_only, unbiased": ("llama", lora(bias="lora_only"), {A, B}),
+    "lora_only": ("neox", lora(target_modules=NEOX, bias="lora_only"), {A, B, BIAS}),
+    "all biases": ("neox", lora(target_modules=NEOX, bias="all"), {A, B, BIAS}),
+    "all biases, biased head": ("phi", lora(bias="all"), {A, B, BIAS}),
+    "all biases, adapted head": ("phi", lora(target_modules=["lm_head"], bias="all"), {A, B, BIAS}),
+    "whole head": ("llama", lora(modules_to_save=["lm_head"]), {A, B, WEIGHT}),
+    "whole biased head": ("phi", lora(modules_to_save=["lm_head"]), {A, B, WEIGHT, BIAS}),
+    "whole head and embedding": ("llama", lora(modules_to_save=["lm_head", "embed_tokens"]), {A, B, WEIGHT}),
+    "whole head, tied": ("llama-tied", lora(modules_to_save=["lm_head"]), {A, B, WEIGHT}),
+    "whole embedding, tied": ("llama-tied", lora(modules_to_save=["embed_tokens"]), {A, B, WEIGHT}),
+    "whole norms": ("llama", lora(modules_to_save=["norm"]), {A, B, WEIGHT}),
+    "one whole norm": ("llama", lora(modules_to_save=["1.input_layernorm", "absent"]), {A, B, WEIGHT}),
+    "whole norms with biases": (
+        "neox",
+        lora(target_modules=NEOX, modules_to_save=["final_layer_norm", "embed_out"]),
+        {A, B, WEIGHT, BIAS},
+    ),
+    "saved, so not targeted": (
+        "llama",
+        lora(target_modules=r".*(lm_head|q_proj)", modules_to_save=["lm_head"]),
+        {A, B, WEIGHT},
+    ),
+    "tokens": ("llama", lora(trainable_token_indices=[7, 60, 0, 5]), {A, B, TOKENS}),
+    "tokens by name": (
+        "neox",
+        lora(target_modules=NEOX, trainable_token_indices={"embed_in": [3]}),
+        {A, B, TOKENS},
+    ),
+    "tokens, tied": ("llama-tied", lora(trainable_token_indices=[7, 60, 0, 5]), {A, B, TOKENS}),
+    "tokens of both, tied": (
+        "llama-tied",
+        lora(trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [7, 2]}),
+        {A, B, TOKENS},
+    ),
+    "tokens of each, tied": (
+        "llama-tied",
+        lora(trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [2, 7]}),
+        {A, B, TOKENS},
+    ),
+    "tokens of the head, tied": (
+        "llama-tied",
+        lora(trainable_token_indices={"lm_head": [7, 2]}),
+        {A, B, TOKENS},
+    ),
+    "tokens of each": (
+        "llama",
+        lora(trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [30, 1, 2]}),
+        {A, B, TOKENS},
+    ),
+    "lora, embedding, tied": ("llama-tied", lora(target_modules=["q_proj", "embed_tokens"]), {A, B}),
+    **{
+        f"tying, {name}": ("llama-tied", lora(**fields, ensure_weight_tying=True), {A, B, *more})
+        for name, fields, more in [
+            ("neither", {}, ()),
+            ("embedding adapted", {"target_modules": ["q_proj", "embed_tokens"]}, ()),
+            ("head adapted", {"target_modules": ["q_proj", "lm_head"]}, ()),
+            ("adapted by regex", {"target_modules": r"(.*q_proj|.*embed_tokens)"}, ()),
+            ("embedding whole", {"modules_to_save": ["embed_tokens"]}, (WEIGHT,)),
+            ("head whole", {"modules_to_save": ["lm_head", "norm"]}, (WEIGHT,)),
+            ("tokens", {"trainable_token_indices": [5, 2]}, (TOKENS,)),
+        ]
+    },
+    "tying, untied base": (
+        "llama",
+        lora(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        {A, B},
+    ),
+    "ia3": ("llama", ia3(), {GAIN, INPUT_GAIN}),
+    "ia3, biased base": ("qwen2", ia3(target_modules=["k_proj"], feedforward_modules=[]), {GAIN, BIAS}),
+    "ia3, biases everywhere": (
+        "neox",
+        ia3(target_modules=NEOX, feedforward_modules=["dense_4h_to_h"]),
+        {GAIN, INPUT_GAIN, BIAS},
+    ),
+    "ia3, regexes": (
+        "llama",
+        ia3(target_modules=r".*\.[02].*(q_proj|up_proj)", feedforward_modules=r".*up_proj"),
+        {GAIN, INPUT_GAIN},
+    ),
+    "ia3, head": ("llama", ia3(target_modules=["lm_head", "k_proj"], feedforward_modules=[]), {GAIN}),
+    "ia3, biased head": ("phi", ia3(target_modules=["lm_head"], feedforward_modules=[]), {GAIN, BIAS}),
+    "ia3, feed-forward head": (
+        "phi",
+        ia3(target_modules=["lm_head"], feedforward_modules=["lm_head"], modules_to_save=["final_layernorm"]),
+        {INPUT_GAIN, WEIGHT, BIAS},
+    ),
+    "adalora": ("llama", adalora(target_modules=["q_proj", "down_proj", "lm_head"]), {A, B}),
+    "adalora, no alpha": ("llama", adalora(lora_alpha=0, use_rslora=True), {A, B}),
+    "adalora, biases": ("qwen2", adalora(bias="all", modules_to_save=["lm_head"]), {A, B, BIAS, WEIGHT}),
+    "adalora, tokens": ("llama", adalora(trainable_token_indices=[9, 2]), {A, B, TOKENS}),
+    "vera": ("llama", vera(), {A, B}),
+    "vera, head": ("llama", vera(target_modules=["q_proj", "lm_head"]), {A, B}),
+    "vera, layers": ("llama", vera(target_modules=["q_proj"], layers_to_transform=[1]), {A, B}),
+    "vera, all biases": ("qwen2", vera(bias="all"), {A, B, BIAS}),
+    "vera_only": ("qwen2", vera(bias="vera_only"), {A, B, BIAS}),
+    "ln_tuning": ("llama", ln("norm", "input_layernorm"), {WEIGHT}),
+    "ln_tuning, biases": ("neox", ln("final_layer_norm", "post_attention_layernorm"), {WEIGHT, BIAS}),
+    "ln_tuning, head": ("llama", ln("norm", modules_to_save=["lm_head"]), {WEIGHT}),
+}
+
+
+def linear(
+    shape: ModuleShape,
+    delta: ModuleDelta,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    x_NI: torch.Tensor,
+) -> torch.Tensor:
+    rows: Mapping[Part, torch.Tensor] = delta.rows
+    is_head = shape.kind is ModuleKind.HEAD
+    weight_OI = rows.get(WEIGHT, weight_OI).clone()
+    if TOKENS in rows:
+        weight_OI[list(delta.token_ids)] = rows[TOKENS]
+    y_NO = (x_NI * rows.get(INPUT_GAIN, torch.ones(1))) @ weight_OI.t()
+    if A in rows:
+        b_RO = rows[B].t() if is_head else rows[B]
+        y_NO = y_NO + delta.scaling * (x_NI @ rows[A].t()) @ b_RO
+    if GAIN in rows:
+        assert rows[GAIN].shape == ((shape.out_features, 1) if is_head else (1, shape.out_features))
+        y_NO = y_NO * rows[GAIN].view(-1)
+    if BIAS in rows:
+        assert rows[BIAS].shape == ((shape.out_features, 1) if is_head else (1, shape.out_features))
+        bias_O = rows[BIAS].view(-1)
+    return y_NO if bias_O is None else y_NO + bias_O
+
+
+def embedding(delta: ModuleDelta, weight_VE: torch.Tensor, x_N: torch.Tensor) -> torch.Tensor:
+    rows = delta.rows
+    weight_VE = rows.get(WEIGHT, weight_VE).clone()
+    if TOKENS in rows:
+        assert list(delta.token_ids) == sorted(set(delta.token_ids))
+        weight_VE[list(delta.token_ids)] = rows[TOKENS]
+    y_NE = weight_VE[x_N]
+    return y_NE + delta.scaling * (rows[A][x_N] @ rows[B]) if A in rows else y_NE
+
+
+def norm(delta: ModuleDelta, module: Any, x_NE: torch.Tensor) -> torch.Tensor:
+    module = copy.deepcopy(module)
+    for part, name in ((WEIGHT, "weight"), (BIAS, "bias")):
+        if part in delta.rows:
+            getattr(module, name).data = delta.rows[part][0].clone()
+    return module(x_NE)
+
+
+def check(
+    found: HostAdapter, base: BaseSpec, weights: BaseWeights, plain: Any, loaded: Any, unchanged: float = 1e-3
+) -> None:
+    """Compares every module of the base, those that are not adapted, too."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, shape in base.modules.items():
+            theirs = loaded.base_model.model.get_submodule(name)
+            delta = found.deltas.get(name, ModuleDelta(rows={}))
+            if shape.kind is ModuleKind.EMBEDDING:
+                x = torch.arange(shape.in_features)
+                y = embedding(delta, weights.weight(name), x)
+            elif shape.kind is ModuleKind.NORM:
+                x = torch.randn(5, shape.in_features)
+                y = norm(delta, plain.get_submodule(name), x)
+            else:
+                x = torch.randn(5, shape.in_features)
+                y = linear(shape, delta, weights.weight(name), weights.bias(name), x)
+            torch.testing.assert_close(
+                y, theirs(x), rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
+            assert (name in found.deltas) == ((y - plain.get_submodule(name)(x)).abs().max() > unchanged)
+
+
+@pytest.mark.parametrize(("family", "config", "parts"), CASES.values(), ids=CASES.keys())
+def test_rows_give_what_peft_gives(
+    *,
+    family: str,
+    config: Callable[[], Any],
+    parts: set[Part],
+    save: Callable,
+    load: Callable,
+    make_model: Callable[[str], Any],
+    base_of_family: Callable[[str], BaseSpec],
+    weights_of_family: Callable[[str], BaseWeights],
+) -> None:
+    base, weights = base_of_family(family), weights_of_family(family)
+    saved = save(config(), family=family, seed=3)
+
+    found = read_adapter(saved.folder, base, weights)
+
+    assert {part for delta in found.deltas.values() for part in delta.rows} == parts
+    check(found, base, weights, make_model(family), load(saved.folder, family=family))
+    assert list(found.deltas) == [name for name in base.modules if name in found.deltas]
+    assert found.spec.method.name == config().peft_type.value
+    assert (found.spec.prefix, found.spec.num_tasks, found.tasks) == (None, 0, ())
+    ranks = [
+        rows[A].shape[base.modules[name].kind is ModuleKind.EMBEDDING]
+        for name, rows in ((name, delta.rows) for name, delta in found.deltas.items())
+        if A in rows
+    ]
+    assert found.spec.max_rank == max(ranks, default=0)
+    widths = {
+        width
+        for shape in base.of_kind(ModuleKind.LINEAR).values()
+        for width in (shape.in_features, shape.out_features)
+    }
+    assert all(group.width <= max(*widths, found.spec.max_rank) for group in found.spec.rows)
+    assert all(rows.is_contiguous() for delta in found.deltas.values() for rows in delta.rows.values())
+
+
+def test_a_pruned_adalora(
+    save: Callable, load: Callable, base: BaseSpec, weights: BaseWeights, make_model: Callable[[str], Any]
+) -> None:
+    # As RankAllocator leaves it: the last layer's is gone.
+    kept = [[True] * 5, [True, False, True, False, False], [False] * 5]
+    for alpha in (3, 0):
+        config = adalora(lora_alpha=alpha)()
+        config.rank_pattern = {
+            f"model.layers.{i}.self_attn.q_proj.lora_E": mask for i, mask in enumerate(kept)
+        }
+        saved = save(config, seed=3)
+
+        found = read_adapter(saved.folder, base, weights)
+
+        assert [delta.rows[A].shape[0] for delta in found.deltas.values()] == [5, 2]
+        assert found.spec.max_rank == 5
+        check(found, base, weights, make_model("llama"), load(saved.folder))
+
+
+def test_an_activated_lora(save: Callable, load: Callable, base: BaseSpec, weights: BaseWeights) -> None:
+    saved = save(lora(alora_invocation_tokens=[5, 6, 5], target_modules=["q_proj", "lm_head"])(), seed=3)
+
+    found = read_adapter(saved.folder, base, weights)
+
+    assert found.spec.invocation_tokens == (5, 6, 5)
+    loaded = load(saved.folder)
+    for name, delta in found.deltas.items():
+        x_1NI = torch.randn(1, 4, base.modules[name].in_features)
+        with torch.no_grad():
+            theirs = loaded.base_model.model.get_submodule(name)(x_1NI, alora_offsets=[4])[0]
+        y_NO = linear(base.modules[name], delta, weights.weight(name), None, x_1NI[0])
+        torch.testing.assert_close(y_NO, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_multitask_prompt(dtype: torch.dtype, save: Callable, base: BaseSpec, weights: BaseWeights) -> None:
+    config = MultitaskPromptTuningConfig(**TASK, num_virtual_tokens=5, num_tasks=3, num_ranks=2)
+    saved = save(config, seed=3, dtype=dtype)
+
+    found = read_adapter(saved.folder, base, weights)
+
+    spec = found.spec
+    assert (spec.method, spec.num_tasks, spec.rows) == (Method.MULTITASK_PROMPT_TUNING, 3, ())
+    assert (found.deltas, found.prefix_kv, found.prompt_embeddings) == ({}, None, None)
+    assert spec.num_parameters == 5 * 32 + 3 * 2 * (5 + 32)
+    assert [task.spec.revision for task in found.tasks] == [f"{spec.revision}#{task}" for task in range(3)]
+    assert [task.spec.revision for task in found.tasks] == spec.resident_revisions
+    encoder = saved.model.prompt_encoder["default"].float()
+    for index, task in enumerate(found.tasks):
+        assert (task.spec.num_tasks, task.spec.method, task.spec.prefix) == (0, spec.method, spec.prefix)
+        assert task.spec.prefix is not None
+        assert (task.spec.prefix.kind, task.spec.num_virtual_tokens) == (PrefixKind.EMBEDDING, 5)
+        with torch.no_grad():
+            expected_NE = encoder(torch.arange(5)[None], torch.tensor([index]))[0]
+        torch.testing.assert_close(task.prompt_embeddings, expected_NE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_only_what_is_computed_changes_its_dtype(
+    dtype: torch.dtype, save: Callable, base_of_family: Callable, weights_of_family: Callable
+) -> None:
+    base, weights = base_of_family("qwen2"), weights_of_family("qwen2")
+    dora = save(lora(use_dora=True, modules_to_save=["norm"])(), family="qwen2", dtype=dtype)
+    found = read_adapter(dora.folder, base, weights).deltas
+    rows = found["model.layers.0.self_attn.q_proj"].rows
+    assert {part: tensor.dtype for part, tensor in rows.items()} == {A: dtype, B: dtype, GAIN: torch.float32}
+    assert found["model.norm"].rows[WEIGHT].dtype == dtype
+
+    folded = save(vera()(), family="qwen2", dtype=dtype)
+    rows = read_adapter(folded.folder, base, weights).deltas["model.layers.0.self_attn.q_proj"].rows
+    assert {part: tensor.dtype for part, tensor in rows.items()} == {A: dtype, B: torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_saved_copy_may_be_rounded(
+    dtype: torch.dtype, save: Callable, base: BaseSpec, weights: BaseWeights
+) -> None:
+    config = lora(target_modules=["embed_tokens", "lm_head", "q_proj"])()
+    found = read_adapter(save(config, dtype=dtype).folder, base, weights)
+    assert Part.WEIGHT not in {part for delta in found.deltas.values() for part in delta.rows}
+    vocabulary = 2 * 61 * 32
+    assert found.spec.num_parameters == vocabulary + 4 * (3 * (32 + 48) + 2 * (61 + 32))
+
+
+def test_modules_of_one_width_share_veras_rows(save: Callable, base: BaseSpec, weights: BaseWeights) -> None:
+    deltas = read_adapter(save(vera()()).folder, base, weights).deltas
+    assert len(deltas) == 6
+    assert len({delta.rows[A].data_ptr() for delta in deltas.values()}) == 2

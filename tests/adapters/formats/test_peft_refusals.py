@@ -1,0 +1,732 @@
+"""Every adapter that is not served is refused by name, with the right error, before its tensors are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.utils.peft_types import PeftType
+
+from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
+from turret_adapters.formats import peft, targets
+from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
+from turret_adapters.formats.kinds import KINDS
+from turret_adapters.formats.peft import read_adapter
+from turret_adapters.formats.tensors import MAX_HEADER_BYTES
+from turret_adapters.host import BaseWeights
+from turret_adapters.spec import BaseSpec, ModuleKind
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+MANY = {f"p{index}": 1 for index in range(5000)}
+
+
+class NoWeights:
+    """The base's weights are asked for only where nothing else is wrong."""
+
+    def weight(self, module: str) -> torch.Tensor:
+        raise AssertionError(module)
+
+    def bias(self, module: str) -> torch.Tensor | None:
+        raise AssertionError(module)
+
+
+NO_WEIGHTS = NoWeights()
+
+
+def refused(
+    path: Path, base: BaseSpec, error: type[AdapterError], *parts: str, weights: BaseWeights = NO_WEIGHTS
+) -> str:
+    with pytest.raises(AdapterError) as refusal:
+        read_adapter(path, base, weights)
+    assert refusal.type is error
+    message = str(refusal.value)
+    for part in parts:
+        assert part in message
+    assert "expected" in message
+    assert "found" in message
+    assert "\n" not in message
+    assert len(message) < 1000
+    return message
+
+
+FIELDS: list[tuple[str, str, Any]] = [
+    ("LORA", "target_parameters", ["experts.gate_up_proj"]),
+    ("LORA", "layer_replication", [[0, 2], [1, 3]]),
+    ("LORA", "use_qalora", True),
+    ("LORA", "use_bdlora", {"nblocks": 2}),
+    ("LORA", "megatron_config", {"a": 1}),
+    ("LORA", "arrow_config", {"top_k": 2}),
+    ("LORA", "kasa_config", {"beta": 1}),
+    ("LORA", "monteclora_config", {"num_samples": 4}),
+    ("LORA", "velora_config", {"num_groups": 4}),
+    ("LORA", "ensure_weight_tying", 1),
+    *[
+        ("LORA", "init_lora_weights", value)
+        for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "of the future", 1)
+    ],
+    ("LORA", "task_type", "SEQ_CLS"),
+    ("LORA", "task_type", 7),
+    ("LORA", "a_field_of_the_future", True),
+    ("LORA", "a_field_of_the_future", 0),
+    ("LORA", "a_field_of_the_future", {"a": "b" * 5000}),
+    ("LORA", "use_rslora", 1),
+    ("LORA", "use_rslora", "yes"),
+    *[("LORA", "r", value) for value in (0, -1, 513, True, 4.0, "4", None)],
+    *[("LORA", "lora_alpha", value) for value in (None, "8", True, 1e7, -1e7, [8])],
+    *[("LORA", "rank_pattern", value) for value in ([], "q_proj", MANY, {"q_proj": 0}, {"q_proj": 2.0})],
+    *[("LORA", "alpha_pattern", value) for value in ([], 3, {"q_proj": "8"}, {"q_proj": None})],
+    ("LORA", "rank_pattern", {"(": 2}),
+    ("LORA", "alpha_pattern", {"q_proj": 2, "[": 2}),
+    *[("LORA", "target_modules", value) for value in (None, [], "", {}, [1], ["q_proj", None], 3)],
+    ("LORA", "target_modules", "*"),
+    ("LORA", "exclude_modules", [1]),
+    ("LORA", "exclude_modules", "("),
+    *[("LORA", "layers_to_transform", value) for value in ("1", [True], [1.0], {"a": 1})],
+    *[("LORA", "layers_pattern", value) for value in ("layers", ["layers"], ["("], [1], 5)],
+    *[("LORA", field, value) for field in ("use_dora", "lora_bias") for value in (1, "yes", [1])],
+    ("LORA", "bias", "some"),
+    ("LORA", "bias", "vera_only"),
+    *[
+        ("LORA", "alora_invocation_tokens", value)
+        for value in (True, 5, "x", [-1], [True], [5.0], [2**31], [1] * 4097)
+    ],
+    *[("LORA", "modules_to_save", value) for value in ("lm_head", [1], ["("], ["lm_head", ""], {"a": 1})],
+    *[("LORA", "modules_to_save", [value]) for value in ("q_proj", "model.layers.0.mlp.up_proj", "j")],
+    *[
+        ("LORA", "trainable_token_indices", value)
+        for value in (True, 5, "x", [61], [-1], [True], [1.0], ["1"], [3, 4, 3])
+    ],
+    *[
+        ("LORA", "trainable_token_indices", value)
+        for value in (
+            {"norm": [1]},
+            {"q_proj": [1]},
+            {"absent": [1]},
+            {"embed_tokens": []},
+            {"embed_tokens": 3},
+            {"embed_tokens": [1], "tokens": [2]},
+            {"lm_head": [61]},
+        )
+    ],
+    ("LORA", "target_modules", ["q_proj", "norm"]),
+    *[(method, "target_modules", ["q_proj", "embed_tokens"]) for method in ("ADALORA", "IA3", "VERA")],
+    ("LN_TUNING", "target_modules", ["norm", "q_proj"]),
+    ("LN_TUNING", "target_modules", "all-linear"),
+    ("LN_TUNING", "modules_to_save", "lm_head"),
+    *[("IA3", "feedforward_modules", value) for value in (None, 3, [1], "(")],
+    ("IA3", "bias", "all"),
+    ("VERA", "save_projection", False),
+    ("VERA", "save_projection", 1),
+    *[("VERA", "r", value) for value in (0, 1025, None)],
+    ("VERA", "bias", "lora_only"),
+    ("VERA", "exclude_modules", ["up_proj"]),
+    *[("ADALORA", "init_r", value) for value in (0, 513, None)],
+    *[
+        ("ADALORA", "rank_pattern", value)
+        for value in (
+            [],
+            {f"{Q0.removeprefix('base_model.model.')}.lora_E": [True] * 3},
+            {f"{Q0.removeprefix('base_model.model.')}.lora_E": [1, 1, 1, 1]},
+            {f"{Q0.removeprefix('base_model.model.')}.lora_E": 4},
+            {f"{Q0.removeprefix('base_model.model.')}.lora_A": [True] * 4},
+            {"model.layers.0.self_attn.k_proj.lora_E": [True] * 4},
+        )
+    ],
+    *[("ADALORA", field, True) for field in ("use_dora", "lora_bias")],
+    ("ADALORA", "lora_alpha", "8"),
+    *[
+        ("MULTITASK_PROMPT_TUNING", field, value)
+        for field in ("num_tasks", "num_ranks")
+        for value in (0, 1025, "3", None)
+    ],
+    *[
+        (method, field, value)
+        for method in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+        for field, value in [
+            *[("num_virtual_tokens", value) for value in (None, 0, 4097, 5.0, "5", True)],
+            ("num_transformer_submodules", 2),
+            ("num_layers", "3"),
+            ("token_dim", 0),
+            ("num_attention_heads", 2.0),
+            ("modules_to_save", ["lm_head"]),
+            ("task_type", "SEQ_2_SEQ_LM"),
+            ("use_dora", True),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"), FIELDS, ids=[f"{m}-{f}-{v!r}"[:60] for m, f, v in FIELDS]
+)
+def test_a_field_that_is_not_served(
+    *, method: str, field: str, value: Any, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound[method].fields[field] = value
+    refused(sound[method].write(tmp_path), base, AdapterFormatError, "adapter_config.json", field)
+
+
+EMBEDDING = ["q_proj", "embed_tokens"]
+COMBINATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True, "lora_bias": True}, "lora_bias"),
+    ({"use_dora": True, "target_modules": EMBEDDING}, "use_dora"),
+    ({"lora_bias": True, "target_modules": EMBEDDING}, "lora_bias"),
+    ({"alora_invocation_tokens": [5], "target_modules": EMBEDDING}, "alora_invocation_tokens"),
+    ({"alora_invocation_tokens": [5], "use_dora": True}, "use_dora"),
+    ({"alora_invocation_tokens": [5], "modules_to_save": ["norm"]}, "modules_to_save"),
+    ({"alora_invocation_tokens": [5], "trainable_token_indices": [5]}, "trainable_token_indices"),
+    ({"trainable_token_indices": [5], "target_modules": EMBEDDING}, "trainable_token_indices"),
+    ({"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}, "trainable_token_indices"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), COMBINATIONS)
+def test_fields_that_are_not_served_together(
+    fields: dict[str, Any], named: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound["LORA"].fields.update(fields)
+    refused(
+        sound["LORA"].write(tmp_path), base, AdapterFormatError, "adapter_config.json", f"{named!r} to be"
+    )
+
+
+def test_an_activated_lora_beside_trained_biases(
+    sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    sound["LORA"].fields.update({"alora_invocation_tokens": [5], "bias": "all"})
+    refused(sound["LORA"].write(tmp_path), base_of_family("qwen2"), AdapterFormatError, "'bias'", "'all'")
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_tokens_of_a_tied_base_whose_head_is_adapted(
+    fields: dict[str, Any], sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    sound["LORA"].fields.update({"trainable_token_indices": [5], **fields})
+    base = base_of_family("llama-tied")
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "trainable_token_indices", "'lm_head'")
+
+
+def test_tokens_of_a_biased_head(
+    sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    sound["LORA"].fields["trainable_token_indices"] = {"lm_head": [5]}
+    refused(
+        sound["LORA"].write(tmp_path), base_of_family("phi"), AdapterFormatError, "has a bias", "'lm_head'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [("VERA", "r", 1024), ("MULTITASK_PROMPT_TUNING", "num_tasks", 1024)],
+)
+def test_more_than_memory_holds(
+    *, method: str, field: str, value: int, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound[method].fields.update({field: value, "num_virtual_tokens": 4096, "token_dim": None})
+    if method == "VERA":
+        del sound[method].fields["num_virtual_tokens"], sound[method].fields["token_dim"]
+    wide = with_linears(dataclasses.replace(base, hidden_size=8192), in_features=1 << 20)
+    refused(sound[method].write(tmp_path), wide, AdapterFormatError, field, str(MAX_TENSORS_BYTES))
+
+
+@pytest.mark.parametrize("peft_type", ["LOHA", "LOKR"])
+def test_a_method_that_can_be_converted(
+    peft_type: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound["LORA"].fields["peft_type"] = peft_type
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, peft_type, "turret adapters convert")
+
+
+HEAD, EMBED = "base_model.model.lm_head", "base_model.model.model.embed_tokens"
+RESIZED: list[tuple[dict[str, Any], str, tuple[int, ...]]] = [
+    ({}, f"{HEAD}.weight", (64, 32)),
+    ({"target_modules": ["lm_head"]}, f"{HEAD}.base_layer.weight", (64, 32)),
+    ({"target_modules": ["lm_head"]}, f"{HEAD}.lora_B.weight", (64, 4)),
+    ({"target_modules": ["embed_tokens"]}, f"{EMBED}.base_layer.weight", (64, 32)),
+    ({"target_modules": ["embed_tokens"]}, f"{EMBED}.lora_embedding_A", (4, 64)),
+    ({"modules_to_save": ["lm_head"]}, f"{HEAD}.weight", (64, 32)),
+    ({"modules_to_save": ["embed_tokens"]}, f"{EMBED}.weight", (64, 32)),
+]
+
+
+@pytest.mark.parametrize(("fields", "key", "shape"), RESIZED, ids=[row[1] for row in RESIZED])
+def test_a_resized_vocabulary(
+    *,
+    fields: dict[str, Any],
+    key: str,
+    shape: tuple[int, ...],
+    sound: dict[str, Any],
+    base: BaseSpec,
+    tmp_path: Path,
+) -> None:
+    sound["LORA"].fields.update(fields)
+    sound["LORA"].tensors.clear()
+    sound["LORA"].tensors[key] = torch.zeros(shape)
+    parts = (key, str(list(shape)), "where 61 is the vocabulary", "resized", "tiny-llama")
+    refused(sound["LORA"].write(tmp_path), base, AdapterBaseError, *parts)
+
+
+@pytest.mark.parametrize("key", [f"{HEAD}.base_layer.weight", f"{EMBED}.weight"])
+@pytest.mark.parametrize("change", ["all", "one row a little", "zeros"])
+def test_a_saved_copy_that_was_trained(
+    *,
+    key: str,
+    change: str,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+) -> None:
+    files = sound["LORA"]
+    files.fields["target_modules"] = ["lm_head"]
+    copied = weights.weight("lm_head" if key.startswith(HEAD) else "model.embed_tokens").clone()
+    files.tensors.clear()
+    files.tensors.update(
+        {f"{HEAD}.lora_A.weight": torch.ones(4, 32), f"{HEAD}.lora_B.weight": torch.ones(61, 4), key: copied}
+    )
+    assert list(read_adapter(files.write(tmp_path), base, weights).deltas) == ["lm_head"]
+    match change:
+        case "all":
+            copied += 1e-3
+        case "one row a little":
+            copied[60] *= 1.01
+        case "zeros":
+            copied[:] = 0
+    refused(files.write(tmp_path), base, AdapterBaseError, key, "copy", weights=weights)
+
+
+def test_numbers_that_are_finite_only_in_the_file(
+    sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
+    files = sound["ADALORA"]
+    files.tensors[f"{Q0}.lora_A"].fill_(1e30)
+    files.tensors[f"{Q0}.lora_E"].fill_(1e30)
+    refused(files.write(tmp_path), base, AdapterFormatError, "layers.0.self_attn.q_proj", "NaN")
+
+    files = sound["LORA"]
+    files.fields["use_dora"] = True
+    for key in list(files.tensors):
+        if key.endswith("lora_B.weight"):
+            out = files.tensors[key].shape[0]
+            files.tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.full((out,), 3e38)
+            files.tensors[key][:] = 0
+    files.tensors[f"{Q0}.lora_magnitude_vector"][0] = 3e38
+    refused(files.write(tmp_path), base, AdapterFormatError, "NaN", weights=weights)
+
+
+@pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
+def test_layers_beside_a_regular_expression(
+    field: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound["LORA"].fields.update({"target_modules": ".*q_proj", field: [1] if "to" in field else ["layers"]})
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, field)
+
+
+@pytest.mark.parametrize("peft_type", sorted({kind.value for kind in PeftType} - set(KINDS)))
+def test_a_method_that_is_not_served(
+    peft_type: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound["LORA"].fields["peft_type"] = peft_type
+    message = refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "peft_type", peft_type)
+    assert ", ".join(KINDS) in message
+
+
+@pytest.mark.parametrize("peft_type", [None, 3, ["LORA"], {"a": 1}, "lora"])
+def test_a_method_that_is_none(peft_type: Any, sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    sound["LORA"].fields["peft_type"] = peft_type
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "peft_type")
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("PREFIX_TUNING", "num_layers", 4),
+        ("PREFIX_TUNING", "token_dim", 32),
+        ("PREFIX_TUNING", "num_attention_heads", 4),
+        ("PROMPT_TUNING", "num_layers", 4),
+        ("PROMPT_TUNING", "token_dim", 64),
+        ("P_TUNING", "num_layers", 1),
+        ("P_TUNING", "token_dim", 24),
+    ],
+)
+def test_a_config_of_another_base(
+    *, method: str, field: str, value: int, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    expected = str(sound[method].fields[field])
+    sound[method].fields[field] = value
+    refused(sound[method].write(tmp_path), base, AdapterBaseError, field, expected, str(value), "tiny-llama")
+
+
+def test_a_regular_expression_that_never_ends(
+    sound: dict[str, Any], base: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "MAX_MATCH_SECONDS", 1)
+    sound["LORA"].fields["target_modules"] = r"((\w|\.|_)+)*!"
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "target_modules", "longer")
+
+
+def test_targets_that_the_base_lacks(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    sound["LORA"].fields["target_modules"] = ["c_attn"]
+    refused(sound["LORA"].write(tmp_path), base, AdapterBaseError, "target_modules", "c_attn", "tiny-llama")
+
+
+def with_linears(base: BaseSpec, **changes: Any) -> BaseSpec:
+    linears = base.of_kind(ModuleKind.LINEAR).items()
+    changed = {name: dataclasses.replace(shape, **changes) for name, shape in linears}
+    return dataclasses.replace(base, modules={**base.modules, **changed})
+
+
+BASE_CHANGES: list[tuple[str, Callable[[BaseSpec], BaseSpec], tuple[str, ...]]] = [
+    (
+        "LORA",
+        lambda base: dataclasses.replace(
+            base, modules={name: s for name, s in base.modules.items() if ".2." not in name}
+        ),
+        ("model.layers.2.mlp.down_proj", "tiny-llama"),
+    ),
+    (
+        "LORA",
+        lambda base: with_linears(base, in_features=99),
+        ("model.layers.0.mlp.down_proj.lora_A.weight", "[4, 99]", "[4, 40]", "tiny-llama"),
+    ),
+    (
+        "LORA",
+        lambda base: with_linears(base, out_features=99),
+        ("model.layers.0.mlp.down_proj.lora_B.weight", "[99, 4]", "[32, 4]", "tiny-llama"),
+    ),
+    (
+        "PREFIX_TUNING",
+        lambda base: dataclasses.replace(base, num_layers=4),
+        ("num_layers", "4", "3", "tiny-llama"),
+    ),
+    (
+        "PROMPT_TUNING",
+        lambda base: dataclasses.replace(base, hidden_size=64),
+        ("token_dim", "64", "32", "tiny-llama"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "change", "parts"), BASE_CHANGES)
+def test_another_base(
+    *,
+    method: str,
+    change: Callable[[BaseSpec], BaseSpec],
+    parts: tuple[str, ...],
+    sound: dict[str, Any],
+    base: BaseSpec,
+    tmp_path: Path,
+) -> None:
+    refused(sound[method].write(tmp_path), change(base), AdapterBaseError, *parts)
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def put(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({key: torch.zeros(shape, dtype=dtype)})
+
+
+def poison(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors[key].view(-1)[-1:].fill_(value) and None
+
+
+TENSORS: list[tuple[str, Callable[[Any], Any], type[AdapterError], tuple[str, ...]]] = [
+    # Keys that nothing consumes.
+    (
+        "LORA",
+        rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"),
+        AdapterFormatError,
+        ("q_proj.lora_A.default.weight",),
+    ),
+    ("LORA", put(f"{Q0}.lora_magnitude_vector", 48), AdapterFormatError, ("lora_magnitude_vector",)),
+    ("LORA", put(f"{Q0}.lora_B.bias", 48), AdapterFormatError, ("q_proj.lora_B.bias",)),
+    ("LORA", put("base_model.model.lm_head.bias", 61), AdapterFormatError, ("lm_head.bias",)),
+    ("LORA", put("prompt_embeddings", 5, 32), AdapterFormatError, ("prompt_embeddings",)),
+    ("LORA", put("a" * 5000, 1), AdapterFormatError, ("aaa...aaa",)),
+    ("PREFIX_TUNING", put("base_model.x", 1), AdapterFormatError, ("base_model.x",)),
+    ("PROMPT_TUNING", put("prefix_task_cols", 1), AdapterFormatError, ("prefix_task_cols",)),
+    # Modules.
+    (
+        "LORA",
+        put("base_model.model.transformer.h.0.c_attn.lora_A.weight", 4, 32),
+        AdapterBaseError,
+        ("transformer.h.0.c_attn", "tiny-llama"),
+    ),
+    (
+        "LORA",
+        put(f"{Q0.replace('q_proj', 'k_proj')}.lora_A.weight", 4, 32),
+        AdapterFormatError,
+        ("k_proj.lora_A.weight", "targets"),
+    ),
+    ("LORA", lambda t: t.pop(f"{Q0}.lora_A.weight"), AdapterFormatError, (f"{Q0}.lora_A.weight",)),
+    ("LORA", lambda t: t.pop(f"{Q0}.lora_B.weight"), AdapterFormatError, (f"{Q0}.lora_B.weight",)),
+    ("LORA", lambda t: t.clear(), AdapterFormatError, ("lora_A.weight",)),
+    ("PREFIX_TUNING", lambda t: t.clear(), AdapterFormatError, ("prompt_embeddings",)),
+    # Shapes.
+    (
+        "LORA",
+        put(f"{Q0}.lora_A.weight", 6, 32),
+        AdapterFormatError,
+        ("q_proj.lora_A.weight", "[4, 32]", "[6, 32]"),
+    ),
+    (
+        "LORA",
+        put(f"{Q0}.lora_B.weight", 48, 6),
+        AdapterFormatError,
+        ("q_proj.lora_B.weight", "[48, 4]", "[48, 6]"),
+    ),
+    ("LORA", put(f"{Q0}.lora_A.weight", 4, 31), AdapterBaseError, ("[4, 32]", "[4, 31]")),
+    ("LORA", put(f"{Q0}.lora_B.weight", 32, 4), AdapterBaseError, ("[48, 4]", "[32, 4]")),
+    ("LORA", put(f"{Q0}.lora_A.weight", 128), AdapterFormatError, ("[4, 32]", "[128]")),
+    ("LORA", put(f"{Q0}.lora_A.weight", 4, 32, 1), AdapterFormatError, ("[4, 32]", "[4, 32, 1]")),
+    ("LORA", put(f"{Q0}.lora_A.weight", 0, 32), AdapterFormatError, ("[4, 32]", "[0, 32]")),
+    ("PREFIX_TUNING", put("prompt_embeddings", 5, 288), AdapterBaseError, ("[5, 144]", "[5, 288]")),
+    ("PREFIX_TUNING", put("prompt_embeddings", 6, 144), AdapterFormatError, ("[5, 144]", "[6, 144]")),
+    ("PROMPT_TUNING", put("prompt_embeddings", 5, 33), AdapterBaseError, ("[5, 32]", "[5, 33]")),
+    ("P_TUNING", put("prompt_embeddings", 10, 32), AdapterFormatError, ("[5, 32]", "[10, 32]")),
+    ("MULTITASK_PROMPT_TUNING", put("prefix_task_rows", 3, 2, 33), AdapterBaseError, ("[3, 2, 32]",)),
+    ("MULTITASK_PROMPT_TUNING", put("prefix_task_rows", 2, 2, 32), AdapterFormatError, ("[3, 2, 32]",)),
+    ("MULTITASK_PROMPT_TUNING", put("prefix_task_cols", 3, 5, 3), AdapterFormatError, ("[3, 5, 2]",)),
+    (
+        "MULTITASK_PROMPT_TUNING",
+        lambda t: t.pop("prefix_task_cols"),
+        AdapterFormatError,
+        ("prefix_task_cols",),
+    ),
+    ("IA3", put(f"{Q0}.ia3_l", 1, 32), AdapterBaseError, ("[48, 1]", "[1, 32]")),
+    ("IA3", put(f"{Q0}.ia3_l", 48), AdapterFormatError, ("[48, 1]", "[48]")),
+    ("IA3", put("base_model.model.transformer.h.0.c_attn.ia3_l", 9, 1), AdapterBaseError, ("h.0.c_attn",)),
+    ("ADALORA", put(f"{Q0}.lora_E", 3, 1), AdapterFormatError, ("[4, 1]", "[3, 1]")),
+    ("ADALORA", put(f"{Q0}.ranknum", 1), AdapterFormatError, ("ranknum",)),
+    ("VERA", put("base_model.vera_A", 4, 32), AdapterBaseError, ("[4, 40]", "[4, 32]")),
+    ("VERA", put("base_model.vera_B", 48, 5), AdapterFormatError, ("[48, 4]", "[48, 5]")),
+    ("VERA", lambda t: t.pop("base_model.vera_A"), AdapterFormatError, ("base_model.vera_A",)),
+    ("VERA", put(f"{Q0}.vera_lambda_d", 5), AdapterFormatError, ("[4]", "[5]")),
+    (
+        "LN_TUNING",
+        put("base_model.model.model.norm.ln_tuning_layers.bias", 32),
+        AdapterFormatError,
+        ("bias",),
+    ),
+    (
+        "LN_TUNING",
+        put("base_model.model.model.norm.ln_tuning_layers.weight", 33),
+        AdapterBaseError,
+        ("[33]",),
+    ),
+    # Numbers.
+    *[
+        (
+            "LORA",
+            put(f"{Q0}.lora_A.weight", 4, 32, dtype=dtype),
+            AdapterFormatError,
+            ("q_proj.lora_A.weight", "F32, F16, BF16", name),
+        )
+        for dtype, name in [
+            (torch.float64, "F64"),
+            (torch.int8, "I8"),
+            (torch.uint8, "U8"),
+            (torch.float8_e4m3fn, "F8_E4M3"),
+            (torch.bool, "BOOL"),
+        ]
+    ],
+    *[
+        (method, poison(key, value), AdapterFormatError, (key, "NaN"))
+        for method, key in [("LORA", f"{Q0}.lora_B.weight"), ("PREFIX_TUNING", "prompt_embeddings")]
+        for value in (math.nan, math.inf, -math.inf)
+    ],
+]
+
+
+@pytest.mark.parametrize(("method", "change", "error", "parts"), TENSORS)
+def test_a_tensor_that_is_not_served(
+    *,
+    method: str,
+    change: Callable[[Any], Any],
+    error: type[AdapterError],
+    parts: tuple[str, ...],
+    sound: dict[str, Any],
+    base: BaseSpec,
+    tmp_path: Path,
+) -> None:
+    change(sound[method].tensors)
+    refused(sound[method].write(tmp_path), base, error, *parts)
+
+
+def test_a_rank_of_a_pattern_that_the_tensor_lacks(
+    sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    sound["LORA"].fields["rank_pattern"] = {r"layers\.1\..*q_proj": 7}
+    refused(
+        sound["LORA"].write(tmp_path),
+        base,
+        AdapterFormatError,
+        "model.layers.1.self_attn.q_proj.lora_A.weight",
+        "[7, 32]",
+        "[4, 32]",
+    )
+
+
+TARGETS = b'"target_modules": ["q_proj", "down_proj"]'
+CONFIGS: list[tuple[str, bytes, str]] = [
+    ("empty", b"", "broken JSON"),
+    ("garbage", b"\x00\xff\xfe", "broken JSON"),
+    ("utf-16", '{"peft_type": "LORA"}'.encode("utf-16"), "broken JSON"),
+    ("an array", b"[1]", "[1]"),
+    ("null", b"null", "None"),
+    ("cut", b'{"peft_type": "LORA"', "broken JSON"),
+    ("deep", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deeply"),
+    ("deep objects", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "too deeply"),
+    ("deep but parsed", b'{"peft_type": ' + b"[" * 500 + b"]" * 500 + b"}", "peft_type"),
+    ("NaN", b'{"peft_type": "LORA", "r": 4, "lora_alpha": NaN, ' + TARGETS + b"}", "NaN"),
+    ("infinite", b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999, ' + TARGETS + b"}", "lora_alpha"),
+    ("longest integer", b'{"peft_type": "LORA", "r": 1' + b"0" * 5000 + b"}", "broken JSON"),
+    (
+        "long integer",
+        b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1' + b"0" * 4000 + b", " + TARGETS + b"}",
+        "lora_alpha",
+    ),
+    ("twice", b'{"peft_type": "LORA", "r": 4, "r": 4, ' + TARGETS + b"}", "'r' stands twice"),
+    ("lone surrogate", b'{"peft_type": "LO\\ud800RA"}', "LO\\ud800RA"),
+]
+
+
+@pytest.mark.parametrize(("data", "part"), [row[1:] for row in CONFIGS], ids=[row[0] for row in CONFIGS])
+def test_a_config_that_is_broken(
+    data: bytes, part: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    (sound["LORA"].write(tmp_path) / "adapter_config.json").write_bytes(data)
+    message = refused(tmp_path, base, AdapterFormatError, "adapter_config.json", part)
+    message.encode()
+
+
+def test_a_config_that_is_too_large(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    config = sound["LORA"].write(tmp_path) / "adapter_config.json"
+    config.write_bytes(config.read_bytes().ljust(MAX_CONFIG_BYTES))
+    read_adapter(tmp_path, base, NO_WEIGHTS)
+    config.write_bytes(config.read_bytes() + b" ")
+    refused(tmp_path, base, AdapterSourceError, "adapter_config.json", str(MAX_CONFIG_BYTES))
+
+
+def header(table: Any, body: bytes = b"") -> bytes:
+    data = table if isinstance(table, bytes) else json.dumps(table).encode()
+    return struct.pack("<Q", len(data)) + data + body
+
+
+def entry(begin: int, end: int, shape: Any = (5, 32), dtype: Any = "F32", **more: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end], **more}
+
+
+# The one key of a PROMPT_TUNING file: but for what its row says, each of these would be served.
+P = "prompt_embeddings"
+FULL = bytes(640)
+TWICE = b'{"%s": %s, "%s": %s}' % ((P.encode(), json.dumps(entry(0, 640)).encode()) * 2)
+LARGE = json.dumps({P: entry(0, 640)}).encode().ljust(MAX_HEADER_BYTES + 1)
+PARTS = "its dtype, shape and data_offsets"
+BROKEN: list[tuple[str, bytes, str]] = [
+    ("empty", b"", "header of at most"),
+    ("cut in its length", b"\x10\x00", "header of at most"),
+    ("garbage", b"\xff" * 64, "header of at most"),
+    ("header longer than the file", struct.pack("<Q", 100) + b"{}", "header of at most 2 "),
+    ("header longer than allowed", header(LARGE, FULL), f"header of at most {MAX_HEADER_BYTES}"),
+    ("header is no JSON", header(b"{'a'"), "broken JSON"),
+    ("header is an array", header(b"[]"), "[]"),
+    ("header is UTF-16", header(json.dumps({P: entry(0, 640)}).encode("utf-16"), FULL), "broken JSON"),
+    ("header is deep", header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "too deeply"),
+    ("key stands twice", header(TWICE, FULL), f"{P!r} stands twice"),
+    ("metadata is a list", header({"__metadata__": [1], P: entry(0, 640)}, FULL), "__metadata__"),
+    ("metadata holds numbers", header({"__metadata__": {"a": 1}, P: entry(0, 640)}, FULL), "__metadata__"),
+    ("entry is a number", header({P: 3}, FULL), PARTS),
+    ("entry without offsets", header({P: {"dtype": "F32", "shape": [5, 32]}}, FULL), PARTS),
+    ("entry with more", header({P: entry(0, 640, strides=[32, 1])}, FULL), PARTS),
+    ("dtype is a list", header({P: entry(0, 640, dtype=["F32"])}, FULL), "['F32']"),
+    ("negative dimensions", header({P: entry(0, 640, shape=[-5, -32])}, FULL), PARTS),
+    ("true as a dimension", header({P: entry(0, 640, shape=[5, 32, True])}, FULL), PARTS),
+    ("float as a dimension", header({P: entry(0, 640, shape=[5.0, 32])}, FULL), PARTS),
+    ("huge dimension", header({P: entry(0, 4, shape=[10**4000])}, bytes(4)), PARTS),
+    ("overflowing shape", header({P: entry(0, 0, shape=[2**32, 2**32])}), f"{2**66} bytes"),
+    ("many dimensions", header({P: entry(0, 640, shape=[5, 32, *[1] * 7])}, FULL), PARTS),
+    ("reversed offsets", header({P: entry(640, 0)}, FULL), "640 bytes for F32"),
+    ("negative offset", header({P: entry(-640, 0)}, FULL), PARTS),
+    ("offsets too near", header({P: entry(0, 639)}, FULL[1:]), "640 bytes for F32"),
+    ("offsets too far", header({P: entry(0, 641)}, FULL), "640 bytes for F32"),
+    ("overlap", header({P: entry(0, 640), "b": entry(320, 960)}, bytes(960)), "'b': expected its bytes"),
+    ("same bytes", header({P: entry(0, 640), "b": entry(0, 640)}, FULL), "'b': expected its bytes"),
+    ("hole", header({P: entry(0, 640), "b": entry(644, 1284)}, bytes(1284)), "'b': expected its bytes"),
+    ("hole in front", header({P: entry(4, 644)}, bytes(644)), "begin at 0, found 4"),
+    ("bytes after the end", header({P: entry(0, 640)}, bytes(641)), "640 bytes of tensors"),
+    ("bytes missing", header({P: entry(0, 640)}, bytes(639)), "640 bytes of tensors"),
+]
+
+
+@pytest.mark.parametrize(("data", "part"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+def test_a_tensor_file_that_is_broken(
+    data: bytes, part: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    file = sound["PROMPT_TUNING"].write(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(header({P: entry(0, 640)}, FULL))
+    read_adapter(tmp_path, base, NO_WEIGHTS)
+    file.write_bytes(data)
+    refused(tmp_path, base, AdapterFormatError, part)
+
+
+def test_every_cut_of_a_tensor_file(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    file = sound["PROMPT_TUNING"].write(tmp_path) / "adapter_model.safetensors"
+    data = file.read_bytes()
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        refused(tmp_path, base, AdapterFormatError)
+
+
+def test_a_tensor_file_that_is_too_large(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    with (sound["LORA"].write(tmp_path) / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(MAX_TENSORS_BYTES + 1)
+    refused(tmp_path, base, AdapterSourceError, "adapter_model.safetensors", str(MAX_TENSORS_BYTES))
+
+
+def test_a_large_file_is_refused_by_its_header_alone(
+    sound: dict[str, Any], base: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows = MAX_TENSORS_BYTES // 2 // 128
+    head = header({"prompt_embeddings": entry(0, num_rows * 128, shape=[num_rows, 32])})
+    with (sound["PROMPT_TUNING"].write(tmp_path) / "adapter_model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + num_rows * 128)
+    monkeypatch.setattr(peft, "read_tensor", None)
+    refused(tmp_path, base, AdapterFormatError, "prompt_embeddings", str(num_rows))
+
+
+def test_a_file_cut_while_it_is_read(
+    sound: dict[str, Any], base: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than a file's buffer holds.
+    sound["PROMPT_TUNING"].fields["num_virtual_tokens"] = 4000
+    sound["PROMPT_TUNING"].tensors["prompt_embeddings"] = torch.zeros(4000, 32)
+    file = sound["PROMPT_TUNING"].write(tmp_path) / "adapter_model.safetensors"
+    read_header = peft.read_header
+
+    def cut_after_the_header(*args: Any) -> Any:
+        found = read_header(*args)
+        os.truncate(file, file.stat().st_size - 4)
+        return found
+
+    monkeypatch.setattr(peft, "read_header", cut_after_the_header)
+    refused(tmp_path, base, AdapterFormatError, "prompt_embeddings", "512000 bytes", "511996")
+
+
+def test_a_pickle_is_refused_with_the_way_out(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    tensors = sound["LORA"].write(tmp_path) / "adapter_model.safetensors"
+    tensors.rename(tmp_path / "adapter_model.bin")
+    refused(tmp_path, base, AdapterFormatError, "adapter_model.bin", "pickle", "safe_serialization=True")
+    (tmp_path / "adapter_model.bin").unlink()
+    refused(tmp_path, base, AdapterSourceError, "adapter_model.safetensors")

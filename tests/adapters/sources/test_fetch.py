@@ -1,0 +1,387 @@
+"""From each kind of source the same bytes come into the store, or a reason why not and nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from ipaddress import ip_network
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from support.adapter_files import CONFIG, files, read_folder, revision, write_folder
+from support.web import Handler, Web, web_server
+from turret_adapters.errors import AdapterSourceError
+from turret_adapters.sources import http as http_source
+from turret_adapters.sources.fetch import fetch
+from turret_adapters.sources.filesystems import hub_url
+from turret_adapters.sources.policy import Policy
+from turret_adapters.store.store import AdapterStore
+from turret_adapters.store.store_errors import (
+    SourceForbiddenError,
+    SourceTooLargeError,
+    SourceUnavailableError,
+)
+
+LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with web_server() as web:
+        web.pages["/poet/adapter_config.json"] = CONFIG
+        web.pages["/poet/adapter_model.safetensors"] = b"tensors"
+        yield web
+
+
+@pytest.fixture
+def policy(web: Web) -> Policy:
+    return Policy(urls=(web.url,), networks=LOOPBACK)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_over(store: AdapterStore) -> Iterator[None]:
+    yield
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def zipped(tensors: bytes = b"tensors") -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("poet/adapter_config.json", CONFIG)
+        archive.writestr("poet/adapter_model.safetensors", tensors)
+    return data.getvalue()
+
+
+def test_a_folder_that_takes_too_long_is_given_up(store: AdapterStore, tmp_path: Path) -> None:
+    write_folder(tmp_path / "poet", b"tensors")
+    with pytest.raises(SourceUnavailableError, match="expected the adapter within 0 s"):
+        fetch(str(tmp_path / "poet"), store, Policy(roots=(tmp_path,), timeout=0.0))
+    assert store.revisions() == {}
+
+
+def test_a_folder_of_this_machine(store: AdapterStore, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "root" / "poet")
+    policy = Policy(roots=(tmp_path / "root",))
+    assert fetch(str(folder), store, policy) == revision()
+    assert read_folder(store.path(revision())) == files()
+    for refused in (tmp_path, "/etc", f"{folder}/../../store"):
+        with pytest.raises(SourceForbiddenError, match="below"):
+            fetch(str(refused), store, policy)
+    with pytest.raises(SourceTooLargeError):
+        fetch(str(folder), store, Policy(roots=(tmp_path,), max_bytes=26))
+
+
+def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:
+    seen: list[tuple[int, int | None]] = []
+    assert fetch(f"{web.url}/poet/?token=1", store, policy, lambda *told: seen.append(told)) == revision()
+    assert read_folder(store.path(revision())) == files()
+    assert web.asked == ["/poet/adapter_config.json?token=1", "/poet/adapter_model.safetensors?token=1"]
+    assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
+
+
+def test_an_archive_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:
+    web.pages["/poet.zip"] = zipped()
+    assert fetch(f"{web.url}/poet.zip?token=1", store, policy) == revision()
+    assert read_folder(store.path(revision())) == files()
+
+
+def test_by_default_nothing_is_fetched(web: Web, store: AdapterStore, tmp_path: Path) -> None:
+    for source in (f"{web.url}/poet", "hf://owner/name", "owner/name", "s3://bucket/poet", str(tmp_path)):
+        with pytest.raises(SourceForbiddenError, match="nothing is allowed"):
+            fetch(source, store, Policy())
+    assert web.asked == []
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"]
+)
+def test_an_allowed_url_of_an_address_within_is_refused(host: str, web: Web, store: AdapterStore) -> None:
+    url = f"http://{host}:{web.server_port}"
+    with pytest.raises(SourceForbiddenError, match="expected a public address"):
+        fetch(f"{url}/poet", store, Policy(urls=("http://", "https://", url)))
+    assert web.asked == []
+
+
+def test_the_address_that_is_checked_is_the_one_that_is_connected_to(
+    web: Web, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up: list[str] = []
+    real = socket.getaddrinfo
+
+    def rebinding(host: str, *rest: int, **more: int) -> object:
+        """Answers with another address each time, as a hostile name server does."""
+        if host != "rebinding.example":
+            return real(host, *rest, **more)
+        looked_up.append(host)
+        return real("127.0.0.1" if len(looked_up) > 1 else "127.9.9.9", *rest, **more)
+
+    monkeypatch.setattr(http_source.socket, "getaddrinfo", rebinding)
+    url = f"http://rebinding.example:{web.server_port}"
+    allowed = Policy(urls=(url,), networks=(ip_network("127.9.9.9/32"),))
+    with pytest.raises(SourceUnavailableError):
+        fetch(f"{url}/poet", store, allowed)
+    assert web.asked == []
+    with pytest.raises(SourceForbiddenError, match=r"found 127\.0\.0\.1"):
+        fetch(f"{url}/poet", store, allowed)
+    assert looked_up == ["rebinding.example"] * 2
+
+
+def test_redirects_are_followed_within_what_is_allowed(web: Web, policy: Policy, store: AdapterStore) -> None:
+    web.pages["/moved/adapter_config.json"] = lambda it: it.answer(302, Location="/poet/adapter_config.json")
+    web.pages["/moved/adapter_model.safetensors"] = lambda it: it.answer(
+        308, Location=f"{web.url}/poet/adapter_model.safetensors"
+    )
+    assert fetch(f"{web.url}/moved", store, policy) == revision()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://localhost:{port}/poet/x",
+        "file:///etc/passwd",
+        "/poet/../x",
+        "//evil.example/x",
+        "https://127.0.0.1/x",
+    ],
+)
+def test_redirects_elsewhere_are_refused(target: str, web: Web, policy: Policy, store: AdapterStore) -> None:
+    location = target.format(port=web.server_port)
+    web.pages["/moved/adapter_config.json"] = lambda it: it.answer(302, Location=location)
+    with pytest.raises(
+        (SourceForbiddenError, AdapterSourceError), match=r"expected a URL|found HTTP status 404"
+    ):
+        fetch(f"{web.url}/moved", store, policy)
+    assert web.asked[0] == "/moved/adapter_config.json"
+    assert all(".." not in path for path in web.asked)
+
+
+def test_a_redirect_to_an_address_within_is_refused(web: Web, store: AdapterStore) -> None:
+    web.pages["/moved/adapter_config.json"] = lambda it: it.answer(
+        302, Location=f"http://127.0.0.2:{web.server_port}/poet/adapter_config.json"
+    )
+    policy = Policy(urls=("http://",), networks=(ip_network("127.0.0.1/32"),))
+    with pytest.raises(SourceForbiddenError, match=r"found 127\.0\.0\.2"):
+        fetch(f"{web.url}/moved", store, policy)
+
+
+def test_redirects_without_end_end(web: Web, policy: Policy, store: AdapterStore) -> None:
+    web.pages["/moved/adapter_config.json"] = lambda it: it.answer(302, Location=it.path)
+    with pytest.raises(AdapterSourceError, match="HTTP status 302"):
+        fetch(f"{web.url}/moved", store, policy)
+    assert len(web.asked) == http_source.MAX_REDIRECTS + 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (404, AdapterSourceError),
+        (403, AdapterSourceError),
+        (206, AdapterSourceError),
+        (429, SourceUnavailableError),
+        (503, SourceUnavailableError),
+    ],
+)
+def test_answers_without_a_file(
+    status: int, error: type[Exception], web: Web, policy: Policy, store: AdapterStore
+) -> None:
+    web.pages["/poet/adapter_model.safetensors"] = lambda it: it.answer(status, b"tensors")
+    with pytest.raises(error, match=f"found HTTP status {status}") as refusal:
+        fetch(f"{web.url}/poet?token=secret", store, policy)
+    assert "secret" not in str(refusal.value)
+    assert store.revisions() == {}
+
+
+def test_an_encoded_answer_is_refused(web: Web, policy: Policy, store: AdapterStore) -> None:
+    web.pages["/poet/adapter_model.safetensors"] = lambda it: it.answer(200, b"x", Content_Encoding="gzip")
+    with pytest.raises(AdapterSourceError, match="encoded as 'gzip'"):
+        fetch(f"{web.url}/poet", store, policy)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("place", ["poet", "poet.zip"])
+def test_more_than_is_taken(
+    *, announced: bool, place: str, web: Web, policy: Policy, store: AdapterStore
+) -> None:
+    def large(it: Handler) -> None:
+        it.close_connection = True
+        it.send_response(200)
+        if announced:
+            it.send_header("Content-Length", str(1 << 40))
+        it.end_headers()
+        with contextlib.suppress(OSError):  # until we hang up
+            for _ in range(1000):
+                it.wfile.write(bytes(65536))
+
+    web.pages["/poet/adapter_model.safetensors"] = web.pages["/poet.zip"] = large
+    few = Policy(urls=policy.urls, networks=LOOPBACK, max_bytes=1 << 20)
+    with pytest.raises(SourceTooLargeError):
+        fetch(f"{web.url}/{place}", store, few)
+
+
+def test_an_answer_that_breaks_off_is_not_stored(web: Web, policy: Policy, store: AdapterStore) -> None:
+    def break_off(it: Handler) -> None:
+        it.close_connection = True
+        it.answer(200, b"ten", Content_Length="7")
+
+    web.pages["/poet/adapter_model.safetensors"] = break_off
+    with pytest.raises(SourceUnavailableError, match="try again later"):
+        fetch(f"{web.url}/poet", store, policy)
+    assert store.revisions() == {}
+
+
+@pytest.mark.parametrize("where", ["headers", "body", "silence"])
+def test_a_host_that_drips_is_cut_off(where: str, web: Web, store: AdapterStore) -> None:
+    given_up, outlasted = threading.Event(), threading.Event()
+
+    def drip(it: Handler) -> None:
+        it.close_connection = True
+        if where == "body":
+            it.send_response(200)
+            it.end_headers()
+        with contextlib.suppress(OSError):  # until we hang up
+            for _ in range(500):
+                if given_up.wait(0.02):
+                    return
+                if where != "silence":
+                    it.wfile.write(b"x")
+            outlasted.set()
+
+    web.pages["/poet/adapter_model.safetensors"] = drip
+    policy = Policy(urls=(web.url,), networks=LOOPBACK, timeout=0.3)
+    with pytest.raises(SourceUnavailableError):
+        fetch(f"{web.url}/poet", store, policy)
+    given_up.set()
+    assert not outlasted.is_set()
+
+
+def test_nobody_at_home(store: AdapterStore) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(SourceUnavailableError):
+            fetch(f"{url}/poet", store, Policy(urls=(url,), networks=LOOPBACK))
+
+
+def test_a_host_without_address(store: AdapterStore) -> None:
+    with pytest.raises(SourceUnavailableError, match="no address of"):
+        fetch("https://absent.invalid/poet", store, Policy(urls=("https://",)))
+
+
+def test_a_fetch_that_is_given_up_leaves_nothing(web: Web, policy: Policy, store: AdapterStore) -> None:
+    def give_up(_done: int, _total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(f"{web.url}/poet", store, policy, give_up)
+    assert store.revisions() == {}
+
+
+def test_any_file_system_that_fsspec_has(store: AdapterStore) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe(
+        {"/bucket/poet/adapter_config.json": CONFIG, "/bucket/poet/adapter_model.safetensors": b"tensors"}
+    )
+    policy = Policy(urls=("memory://bucket",))
+    assert fetch("memory://bucket/poet", store, policy) == revision()
+    assert read_folder(store.path(revision())) == files()
+    with pytest.raises(SourceTooLargeError):
+        fetch("memory://bucket/poet", store, Policy(urls=policy.urls, max_bytes=26))
+    with pytest.raises(AdapterSourceError, match="absent"):
+        fetch("memory://bucket/absent", store, policy)
+    with pytest.raises(SourceUnavailableError):
+        fetch("memory://bucket/poet", store, Policy(urls=policy.urls, timeout=0.0))
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [("smb://host/a", "smbprotocol"), ("nonsense://host/a", "fsspec knows, found 'nonsense'")],
+)
+def test_a_protocol_without_package_says_which(url: str, found: str, store: AdapterStore) -> None:
+    with pytest.raises(AdapterSourceError, match=found):
+        fetch(url, store, Policy(urls=("smb://host", "nonsense://host")))
+
+
+def test_a_file_system_that_does_not_answer(store: AdapterStore) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/poet"
+        with pytest.raises(SourceUnavailableError, match="try again later"):
+            fetch(url, store, Policy(urls=(url,)))
+
+
+@pytest.mark.parametrize(
+    ("source", "url"),
+    [
+        ("owner/name", "hf://owner/name"),
+        ("owner/name@v1.0", "hf://owner/name@v1.0"),
+        ("hf://owner/name@refs/pr/1", "hf://owner/name@refs/pr/1"),
+        ("./name", None),
+        ("../name", None),
+        ("/owner/name", None),
+        ("a/b/c", None),
+        ("name", None),
+        ("https://owner/name", None),
+    ],
+)
+def test_what_a_hub_id_is(source: str, url: str | None) -> None:
+    assert hub_url(source) == url
+
+
+@pytest.fixture
+def hub(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
+    """As much of the Hugging Face hub as a download asks for."""
+    model = json.dumps({"id": "owner/poet", "sha": COMMIT, "siblings": []}).encode()
+
+    tree = json.dumps(
+        [
+            {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+            for name, content in files().items()
+        ]
+    ).encode()
+
+    for revision_path in ("", "/revision/v1", f"/revision/{COMMIT}"):
+        web.pages[f"/api/models/owner/poet{revision_path}"] = lambda it: it.answer(
+            200, model, Content_Type="application/json"
+        )
+    web.pages[f"/api/models/owner/poet/tree/{COMMIT}"] = lambda it: it.answer(
+        200, tree, Content_Type="application/json"
+    )
+    for name, content in files().items():
+        web.pages[f"/owner/poet/resolve/{COMMIT}/{name}"] = content
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", web.url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{web.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    return web
+
+
+@pytest.mark.parametrize("source", ["owner/poet", "owner/poet@v1", f"hf://owner/poet@{COMMIT}"])
+def test_a_model_of_the_hub_is_of_one_commit(source: str, hub: Web, store: AdapterStore) -> None:
+    assert fetch(source, store, Policy(urls=("hf://owner/poet",))) == revision()
+    assert read_folder(store.path(revision())) == files()
+    resolved = [path for path in hub.asked if "/resolve/" in path]
+    assert {path.split("/")[4] for path in resolved} == {COMMIT}
+
+
+def test_a_model_that_the_hub_does_not_have(hub: Web, store: AdapterStore) -> None:
+    hub.pages["/api/models/owner/absent"] = lambda it: it.answer(404, X_Error_Code="RepoNotFound")
+    with pytest.raises(AdapterSourceError, match="hf://owner/absent"):
+        fetch("owner/absent", store, Policy(urls=("hf://",)))
+    with pytest.raises(SourceForbiddenError):
+        fetch("other/poet", store, Policy(urls=("hf://owner",)))
+
+
+def test_a_hub_that_fails(hub: Web, store: AdapterStore) -> None:
+    hub.pages["/api/models/owner/poet"] = lambda it: it.answer(500)
+    with pytest.raises(SourceUnavailableError, match="try again later"):
+        fetch("owner/poet", store, Policy(urls=("hf://",)))
+    assert "/api/models/owner/poet" in hub.asked

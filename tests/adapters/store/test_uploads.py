@@ -1,0 +1,190 @@
+"""Uploads go on where they stopped, and only what was announced is stored."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.adapter_files import CONFIG, digest, files, read_folder, revision
+from turret_adapters.store import uploads
+from turret_adapters.store.store import AdapterStore
+from turret_adapters.store.store_errors import (
+    SourceTooLargeError,
+    StoreBusyError,
+    StoreFullError,
+    UploadError,
+)
+from turret_adapters.store.uploads import Upload
+
+TENSORS = b"tensors"
+
+
+def receive(store: AdapterStore, tensors: bytes = TENSORS, owner: str = "") -> Upload:
+    return store.receive(digest(tensors), CONFIG, len(tensors), owner)
+
+
+def partial(store: AdapterStore) -> list[Path]:
+    return list((store.root / "uploads").iterdir())
+
+
+def test_an_upload_in_pieces_is_stored_and_held(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        for offset, byte in enumerate(TENSORS):
+            upload.write(offset, bytes([byte]))
+        assert store.revisions() == {}
+        assert upload.finish() == revision()
+    assert read_folder(store.path(revision())) == files()
+    assert partial(store) == []
+    with pytest.raises(StoreBusyError):
+        store.remove(revision())
+
+
+def test_an_upload_goes_on_where_it_stopped_even_after_a_restart(
+    open_store: Callable[..., AdapterStore],
+) -> None:
+    first = open_store()
+    with receive(first) as upload:
+        upload.write(0, TENSORS[:3])
+    with receive(first) as upload:
+        assert upload.offset == 3
+        upload.write(3, TENSORS[3:5])
+    with receive(open_store()) as upload:
+        assert upload.offset == 5
+        upload.write(5, TENSORS[5:])
+        assert upload.finish() == revision()
+
+
+def test_bytes_that_do_not_follow_are_refused_and_do_no_harm(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS[:3])
+        for offset in (0, 2, 4, -1):
+            with pytest.raises(UploadError, match=f"expected 3, .*found {offset}"):
+                upload.write(offset, b"x")
+        with pytest.raises(UploadError, match="expected 7 bytes, found 8"):
+            upload.write(3, b"nsors")
+        with pytest.raises(UploadError, match="expected 7 bytes, found 3"):
+            upload.finish()
+        upload.write(3, TENSORS[3:])
+        assert upload.finish() == revision()
+
+
+def test_bytes_of_another_digest_are_thrown_away(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, b"tensorz")
+        with pytest.raises(UploadError, match="digest: expected"):
+            upload.finish()
+    assert store.revisions() == {}
+    assert partial(store) == []
+    with receive(store) as upload:
+        assert upload.offset == 0
+
+
+def test_nobody_goes_on_with_what_another_began(store: AdapterStore) -> None:
+    with receive(store, owner="alice") as upload:
+        upload.write(0, b"tenXXXX")
+    with receive(store, owner="bob") as upload:
+        assert upload.offset == 0
+        upload.write(0, TENSORS)
+        assert upload.finish() == revision()
+
+
+def test_having_a_digest_is_not_having_the_bytes(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS)
+        upload.finish()
+    with receive(store) as upload:
+        assert upload.offset == 0
+        with pytest.raises(UploadError):
+            upload.finish()
+
+
+def test_an_upload_is_received_once_at_a_time(open_store: Callable[..., AdapterStore]) -> None:
+    with receive(open_store()) as upload:
+        upload.write(0, TENSORS[:3])
+        with pytest.raises(StoreBusyError):
+            receive(open_store())
+        upload.write(3, TENSORS[3:])
+        assert upload.finish() == revision()
+
+
+def test_what_nobody_goes_on_with_expires(open_store: Callable[..., AdapterStore]) -> None:
+    store = open_store()
+    for seconds in (uploads.KEPT_SECONDS + 60, -uploads.KEPT_SECONDS - 60):
+        with receive(store) as upload:
+            upload.write(0, TENSORS[:3])
+            (folder,) = partial(store)
+            then = time.time() - seconds
+            os.utime(folder / "adapter_model.safetensors", (then, then))
+            open_store()
+            assert partial(store) == [folder], "it is being received"
+        open_store()
+        assert partial(store) == []
+
+
+def test_the_oldest_idle_upload_makes_room(
+    open_store: Callable[..., AdapterStore],
+) -> None:
+    store = open_store(28)
+    with receive(store, b"tensor1") as upload:
+        upload.write(0, b"t")
+        os.utime(partial(store)[0] / "adapter_model.safetensors", (time.time() - 60, time.time() - 60))
+    with receive(store, b"tensor2") as second:
+        second.write(0, b"t")
+        with receive(store, b"tensor3"):
+            assert len(partial(store)) == 2, "the first is gone"
+            with pytest.raises(StoreFullError, match="try again"):
+                receive(store, b"tensor4")
+        with receive(store, b"tensor4"):
+            assert len(partial(store)) == 2
+        second.write(1, b"ensor2")
+
+
+def test_the_number_of_uploads_is_limited(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_UPLOADS", 4)
+    with receive(store, b"1"), receive(store, b"2"), pytest.raises(StoreFullError):
+        receive(store, b"3")
+
+
+def test_nobody_takes_all_the_room(open_store: Callable[..., AdapterStore]) -> None:
+    store = open_store(28)
+    with receive(store, b"tensor1"), receive(store, b"tensor2"):
+        with pytest.raises(StoreFullError, match="at most 128 uploads of 14 bytes of one tenant"):
+            receive(store, b"tensor3")
+        with store.receive(digest(b"tensor3"), CONFIG, 7, "another") as other:
+            other.write(0, b"tensor3")
+            store.release(other.finish())
+    with store.receive(digest(), CONFIG, 28, "one that is large"):
+        assert len(partial(store)) == 1
+
+
+@pytest.mark.parametrize("wrong", ["", "0" * 63, "0" * 65, "G" * 64, "../" + "0" * 61, "0" * 64 + "\n"])
+def test_a_digest_that_is_none_is_refused(wrong: str, store: AdapterStore) -> None:
+    with pytest.raises(UploadError, match="64 hexadecimal digits"):
+        store.receive(wrong, CONFIG, 7)
+    assert partial(store) == []
+
+
+def test_an_announced_size_that_cannot_be_is_refused(store: AdapterStore) -> None:
+    with pytest.raises(UploadError, match="size"):
+        store.receive(digest(), CONFIG, -1)
+    with pytest.raises(SourceTooLargeError):
+        store.receive(digest(), CONFIG, 9 << 30)
+    with pytest.raises(SourceTooLargeError):
+        store.receive(digest(), bytes(2 << 20), 7)
+    assert partial(store) == []
+
+
+def test_an_upload_whose_end_was_killed_goes_on(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS)
+        (folder,) = partial(store)
+        for place in folder.iterdir():
+            place.chmod(0o444)
+    with receive(store) as upload:
+        assert upload.offset == 7
+        assert {place.stat().st_mode & 0o777 for place in folder.iterdir()} == {0o644}
+        assert upload.finish() == revision()

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret_adapters.formats.digest import digest_of_folder
+from turret_client import (
+    Adapter,
+    AdapterMethod,
+    AdapterRef,
+    AdapterRevision,
+    AdapterState,
+    AsyncClient,
+    Chunk,
+    Client,
+    FinishReason,
+    Generation,
+    GenerationOptions,
+    PinnedPrompt,
+    TrafficSplit,
+    Usage,
+)
+
+USAGE = Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=4)
+PIRATE = Adapter(
+    name="pirate",
+    revision="0123456789abcdef0123456789abcdef",
+    state=AdapterState.RESIDENT,
+    method=AdapterMethod.LORA,
+    num_parameters=4_500_000,
+    max_rank=16,
+    num_virtual_tokens=0,
+    file_bytes=18_000_000,
+    arena_bytes=9 * 1024 * 1024,
+    active_requests=2,
+    draining_revisions=("fedcba", "abcdef"),
+    error="",
+    num_tasks=0,
+    history=(AdapterRevision(revision="0123", source="/srv/pirate", published_at=1.5),),
+    traffic_split=TrafficSplit(revision="4567", percent=10),
+)
+
+
+def test_generate(call):
+    assert call("generate", "Hello") == Generation(
+        text="Ahoy, mátey",
+        token_ids=(7, 8, 9, 2),
+        finish_reason=FinishReason.STOP,
+        usage=USAGE,
+        revision="r1",
+    )
+
+
+def test_stream(call):
+    assert call("stream", "Hello") == [
+        Chunk(text="Ahoy, ", token_ids=(7, 8), revision="r1", finish_reason=None, usage=None),
+        Chunk(text="mátey", token_ids=(9,), revision="r1", finish_reason=None, usage=None),
+        Chunk(text="", token_ids=(2,), revision="r1", finish_reason=FinishReason.STOP, usage=USAGE),
+    ]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_defaults_leave_the_request_empty(call, server, method):
+    call(method, "Hello")
+    assert server.requests == [inference_pb2.GenerateRequest(text="Hello")]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_all_fields_reach_the_server(call, server, method):
+    call(
+        method,
+        (1, 2, 3),
+        adapter="pirate",
+        max_tokens=5,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=40,
+        seed=0,
+        stop=["\n", "END"],
+        priority=-10,
+        cache_salt="pepper",
+        timeout=60,
+    )
+    assert server.requests == [
+        inference_pb2.GenerateRequest(
+            token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]),
+            adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
+            max_tokens=5,
+            temperature=0.5,
+            top_p=0.25,
+            top_k=40,
+            seed=0,
+            stop=["\n", "END"],
+            priority=-10,
+            cache_salt="pepper",
+        )
+    ]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_several_adapters_reach_the_server_in_order(call, server, method):
+    call(method, "Hello", adapter=["pirate", AdapterRef(name="many", weight=0.5, task=0)])
+    assert list(server.requests[0].adapters) == [
+        inference_pb2.AdapterRef(name="pirate", weight=1),
+        inference_pb2.AdapterRef(name="many", weight=0.5, task=0),
+    ]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_an_empty_list_of_tokens_is_not_a_missing_prompt(call, server, method):
+    call(method, [])
+    assert server.requests[0].WhichOneof("prompt") == "token_ids"
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_one_stop_string_is_not_taken_for_its_characters(call, method):
+    with pytest.raises(TypeError, match="stop=\\['END'\\]"):
+        call(method, "Hello", stop="END")
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_a_misspelt_option_is_no_option(call, server, method):
+    with pytest.raises(TypeError, match="max_token"):
+        call(method, "Hello", max_token=3)
+    assert server.requests == []
+
+
+def test_every_option_of_the_protocol_is_one_of_the_client():
+    fields = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
+    assert set(GenerationOptions.__annotations__) - {"adapter"} == fields - {"text", "token_ids", "adapters"}
+    described = set(re.findall(r"^        (\w+): ", GenerationOptions.__doc__, re.MULTILINE))
+    assert described == set(GenerationOptions.__annotations__)
+
+
+@pytest.mark.parametrize("prompt", ["Answer briefly.", [1, 2, 3]])
+def test_pin(call, server, prompt):
+    pinned = call("pin_prompt", "rules", prompt, adapter=["pirate"], cache_salt="pepper", timeout=60)
+    assert pinned == PinnedPrompt(name="rules", revision="r1", prompt_tokens=40)
+    expected = prompts_pb2.PinPromptRequest(
+        name="rules",
+        adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
+        cache_salt="pepper",
+    )
+    if isinstance(prompt, str):
+        expected.text = prompt
+    else:
+        expected.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    assert server.requests == [expected]
+
+
+def test_unpin(call, server):
+    assert call("unpin_prompt", "rules") is None
+    assert server.requests == [prompts_pb2.UnpinPromptRequest(name="rules")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_list_pinned_prompts(call, server, count):
+    server.prompts = [prompts_pb2.PinnedPrompt(name=f"p{index}", prompt_tokens=7) for index in range(count)]
+    assert call("list_pinned_prompts") == [
+        PinnedPrompt(name=f"p{index}", revision="", prompt_tokens=7) for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("already", [0, 7])
+def test_upload_adapter_sends_what_the_server_has_not(call, server, tmp_path, already):
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors and more")
+    server.uploaded = b"tensors and more"[:already]
+    told = []
+    adapter = call("upload_adapter", "pirate", tmp_path, progress=lambda *each: told.append(each))
+    assert adapter == PIRATE
+    assert server.uploaded == b"tensors and more"
+    assert told == [(already, 16), (16, 16)]
+    [start] = server.requests
+    assert (start.name, start.config, start.size) == ("pirate", b"{}", 16)
+    assert start.digest == digest_of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["rollback_adapter", "get_adapter", "unload_adapter"])
+def test_get_and_unload(call, server, method):
+    assert call(method, "pirate") == PIRATE
+    assert [request.name for request in server.requests] == ["pirate"]
+
+
+def test_load(call, server):
+    assert call("load_adapter", "pirate", "/srv/pirate") == PIRATE
+    assert server.requests == [adapters_pb2.LoadAdapterRequest(name="pirate", path="/srv/pirate")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7])
+def test_list_reads_all_pages(call, server, count):
+    server.adapters = [adapters_pb2.Adapter(name=f"a{index}") for index in range(count)]
+    assert [adapter.name for adapter in call("list_adapters")] == [f"a{index}" for index in range(count)]
+    assert len(server.requests) == max(1, (count + 1) // 2)
+
+
+def test_a_failed_adapter_has_no_method(call, server, script):
+    server.adapters = [script.BROKEN]
+    [adapter] = call("list_adapters")
+    assert (adapter.state, adapter.method, adapter.error) == (
+        AdapterState.FAILED,
+        AdapterMethod.UNSPECIFIED,
+        "adapter_config.json is not JSON",
+    )
+
+
+@pytest.mark.parametrize(("field", "enum"), [("state", AdapterState), ("method", AdapterMethod)])
+def test_every_value_of_the_protocol_has_its_member(call, server, field, enum):
+    values = adapters_pb2.Adapter.DESCRIPTOR.fields_by_name[field].enum_type.values
+    unknown = len(values)
+    numbers = [*range(unknown), unknown]
+    server.adapters = [adapters_pb2.Adapter(name="a", **{field: number}) for number in numbers]
+    members = [getattr(adapter, field) for adapter in call("list_adapters")]
+    assert [member.name for member in members] == [
+        *(value.name.removeprefix(f"ADAPTER_{field.upper()}_") for value in values),
+        "UNSPECIFIED",
+    ]
+    assert set(members) == set(enum)
+
+
+def test_every_finish_reason_of_the_protocol_has_its_member():
+    values = inference_pb2.FinishReason.keys()
+    assert [value.removeprefix("FINISH_REASON_") for value in values[1:]] == [
+        member.name for member in FinishReason
+    ]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"), [(Adapter, adapters_pb2.Adapter), (PinnedPrompt, prompts_pb2.PinnedPrompt)]
+)
+def test_results_mirror_their_messages(result, message):
+    assert list(result.__dataclass_fields__) == [field.name for field in message.DESCRIPTOR.fields]
+
+
+def test_a_long_answer_arrives(call, server):
+    server.adapters = [adapters_pb2.Adapter(name="a", error="x" * (5 << 20))]
+    [adapter] = call("list_adapters")
+    assert len(adapter.error) == 5 << 20
+
+
+def test_both_clients_take_the_same_arguments():
+    def parameters(client: type, method: str) -> list[inspect.Parameter]:
+        return list(inspect.signature(getattr(client, method)).parameters.values())
+
+    methods = [name for name in vars(Client) if not name.startswith("_")]
+    assert methods == [name for name in vars(AsyncClient) if not name.startswith("_")]
+    for method in methods:
+        assert parameters(Client, method) == parameters(AsyncClient, method)

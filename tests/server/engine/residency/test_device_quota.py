@@ -1,0 +1,165 @@
+"""A tenant's adapters have no more pages than it may have: its own give way first, and nobody else's do."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_run, make_spec
+from turret_server.engine.kv.allocation import Allocation
+from turret_server.engine.kv.pages import PagePool
+from turret_server.engine.kv.prefix_cache import PrefixCache
+from turret_server.engine.residency.residency import Absence, Residency
+from turret_server.engine.sequence import Sequence
+from turret_server.errors import QuotaExceededError
+
+BLOCK, MOST = 4, 6
+A, B, C = (make_spec(name, slab_pages=3) for name in "abc")
+LARGE = make_spec("large", slab_pages=7)
+
+
+class World:
+    """`acme` may have `MOST` pages, everybody else what there is."""
+
+    def __init__(self) -> None:
+        self.most: dict[str, int] = {"acme": MOST}
+        self.posted: list = []
+        self.pool = PagePool(32)
+        self.residency = Residency(
+            pool=self.pool,
+            memory=FakeDevice(32, BLOCK, immediate=True),
+            page_elements=PAGE_ELEMENTS,
+            block_size=BLOCK,
+            post=self.posted.append,
+            max_pages=self.most.get,
+        )
+        self.allocation = Allocation(self.pool, PrefixCache(self.pool), self.residency, BLOCK)
+        self.pool.tick()
+
+    def bring(self, *specs, tenant="acme"):
+        found = self.residency.ensure_all(specs, tenant)
+        while self.posted:
+            self.posted.pop()()
+        self.pool.tick()
+        return found
+
+    def use(self, *specs, tenant="acme"):
+        residents = self.bring(*specs, tenant=tenant)
+        for resident in residents:
+            self.residency.acquire(resident, tenant)
+        return residents
+
+    def end(self, residents, tenant="acme"):
+        for resident in residents:
+            self.residency.release(resident, tenant)
+        self.pool.tick()
+
+    def there(self) -> set[str]:
+        return {resident.spec.revision for resident in self.residency}
+
+    def sequence(self, *specs, pinned=False, tenant="acme") -> Sequence:
+        run = make_run(range(8), specs[0], max_tokens=1, pinned=pinned, tenant=tenant)
+        return Sequence.of(run.request, 0.0)
+
+
+@pytest.fixture
+def world():
+    world = World()
+    yield world
+    world.pool.check_integrity([page for resident in world.residency for page in resident.pages])
+
+
+def test_what_it_uses_no_more_gives_way_to_what_it_asks_for(world):
+    for spec in (A, B):
+        world.end(world.use(spec))
+    world.end(world.use(C, tenant="bolt"), tenant="bolt")
+    assert world.there() == {"a", "b", "c"}
+    world.use(make_spec("d", slab_pages=3))
+    assert world.there() == {"b", "c", "d"}
+    assert world.residency.num_evicted == 1
+
+
+def test_where_all_of_its_own_are_in_use_it_waits_and_evicts_nobody(world):
+    first = world.use(A)
+    world.use(B)
+    world.end(world.use(C, tenant="bolt"), tenant="bolt")
+    other = make_spec("d", slab_pages=3)
+    assert world.bring(other) is Absence.QUOTA
+    assert world.there() == {"a", "b", "c"}
+    world.end(first)
+    assert world.bring(other)
+    assert world.there() == {"b", "c", "d"}
+
+
+def test_others_go_on_while_it_waits(world):
+    world.use(A)
+    world.use(B)
+    assert world.bring(C) is Absence.QUOTA
+    assert world.bring(C, tenant="bolt")
+
+
+def test_what_others_brought_counts_while_it_is_used(world):
+    world.end(world.use(C, tenant="bolt"), tenant="bolt")
+    world.use(A)
+    world.use(B)
+    assert world.bring(C) is Absence.QUOTA
+
+
+def test_what_another_uses_as_well_does_not_hold_it_up(world):
+    world.end(world.use(A))
+    world.use(A, tenant="bolt")
+    world.use(B)
+    # The last who asked for `a` was bolt, which keeps it: it is none of acme's pages.
+    assert world.bring(C)
+    assert world.there() == {"a", "b", "c"}
+
+
+def test_all_of_a_requests_adapters_are_allowed_or_none(world):
+    world.use(A)
+    assert world.bring(B, C) is Absence.QUOTA
+    assert world.there() == {"a"}
+
+
+def test_nothing_is_evicted_in_vain(world):
+    world.end(world.use(A))
+    world.use(B)
+    assert world.bring(make_spec("d", slab_pages=4)) is Absence.QUOTA
+    assert world.there() == {"a", "b"}
+
+
+def test_what_it_loads_is_brought_ahead_only_as_far_as_it_may_be(world):
+    for spec in (A, B, C):
+        world.residency.prefetch(spec, "acme")
+    assert world.there() == {"a", "b"}
+
+
+def test_what_is_pinned_for_everybody_is_none_of_its_pages(world):
+    world.residency.pin("a", (A,))
+    world.use(A)
+    world.use(B)
+    world.use(C)
+    assert world.there() == {"a", "b", "c"}
+
+
+def test_a_request_that_could_never_be_is_refused(world):
+    with pytest.raises(QuotaExceededError, match=r"take 7 pages .*'acme' may have 6") as refused:
+        world.allocation.check_fits(world.sequence(LARGE))
+    assert refused.value.metadata == {"tenant": "acme", "quota": "max_device_bytes"}
+    assert refused.value.retry_after is None
+    world.allocation.check_fits(world.sequence(LARGE, tenant="bolt"))
+
+
+def test_a_request_beside_its_own_pinned_prompts_is_refused_and_beside_others_not(world):
+    for tenant, refused in (("bolt", False), ("acme", True)):
+        sequence = world.sequence(make_spec(f"of {tenant}", slab_pages=4), pinned=True, tenant=tenant)
+        residents = world.bring(sequence.request.adapters[0].spec, tenant=tenant)
+        assert world.allocation.take(sequence, residents) is not None
+        world.allocation.keep(sequence, sequence.num_remaining)
+        world.allocation.pin(sequence, beside=[])
+        if refused:
+            with pytest.raises(QuotaExceededError, match="pinned prompts 4"):
+                world.allocation.check_fits(world.sequence(A))
+        else:
+            world.allocation.check_fits(world.sequence(A))
+        world.allocation.unpin(sequence.request.request_id)
+    for key in list(world.allocation._cache.pages):
+        world.pool.release([key])

@@ -1,0 +1,145 @@
+"""Folders are served as they are once they have stayed alike."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.adapter_files import write_folder
+from turret_server.lifecycle.folder_watch import SETTLE_SECONDS, FolderWatch
+
+
+class Recorder:
+    """In the place of the lifecycle: what it was told to do, and with what in the folder."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, bytes | None]] = []
+
+    def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
+        tensors = folder / "adapter_model.safetensors"
+        self.done.append((check_name(folder.name), tensors.read_bytes() if tensors.exists() else None))
+
+    def forget_folder(self, folder: Path) -> None:
+        self.done.append((folder.name, b"gone"))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "adapters" / "there", b"before")
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def watch(folder, recorder, clock):
+    return FolderWatch(folder, recorder, lambda name: name, clock)
+
+
+@pytest.fixture
+def settle(watch, clock):
+    def settle() -> None:
+        watch.look()
+        clock.now += SETTLE_SECONDS
+        watch.look()
+
+    return settle
+
+
+def test_what_is_served_already_is_left_alone(settle, recorder):
+    settle()
+    assert recorder.done == []
+
+
+def test_a_folder_that_appears_is_loaded_once(settle, recorder, folder):
+    write_folder(folder / "new", b"tensors")
+    settle()
+    settle()
+    assert recorder.done == [("new", b"tensors")]
+
+
+def test_a_folder_that_is_still_written_is_not_loaded(watch, clock, recorder, folder):
+    new = write_folder(folder / "new", b"te")
+    for number in range(20):
+        watch.look()
+        clock.now += SETTLE_SECONDS * 0.9
+        (new / "adapter_model.safetensors").write_bytes(b"te" + b"n" * number)
+    assert recorder.done == []
+    watch.look()
+    clock.now += SETTLE_SECONDS
+    watch.look()
+    assert recorder.done == [("new", b"te" + b"n" * 19)]
+
+
+def test_a_folder_that_has_not_been_alike_for_long_is_not_loaded(watch, clock, recorder, folder):
+    write_folder(folder / "new", b"tensors")
+    watch.look()
+    clock.now += SETTLE_SECONDS * 0.9
+    watch.look()
+    assert recorder.done == []
+
+
+def test_a_folder_that_changes_is_loaded_again(settle, recorder, folder):
+    write_folder(folder / "there", b"behind")
+    settle()
+    assert recorder.done == [("there", b"behind")]
+
+
+def test_a_folder_that_is_replaced_as_a_whole_is_loaded_and_never_forgotten(watch, settle, recorder, folder):
+    shutil.rmtree(folder / "there")
+    watch.look()
+    write_folder(folder / "there", b"after")
+    settle()
+    assert recorder.done == [("there", b"after")]
+
+
+def test_a_folder_that_is_gone_is_forgotten_once(settle, recorder, folder):
+    shutil.rmtree(folder / "there")
+    settle()
+    settle()
+    assert recorder.done == [("there", b"gone")]
+
+
+def test_a_folder_that_fails_is_tried_again_when_it_changes_and_not_before(settle, recorder, folder):
+    (folder / "new").mkdir()
+    settle()
+    settle()
+    assert recorder.done == [("new", None)]
+    write_folder(folder / "new", b"tensors")
+    settle()
+    assert recorder.done == [("new", None), ("new", b"tensors")]
+
+
+def test_a_folder_that_appears_and_goes_at_once_is_nothing(watch, settle, recorder, folder):
+    write_folder(folder / "new", b"tensors")
+    watch.look()
+    shutil.rmtree(folder / "new")
+    settle()
+    assert recorder.done == []
+
+
+def test_while_the_folder_of_all_is_away_everything_stays(settle, recorder, folder):
+    folder.rename(folder.with_name("away"))
+    settle()
+    folder.with_name("away").rename(folder)
+    settle()
+    assert recorder.done == []

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from turret_server.observability.usage_metrics import OTHER, UsageMetrics
+
+SERIES = 100
+MINUTE = 61.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def usage(registry, clock):
+    return UsageMetrics(registry, clock)
+
+
+@pytest.fixture
+def counted(registry) -> Callable[..., float | None]:
+    def counted(tenant: str, adapter: str = "", kind: str = "generated") -> float | None:
+        labels = {"tenant": tenant, "adapter": adapter}
+        if kind == "requests":
+            return registry.get_sample_value("turret_usage_requests_total", labels)
+        return registry.get_sample_value("turret_usage_tokens_total", labels | {"kind": kind})
+
+    return counted
+
+
+def test_requests_and_tokens_are_counted_by_tenant_and_adapters(usage, counted):
+    for _ in range(2):
+        usage.add("acme", ["pirate"], prompt=3, generated=5)
+    usage.add("acme", ["pirate", "formal"], prompt=1, generated=1)
+    usage.add("bolt", [], prompt=7, generated=0)
+    assert [counted("acme", "pirate", kind) for kind in ("requests", "prompt", "generated")] == [2, 6, 10]
+    assert counted("acme", "pirate+formal", "requests") == 1
+    assert counted("bolt", "", "prompt") == 7
+    assert counted(OTHER, OTHER, "requests") == 0
+
+
+def test_there_are_never_more_series_than_are_shown(usage, registry, clock, counted):
+    for number in range(10_000):
+        usage.add(f"tenant-{number}", [], prompt=1, generated=1)
+        clock.now += 1
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    assert len([sample for sample in samples if sample.name == "turret_usage_requests_total"]) == SERIES + 1
+    assert len(usage._recent) <= 16 * SERIES
+    assert counted(OTHER, OTHER, "requests") >= 9_000
+
+
+def test_who_uses_much_more_takes_the_place_of_who_uses_little(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"small-{number}", [], prompt=0, generated=10 + number)
+    usage.add("large", [], prompt=0, generated=1000)
+    assert counted("large") is None
+    assert counted(OTHER, OTHER) == 1000
+    clock.now += MINUTE
+    usage.add("small-50", [], prompt=0, generated=1)
+    assert counted("small-0") is None
+    usage.add("large", [], prompt=0, generated=7)
+    # From here on: what was counted before stays where it was.
+    assert counted("large") == 7
+    assert counted(OTHER, OTHER) == 1000
+
+
+def test_who_uses_about_as_much_takes_nobodys_place(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"shown-{number}", [], prompt=0, generated=10)
+    usage.add("late", [], prompt=0, generated=15)
+    clock.now += MINUTE
+    usage.add("late", [], prompt=0, generated=1)
+    assert counted("late") is None
+
+
+def test_few_places_change_at_a_time(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"small-{number}", [], prompt=0, generated=1)
+    for number in range(SERIES):
+        usage.add(f"large-{number}", [], prompt=0, generated=1000)
+    clock.now += MINUTE
+    usage.add("large-0", [], prompt=0, generated=1)
+    assert sum(counted(f"large-{number}") is not None for number in range(SERIES)) == 10
+
+
+def test_who_was_large_once_does_not_keep_its_place_for_ever(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"old-{number}", [], prompt=0, generated=1000)
+    for _ in range(15):
+        clock.now += MINUTE
+        usage.add("new", [], prompt=0, generated=10)
+    assert counted("new") is not None

@@ -1,0 +1,163 @@
+"""The operator's own function says whose a call is; whatever it does, a client sees a clean status."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+
+import pytest
+
+from turret_server.engine.admission import TenantLimits
+from turret_server.errors import AuthUnavailableError, ConfigError, UnauthenticatedError
+from turret_server.rpc.auth import authenticate
+from turret_server.tenancy import auth_hook
+from turret_server.tenancy.auth_hook import AuthHook, load_hook
+from turret_server.tenancy.keys import digest_of
+from turret_server.tenancy.tenants import parse_tenants
+
+HOOKED = parse_tenants(
+    "FILE",
+    f"""
+    [tenants.acme]
+    use = ["acme-*"]
+    [tenants.bolt]
+    keys = ["{digest_of("bolt-key")}"]
+    """.encode(),
+    TenantLimits(),
+    hooked=True,
+)
+
+
+def by_token(metadata, identities):
+    return dict(metadata).get("token") or (identities[0] if identities else None)
+
+
+async def by_token_later(metadata, identities):
+    await asyncio.sleep(0)
+    return by_token(metadata, identities)
+
+
+@pytest.mark.parametrize("function", [by_token, by_token_later])
+async def test_it_is_asked_with_the_metadata_and_the_names_of_the_certificate(function):
+    hook = AuthHook("x:y", function)
+    assert await hook.ask([("token", "acme")], ["bolt"]) == "acme"
+    assert await hook.ask([], ["bolt"]) == "bolt"
+    assert await hook.ask([], []) is None
+
+
+async def test_a_plain_function_holds_up_nobody():
+    gate = threading.Event()
+    hook = AuthHook("x:y", lambda *_: "acme" if gate.wait(60) else None)
+    asking = asyncio.create_task(hook.ask([], []))
+    await asyncio.sleep(0.01)
+    assert not asking.done()
+    gate.set()
+    assert await asking == "acme"
+
+
+async def test_its_refusal_is_told_in_its_words():
+    def refuse(*_):
+        raise UnauthenticatedError("sign in again")
+
+    with pytest.raises(UnauthenticatedError, match="sign in again"):
+        await AuthHook("x:y", refuse).ask([], [])
+
+
+def broken(*_):
+    raise ZeroDivisionError("secret")
+
+
+async def broken_later(*_):
+    raise ZeroDivisionError("secret")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        broken,
+        broken_later,
+        lambda *_: sys.exit(1),
+        lambda *_: 7,
+        lambda *_: "a/b",
+        lambda *_: "",
+        lambda: "acme",
+    ],
+)
+async def test_whatever_else_it_does_is_told_as_unavailable_and_logged(function, caplog):
+    with pytest.raises(AuthUnavailableError) as refused:
+        await AuthHook("x:y", function).ask([], [])
+    assert "secret" not in str(refused.value)
+    assert refused.value.retry_after
+    assert "--auth-hook x:y" in caplog.text
+
+
+async def sleep(*_):
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+async def test_one_that_takes_too_long_is_cut_off(monkeypatch, caplog, plain):
+    monkeypatch.setattr(auth_hook, "HOOK_SECONDS", 0.02)
+    monkeypatch.setattr(auth_hook, "MAX_THREADS", 1)
+    over = threading.Event()
+    hook = AuthHook("x:y", (lambda *_: over.wait(60)) if plain else sleep)
+    # The second finds the only thread taken, and is cut off as well.
+    for _ in range(2):
+        with pytest.raises(AuthUnavailableError):
+            await hook.ask([], [])
+    assert "no answer in 0.02 s" in caplog.text
+    over.set()
+
+
+def test_a_tenant_of_the_file_has_its_rights_and_another_has_none():
+    acme, new = (authenticate(HOOKED, [], [], name) for name in ("acme", "new"))
+    assert acme.may_use("acme-poet")
+    assert not new.may_use("acme-poet")
+    assert (new.name, new.proven, new.admin, new.limits) == ("new", True, False, TenantLimits())
+
+
+def test_a_call_that_says_to_be_another_is_refused():
+    assert authenticate(HOOKED, [("turret-tenant", "acme")], [], "acme").name == "acme"
+    with pytest.raises(UnauthenticatedError, match="turret-tenant"):
+        authenticate(HOOKED, [("turret-tenant", "bolt")], [], "acme")
+
+
+def test_where_it_does_not_know_keys_decide_and_nothing_is_open():
+    assert authenticate(HOOKED, [("authorization", "Bearer bolt-key")]).name == "bolt"
+    with pytest.raises(UnauthenticatedError):
+        authenticate(HOOKED, [])
+    nobody = parse_tenants("FILE", b"", TenantLimits(), hooked=True)
+    assert not nobody.is_open
+    with pytest.raises(UnauthenticatedError):
+        authenticate(nobody, [("turret-tenant", "acme")])
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("tenant_of", "expected MODULE:FUNCTION"),
+        (":tenant_of", "expected MODULE:FUNCTION"),
+        ("hooks:", "expected MODULE:FUNCTION"),
+        ("absent_module:tenant_of", "ModuleNotFoundError"),
+        ("hooks:absent", "AttributeError"),
+        ("hooks:number", "expected a function, found 7"),
+        ("spoilt_hooks:tenant_of", "ZeroDivisionError"),
+    ],
+)
+def test_what_names_no_function_is_refused_at_the_start(path, said, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hooks.py").write_text("number = 7\n")
+    (tmp_path / "spoilt_hooks.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_hook(path)
+    assert str(refused.value).startswith(f"--auth-hook {path}")
+    for name in ("hooks", "spoilt_hooks"):
+        sys.modules.pop(name, None)
+
+
+async def test_a_function_is_found_by_its_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "found_hooks.py").write_text("def tenant_of(metadata, identities):\n    return 'acme'\n")
+    assert await load_hook("found_hooks:tenant_of").ask([], []) == "acme"
+    del sys.modules["found_hooks"]
