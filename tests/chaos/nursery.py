@@ -102,7 +102,7 @@ class Nursery:
 
 
 def main() -> None:
-    import turret_server.app.serve  # noqa: F401, PLC0415 -- what takes so long otherwise
+    import turret_server.app.run  # noqa: F401, PLC0415 -- what takes so long otherwise
     from turret_cli.main import main as turret  # noqa: PLC0415
 
     for line in sys.stdin:

@@ -20,7 +20,7 @@ from support.models import FAMILIES, VOCAB_SIZE
 from support.oracle import Oracle
 from support.running import RecordingSampler, Running, submit, wait
 from turret_adapters.registry import Named
-from turret_server.app.serve import Parts, assemble
+from turret_server.app.build import Parts, assemble
 from turret_server.config import ServerConfig
 
 TOLERANCE = 1e-3

@@ -139,7 +139,7 @@ def test_what_does_not_finish_in_the_grace_time_is_told(base_of, cache, tmp_path
             assert ended.value.reason == "SHUTTING_DOWN"
             assert ended.value.retry_after == 1.0
         assert server.wait() == 0
-        assert told(server, "are not done, and end now")
+        assert told(server, "have not finished and are ended now")
 
 
 def test_an_upload_that_does_not_finish_is_told_and_goes_on_with_the_next_server(

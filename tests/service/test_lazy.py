@@ -10,7 +10,7 @@ import pytest
 
 from support.serving import serving
 from turret_client import AsyncClient, Client, NotFoundError
-from turret_server.app.serve import assemble
+from turret_server.app.build import assemble
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
 from turret_server.lifecycle import lazy

@@ -129,11 +129,11 @@ def test_a_tenants_requests_hold_so_much_of_the_arena(client_of, sources, served
     before = file.read_text()
     try:
         file.write_text(before.replace("max_device_bytes = 1\n", ""))
-        served.parts.tenants.look()
+        served.parts.access.tenants.look()
         # Others have none of these.
         size = client.load_adapter("device-a", str(sources / "4")).arena_bytes
         file.write_text(before.replace("max_device_bytes = 1\n", f"max_device_bytes = {size * 3 // 2}\n"))
-        served.parts.tenants.look()
+        served.parts.access.tenants.look()
         client.load_adapter("device-b", str(sources / "5"))
         for name in ("device-a", "device-b", "device-a"):
             assert client.generate(PROMPT, adapter=name, max_tokens=2).token_ids
@@ -141,13 +141,13 @@ def test_a_tenants_requests_hold_so_much_of_the_arena(client_of, sources, served
             assert [name for name, state in states.items() if state is AdapterState.RESIDENT] == [name]
         # Less than it was when they were loaded: its requests are told, and wait for nothing.
         file.write_text(before)
-        served.parts.tenants.look()
+        served.parts.access.tenants.look()
         with refused("device", "max_device_bytes"):
             client.generate(PROMPT, adapter="device-a", max_tokens=2, timeout=HANG_S)
         assert client.generate(PROMPT, max_tokens=2).token_ids
     finally:
         file.write_text(before)
-        served.parts.tenants.look()
+        served.parts.access.tenants.look()
 
 
 def test_a_tenant_has_so_many_loads_at_once_and_is_told_to_come_back(client_of, sources, served, monkeypatch):

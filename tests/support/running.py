@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from turret_adapters.registry import Named
-from turret_server.app.serve import Parts
+from turret_server.app.build import Parts
 from turret_server.engine.request import AdapterUse, FinishReason, Output, Request, SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.model.sampler import Sampler

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from turret_server.app.serve import Parts, assemble, make_server
+from turret_server.app.build import Parts, assemble, make_server
 from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.rpc.server import RpcServer

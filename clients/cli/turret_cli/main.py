@@ -18,6 +18,7 @@ from turret_cli import prompts as prompt_commands
 from turret_cli import tenants as tenant_commands
 from turret_client import TurretError
 from turret_server import logs
+from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig, default_cache, default_store
 from turret_server.errors import TurretError as ServerError
 
@@ -316,10 +317,12 @@ def serve(**settings: Any) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         # Here and not above: the other commands work where the server's dependencies are missing.
-        from turret_server.app.serve import serve as run  # noqa: PLC0415
+        signals = StopSignals()
+        with signals.handled():
+            from turret_server.app.run import serve as run  # noqa: PLC0415
 
-        logs.take_over("transformers", "huggingface_hub")
-        run(config)
+            logs.take_over("transformers", "huggingface_hub")
+            run(config, signals)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("turret"):
             raise

@@ -410,7 +410,8 @@ def _root_logger_stays_as_it_is(monkeypatch):
 def served(monkeypatch) -> list[ServerConfig]:
     """What `turret serve` would have served."""
     configs: list[ServerConfig] = []
-    monkeypatch.setitem(sys.modules, "turret_server.app.serve", SimpleNamespace(serve=configs.append))
+    run = SimpleNamespace(serve=lambda config, _signals: configs.append(config))
+    monkeypatch.setitem(sys.modules, "turret_server.app.run", run)
     return configs
 
 
@@ -474,17 +475,17 @@ def test_serve_sends_every_option(served, tmp_path):
 
 def test_serve_logs_at_its_level(monkeypatch):
     levels = []
-    monkeypatch.setitem(sys.modules, "turret_server.app.serve", SimpleNamespace(serve=lambda _: None))
+    monkeypatch.setitem(sys.modules, "turret_server.app.run", SimpleNamespace(serve=lambda *_: None))
     monkeypatch.setattr("logging.basicConfig", lambda **options: levels.append(options["level"]))
     CliRunner().invoke(main, ["serve", "--model", "m", "--log-level", "warning"])
     assert levels == ["WARNING"]
 
 
 def test_a_wrong_setting_is_an_error_of_one_line(monkeypatch):
-    def serve(config: ServerConfig) -> None:
+    def serve(config: ServerConfig, _signals: object) -> None:
         raise ConfigError(f"--memory {config.memory}: expected a size")
 
-    monkeypatch.setitem(sys.modules, "turret_server.app.serve", SimpleNamespace(serve=serve))
+    monkeypatch.setitem(sys.modules, "turret_server.app.run", SimpleNamespace(serve=serve))
     result = CliRunner().invoke(main, ["serve", "--model", "m", "--memory", "lots"])
     assert (result.exit_code, result.stderr) == (
         1,

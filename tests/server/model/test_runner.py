@@ -7,7 +7,7 @@ import queue
 
 import pytest
 
-from turret_server.app.serve import assemble
+from turret_server.app.build import assemble
 from turret_server.config import ServerConfig
 
 

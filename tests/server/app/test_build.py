@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from turret_server.app.security import check_tenants
+from turret_server.app.build import _check_access
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
@@ -25,21 +25,21 @@ def config(**settings: object) -> ServerConfig:
 
 def test_an_open_server_is_reached_from_elsewhere_only_if_that_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="--allow-unauthenticated"):
-        check_tenants(config(), OPEN)
+        _check_access(config(), OPEN)
     with pytest.raises(ConfigError, match="--allow-unauthenticated"):
-        check_tenants(config(tls_cert=PEM, tls_key=PEM), OPEN)
-    check_tenants(config(allow_unauthenticated=True), OPEN)
-    check_tenants(config(listen="127.0.0.1:50051"), OPEN)
+        _check_access(config(tls_cert=PEM, tls_key=PEM), OPEN)
+    _check_access(config(allow_unauthenticated=True), OPEN)
+    _check_access(config(listen="127.0.0.1:50051"), OPEN)
 
 
 def test_certificates_of_an_authority_are_enough_and_it_is_told_what_that_means(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     certified = config(tls_cert=PEM, tls_key=PEM, tls_client_ca=Path("clients.pem"))
-    with caplog.at_level(logging.WARNING, "turret_server.app.security"):
-        check_tenants(certified, OPEN)
-    [told] = caplog.messages
-    assert "whoever has a certificate that clients.pem signed may do everything" in told
+    with caplog.at_level(logging.WARNING, "turret_server.app.build"):
+        _check_access(certified, OPEN)
+    [warning] = caplog.messages
+    assert "every client with a certificate signed by clients.pem has every permission" in warning
     caplog.clear()
-    check_tenants(certified, KEYS)
+    _check_access(certified, KEYS)
     assert not caplog.messages

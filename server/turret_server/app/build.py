@@ -1,0 +1,335 @@
+"""Builds a server: constructs its parts in order, and closes them in reverse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from turret_adapters.host_memory import HostMemory
+from turret_adapters.library import AdapterLibrary
+from turret_adapters.registry import AdapterRegistry
+from turret_adapters.slab import lora_rows, slab_layout
+from turret_adapters.sources.policy import Policy
+from turret_adapters.store.names import Names
+from turret_adapters.store.store import AdapterStore
+from turret_server.app.memory import arena_bytes, host_bytes, max_adapter_bytes, parse_memory
+from turret_server.app.settings import check_config
+from turret_server.config import ServerConfig
+from turret_server.engine.admission import TenantLimits
+from turret_server.engine.loop import Engine
+from turret_server.engine.scheduler import Limits
+from turret_server.errors import ConfigError
+from turret_server.kernels.cpu.cores import give_back_cores
+from turret_server.lifecycle.folder_watch import FolderWatch
+from turret_server.lifecycle.lazy import NAME_MARK, LazyAdapters
+from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.watches import AdapterWatches
+from turret_server.model.arena import Arena
+from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
+from turret_server.model.runner import ModelRunner
+from turret_server.model.sampler import Sampler
+from turret_server.model.weights import ModelWeights
+from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, EngineMetrics, RequestMetrics
+from turret_server.observability.request_log import RequestRecords
+from turret_server.observability.usage_log import UsageLog
+from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.rpc.adapter_messages import AdapterMessages
+from turret_server.rpc.adapters import AdapterServicer
+from turret_server.rpc.auth import AuthInterceptor
+from turret_server.rpc.drain import RunningCalls
+from turret_server.rpc.errors import ErrorInterceptor
+from turret_server.rpc.inference import InferenceServicer
+from turret_server.rpc.prompts import PromptServicer
+from turret_server.rpc.reading import ReadingInterceptor
+from turret_server.rpc.server import RpcServer, is_loopback
+from turret_server.rpc.tls import TlsFiles
+from turret_server.serving.requests import ModelInfo, RequestFactory
+from turret_server.serving.validation import check_name
+from turret_server.tenancy.auth_hook import AuthHook, load_hook
+from turret_server.tenancy.tenants import TenantTable
+from turret_server.tenancy.tenants_file import TenantsFile
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A server that runs, but has no open port yet."""
+
+    engine: Engine
+    registry: AdapterRegistry
+    lifecycle: AdapterLifecycle
+    inference: InferenceServicer
+    adapters: AdapterServicer
+    prompts: PromptServicer
+    watches: AdapterWatches
+    access: Access
+    metrics: CollectorRegistry
+    loaded: LoadedModel
+    arena: Arena
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may call, and how connections are encrypted."""
+
+    tenants: TenantsFile
+    auth_hook: AuthHook | None
+    tls: TlsFiles | None
+
+
+@contextmanager
+def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Parts]:
+    """Load the model and start the engine; stop it when the block ends.
+
+    Raises:
+        ConfigError: a setting is invalid, or does not fit this machine.
+        UnsupportedModelError: the model cannot be served.
+    """
+    check_config(config)
+    with ExitStack() as stack:
+        yield _assemble(config, sampler or Sampler(), stack)
+
+
+def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts:
+    """Everything that must be closed goes on `stack`, in the order in which it is constructed."""
+    metrics = CollectorRegistry()
+    records = stack.enter_context(request_records(config, metrics))
+    access = load_access(config)
+    loaded, arena = _load_model(config)
+    library = stack.enter_context(closing(_open_library(config, loaded)))
+    page_locked = loaded.device.type == "cuda"
+    memory = HostMemory(host_bytes(config.host_memory), library.read, page_locked=page_locked)
+    registry = AdapterRegistry(memory)
+    runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler)))
+    runner.check()
+    runner.warm_up(config.max_batch_requests)
+    engine = _make_engine(config, runner, arena, access.tenants, metrics)
+    lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library, pinned=config.pin)
+    messages = AdapterMessages(engine, arena.page_bytes)
+    watches = AdapterWatches(registry, messages)
+    adapters = AdapterServicer(registry=registry, lifecycle=lifecycle, messages=messages, watches=watches)
+    AdapterMetrics(adapters.states, memory, library.downloads, metrics)
+    requests = _make_requests(config, loaded, lifecycle, registry, metrics)
+    _log_capacity(config, loaded, arena)
+    give_back_cores()
+    stack.callback(engine.stop)
+    engine.start()
+    _load_adapters(config, lifecycle, stack)
+    stack.enter_context(access.tenants)
+    return Parts(
+        engine=engine,
+        registry=registry,
+        lifecycle=lifecycle,
+        inference=InferenceServicer(
+            engine=engine, requests=requests, codec=loaded.tokenizer, records=records
+        ),
+        adapters=adapters,
+        prompts=PromptServicer(
+            engine=engine, requests=requests, records=records, block_size=arena.block_size
+        ),
+        watches=watches,
+        access=access,
+        metrics=metrics,
+        loaded=loaded,
+        arena=arena,
+    )
+
+
+def make_server(parts: Parts) -> RpcServer:
+    """The gRPC server. The error interceptor comes first, so that a refused authentication is also answered
+    as a typed error; the body of a request is read last, after authentication.
+    """
+    calls = RunningCalls()
+    auth = AuthInterceptor(parts.access.tenants, parts.access.auth_hook, AuthMetrics(parts.metrics).failed)
+    interceptors = [ErrorInterceptor(), calls, auth, ReadingInterceptor()]
+    tls = parts.access.tls
+    credentials = tls.credentials() if tls else None
+    return RpcServer(parts.inference, parts.adapters, parts.prompts, interceptors, calls, credentials)
+
+
+@contextmanager
+def request_records(config: ServerConfig, registry: CollectorRegistry) -> Iterator[RequestRecords]:
+    """Records of requests; when the block ends, the usage log is closed and pending traces are sent.
+
+    Raises:
+        ConfigError: the usage log cannot be written, or OpenTelemetry is not installed.
+    """
+    with ExitStack() as stack:
+        usage_log = stack.enter_context(closing(UsageLog(config.usage_log))) if config.usage_log else None
+        on_end = None
+        if config.otel:
+            try:
+                from turret_server.observability.tracing import tracing  # noqa: PLC0415 -- an optional extra
+            except ModuleNotFoundError as error:
+                if not (error.name or "").startswith("opentelemetry"):
+                    raise
+                raise ConfigError(
+                    '--otel: OpenTelemetry is not installed; install it with: pip install "turret[otel]"'
+                ) from error
+            on_end = stack.enter_context(tracing(config.model))
+        yield RequestRecords(RequestMetrics(registry), usage_log, on_end)
+
+
+def load_access(config: ServerConfig) -> Access:
+    """Read the tenants file, the authentication hook and the certificates.
+
+    Raises:
+        ConfigError: one of them is invalid, or together they would open the server to everybody.
+    """
+    limits = TenantLimits(max_queued_requests=config.max_queue, max_queued_tokens=config.max_queue_tokens)
+    auth_hook = load_hook(config.auth_hook) if config.auth_hook else None
+    tenants = TenantsFile(config.tenants, limits, hooked=auth_hook is not None)
+    _check_access(config, tenants.table)
+    tls = None
+    if config.tls_cert and config.tls_key:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
+    elif config.tls_cert or config.tls_key or config.tls_client_ca:
+        raise ConfigError("--tls-cert and --tls-key belong together, and --tls-client-ca to both")
+    return Access(tenants=tenants, auth_hook=auth_hook, tls=tls)
+
+
+def _check_access(config: ServerConfig, tenants: TenantTable) -> None:
+    """A server that other machines reach must authenticate its callers, unless the operator waives that.
+
+    Where no tenant has a key or an identity, the authority of --tls-client-ca decides who gets in, and
+    everybody whose certificate it signed has every permission.
+    """
+    if tenants.has_identities and not config.tls_client_ca:
+        raise ConfigError(
+            f"--tenants {config.tenants}: identities are names in client certificates; start the server with "
+            "--tls-client-ca as well"
+        )
+    if is_loopback(config.listen):
+        return
+    if tenants.is_open and config.tls_client_ca:
+        log.warning(
+            "every client with a certificate signed by %s has every permission, as any tenant; to keep "
+            "tenants apart, give them identities or keys in the file of --tenants",
+            config.tls_client_ca,
+        )
+    elif tenants.is_open and not config.allow_unauthenticated:
+        raise ConfigError(
+            f"--listen {config.listen}: other machines could use this server without authentication; give "
+            "tenants keys in the file of --tenants (`turret tenants key NAME`), require certificates with "
+            "--tls-client-ca, listen on 127.0.0.1, or allow it with --allow-unauthenticated"
+        )
+    if not config.tls_cert:
+        log.warning("prompts and API keys cross the network unencrypted: use --tls-cert and --tls-key")
+
+
+def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
+    device = select_device(config.device)
+    dtype = select_dtype(config.dtype, device)
+    loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
+    arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
+    if not arena.num_pages:
+        raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
+    return loaded, arena
+
+
+def _open_library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
+    """Adapters on disk. Names belong to the base model; files are shared by all base models."""
+    size = int(parse_memory("--store-size", config.store_size)[0]) if config.store_size else None
+    store = AdapterStore(config.store, size)
+    identity = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    names = Names(config.store / "names.sqlite", identity)
+    weights = ModelWeights(loaded.model, loaded.ops)
+    return AdapterLibrary(
+        store=store, names=names, policy=_source_policy(config), base=loaded.base, weights=weights
+    )
+
+
+def _source_policy(config: ServerConfig) -> Policy:
+    """Where adapters may be loaded from. Callers on loopback have access to this machine's files anyway."""
+    allowed = [*config.allow_sources]
+    if config.lazy_source:
+        allowed.append(config.lazy_source.partition(NAME_MARK)[0].rpartition("/")[0])
+    urls = tuple(source for source in allowed if "://" in source)
+    folders = [Path(source) for source in allowed if "://" not in source]
+    if config.adapters:
+        folders.append(config.adapters)
+    if not config.allow_sources and is_loopback(config.listen):
+        folders = [Path("/")]
+    return Policy(roots=tuple(folders), urls=urls, max_bytes=max_adapter_bytes())
+
+
+def _make_engine(
+    config: ServerConfig, runner: ModelRunner, arena: Arena, tenants: TenantsFile, metrics: CollectorRegistry
+) -> Engine:
+    return Engine(
+        runner=runner,
+        memory=runner,
+        num_pages=arena.num_pages,
+        page_elements=arena.page_elements,
+        block_size=arena.block_size,
+        limits=Limits(
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_requests=config.max_batch_requests,
+            max_step_seconds=config.max_step_seconds,
+        ),
+        tenants=tenants.limits,
+        max_adapter_pages=partial(_max_adapter_pages, tenants, arena.page_bytes),
+        on_stats=EngineMetrics(metrics, arena.page_bytes).record,
+    )
+
+
+def _max_adapter_pages(tenants: TenantsFile, page_bytes: int, tenant: str) -> int | None:
+    most = tenants.max_device_bytes(tenant)
+    return None if most is None else most // page_bytes
+
+
+def _make_requests(
+    config: ServerConfig,
+    loaded: LoadedModel,
+    lifecycle: AdapterLifecycle,
+    registry: AdapterRegistry,
+    metrics: CollectorRegistry,
+) -> RequestFactory:
+    return RequestFactory(
+        registry=registry,
+        lifecycle=lifecycle,
+        codec=loaded.tokenizer,
+        model=ModelInfo(
+            vocab_size=loaded.vocab_size,
+            max_context=loaded.max_context,
+            stop_token_ids=loaded.stop_token_ids,
+        ),
+        usage=UsageMetrics(metrics),
+        lazy=LazyAdapters(lifecycle, config.lazy_source) if config.lazy_source else None,
+    )
+
+
+def _load_adapters(config: ServerConfig, lifecycle: AdapterLifecycle, stack: ExitStack) -> None:
+    """The watch is made before the folders are loaded, so that it sees what changes meanwhile."""
+    watch = None
+    if config.watch and config.adapters:
+        watch = FolderWatch(config.adapters, lifecycle, check_name)
+        stack.callback(watch.stop)
+    lifecycle.start(config.adapters, check_name)
+    if watch:
+        watch.start()
+
+
+def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> None:
+    rank = 16
+    per_adapter = slab_layout(lora_rows(loaded.base, rank), arena.page_elements).num_pages
+    log.info(
+        "%s on %s in %s; arena of %.0f MiB: %d pages of %d tokens; room for %d tokens, or %d LoRA adapters "
+        "of rank %d on every linear, or a mixture",
+        config.model,
+        loaded.device.type,
+        str(loaded.dtype).removeprefix("torch."),
+        arena.num_pages * arena.page_bytes / 2**20,
+        arena.num_pages,
+        arena.block_size,
+        arena.num_pages * arena.block_size,
+        arena.num_pages // per_adapter,
+        rank,
+    )

@@ -1,0 +1,99 @@
+"""Runs a server: opens its ports, reports readiness, and shuts it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from turret_server.app.build import Parts, assemble, make_server
+from turret_server.app.readiness import report_ready
+from turret_server.app.signals import StopSignals
+from turret_server.config import ServerConfig
+from turret_server.errors import ConfigError, GenerationFailedError
+from turret_server.rpc.server import RpcServer, split_address
+
+log = logging.getLogger(__name__)
+
+# How long a call that is ended has to send its status; its client may be slow to read it.
+_STATUS_SECONDS = 2.0
+
+
+def serve(config: ServerConfig, signals: StopSignals) -> None:
+    """Serve until SIGINT or SIGTERM. `signals` are handled already.
+
+    Raises:
+        ConfigError: a setting is invalid, or does not fit this machine.
+        UnsupportedModelError: the model cannot be served.
+        GenerationFailedError: the engine failed; a new process may do better.
+    """
+    with assemble(config) as parts:
+        if config.metrics:
+            _serve_metrics(config.metrics, parts.metrics)
+        asyncio.run(_serve(config, parts, signals))
+
+
+def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
+    host, port = split_address(address)
+    try:
+        server, _ = start_http_server(port, host, registry=registry)
+    except OSError as error:
+        raise ConfigError(
+            f"--metrics {address}: {error.strerror}; choose another port, or none to switch metrics off"
+        ) from error
+    log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+
+
+async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:
+    server = make_server(parts)
+    shutdown = Shutdown(server, parts)
+    with signals.on_event_loop(shutdown.request):
+        port = await server.start(config.listen)
+        log.info("serving on %s:%d", split_address(config.listen)[0], port)
+        readiness = asyncio.create_task(report_ready(server, parts.lifecycle.pin_missing))
+        await shutdown.requested.wait()
+        readiness.cancel()
+        await shutdown.drain(config.grace)
+    if parts.engine.failed:
+        raise GenerationFailedError("the engine failed and its requests with it; the log says why")
+
+
+class Shutdown:
+    """Ends the server on request, or when the engine fails. A second request ends the grace period."""
+
+    def __init__(self, server: RpcServer, parts: Parts) -> None:
+        self._server = server
+        self._parts = parts
+        self.requested = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def failed() -> None:
+            loop.call_soon_threadsafe(self.requested.set)
+
+        parts.engine.on_failure = failed
+        if parts.engine.failed:  # before on_failure was set
+            self.requested.set()
+
+    def request(self) -> None:
+        if self.requested.is_set():
+            self._server.calls.hurry()
+        self.requested.set()
+
+    async def drain(self, grace: float) -> None:
+        """Refuse new calls, let running ones finish for `grace` seconds, and end the rest."""
+        engine, calls = self._parts.engine, self._server.calls
+        await self._server.drain()
+        self._parts.watches.close()
+        if not engine.failed:
+            log.info("stopping: %d running calls have %g s to finish", calls.num_running, grace)
+            await calls.wait(grace)
+        if calls.num_running:
+            log.warning("%d calls have not finished and are ended now", calls.num_running)
+        # Takes no longer than a step. It sends every request its end.
+        await asyncio.to_thread(engine.stop)
+        await calls.wait(_STATUS_SECONDS)
+        calls.end()
+        self._parts.lifecycle.interrupt()
+        await calls.wait(_STATUS_SECONDS)
+        await self._server.stop(_STATUS_SECONDS)
