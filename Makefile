@@ -52,21 +52,22 @@ page-size: $(READY)  ## Measure what pages of other sizes would cost, and write 
 simulate: $(READY)  ## Run the engine in virtual time, and write tests/simulation/SIMULATION.md and its pictures
 	@PYTHONPATH=tests $(BIN)/python -m simulation.plots
 
-check: $(READY)  ## Lint, types, layers, protocol, container files
+check: $(READY)  ## Lint, types, layers, protocol, generated files, container files
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/buf lint proto
+	@$(BIN)/buf breaking proto --against proto/baseline.binpb
+	@$(BIN)/python proto/generate.py --check
 	@$(BIN)/hadolint deploy/Containerfile
 
 format: $(READY)  ## Format the code
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
-proto: $(READY)  ## Generate the stubs from proto/
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto \
-	  --grpc_python_out=proto --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/turret/v1/*.proto
+proto: $(READY)  ## Generate stubs, request fields and the blocking client from proto/ and _async.py
+	@$(BIN)/python proto/generate.py
 
 clean:  ## Remove the environment and what the demo and the measurements made
 	rm -rf $(VENV) .demo .bench .load .soak .chaos

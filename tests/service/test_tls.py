@@ -196,5 +196,5 @@ def test_files_that_cannot_be_used_are_named_at_the_start(authority, tmp_path, b
 
 def test_a_client_needs_certificate_and_key(authority):
     cert, _ = authority.issue("client", "x")
-    with pytest.raises(InvalidArgumentError, match="belong together"):
+    with pytest.raises(InvalidArgumentError, match="key is missing"):
         Client("127.0.0.1:1", cert=cert)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from turret_cli.generation_options import generation_options
 from turret_client import DEFAULT_ADDRESS, AdapterRef, Client
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
         Generation,
         PinnedPrompt,
     )
-
-_INT32_MAX = 2**31 - 1
-_UINT64_MAX = 2**64 - 1
 
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
@@ -133,13 +131,6 @@ adapter_option = click.option(
     metavar="NAME[#TASK][=WEIGHT]",
     help="Adapter to use; several are composed. Without it: the base model.",
 )
-cache_salt_option = click.option(
-    "--cache-salt",
-    default="",
-    metavar="S",
-    help="Share cached blocks of the prompt only with requests of the same salt, so that nobody without it "
-    "learns from answering times what was asked.",
-)
 
 
 @click.command(
@@ -155,65 +146,11 @@ Examples:
 @click.argument("prompt", required=False)
 @adapter_option
 @server_option
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1, _INT32_MAX),
-    metavar="N",
-    help="Most tokens to generate. Without it: 256, or what the context leaves if that is less.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    metavar="F",
-    help="0 is greedy.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="F",
-    help="Sample among the likeliest tokens that together have this probability.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(0, _INT32_MAX),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Sample among the N likeliest tokens; 0 is all.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, _UINT64_MAX),
-    metavar="N",
-    help="Same seed, prompt, adapter and options: same tokens. Without it: the server's choice.",
-)
-@click.option(
-    "--stop",
-    multiple=True,
-    metavar="S",
-    help="End before this text; may be given up to 16 times.",
-)
+@generation_options
 @click.option(
     "--tenant",
     metavar="NAME",
-    help='For whom: tenants share the server fairly, by their weights. Without it: "default".',
-)
-@click.option(
-    "--priority",
-    type=click.IntRange(-10, 10),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Stand in the tenant's queue as if the request had come 10 N seconds earlier; from -10 to 10.",
-)
-@cache_salt_option
-@click.option(
-    "--routing-key",
-    default="",
-    metavar="S",
-    help="Where an adapter's requests are split: all with the same key go to the same revision.",
+    help='Tenant of the request. Default: the tenant of the API key, or "default".',
 )
 @click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
 @json_option

@@ -10,7 +10,6 @@ import click
 
 from turret_cli.generate import (
     adapter_option,
-    cache_salt_option,
     connect,
     format_table,
     json_option,
@@ -18,6 +17,7 @@ from turret_cli.generate import (
     server_option,
     to_json,
 )
+from turret_cli.generation_options import GENERATION_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ Examples:
     help="Read the prompt from this file.",
 )
 @adapter_option
-@cache_salt_option
+@GENERATION_OPTIONS["cache_salt"]
 @server_option
 @json_option
 def pin(

@@ -6,17 +6,16 @@
         for chunk in client.stream("Once upon a time", adapter="pirate"):
             print(chunk.text, end="", flush=True)
 
-`AsyncClient` has the same methods for asyncio. Whatever goes wrong on the way to the server or inside
-it is a `TurretError`; the tree of its classes stands in `turret_client.errors`.
+`AsyncClient` has the same methods for asyncio. Failed calls raise a `TurretError`, whose subclasses
+`turret_client.errors` lists.
 """
 
 from turret_client._async import AsyncClient
 from turret_client._channel import DEFAULT_ADDRESS, ConnectionOptions
-from turret_client._options import GenerationOptions
+from turret_client._options import AdapterRef, GenerationOptions
 from turret_client._results import (
     Adapter,
     AdapterMethod,
-    AdapterRef,
     AdapterRevision,
     AdapterState,
     Chunk,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
-from grpc import StatusCode, aio
+from grpc import aio
 
 from turret.v1 import (
     adapters_pb2,
@@ -26,12 +25,11 @@ from turret_client._messages import (
     pin_request,
     pinned_prompt_from,
 )
-from turret_client._status import raising_turret_errors
+from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder
-from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from turret.v1 import inference_pb2
     from turret_client._channel import ConnectionOptions
@@ -45,15 +43,23 @@ _Response = TypeVar("_Response")
 class AsyncClient:
     """Calls a Turret server from an event loop.
 
-    Tasks of one loop may share one client; make it inside that loop. Cancelling a task cancels its call.
-    Every method that calls the server raises a `turret_client.TurretError` where the call does not
-    succeed: `UnavailableError` where no server answers, and what each method names beside it.
+    Tasks of one event loop may share a client. Cancelling a task cancels its call.
+
+    Every method that calls the server raises a `turret_client.TurretError` if the call fails:
+    `UnavailableError` if the server cannot be reached, and the errors that the method lists.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, **options: Unpack[ConnectionOptions]) -> None:
-        """Makes a client of the server at `address`, HOST:PORT. The first call connects.
+        """Creates a client of the server at `address`; the first call connects.
 
-        See `ConnectionOptions` for tenants, keys and encryption. What cannot be sent is refused here.
+        Args:
+            address: HOST:PORT of the server.
+            **options: Tenant, API key and TLS; see `ConnectionOptions`.
+
+        Raises:
+            InvalidArgumentError: The tenant or the API key contains characters that gRPC cannot send, or
+                only one of `cert` and `key` is given.
+            OSError: A certificate file cannot be read.
         """
         found = connection(**options)
         self.address = address
@@ -74,7 +80,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancels the calls that still run and closes the connection."""
+        """Cancels running calls and closes the connection."""
         await self._channel.close(None)
 
     async def generate(
@@ -84,18 +90,18 @@ class AsyncClient:
         timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
         **options: Unpack[GenerationOptions],
     ) -> Generation:
-        """Generates to the end, then answers.
+        """Returns the whole generation when it has finished.
 
         Args:
-            prompt: Text, or token ids that are used as they are.
-            timeout: Seconds until the call is given up; None is never.
-            **options: See `GenerationOptions`.
+            prompt: Text, or token ids that are used unchanged.
+            timeout: Deadline of the call in seconds; None is none.
+            **options: Adapter, sampling and the rest; see `GenerationOptions`.
 
         Raises:
-            InvalidArgumentError: A field has a value that it cannot have, or the prompt is too long.
-            NotFoundError: No adapter has that name.
-            FailedPreconditionError: Request and adapter do not fit into the server's memory.
-            ResourceExhaustedError: Too much of the tenant waits; `retry_after` says when to try again.
+            InvalidArgumentError: A field is out of its range, or prompt and answer exceed the context.
+            NotFoundError: The adapter does not exist.
+            FailedPreconditionError: The request and its adapters do not fit into the server's memory.
+            ResourceExhaustedError: The tenant's queue is full or a quota is used up; see `retry_after`.
             DeadlineExceededError: `timeout` passed.
         """
         request = generate_request(prompt, **options)
@@ -108,13 +114,12 @@ class AsyncClient:
         timeout: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[Chunk]:
-        """Generates and yields what is new as it comes.
+        """Yields the generation in chunks as they arrive.
 
-        The call begins with the first chunk that is asked for; `timeout` runs from there. Closing the
-        generator cancels it at once, and so does leaving the loop where nothing else holds the generator.
-        `contextlib.aclosing` around it makes sure.
+        The call and its `timeout` start with the first chunk that is read.
+        Closing the generator cancels the call; use `contextlib.aclosing` to close it in time.
 
-        The arguments and errors are those of `generate`; the errors come from the iteration.
+        Arguments and errors are those of `generate`; the iteration raises the errors.
         """
         request = generate_request(prompt, **options)
         return self._chunks(request, timeout)
@@ -122,108 +127,120 @@ class AsyncClient:
     async def load_adapter(self, name: str, path: str) -> Adapter:
         """Serves the peft adapter at `path` under `name`.
 
-        `path` is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging
-        Face hub, or the URL of a folder or archive, as far as the server allows it. A name in use flips to
-        the new revision at once; requests that began on the old one end on it.
+        If the name is in use, new requests use the new revision at once; in-flight requests finish on theirs.
+
+        Args:
+            name: Name of the adapter.
+            path: A folder on the server, "owner/name" or "hf://owner/name@revision" of the Hugging Face hub,
+                or the URL of a folder or archive. The server must allow the source.
 
         Raises:
-            InvalidArgumentError: The name or the folder cannot be an adapter's; the message says why.
-            NotFoundError: There is no adapter at that place.
-            FailedPreconditionError: The adapter does not go with this server's model or memory.
+            InvalidArgumentError: The name or the adapter's files are invalid.
+            NotFoundError: The source does not exist.
+            FailedPreconditionError: The adapter does not match the server's model or memory.
         """
         request = adapters_pb2.LoadAdapterRequest(name=name, path=path)
-        return adapter_from((await self._answer(self._adapters.LoadAdapter, request)).adapter)
+        response = await self._answer(self._adapters.LoadAdapter, request)
+        return adapter_from(response.adapter)
 
     async def upload_adapter(
         self, name: str, folder: str | Path, *, progress: Callable[[int, int], None] | None = None
     ) -> Adapter:
-        """Sends the adapter in a folder of this machine to the server and serves it under `name`.
+        """Uploads the adapter in a local folder and serves it under `name`, as `load_adapter` does.
 
-        Where an upload of the same files stopped early, it goes on there. Otherwise as `load_adapter`.
+        An interrupted upload of the same files is continued.
 
         Args:
-            name: The name that requests give.
-            folder: With `adapter_config.json` and `adapter_model.safetensors`, as peft saves them.
-            progress: Is told the bytes of tensors that are sent and those in all, on another thread.
+            name: Name of the adapter.
+            folder: Contains `adapter_config.json` and `adapter_model.safetensors`, as peft saves them.
+            progress: Called on another thread with the bytes sent so far and the total.
 
         Raises:
-            InvalidArgumentError: The name or the files cannot be an adapter's; the message says why.
-            FailedPreconditionError: The adapter does not go with this server's model or memory.
-            ResourceExhaustedError: The server has no room for it.
-            UnavailableError: No server answers, or another call uploads the same.
+            InvalidArgumentError: The name or the adapter's files are invalid.
+            FailedPreconditionError: The adapter does not match the server's model or memory.
+            ResourceExhaustedError: The server's store is full.
+            UnavailableError: The server cannot be reached, or another call uploads the same files.
             OSError: A file is missing or cannot be read.
         """
         files = AdapterFolder(name, Path(folder), progress)
         start = await asyncio.to_thread(files.start)
-        wanted: asyncio.Queue[int] = asyncio.Queue()
+        # The server's first answer: the offset to send from. None if the call ends before.
+        offsets: asyncio.Queue[int | None] = asyncio.Queue()
 
         async def requests() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
             yield start
-            chunks = files.chunks(await wanted.get(), start.start.size)
+            offset = await offsets.get()
+            if offset is None:
+                return
+            chunks = files.chunks(offset, start.start.size)
             while chunk := await asyncio.to_thread(next, chunks, None):
                 yield chunk
 
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
         try:
-            with self._raising_turret_errors():
+            with call_scope(call, self.address):
                 responses = aiter(call)
-                wanted.put_nowait((await anext(responses)).offset)
+                offsets.put_nowait((await anext(responses)).offset)
                 adapter = adapter_from((await anext(responses)).adapter)
         finally:
-            call.cancel()
-        files.tell(start.start.size, start.start.size)
+            offsets.put_nowait(None)
+        files.report(start.start.size, start.start.size)
         return adapter
 
     async def unload_adapter(self, name: str) -> Adapter:
-        """Takes the name away. Requests that run on the adapter end on it.
+        """Removes the name; in-flight requests finish.
 
         Raises:
-            NotFoundError: No adapter has that name.
+            NotFoundError: The adapter does not exist.
         """
         request = adapters_pb2.UnloadAdapterRequest(name=name)
-        return adapter_from((await self._answer(self._adapters.UnloadAdapter, request)).adapter)
+        response = await self._answer(self._adapters.UnloadAdapter, request)
+        return adapter_from(response.adapter)
 
     async def rollback_adapter(self, name: str, revision: str | None = None) -> Adapter:
-        """Serves an earlier revision under the name again and forgets those after it.
+        """Makes an earlier revision current again and removes the later ones from the history.
 
         Args:
-            name: The adapter's name.
-            revision: The first 8 or more digits of the one to go back to; None is that before the current.
+            name: Name of the adapter.
+            revision: The first 8 or more digits of the revision; None is the one before the current.
 
         Raises:
-            NotFoundError: No adapter has that name, or none such is before its current revision.
+            NotFoundError: The adapter does not exist, or its history has no such earlier revision.
         """
         request = adapters_pb2.RollbackAdapterRequest(name=name, revision=revision or "")
-        return adapter_from((await self._answer(self._adapters.RollbackAdapter, request)).adapter)
+        response = await self._answer(self._adapters.RollbackAdapter, request)
+        return adapter_from(response.adapter)
 
     async def set_traffic_split(self, name: str, revision: str, percent: int) -> Adapter:
-        """Makes `percent` of the name's requests, from 0 to 100, go to another revision of its history.
+        """Sends a percentage of the adapter's requests to another revision of its history.
 
-        Requests with the same `routing_key` go to the same revision.
+        Requests with the same `routing_key` use the same revision.
 
         Args:
-            name: The adapter's name.
-            revision: The first 8 or more digits of one that is not the current one; "" where percent is 0.
-            percent: How many of a hundred requests go to it; 0 ends the split.
+            name: Name of the adapter.
+            revision: The first 8 or more digits of a revision that is not current; "" if `percent` is 0.
+            percent: Percentage of the requests, from 0 to 100; 0 ends the split.
 
         Raises:
-            InvalidArgumentError: The percent or the revision cannot be.
-            NotFoundError: No adapter has that name, or it has no such other revision.
+            InvalidArgumentError: `percent` is out of its range, or `revision` is not a revision's beginning.
+            NotFoundError: The adapter does not exist, or its history has no such other revision.
         """
         request = adapters_pb2.SetTrafficSplitRequest(name=name, revision=revision, percent=percent)
-        return adapter_from((await self._answer(self._adapters.SetTrafficSplit, request)).adapter)
+        response = await self._answer(self._adapters.SetTrafficSplit, request)
+        return adapter_from(response.adapter)
 
     async def get_adapter(self, name: str) -> Adapter:
-        """What the server has under the name.
+        """Returns the adapter that the server has under the name.
 
         Raises:
-            NotFoundError: No adapter has that name.
+            NotFoundError: The adapter does not exist.
         """
         request = adapters_pb2.GetAdapterRequest(name=name)
-        return adapter_from((await self._answer(self._adapters.GetAdapter, request)).adapter)
+        response = await self._answer(self._adapters.GetAdapter, request)
+        return adapter_from(response.adapter)
 
     async def list_adapters(self) -> list[Adapter]:
-        """All adapters in the order of their names."""
+        """Returns all adapters, sorted by name."""
         adapters: list[Adapter] = []
         request = adapters_pb2.ListAdaptersRequest()
         while True:
@@ -234,26 +251,24 @@ class AsyncClient:
             request.page_token = page.next_page_token
 
     async def list_downloads(self) -> list[Download]:
-        """What the server is bringing from its source now, of the names that the tenant may load."""
+        """Returns the running downloads of the adapters that the tenant may load, sorted by name."""
         response = await self._answer(self._adapters.ListDownloads, adapters_pb2.ListDownloadsRequest())
         return [download_from(download) for download in response.downloads]
 
     async def watch_adapters(self) -> AsyncGenerator[Adapter]:
-        """Yields every adapter as it is, then each as it is after every change of it, without its history.
+        """Yields every adapter once, then each adapter after every change; without histories.
 
-        The call begins with the first that is asked for. Closing the generator ends it, for which
-        `contextlib.aclosing` is there. An adapter that is gone comes a last time, UNLOADED.
+        The call starts with the first adapter that is read.
+        Closing the generator cancels the call; use `contextlib.aclosing` to close it in time.
+        A removed adapter is yielded a last time with the state UNLOADED.
 
         Raises:
-            ResourceExhaustedError: Changes came faster than they were taken; watch again.
+            ResourceExhaustedError: Changes arrived faster than they were read; watch again.
         """
         call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._metadata)
-        try:
-            with self._raising_turret_errors():
-                async for response in call:
-                    yield adapter_from(response.adapter)
-        finally:
-            call.cancel()
+        with call_scope(call, self.address):
+            async for response in call:
+                yield adapter_from(response.adapter)
 
     async def pin_prompt(
         self,
@@ -266,20 +281,22 @@ class AsyncClient:
     ) -> PinnedPrompt:
         """Computes a prompt and keeps it in memory: requests that begin with it compute only the rest.
 
-        It stays until it is unpinned, or its adapter is replaced or unloaded. A name in use is pinned anew.
+        It is kept until it is unpinned, or its adapter is replaced or unloaded. A prompt that is already
+        pinned under the name is replaced.
 
         Args:
-            name: What to unpin it by.
-            prompt: Text, or token ids that are used as they are; whole blocks of it are kept.
-            adapter: As in `generate`; only requests with the same adapters and weights find the prompt.
-            cache_salt: As in `generate`; only requests with the same salt find the prompt.
-            timeout: Seconds until the call is given up; None is never.
+            name: Name of the pinned prompt.
+            prompt: Text, or token ids that are used unchanged; its whole blocks are kept.
+            adapter: As in `generate`; only requests with the same adapters and weights use the prompt.
+            cache_salt: As in `generate`; only requests with the same salt use the prompt.
+            timeout: Deadline of the call in seconds; None is none.
 
         Raises:
-            InvalidArgumentError: The name cannot be one, or the prompt is shorter than a block, or too long.
-            NotFoundError: No adapter has that name.
-            FailedPreconditionError: Pinned prompts would take more of the server's memory than they may.
-            ResourceExhaustedError: Too much of the tenant waits; `retry_after` says when to try again.
+            InvalidArgumentError: The name is invalid, or the prompt is shorter than a block or exceeds the
+                context.
+            NotFoundError: The adapter does not exist.
+            FailedPreconditionError: The server's limit for pinned memory is reached.
+            ResourceExhaustedError: The tenant's queue is full or a quota is used up; see `retry_after`.
             DeadlineExceededError: `timeout` passed.
         """
         request = pin_request(name, prompt, adapter=adapter, cache_salt=cache_salt)
@@ -287,15 +304,15 @@ class AsyncClient:
         return pinned_prompt_from(response.prompt)
 
     async def unpin_prompt(self, name: str) -> None:
-        """Lets a pinned prompt go when its memory is needed, like any other.
+        """Removes a pinned prompt; its blocks stay in the prefix cache until their memory is needed.
 
         Raises:
-            NotFoundError: No prompt is pinned under that name; it may have gone with its adapter.
+            NotFoundError: No prompt is pinned under the name; it may have been removed with its adapter.
         """
         await self._answer(self._prompts.UnpinPrompt, prompts_pb2.UnpinPromptRequest(name=name))
 
     async def list_pinned_prompts(self) -> list[PinnedPrompt]:
-        """Pinned prompts in the order of their names."""
+        """Returns the tenant's pinned prompts, sorted by name."""
         request = prompts_pb2.ListPinnedPromptsRequest()
         response = await self._answer(self._prompts.ListPinnedPrompts, request)
         return [pinned_prompt_from(prompt) for prompt in response.prompts]
@@ -306,8 +323,9 @@ class AsyncClient:
         request: _Request,
         timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
     ) -> _Response:
-        with self._raising_turret_errors():
-            return await method(request, timeout=timeout, metadata=self._metadata)
+        call = method(request, timeout=timeout, metadata=self._metadata)
+        with call_scope(call, self.address):
+            return await call
 
     async def _chunks(
         self,
@@ -315,22 +333,6 @@ class AsyncClient:
         timeout: float | None,  # noqa: ASYNC109 -- the call's gRPC deadline
     ) -> AsyncGenerator[Chunk]:
         call = self._inference.GenerateStream(request, timeout=timeout, metadata=self._metadata)
-        try:
-            with self._raising_turret_errors():
-                async for response in call:
-                    yield chunk_from(response)
-        finally:
-            call.cancel()
-
-    @contextmanager
-    def _raising_turret_errors(self) -> Iterator[None]:
-        try:
-            with raising_turret_errors(self.address):
-                yield
-        except asyncio.CancelledError as error:
-            # gRPC raises this also where `close` ended the call. To the task that waited it is no
-            # cancellation: nobody asked that task to end.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise CancelledError("the client was closed", code=StatusCode.CANCELLED) from error
+        with call_scope(call, self.address):
+            async for response in call:
+                yield chunk_from(response)

@@ -1,4 +1,4 @@
-"""What the channels of both clients have in common."""
+"""Connection options of both clients."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ _API_KEY = "authorization"
 
 
 class ConnectionOptions(TypedDict, total=False):
-    """How to come to a server.
+    """Tenant, API key and TLS of a connection; all are optional.
 
     Attributes:
-        tenant: For whom every call is made: tenants share the server fairly. A server that knows tenants by
-            their keys knows it without; any other takes calls without it for "default".
-        api_key: By which the server knows the tenant. Without it the environment's TURRET_API_KEY.
-        tls: Encrypt, and trust the authorities that gRPC trusts. The next ones imply it.
-        ca: PEM file of the authority that signed the server's certificate.
-        cert: PEM file of the client's certificate and its chain, for a server that asks for one.
-        key: PEM file of the certificate's key.
+        tenant: Tenant of every call. Default: the API key's tenant, or "default" on a server without keys.
+        api_key: API key. Default: the environment variable TURRET_API_KEY.
+        tls: Encrypt the connection; the certificate authorities are gRPC's. Implied by `ca` and `cert`.
+        ca: PEM file of the certificate authority that signed the server's certificate.
+        cert: PEM file of the client's certificate chain, for servers that require one.
+        key: PEM file of the certificate's private key.
     """
 
     tenant: str | None
@@ -42,7 +41,7 @@ class ConnectionOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Goes with every call, and makes the channel; without credentials nothing is encrypted."""
+    """Metadata of every call, and the channel's credentials; None is an unencrypted channel."""
 
     metadata: tuple[tuple[str, str], ...]
     credentials: grpc.ChannelCredentials | None
@@ -57,35 +56,37 @@ def connection(
     cert: str | Path | None = None,
     key: str | Path | None = None,
 ) -> Connection:
-    """From `ConnectionOptions`.
+    """The connection with these `ConnectionOptions`.
 
     Raises:
-        InvalidArgumentError: The tenant's name or the key cannot be sent, let alone be one.
-        OSError: A file cannot be read.
+        InvalidArgumentError: The tenant or the API key contains characters that gRPC cannot send, or only
+            one of `cert` and `key` is given.
+        OSError: A certificate file cannot be read.
     """
     api_key = os.environ.get("TURRET_API_KEY") if api_key is None else api_key
     metadata = []
     if tenant is not None:
-        metadata.append((_TENANT_KEY, _sendable(_TENANT_KEY, "a tenant's name", tenant)))
+        metadata.append((_TENANT_KEY, _checked(_TENANT_KEY, "the tenant", tenant)))
     if api_key:
-        metadata.append((_API_KEY, f"Bearer {_sendable(_API_KEY, 'an API key', api_key)}"))
+        metadata.append((_API_KEY, f"Bearer {_checked(_API_KEY, 'the API key', api_key)}"))
     if (cert is None) != (key is None):
-        raise _refused("cert", "cert and key belong together; give both")
+        missing = "key" if key is None else "cert"
+        raise _invalid(missing, f"cert and key must be given together; {missing} is missing")
     if not (tls or ca or cert):
         return Connection(tuple(metadata), None)
     pems = [Path(file).read_bytes() if file else None for file in (ca, key, cert)]
     return Connection(tuple(metadata), grpc.ssl_channel_credentials(*pems))
 
 
-def _sendable(field: str, what: str, text: str) -> str:
-    if not (text.isascii() and text.isprintable()):
-        # What a key holds is for nobody to read.
-        found = f"; found {text!r}" if field == _TENANT_KEY else ", found others"
-        raise _refused(field, f"{what} has only printable characters of ASCII{found}")
-    return text
+def _checked(key: str, name: str, value: str) -> str:
+    if not (value.isascii() and value.isprintable()):
+        # Errors are logged: an API key must not appear in them.
+        found = f"found {value!r}" if key == _TENANT_KEY else "found others"
+        raise _invalid(key, f"{name} must consist of printable ASCII characters; {found}")
+    return value
 
 
-def _refused(field: str, message: str) -> InvalidArgumentError:
+def _invalid(field: str, message: str) -> InvalidArgumentError:
     return InvalidArgumentError(
         message,
         reason="INVALID_REQUEST",

@@ -1,14 +1,14 @@
-"""From arguments to request messages and from response messages to results."""
+"""Conversion of arguments to request messages and of response messages to results."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret_client._options import AdapterRef, GenerationOptions
 from turret_client._results import (
     Adapter,
     AdapterMethod,
-    AdapterRef,
     AdapterRevision,
     AdapterState,
     Chunk,
@@ -50,34 +50,22 @@ _METHODS = {
 
 
 def generate_request(
-    prompt: str | Sequence[int],
-    *,
-    adapter: AdapterArgument = None,
-    max_tokens: int | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int = 0,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    priority: int = 0,
-    cache_salt: str = "",
-    routing_key: str = "",
+    prompt: str | Sequence[int], *, adapter: AdapterArgument = None, **options: Any
 ) -> inference_pb2.GenerateRequest:
-    """From `GenerationOptions`; the defaults stand here."""
-    if isinstance(stop, str):
-        raise TypeError(f"stop is a sequence of strings; for one string write stop=[{stop!r}]")
-    request = inference_pb2.GenerateRequest(
-        adapters=_adapter_refs(adapter),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        priority=priority,
-        cache_salt=cache_salt,
-        routing_key=routing_key,
-    )
+    """The request for a prompt with the other `GenerationOptions`; None leaves a field unset.
+
+    Raises:
+        TypeError: An option does not exist or is of another type.
+        ValueError: A number does not fit into the field's type.
+    """
+    fields = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
+    for name, value in options.items():
+        if name not in GenerationOptions.__annotations__:
+            known = ", ".join(GenerationOptions.__annotations__)
+            raise TypeError(f"unknown option {name!r}; the options are {known}")
+        if isinstance(value, str) and fields[name].is_repeated:
+            raise TypeError(f"{name} is a sequence of strings; for one string write {name}=[{value!r}]")
+    request = inference_pb2.GenerateRequest(adapters=_adapter_refs(adapter), **options)
     _set_prompt(request, prompt)
     return request
 

@@ -1,4 +1,4 @@
-"""What a client's methods answer."""
+"""Results of the client's methods."""
 
 from __future__ import annotations
 
@@ -15,29 +15,14 @@ class FinishReason(StrEnum):
     """`max_tokens` was reached."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterRef:
-    """An adapter that a request names.
-
-    Attributes:
-        name: Name of the adapter.
-        weight: How much a LoRA counts.
-        task: Which task of a multitask adapter, from 0.
-    """
-
-    name: str
-    weight: float = 1.0
-    task: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one request.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt, without an adapter's virtual tokens.
-        cached_tokens: Tokens found in the server's memory instead of computed: an adapter's virtual
-            tokens and cached blocks of the prompt.
+        prompt_tokens: Tokens of the prompt, without virtual tokens of adapters.
+        cached_tokens: Tokens whose keys and values were found in memory instead of computed: virtual tokens
+            of adapters and cached blocks of the prompt.
         generated_tokens: Tokens of the answer.
     """
 
@@ -48,7 +33,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished generation. `revision` is that of its adapter; empty for the base model."""
+    """A finished generation. `revision` is the adapter's; empty for the base model."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -59,7 +44,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is new in a stream. `finish_reason` and `usage` are set in the last chunk only."""
+    """New text and tokens of a stream. `finish_reason` and `usage` are set in the last chunk only."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -69,27 +54,27 @@ class Chunk:
 
 
 class AdapterState(StrEnum):
-    """Where an adapter is."""
+    """State of an adapter in the server."""
 
     UNSPECIFIED = "unspecified"
-    """A state that this version of the client does not know."""
+    """A state unknown to this version of the client."""
     STAGED = "staged"
     """In host memory."""
     RESIDENT = "resident"
     """In the arena's pages, ready for the next step."""
     DRAINING = "draining"
-    """Unloaded, with requests still running on it."""
+    """Unloaded, with in-flight requests."""
     FAILED = "failed"
-    """Could not be served when the server started, or when its folder changed."""
+    """Failed to load when the server started, or when its folder changed."""
     UNLOADED = "unloaded"
-    """Gone; only `unload_adapter` and `watch_adapters` answer it."""
+    """Removed; only `unload_adapter` and `watch_adapters` return it."""
 
 
 class AdapterMethod(StrEnum):
     """How an adapter was trained."""
 
     UNSPECIFIED = "unspecified"
-    """Unread, because the adapter FAILED; or one that this version of the client does not know."""
+    """Unknown because the adapter FAILED, or unknown to this version of the client."""
     LORA = "lora"
     PREFIX_TUNING = "prefix_tuning"
     PROMPT_TUNING = "prompt_tuning"
@@ -103,12 +88,12 @@ class AdapterMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRevision:
-    """That a name came to serve a revision.
+    """A revision of an adapter's history.
 
     Attributes:
-        revision: Digest of its files; a request can name it as `name@revision`.
-        source: Where it was loaded from, without what may be secret in a URL.
-        published_at: When, in seconds since 1970 by the server's clock.
+        revision: Digest of its files; a request can use it as `name@revision`.
+        source: Source that it was loaded from; secrets in URLs are removed.
+        published_at: When it became current, in seconds since 1970 by the server's clock.
     """
 
     revision: str
@@ -118,7 +103,7 @@ class AdapterRevision:
 
 @dataclass(frozen=True, slots=True)
 class TrafficSplit:
-    """That `percent` of an adapter's requests go to `revision`."""
+    """`percent` of an adapter's requests go to `revision`."""
 
     revision: str
     percent: int
@@ -129,22 +114,22 @@ class Adapter:
     """An adapter that the server has under a name.
 
     Attributes:
-        name: Name that requests give.
-        revision: Digest of its files; empty where it FAILED.
-        state: Where it is.
+        name: Name of the adapter.
+        revision: Digest of its files; empty if it FAILED.
+        state: State in the server.
         method: How it was trained.
-        num_parameters: Numbers in its tensors.
-        max_rank: Largest rank among its modules; 0 where it has no LoRA.
-        num_virtual_tokens: Virtual tokens before the prompt; 0 where it has none.
+        num_parameters: Number of elements of its tensors.
+        max_rank: Largest LoRA rank of its modules; 0 without LoRA.
+        num_virtual_tokens: Virtual tokens before the prompt; 0 if it has none.
         file_bytes: Size of its safetensors file.
-        arena_bytes: What it takes in the arena when resident, in whole pages.
-        active_requests: Requests that wait or run on this revision now.
-        draining_revisions: Other revisions that requests run on: replaced ones, and earlier ones that
+        arena_bytes: Bytes that it takes in the arena when resident, in whole pages.
+        active_requests: Waiting and running requests of this revision.
+        draining_revisions: Other revisions with in-flight requests: replaced ones, and earlier ones that
             requests name.
-        error: Why it FAILED; otherwise empty.
-        num_tasks: Tasks that a request chooses from; 0 where it has none to choose.
-        history: What the name serves and served, the latest first.
-        traffic_split: Where some of its requests go besides; None where all go to `revision`.
+        error: Why it FAILED; empty otherwise.
+        num_tasks: Number of tasks of a multitask adapter; 0 for others.
+        history: Current and earlier revisions, latest first.
+        traffic_split: Other revision that serves some of the requests; None if there is none.
     """
 
     name: str
@@ -166,12 +151,12 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """An adapter on its way from its source.
+    """A running download of an adapter.
 
     Attributes:
-        name: Under which it is to be served.
-        done_bytes: What has come of it.
-        total_bytes: All of it; None while nobody knows.
+        name: Name under which the adapter will be served.
+        done_bytes: Bytes received.
+        total_bytes: Total bytes; None while unknown.
     """
 
     name: str
@@ -184,9 +169,9 @@ class PinnedPrompt:
     """A prompt whose blocks the server keeps in memory.
 
     Attributes:
-        name: Name that it was pinned under.
-        revision: That of its adapter; empty for the base model.
-        prompt_tokens: Tokens of the prompt, without an adapter's virtual tokens.
+        name: Name of the pinned prompt.
+        revision: Revision of its adapter; empty for the base model.
+        prompt_tokens: Tokens of the prompt, without virtual tokens of adapters.
     """
 
     name: str

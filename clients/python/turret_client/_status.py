@@ -1,9 +1,10 @@
-"""From gRPC statuses to the exceptions of `turret_client.errors`."""
+"""Conversion of gRPC statuses to the exceptions of `turret_client.errors`."""
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc
 from google.rpc import error_details_pb2
@@ -27,25 +28,43 @@ _CLASSES = {
     grpc.StatusCode.INTERNAL: errors.InternalError,
 }
 
-# Statuses that gRPC itself makes say little to a person. Those of the server carry an ErrorInfo and
-# speak for themselves.
+# For statuses of gRPC itself, which have no ErrorInfo and short messages.
 _TRANSPORT_MESSAGES = {
     grpc.StatusCode.UNAVAILABLE: (
         "cannot reach a Turret server at {address} ({details}); "
-        "start one with `turret serve`, or check the address of the one that runs"
+        "start one with `turret serve`, or check the address"
     ),
-    grpc.StatusCode.DEADLINE_EXCEEDED: "the server at {address} did not finish within the timeout",
-    grpc.StatusCode.UNIMPLEMENTED: "the server at {address} does not speak turret.v1 ({details})",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "the call to {address} did not finish within the timeout",
+    grpc.StatusCode.UNIMPLEMENTED: (
+        "the server at {address} does not implement the call ({details}); check the address and the versions"
+    ),
 }
 
 
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
 @contextmanager
-def raising_turret_errors(address: str) -> Iterator[None]:
-    """Raises gRPC's errors of the block as `TurretError`s."""
+def call_scope(call: _Cancellable, address: str) -> Iterator[None]:
+    """Raises gRPC's errors of the block as `TurretError`s and cancels the call at the end of the block.
+
+    To cancel a finished call has no effect; one that an exception such as KeyboardInterrupt interrupts would
+    go on on the server.
+    """
     try:
         yield
     except grpc.RpcError as error:
         raise _turret_error(error, address) from error
+    except asyncio.CancelledError as error:
+        # grpc.aio raises this also in calls that closing the client cancelled. Then the awaiting task was
+        # not cancelled and must not end as if it were.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise errors.CancelledError("the client was closed", code=grpc.StatusCode.CANCELLED) from error
+    finally:
+        call.cancel()
 
 
 def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
@@ -69,11 +88,11 @@ def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
 
 
 def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None, str]:
-    """What the server said of the cause, in how many seconds to try again, and how it calls the call."""
+    """The server's ErrorInfo, the seconds until a retry, and the request id."""
     try:
         status = rpc_status.from_call(cast("grpc.Call", error))
     except ValueError:
-        # The transport gave the call another status than the server did: the details are not its own.
+        # gRPC replaced the server's status, so the details do not belong to it.
         return None, None, ""
     found, retry_after, request_id = None, None, ""
     for detail in status.details if status else ():

@@ -1,4 +1,4 @@
-"""The two files of an adapter on their way to a server."""
+"""Reads an adapter's two files for an upload."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder with an adapter as peft saves it; `progress` is told the bytes sent and those in all."""
+    """A folder with an adapter as peft saves it.
+
+    Attributes:
+        name: Name under which the server will serve the adapter.
+        path: The folder.
+        progress: Called with the bytes sent and the total; None for no reports.
+    """
 
     name: str
     path: Path
     progress: Callable[[int, int], None] | None
 
     def start(self) -> adapters_pb2.UploadAdapterRequest:
-        """What is to come. Reads all of it for the digest.
+        """The first message of the upload. Reads both files for the digest.
 
         Raises:
             OSError: A file is missing or cannot be read.
@@ -47,15 +53,15 @@ class AdapterFolder:
         )
 
     def chunks(self, offset: int, size: int) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """The tensors from `offset` on."""
+        """The messages that send the tensors from `offset` on; `size` is the total in bytes."""
         with (self.path / TENSORS_NAME).open("rb") as file:
             file.seek(offset)
             while data := file.read(_CHUNK_BYTES):
-                self.tell(offset, size)
+                self.report(offset, size)
                 chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
                 offset += len(data)
 
-    def tell(self, done: int, size: int) -> None:
+    def report(self, done: int, size: int) -> None:
         if self.progress is not None:
             self.progress(done, size)

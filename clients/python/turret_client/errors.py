@@ -1,18 +1,18 @@
-"""What can go wrong between a client and a Turret server.
+"""Errors of calls to a Turret server.
 
 TurretError
-├── InvalidArgumentError       INVALID_ARGUMENT     the request can never be served as it is
-├── UnauthenticatedError       UNAUTHENTICATED      the server does not know whose call it is
-├── PermissionDeniedError      PERMISSION_DENIED    the tenant may not do that
-├── NotFoundError              NOT_FOUND            no adapter or no pinned prompt has that name
-├── ResourceExhaustedError     RESOURCE_EXHAUSTED   the server is full; try again later
-├── FailedPreconditionError    FAILED_PRECONDITION  this server cannot serve it
-├── DeadlineExceededError      DEADLINE_EXCEEDED    the timeout passed first
-├── CancelledError             CANCELLED            the call was cancelled, or its client closed
-├── UnavailableError           UNAVAILABLE          no server answers at the address, or it is stopping
+├── InvalidArgumentError       INVALID_ARGUMENT     the request is invalid; do not retry it unchanged
+├── UnauthenticatedError       UNAUTHENTICATED      the API key is missing or invalid
+├── PermissionDeniedError      PERMISSION_DENIED    the tenant lacks the permission
+├── NotFoundError              NOT_FOUND            no such adapter or pinned prompt
+├── ResourceExhaustedError     RESOURCE_EXHAUSTED   a queue, quota or store is full; retry later
+├── FailedPreconditionError    FAILED_PRECONDITION  this server's model or memory does not allow it
+├── DeadlineExceededError      DEADLINE_EXCEEDED    the timeout passed
+├── CancelledError             CANCELLED            the call was cancelled, or the client closed
+├── UnavailableError           UNAVAILABLE          the server cannot be reached, or is shutting down
 └── InternalError              INTERNAL             the server failed
 
-Any other status is a plain TurretError.
+Every other status is a plain TurretError.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ if TYPE_CHECKING:
 
 
 class TurretError(Exception):
-    """A call that did not succeed.
+    """A failed call.
 
     Attributes:
-        message: What went wrong, for a person.
-        reason: Stable name of the cause such as ADAPTER_NOT_FOUND; empty where the server gave none.
-        metadata: The cause's details, such as the adapter's name.
+        message: Description of the error.
+        reason: Stable name of the cause, such as ADAPTER_NOT_FOUND; empty if the server gave none.
+        metadata: Details of the cause, such as the adapter's name.
         code: gRPC status code.
-        retry_after: In how many seconds the server says that it may go better; None where it says nothing.
-        request_id: By which the server's log knows the call, for whoever is asked about it; empty where no
-            server answered.
+        retry_after: Seconds after which the server suggests a retry; None if it does not suggest one.
+        request_id: Id of the call in the server's log; empty if no server answered.
     """
 
     def __init__(
@@ -58,39 +57,39 @@ class TurretError(Exception):
 
 
 class InvalidArgumentError(TurretError):
-    """The request can never be served as it is."""
+    """The request is invalid; a retry without changes fails again."""
 
 
 class UnauthenticatedError(TurretError):
-    """The server does not know whose call it is: the API key is missing, or none of its own."""
+    """The API key is missing or invalid."""
 
 
 class PermissionDeniedError(TurretError):
-    """The tenant may not do that with the adapter, or not load from there."""
+    """The tenant lacks the permission for the adapter or its source."""
 
 
 class NotFoundError(TurretError):
-    """No adapter, or no pinned prompt, has that name."""
+    """No adapter or pinned prompt has the name."""
 
 
 class ResourceExhaustedError(TurretError):
-    """The server is full, or an answer exceeds what the client receives; the message says which."""
+    """A queue, quota or store is full, or the answer exceeds the client's message limit."""
 
 
 class FailedPreconditionError(TurretError):
-    """This server cannot serve the request, though another might."""
+    """This server's model, memory or configuration does not allow the request."""
 
 
 class DeadlineExceededError(TurretError):
-    """The timeout passed before the server had finished."""
+    """The timeout passed before the call finished."""
 
 
 class CancelledError(TurretError):
-    """The call was cancelled, or its client closed."""
+    """The call was cancelled, or the client closed."""
 
 
 class UnavailableError(TurretError):
-    """No server answers at the address, or the one that does is stopping."""
+    """The server cannot be reached, or is shutting down."""
 
 
 class InternalError(TurretError):

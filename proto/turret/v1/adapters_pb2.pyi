@@ -32,11 +32,11 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     ADAPTER_STATE_RESIDENT: _AdapterState.ValueType  # 2
     """In the arena's pages, ready for the next step."""
     ADAPTER_STATE_DRAINING: _AdapterState.ValueType  # 3
-    """Unloaded, with requests still running on it."""
+    """Unloaded, with in-flight requests."""
     ADAPTER_STATE_FAILED: _AdapterState.ValueType  # 4
-    """Could not be served when the server started, or when its folder changed."""
+    """Failed to load when the server started, or when its folder changed."""
     ADAPTER_STATE_UNLOADED: _AdapterState.ValueType  # 5
-    """Gone; only UnloadAdapter and WatchAdapters answer it."""
+    """Removed; only UnloadAdapter and WatchAdapters return it."""
 
 class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper): ...
 
@@ -46,11 +46,11 @@ ADAPTER_STATE_STAGED: AdapterState.ValueType  # 1
 ADAPTER_STATE_RESIDENT: AdapterState.ValueType  # 2
 """In the arena's pages, ready for the next step."""
 ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
-"""Unloaded, with requests still running on it."""
+"""Unloaded, with in-flight requests."""
 ADAPTER_STATE_FAILED: AdapterState.ValueType  # 4
-"""Could not be served when the server started, or when its folder changed."""
+"""Failed to load when the server started, or when its folder changed."""
 ADAPTER_STATE_UNLOADED: AdapterState.ValueType  # 5
-"""Gone; only UnloadAdapter and WatchAdapters answer it."""
+"""Removed; only UnloadAdapter and WatchAdapters return it."""
 Global___AdapterState: _TypeAlias = AdapterState  # noqa: Y015
 
 class _AdapterMethod:
@@ -91,12 +91,12 @@ class LoadAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 128 of the characters a-z A-Z 0-9 . _ - and the first a letter or a digit."""
+    """1 to 128 of the characters a-z A-Z 0-9 . _ - starting with a letter or a digit."""
     path: _builtins.str
-    """The source, which the server must allow: a folder of its machine with adapter_config.json and
+    """The source, which the server must allow: a folder on the server with adapter_config.json and
     adapter_model.safetensors, as peft writes them; "owner/name" or "hf://owner/name@revision" of the Hugging
     Face hub; the https:// URL of a folder or of an archive (.zip, .tar.gz, .tgz); the URL of a folder that
-    fsspec has a package for, such as "s3://bucket/pirate".
+    fsspec has a package for, such as "s3://bucket/pirate". At most 4096 characters.
     """
     def __init__(
         self,
@@ -140,11 +140,11 @@ class UploadAdapterRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___UploadStart:
-        """In the first message."""
+        """The first message."""
 
     @_builtins.property
     def chunk(self) -> Global___UploadChunk:
-        """In every other."""
+        """Every other message."""
 
     def __init__(
         self,
@@ -172,13 +172,13 @@ class UploadStart(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
-    """Of the two files: the SHA-256 of the length of the config in 8 bytes, little-endian, the config, and the
-    tensors' file, as 64 hexadecimal digits. Its first 32 are the revision.
+    """SHA-256, as 64 hexadecimal digits, of: the length of the config (8 bytes, little-endian), the config, and the
+    tensors' file. The first 32 digits are the revision.
     """
     config: _builtins.bytes
     """adapter_config.json, at most 1 MiB."""
     size: _builtins.int
-    """Bytes of adapter_model.safetensors."""
+    """Size of adapter_model.safetensors in bytes."""
     def __init__(
         self,
         *,
@@ -202,9 +202,9 @@ class UploadChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Where in adapter_model.safetensors the bytes stand: behind those of the chunk before."""
+    """Position of the bytes in adapter_model.safetensors; chunks are sent in order and without gaps."""
     data: _builtins.bytes
-    """At least one byte, and at most what fits into a message: 1 MiB is a good size."""
+    """At least one byte and at most what fits into a message; 1 MiB is a good size."""
     def __init__(
         self,
         *,
@@ -226,8 +226,11 @@ class UploadAdapterResponse(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
+    """The first response: send the tensors from this position on."""
     @_builtins.property
-    def adapter(self) -> Global___Adapter: ...
+    def adapter(self) -> Global___Adapter:
+        """The second response: the adapter is served."""
+
     def __init__(
         self,
         *,
@@ -291,7 +294,7 @@ class RollbackAdapterRequest(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
-    """The first 8 or more digits of the revision to go back to. Empty: that before the current one."""
+    """The first 8 or more digits of the revision. Default: the one before the current revision."""
     def __init__(
         self,
         *,
@@ -335,11 +338,9 @@ class SetTrafficSplitRequest(_message.Message):
     PERCENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
-    """The first 8 or more digits of a revision of the name's history that is not the current one. Not needed where
-    percent is 0.
-    """
+    """The first 8 or more digits of a revision of the name's history that is not current. Ignored if percent is 0."""
     percent: _builtins.int
-    """How many of a hundred requests go to it, from 0 to 100."""
+    """Percentage of the requests, from 0 to 100; 0 ends the split."""
     def __init__(
         self,
         *,
@@ -421,9 +422,9 @@ class ListAdaptersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most 1000; 0 means 100."""
+    """Adapters per page, at most 1000; 0 means 100."""
     page_token: _builtins.str
-    """next_page_token of the response before."""
+    """next_page_token of the previous response; empty for the first page."""
     def __init__(
         self,
         *,
@@ -484,7 +485,7 @@ class WatchAdaptersResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """Its history is left out."""
+        """Without its history."""
 
     def __init__(
         self,
@@ -520,38 +521,38 @@ class Adapter(_message.Message):
     TRAFFIC_SPLIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
-    """Digest of the adapter's files. Empty where state is FAILED."""
+    """Digest of the adapter's files. Empty if state is FAILED."""
     state: Global___AdapterState.ValueType
     method: Global___AdapterMethod.ValueType
     num_parameters: _builtins.int
-    """Numbers in the adapter's tensors."""
+    """Number of elements of the adapter's tensors."""
     max_rank: _builtins.int
-    """Largest rank among its modules; 0 where it has no LoRA."""
+    """Largest LoRA rank of its modules; 0 without LoRA."""
     num_virtual_tokens: _builtins.int
-    """Virtual tokens before the prompt; 0 where it has none."""
+    """Virtual tokens before the prompt; 0 if it has none."""
     file_bytes: _builtins.int
-    """Size of its safetensors file."""
+    """Size of its safetensors file in bytes."""
     arena_bytes: _builtins.int
-    """What it takes in the arena when resident, in whole pages."""
+    """Bytes that it takes in the arena when resident, in whole pages."""
     active_requests: _builtins.int
-    """Requests that wait or run on this revision now."""
+    """Waiting and running requests of this revision."""
     error: _builtins.str
-    """Why it FAILED."""
+    """Why state is FAILED; empty otherwise."""
     num_tasks: _builtins.int
-    """Tasks that a request chooses from; 0 where it has none to choose."""
+    """Number of tasks of a multitask adapter; 0 for others."""
     @_builtins.property
     def draining_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Other revisions that requests run on: replaced ones, and earlier ones that requests name."""
+        """Other revisions with in-flight requests: replaced ones, and earlier ones that requests name."""
 
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRevision]:
-        """What the name serves and served, the latest first, at most 32. A request can name each of them as
-        name@revision, as long as the server's store has it.
+        """Current and earlier revisions of the name, latest first, at most 32. A request can use each of them as
+        name@revision while the server's store has it.
         """
 
     @_builtins.property
     def traffic_split(self) -> Global___TrafficSplit:
-        """Set where some requests go to another revision."""
+        """Set if some requests go to another revision."""
 
     def __init__(
         self,
@@ -587,7 +588,9 @@ class TrafficSplit(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     PERCENT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
+    """The other revision."""
     percent: _builtins.int
+    """Percentage of the requests that use it."""
     def __init__(
         self,
         *,
@@ -611,10 +614,10 @@ class AdapterRevision(_message.Message):
     PUBLISHED_AT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     source: _builtins.str
-    """Where it was loaded from, without what may be secret in a URL."""
+    """Source that it was loaded from; secrets in URLs are removed."""
     @_builtins.property
     def published_at(self) -> _timestamp_pb2.Timestamp:
-        """When the name came to serve it."""
+        """When it became the name's current revision."""
 
     def __init__(
         self,
@@ -653,7 +656,7 @@ class ListDownloadsResponse(_message.Message):
     DOWNLOADS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def downloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Download]:
-        """In the order of their names."""
+        """Sorted by name."""
 
     def __init__(
         self,
@@ -676,11 +679,11 @@ class Download(_message.Message):
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Under which name the adapter is to be served."""
+    """Name under which the adapter will be served."""
     done_bytes: _builtins.int
-    """Bytes that have come."""
+    """Bytes received."""
     total_bytes: _builtins.int
-    """Bytes in all; not set while nobody knows."""
+    """Total bytes; unset while unknown."""
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Loads, replaces and unloads adapters while requests run.
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
     """
 
     def __init__(self, channel):
@@ -83,76 +84,75 @@ class AdapterServiceStub:
 
 
 class AdapterServiceServicer:
-    """Loads, replaces and unloads adapters while requests run.
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
     """
 
     def LoadAdapter(self, request, context):
-        """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
-        the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
-        the name as it was.
+        """Copies an adapter from its source to the server's store and serves it under a name. If the name is in use, the
+        new revision replaces the old one. A load that fails changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Serves an adapter that the client sends. The first request says what is to come, and the first response from
-        which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
-        early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
-        loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
+        """Serves an adapter that the client sends. The first request announces the files. The first response gives the
+        offset from which the tensors are to be sent; it is above 0 if an earlier upload of the same bytes was
+        interrupted. Chunks follow. When all bytes have arrived and the digest matches, the second response returns
+        the adapter, loaded as by LoadAdapter. Interrupted uploads are kept for a day.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Takes the name away. Requests that run on the adapter end on it; then its memory is freed.
+        """Removes the name. In-flight requests finish; then the adapter's memory is freed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackAdapter(self, request, context):
-        """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
-        those after it.
+        """Makes an earlier revision of the name's history current again and removes the later ones from the history.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetTrafficSplit(self, request, context):
-        """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
-        two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
-        UnloadAdapter.
+        """Sends a percentage of the name's requests to another revision of its history. The split ends with percent 0,
+        when LoadAdapter or RollbackAdapter makes the other revision current, and with UnloadAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the adapter that is served under a name.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """Adapters in the order of their names.
+        """Returns adapters sorted by name, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
-        or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
-        RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+        """Streams every adapter once, then each adapter after every change: loaded, replaced, rolled back, moved into or
+        out of the arena, drained, failed, unloaded. A client that reads too slowly gets RESOURCE_EXHAUSTED with the
+        reason SLOW_WATCHER.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDownloads(self, request, context):
-        """The adapters that are on their way from their sources now, of those that the caller may load.
+        """Returns the running downloads of the adapters that the caller may load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,7 +215,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Loads, replaces and unloads adapters while requests run.
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
     """
 
     @staticmethod

@@ -27,85 +27,85 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Loads, replaces and unloads adapters while requests run."""
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
-    the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
-    the name as it was.
+    """Copies an adapter from its source to the server's store and serves it under a name. If the name is in use, the
+    new revision replaces the old one. A load that fails changes nothing.
     """
     UploadAdapter: _grpc.StreamStreamMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]
-    """Serves an adapter that the client sends. The first request says what is to come, and the first response from
-    which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
-    early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
-    loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
+    """Serves an adapter that the client sends. The first request announces the files. The first response gives the
+    offset from which the tensors are to be sent; it is above 0 if an earlier upload of the same bytes was
+    interrupted. Chunks follow. When all bytes have arrived and the digest matches, the second response returns
+    the adapter, loaded as by LoadAdapter. Interrupted uploads are kept for a day.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
-    """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
+    """Removes the name. In-flight requests finish; then the adapter's memory is freed."""
     RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]
-    """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
-    those after it.
-    """
+    """Makes an earlier revision of the name's history current again and removes the later ones from the history."""
     SetTrafficSplit: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetTrafficSplitRequest, _adapters_pb2.SetTrafficSplitResponse]
-    """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
-    two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
-    UnloadAdapter.
+    """Sends a percentage of the name's requests to another revision of its history. The split ends with percent 0,
+    when LoadAdapter or RollbackAdapter makes the other revision current, and with UnloadAdapter.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
+    """Returns the adapter that is served under a name."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """Adapters in the order of their names."""
+    """Returns adapters sorted by name, in pages."""
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]
-    """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
-    or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
-    RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+    """Streams every adapter once, then each adapter after every change: loaded, replaced, rolled back, moved into or
+    out of the arena, drained, failed, unloaded. A client that reads too slowly gets RESOURCE_EXHAUSTED with the
+    reason SLOW_WATCHER.
     """
     ListDownloads: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListDownloadsRequest, _adapters_pb2.ListDownloadsResponse]
-    """The adapters that are on their way from their sources now, of those that the caller may load."""
+    """Returns the running downloads of the adapters that the caller may load."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Loads, replaces and unloads adapters while requests run."""
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
-    the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
-    the name as it was.
+    """Copies an adapter from its source to the server's store and serves it under a name. If the name is in use, the
+    new revision replaces the old one. A load that fails changes nothing.
     """
     UploadAdapter: _aio.StreamStreamMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.UploadAdapterResponse]  # type: ignore[assignment]
-    """Serves an adapter that the client sends. The first request says what is to come, and the first response from
-    which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
-    early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
-    loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
+    """Serves an adapter that the client sends. The first request announces the files. The first response gives the
+    offset from which the tensors are to be sent; it is above 0 if an earlier upload of the same bytes was
+    interrupted. Chunks follow. When all bytes have arrived and the digest matches, the second response returns
+    the adapter, loaded as by LoadAdapter. Interrupted uploads are kept for a day.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
+    """Removes the name. In-flight requests finish; then the adapter's memory is freed."""
     RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.RollbackAdapterResponse]  # type: ignore[assignment]
-    """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
-    those after it.
-    """
+    """Makes an earlier revision of the name's history current again and removes the later ones from the history."""
     SetTrafficSplit: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetTrafficSplitRequest, _adapters_pb2.SetTrafficSplitResponse]  # type: ignore[assignment]
-    """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
-    two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
-    UnloadAdapter.
+    """Sends a percentage of the name's requests to another revision of its history. The split ends with percent 0,
+    when LoadAdapter or RollbackAdapter makes the other revision current, and with UnloadAdapter.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
+    """Returns the adapter that is served under a name."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Adapters in the order of their names."""
+    """Returns adapters sorted by name, in pages."""
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
-    """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
-    or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
-    RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+    """Streams every adapter once, then each adapter after every change: loaded, replaced, rolled back, moved into or
+    out of the arena, drained, failed, unloaded. A client that reads too slowly gets RESOURCE_EXHAUSTED with the
+    reason SLOW_WATCHER.
     """
     ListDownloads: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListDownloadsRequest, _adapters_pb2.ListDownloadsResponse]  # type: ignore[assignment]
-    """The adapters that are on their way from their sources now, of those that the caller may load."""
+    """Returns the running downloads of the adapters that the caller may load."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Loads, replaces and unloads adapters while requests run."""
+    """Loads, replaces and unloads adapters while requests run. New requests use a new revision at once; in-flight
+    requests finish on theirs.
+    """
 
     @_abc_1.abstractmethod
     def LoadAdapter(
@@ -113,9 +113,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Brings an adapter from its source to the server's store and serves it under a name. A name in use flips to
-        the new revision at once: requests that began on the old one end on the old one. A load that fails leaves
-        the name as it was.
+        """Copies an adapter from its source to the server's store and serves it under a name. If the name is in use, the
+        new revision replaces the old one. A load that fails changes nothing.
         """
 
     @_abc_1.abstractmethod
@@ -124,10 +123,10 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.UploadAdapterResponse], _abc.AsyncIterator[_adapters_pb2.UploadAdapterResponse]]:
-        """Serves an adapter that the client sends. The first request says what is to come, and the first response from
-        which offset on its tensors are wanted, which is above 0 where an earlier upload of the same bytes stopped
-        early. Chunks follow, and when all have come and the digest is right, the second response: the adapter,
-        loaded as LoadAdapter does. What has come of an upload that stops is kept for a day.
+        """Serves an adapter that the client sends. The first request announces the files. The first response gives the
+        offset from which the tensors are to be sent; it is above 0 if an earlier upload of the same bytes was
+        interrupted. Chunks follow. When all bytes have arrived and the digest matches, the second response returns
+        the adapter, loaded as by LoadAdapter. Interrupted uploads are kept for a day.
         """
 
     @_abc_1.abstractmethod
@@ -136,7 +135,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapters_pb2.UnloadAdapterResponse]]:
-        """Takes the name away. Requests that run on the adapter end on it; then its memory is freed."""
+        """Removes the name. In-flight requests finish; then the adapter's memory is freed."""
 
     @_abc_1.abstractmethod
     def RollbackAdapter(
@@ -144,9 +143,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RollbackAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.RollbackAdapterResponse, _abc.Awaitable[_adapters_pb2.RollbackAdapterResponse]]:
-        """Makes an earlier revision of the name's history current again, at once as with LoadAdapter, and forgets
-        those after it.
-        """
+        """Makes an earlier revision of the name's history current again and removes the later ones from the history."""
 
     @_abc_1.abstractmethod
     def SetTrafficSplit(
@@ -154,9 +151,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.SetTrafficSplitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.SetTrafficSplitResponse, _abc.Awaitable[_adapters_pb2.SetTrafficSplitResponse]]:
-        """Makes some percent of the name's requests go to another revision of its history. That ends when one of the
-        two becomes the name's only one: by percent 0, by RollbackAdapter or LoadAdapter to the other revision, by
-        UnloadAdapter.
+        """Sends a percentage of the name's requests to another revision of its history. The split ends with percent 0,
+        when LoadAdapter or RollbackAdapter makes the other revision current, and with UnloadAdapter.
         """
 
     @_abc_1.abstractmethod
@@ -164,7 +160,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.GetAdapterResponse, _abc.Awaitable[_adapters_pb2.GetAdapterResponse]]:
+        """Returns the adapter that is served under a name."""
 
     @_abc_1.abstractmethod
     def ListAdapters(
@@ -172,7 +169,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """Adapters in the order of their names."""
+        """Returns adapters sorted by name, in pages."""
 
     @_abc_1.abstractmethod
     def WatchAdapters(
@@ -180,9 +177,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapters_pb2.WatchAdaptersResponse]]:
-        """First every adapter as it is, then each as it is after every change of it: loaded, swapped, rolled back, in
-        or out of the arena, a revision drained, failed, unloaded. Who takes them too slowly is told so by
-        RESOURCE_EXHAUSTED with the reason SLOW_WATCHER.
+        """Streams every adapter once, then each adapter after every change: loaded, replaced, rolled back, moved into or
+        out of the arena, drained, failed, unloaded. A client that reads too slowly gets RESOURCE_EXHAUSTED with the
+        reason SLOW_WATCHER.
         """
 
     @_abc_1.abstractmethod
@@ -191,6 +188,6 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListDownloadsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListDownloadsResponse, _abc.Awaitable[_adapters_pb2.ListDownloadsResponse]]:
-        """The adapters that are on their way from their sources now, of those that the caller may load."""
+        """Returns the running downloads of the adapters that the caller may load."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,29 +22,54 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from turret.v1 import rules_pb2 as turret_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\"\xcd\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12\'\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterRef\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\x12\n\x05top_p\x18\x06 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x07 \x01(\x05\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x10\n\x08priority\x18\n \x01(\x05\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12\x13\n\x0brouting_key\x18\x0c \x01(\tB\x08\n\x06promptB\r\n\x0b_max_tokensB\x08\n\x06_top_pB\x07\n\x05_seed\"V\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\x04task\x18\x03 \x01(\x05H\x01\x88\x01\x01\x42\t\n\x07_weightB\x07\n\x05_task\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\"\x9c\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a!.turret.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\x1a\x15turret/v1/rules.proto\"\xe5\x03\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterRefB\x06\xf2\xbb\x18\x02\x30\x08\x12&\n\nmax_tokens\x18\x04 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12+\n\x0btemperature\x18\x05 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00Y@\x12\x35\n\x05top_p\x18\x06 \x01(\x02\x42!\xf2\xbb\x18\x1d\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\xf0?\x18\x01\x39\x00\x00\x00\x00\x00\x00\xf0?H\x02\x88\x01\x01\x12\x1c\n\x05top_k\x18\x07 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x19\n\x04stop\x18\t \x03(\tB\x0b\xf2\xbb\x18\x07 \x01(\x80\x02\x30\x10\x12(\n\x08priority\x18\n \x01(\x05\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00$\xc0\x11\x00\x00\x00\x00\x00\x00$@\x12\x1b\n\ncache_salt\x18\x0b \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12\x1c\n\x0brouting_key\x18\x0c \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x08\n\x06_top_pB\x07\n\x05_seed\"\x8e\x01\n\nAdapterRef\x12\x14\n\x04name\x18\x01 \x01(\tB\x06\xf2\xbb\x18\x02 \x01\x12\x34\n\x06weight\x18\x02 \x01(\x02\x42\x1f\xf2\xbb\x18\x1b\t\x00\x00\x00\x00\x00\x00Y\xc0\x11\x00\x00\x00\x00\x00\x00Y@9\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12 \n\x04task\x18\x03 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\t\n\x07_weightB\x07\n\x05_task\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\"\x9c\x01\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a!.turret.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'turret.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=882
-  _globals['_FINISHREASON']._serialized_end=977
-  _globals['_GENERATEREQUEST']._serialized_start=41
-  _globals['_GENERATEREQUEST']._serialized_end=374
-  _globals['_ADAPTERREF']._serialized_start=376
-  _globals['_ADAPTERREF']._serialized_end=462
-  _globals['_TOKENIDS']._serialized_start=464
-  _globals['_TOKENIDS']._serialized_end=487
-  _globals['_GENERATERESPONSE']._serialized_start=490
-  _globals['_GENERATERESPONSE']._serialized_end=640
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=643
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=799
-  _globals['_USAGE']._serialized_start=801
-  _globals['_USAGE']._serialized_end=880
-  _globals['_INFERENCESERVICE']._serialized_start=980
-  _globals['_INFERENCESERVICE']._serialized_end=1150
+  _globals['_GENERATEREQUEST'].fields_by_name['adapters']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['adapters']._serialized_options = b'\362\273\030\0020\010'
+  _globals['_GENERATEREQUEST'].fields_by_name['max_tokens']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['max_tokens']._serialized_options = b'\362\273\030\t\t\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['temperature']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['temperature']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\000Y@'
+  _globals['_GENERATEREQUEST'].fields_by_name['top_p']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['top_p']._serialized_options = b'\362\273\030\035\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\000\360?\030\0019\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['top_k']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['top_k']._serialized_options = b'\362\273\030\t\t\000\000\000\000\000\000\000\000'
+  _globals['_GENERATEREQUEST'].fields_by_name['stop']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['stop']._serialized_options = b'\362\273\030\007 \001(\200\0020\020'
+  _globals['_GENERATEREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['priority']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000$\300\021\000\000\000\000\000\000$@'
+  _globals['_GENERATEREQUEST'].fields_by_name['cache_salt']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['cache_salt']._serialized_options = b'\362\273\030\003(\200\001'
+  _globals['_GENERATEREQUEST'].fields_by_name['routing_key']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['routing_key']._serialized_options = b'\362\273\030\003(\200\001'
+  _globals['_ADAPTERREF'].fields_by_name['name']._loaded_options = None
+  _globals['_ADAPTERREF'].fields_by_name['name']._serialized_options = b'\362\273\030\002 \001'
+  _globals['_ADAPTERREF'].fields_by_name['weight']._loaded_options = None
+  _globals['_ADAPTERREF'].fields_by_name['weight']._serialized_options = b'\362\273\030\033\t\000\000\000\000\000\000Y\300\021\000\000\000\000\000\000Y@9\000\000\000\000\000\000\360?'
+  _globals['_ADAPTERREF'].fields_by_name['task']._loaded_options = None
+  _globals['_ADAPTERREF'].fields_by_name['task']._serialized_options = b'\362\273\030\t\t\000\000\000\000\000\000\000\000'
+  _globals['_FINISHREASON']._serialized_start=1114
+  _globals['_FINISHREASON']._serialized_end=1209
+  _globals['_GENERATEREQUEST']._serialized_start=64
+  _globals['_GENERATEREQUEST']._serialized_end=549
+  _globals['_ADAPTERREF']._serialized_start=552
+  _globals['_ADAPTERREF']._serialized_end=694
+  _globals['_TOKENIDS']._serialized_start=696
+  _globals['_TOKENIDS']._serialized_end=719
+  _globals['_GENERATERESPONSE']._serialized_start=722
+  _globals['_GENERATERESPONSE']._serialized_end=872
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=875
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1031
+  _globals['_USAGE']._serialized_start=1033
+  _globals['_USAGE']._serialized_end=1112
+  _globals['_INFERENCESERVICE']._serialized_start=1212
+  _globals['_INFERENCESERVICE']._serialized_end=1382
 # @@protoc_insertion_point(module_scope)

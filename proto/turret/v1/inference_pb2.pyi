@@ -57,44 +57,45 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text, tokenised by the model's own tokenizer with its special tokens."""
+    """Text. The model's tokenizer adds its special tokens."""
     max_tokens: _builtins.int
-    """Most tokens to generate, at least 1. Unset: 256, or what the context leaves if that is less."""
+    """Maximum number of tokens to generate. Default: 256, or what the context leaves if that is less."""
     temperature: _builtins.float
-    """0 (the default) is greedy."""
+    """Sampling temperature. 0 is greedy: always the likeliest token."""
     top_p: _builtins.float
-    """Nucleus sampling, 0 < top_p <= 1. Unset: 1."""
+    """Nucleus sampling: sample from the likeliest tokens whose probabilities add up to this value."""
     top_k: _builtins.int
-    """Sample among the k likeliest tokens; 0 (the default) means all."""
+    """Sample from this many of the likeliest tokens; 0 is all."""
     seed: _builtins.int
-    """Same seed, prompt, adapter revision and parameters: same tokens. Unset: chosen by the server."""
+    """Seed of the random numbers. The same seed, prompt, adapter revision and parameters give the same tokens.
+    Default: chosen by the server.
+    """
     priority: _builtins.int
-    """From -10 to 10. A request stands in its tenant's queue as if it had come 10 seconds earlier for each
-    step. Against other tenants it counts for nothing.
+    """Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of waiting. It does
+    not affect other tenants.
     """
     cache_salt: _builtins.str
-    """Cached blocks of the prompt are shared only among requests with the same salt, so that nobody without it
-    learns from answering times what was asked before. At most 128 characters.
+    """Salt of the prefix cache. Only requests with the same salt share cached blocks of the prompt, which prevents
+    others from learning past prompts from response times.
     """
     routing_key: _builtins.str
-    """Where some percent of an adapter's requests go to another revision (SetTrafficSplit), all with the same key
-    go to the same one: a user's or a conversation's name, say. At most 128 characters. Empty: it is drawn for
-    each request.
+    """Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same revision of the
+    adapter. A user or conversation id, for example. Default: each request is assigned at random.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Token ids, used as they are."""
+        """Token ids, used unchanged."""
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterRef]:
-        """None means the base model, and one is the usual case; at most 8. Several are composed: LoRAs add up, each
-        times its weight, and virtual tokens stand before the prompt in the order given. Only adapters that are
-        nothing but LoRA, or virtual tokens, can be composed.
+        """Adapters to apply; none is the base model. Several adapters are combined: LoRA updates are added, each
+        multiplied by its weight, and virtual tokens precede the prompt in the given order. Only adapters that are
+        either pure LoRA or pure virtual tokens can be combined.
         """
 
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generation ends before the first of these strings; at most 16."""
+        """Stop strings: generation ends before the first of them."""
 
     def __init__(
         self,
@@ -137,20 +138,22 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class AdapterRef(_message.Message):
+    """An adapter of a request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """The name, or name@revision for one revision of the name's history: the first 8 digits are enough where no
-    other begins so. One that is not current is read when it is first asked for, and kept until the name serves
-    something else or 64 others were asked for since.
+    """The name, or name@revision for one revision of the name's history. The first 8 digits of the revision are
+    enough if they are unique. A revision that is not current is read at its first request and kept until the
+    name changes or 64 other revisions were requested since.
     """
     weight: _builtins.float
-    """How much a LoRA counts. Unset: 1."""
+    """Factor of the adapter's LoRA update."""
     task: _builtins.int
-    """Which task of a multitask adapter, from 0; must be set for these and only for these."""
+    """Index of the task of a multitask adapter. Required for multitask adapters, not allowed for others."""
     def __init__(
         self,
         *,
@@ -205,8 +208,8 @@ class GenerateResponse(_message.Message):
     text: _builtins.str
     finish_reason: Global___FinishReason.ValueType
     revision: _builtins.str
-    """Revision of the adapter that served the request; of several, joined by "+" in the order of the request;
-    empty for the base model.
+    """Revision of the adapter that served the request. Several are joined by "+" in the order of the request. Empty
+    for the base model.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -239,15 +242,17 @@ class GenerateStreamResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """What is new since the last message. A text that ends inside a character, or that may become
-    a stop string, is held back until it is certain.
+    """Text since the previous message. Incomplete characters and possible beginnings of a stop string are held back
+    until they are certain.
     """
     finish_reason: Global___FinishReason.ValueType
     """Set in the last message only."""
     revision: _builtins.str
-    """As in GenerateResponse, in every message."""
+    """As in GenerateResponse; set in every message."""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens since the previous message."""
+
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Set in the last message only."""
@@ -277,12 +282,13 @@ class Usage(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, without an adapter's virtual tokens."""
+    """Tokens of the prompt, without virtual tokens of adapters."""
     cached_tokens: _builtins.int
-    """Tokens whose keys and values were not computed for this request but found in memory:
-    an adapter's virtual tokens and cached blocks of the prompt.
+    """Tokens whose keys and values were found in memory instead of computed: virtual tokens of adapters and cached
+    blocks of the prompt.
     """
     generated_tokens: _builtins.int
+    """Tokens of the answer."""
     def __init__(
         self,
         *,

@@ -26,15 +26,15 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     def __init__(self, channel):
@@ -56,27 +56,27 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     def Generate(self, request, context):
-        """Answers once, when the generation has finished.
+        """Returns the whole generation when it has finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Answers token by token. The concatenated texts and token ids of the stream
-        equal those that Generate answers for the same request.
+        """Streams the generation token by token. The concatenated texts and token ids equal those of Generate for the
+        same request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,15 +104,15 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     @staticmethod

@@ -27,15 +27,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     @_typing.overload
@@ -43,43 +43,43 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Answers once, when the generation has finished."""
+    """Returns the whole generation when it has finished."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]
-    """Answers token by token. The concatenated texts and token ids of the stream
-    equal those that Generate answers for the same request.
+    """Streams the generation token by token. The concatenated texts and token ids equal those of Generate for the
+    same request.
     """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Answers once, when the generation has finished."""
+    """Returns the whole generation when it has finished."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Answers token by token. The concatenated texts and token ids of the stream
-    equal those that Generate answers for the same request.
+    """Streams the generation token by token. The concatenated texts and token ids equal those of Generate for the
+    same request.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generates text with the base model or with one of its adapters.
+    """Generates text with the base model or with adapters.
 
-    Errors are gRPC statuses; each carries a google.rpc.ErrorInfo with domain "turret"
-    and a stable reason such as ADAPTER_NOT_FOUND or PROMPT_TOO_LONG. Where a tenant's queue is full
-    (RESOURCE_EXHAUSTED), a google.rpc.RetryInfo says when to try again.
+    Errors are gRPC statuses with a google.rpc.ErrorInfo (domain "turret", a stable reason such as
+    ADAPTER_NOT_FOUND or PROMPT_TOO_LONG) and a google.rpc.RequestInfo with the request id of the server's log.
+    If a later retry can succeed, a google.rpc.RetryInfo gives the delay.
 
-    The metadata key "turret-tenant" says for whom a request is made: tenants share the server fairly, in
-    proportion to their weights. Without it the tenant is "default". On a server with keys the tenant follows from
-    the key in "authorization: Bearer KEY", and "turret-tenant" may not say another.
+    The metadata key "turret-tenant" names the tenant of a call; without it the tenant is "default". Tenants share
+    the server in proportion to their weights. On a server with API keys, the key in "authorization: Bearer KEY"
+    identifies the tenant, and "turret-tenant", if set, must name the same one.
     """
 
     @_abc_1.abstractmethod
@@ -88,7 +88,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GenerateResponse, _abc.Awaitable[_inference_pb2.GenerateResponse]]:
-        """Answers once, when the generation has finished."""
+        """Returns the whole generation when it has finished."""
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -96,8 +96,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
-        """Answers token by token. The concatenated texts and token ids of the stream
-        equal those that Generate answers for the same request.
+        """Streams the generation token by token. The concatenated texts and token ids equal those of Generate for the
+        same request.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,15 +29,18 @@ class PinPromptRequest(_message.Message):
     ADAPTERS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 128 of the characters a-z A-Z 0-9 . _ - and the first a letter or a digit."""
+    """1 to 128 of the characters a-z A-Z 0-9 . _ - starting with a letter or a digit."""
     text: _builtins.str
+    """Text. The model's tokenizer adds its special tokens."""
     cache_salt: _builtins.str
-    """As in GenerateRequest: only requests with the same salt find the prompt."""
+    """As in GenerateRequest: only requests with the same salt use the pinned prompt."""
     @_builtins.property
-    def token_ids(self) -> _inference_pb2.TokenIds: ...
+    def token_ids(self) -> _inference_pb2.TokenIds:
+        """Token ids, used unchanged."""
+
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.AdapterRef]:
-        """As in GenerateRequest: only requests that name the same adapters with the same weights find the prompt."""
+        """As in GenerateRequest: only requests with the same adapters and weights use the pinned prompt."""
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class PinnedPrompt(_message.Message):
     revision: _builtins.str
     """As in GenerateResponse."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, without an adapter's virtual tokens."""
+    """Tokens of the prompt, without virtual tokens of adapters."""
     def __init__(
         self,
         *,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class PromptServiceStub:
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest.
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest.
     """
 
     def __init__(self, channel):
@@ -53,25 +53,27 @@ class PromptServiceStub:
 
 
 class PromptServiceServicer:
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest.
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest.
     """
 
     def PinPrompt(self, request, context):
         """Computes a prompt and keeps its whole blocks of keys and values, and its adapters, until it is unpinned. A
-        name in use is pinned anew. When an adapter is replaced or unloaded, its prompts go with the revision.
+        prompt that is already pinned under the name is replaced. When an adapter is replaced or unloaded, its pinned
+        prompts are removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinPrompt(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Removes a pinned prompt. Its blocks stay in the prefix cache until their memory is needed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPinnedPrompts(self, request, context):
-        """Pinned prompts in the order of their names.
+        """Returns the tenant's pinned prompts, sorted by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,7 +106,7 @@ def add_PromptServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PromptService:
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest.
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PromptServiceStub:
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest."""
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,27 +35,31 @@ class PromptServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PromptServiceAsyncStub: ...
     PinPrompt: _grpc.UnaryUnaryMultiCallable[_prompts_pb2.PinPromptRequest, _prompts_pb2.PinPromptResponse]
     """Computes a prompt and keeps its whole blocks of keys and values, and its adapters, until it is unpinned. A
-    name in use is pinned anew. When an adapter is replaced or unloaded, its prompts go with the revision.
+    prompt that is already pinned under the name is replaced. When an adapter is replaced or unloaded, its pinned
+    prompts are removed.
     """
     UnpinPrompt: _grpc.UnaryUnaryMultiCallable[_prompts_pb2.UnpinPromptRequest, _prompts_pb2.UnpinPromptResponse]
+    """Removes a pinned prompt. Its blocks stay in the prefix cache until their memory is needed."""
     ListPinnedPrompts: _grpc.UnaryUnaryMultiCallable[_prompts_pb2.ListPinnedPromptsRequest, _prompts_pb2.ListPinnedPromptsResponse]
-    """Pinned prompts in the order of their names."""
+    """Returns the tenant's pinned prompts, sorted by name."""
 
 @_typing.type_check_only
 class PromptServiceAsyncStub(PromptServiceStub):
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest."""
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PinPrompt: _aio.UnaryUnaryMultiCallable[_prompts_pb2.PinPromptRequest, _prompts_pb2.PinPromptResponse]  # type: ignore[assignment]
     """Computes a prompt and keeps its whole blocks of keys and values, and its adapters, until it is unpinned. A
-    name in use is pinned anew. When an adapter is replaced or unloaded, its prompts go with the revision.
+    prompt that is already pinned under the name is replaced. When an adapter is replaced or unloaded, its pinned
+    prompts are removed.
     """
     UnpinPrompt: _aio.UnaryUnaryMultiCallable[_prompts_pb2.UnpinPromptRequest, _prompts_pb2.UnpinPromptResponse]  # type: ignore[assignment]
+    """Removes a pinned prompt. Its blocks stay in the prefix cache until their memory is needed."""
     ListPinnedPrompts: _aio.UnaryUnaryMultiCallable[_prompts_pb2.ListPinnedPromptsRequest, _prompts_pb2.ListPinnedPromptsResponse]  # type: ignore[assignment]
-    """Pinned prompts in the order of their names."""
+    """Returns the tenant's pinned prompts, sorted by name."""
 
 class PromptServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps the beginnings of prompts in memory, so that requests that begin with them compute only the rest."""
+    """Keeps prefixes of prompts in memory, so that requests that begin with one compute only the rest."""
 
     @_abc_1.abstractmethod
     def PinPrompt(
@@ -64,7 +68,8 @@ class PromptServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_prompts_pb2.PinPromptResponse, _abc.Awaitable[_prompts_pb2.PinPromptResponse]]:
         """Computes a prompt and keeps its whole blocks of keys and values, and its adapters, until it is unpinned. A
-        name in use is pinned anew. When an adapter is replaced or unloaded, its prompts go with the revision.
+        prompt that is already pinned under the name is replaced. When an adapter is replaced or unloaded, its pinned
+        prompts are removed.
         """
 
     @_abc_1.abstractmethod
@@ -72,7 +77,8 @@ class PromptServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _prompts_pb2.UnpinPromptRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_prompts_pb2.UnpinPromptResponse, _abc.Awaitable[_prompts_pb2.UnpinPromptResponse]]: ...
+    ) -> _typing.Union[_prompts_pb2.UnpinPromptResponse, _abc.Awaitable[_prompts_pb2.UnpinPromptResponse]]:
+        """Removes a pinned prompt. Its blocks stay in the prefix cache until their memory is needed."""
 
     @_abc_1.abstractmethod
     def ListPinnedPrompts(
@@ -80,6 +86,6 @@ class PromptServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _prompts_pb2.ListPinnedPromptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_prompts_pb2.ListPinnedPromptsResponse, _abc.Awaitable[_prompts_pb2.ListPinnedPromptsResponse]]:
-        """Pinned prompts in the order of their names."""
+        """Returns the tenant's pinned prompts, sorted by name."""
 
 def add_PromptServiceServicer_to_server(servicer: PromptServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
