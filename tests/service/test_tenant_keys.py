@@ -133,7 +133,7 @@ def test_the_refusal_says_what_to_do(served, monkeypatch):
     monkeypatch.delenv("TURRET_API_KEY", raising=False)
     with (
         Client(served.address) as client,
-        pytest.raises(UnauthenticatedError, match="send an API key") as refused,
+        pytest.raises(UnauthenticatedError, match="an API key is required") as refused,
     ):
         client.generate(PROMPT)
     assert refused.value.reason == "UNAUTHENTICATED"

@@ -50,9 +50,9 @@ from turret_server.rpc.reading import ReadingInterceptor
 from turret_server.rpc.server import RpcServer, is_loopback
 from turret_server.rpc.tls import TlsFiles
 from turret_server.serving.requests import ModelInfo, RequestFactory
-from turret_server.serving.validation import check_name
+from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
-from turret_server.tenancy.tenants import TenantTable
+from turret_server.tenancy.tenants import TenantTable, check_name
 from turret_server.tenancy.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,9 @@ def make_server(parts: Parts) -> RpcServer:
     as a typed error; the body of a request is read last, after authentication.
     """
     calls = RunningCalls()
-    auth = AuthInterceptor(parts.access.tenants, parts.access.auth_hook, AuthMetrics(parts.metrics).failed)
+    access = parts.access
+    authenticator = Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
+    auth = AuthInterceptor(authenticator)
     interceptors = [ErrorInterceptor(), calls, auth, ReadingInterceptor()]
     tls = parts.access.tls
     credentials = tls.credentials() if tls else None

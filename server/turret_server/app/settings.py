@@ -7,7 +7,7 @@ from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError, InvalidRequestError
 from turret_server.lifecycle.lazy import NAME_MARK
 from turret_server.rpc.server import split_address
-from turret_server.serving.validation import check_name
+from turret_server.tenancy.tenants import check_name
 
 
 def check_config(config: ServerConfig) -> None:

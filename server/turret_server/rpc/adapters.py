@@ -19,8 +19,9 @@ from turret_server.lifecycle.watches import AdapterWatches
 from turret_server.rpc.adapter_messages import AdapterMessages
 from turret_server.rpc.auth import caller
 from turret_server.rpc.uploads import AdapterUploads
-from turret_server.serving.validation import check_name, check_path, check_revision
+from turret_server.serving.validation import check_path, check_revision
 from turret_server.tenancy.access import check_change, check_source, check_unload, check_use, seen_by
+from turret_server.tenancy.tenants import check_name
 
 _DEFAULT_PAGE_SIZE = 100
 _MAX_PAGE_SIZE = 1000
@@ -53,11 +54,11 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.LoadAdapterResponse:
         name = check_name(request.name)
-        check_change(caller(), name)
+        check_change(caller().tenant, name)
         path = check_path(request.path)
-        await asyncio.to_thread(check_source, caller(), path)
-        load = partial(self._lifecycle.load, name, path, caller().ownership)
-        await self._loads.start(load, caller())
+        await asyncio.to_thread(check_source, caller().tenant, path)
+        load = partial(self._lifecycle.load, name, path, caller().tenant.ownership)
+        await self._loads.start(load, caller().tenant)
         return adapters_pb2.LoadAdapterResponse(adapter=await self._present(name))
 
     async def UploadAdapter(
@@ -65,7 +66,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncGenerator[adapters_pb2.UploadAdapterResponse]:
-        async with aclosing(self._uploads.receive(request_iterator, caller())) as upload:
+        async with aclosing(self._uploads.receive(request_iterator, caller().tenant)) as upload:
             _, offset = await anext(upload)
             yield adapters_pb2.UploadAdapterResponse(offset=offset)
             name, _ = await anext(upload)
@@ -75,7 +76,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.UnloadAdapterResponse:
         name = check_name(request.name)
-        check_unload(caller(), name)
+        check_unload(caller().tenant, name)
         status = await asyncio.to_thread(self._lifecycle.unload, name)
         return adapters_pb2.UnloadAdapterResponse(adapter=self._messages.of(status))
 
@@ -83,27 +84,29 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.RollbackAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.RollbackAdapterResponse:
         name = check_name(request.name)
-        check_change(caller(), name)
+        check_change(caller().tenant, name)
         revision = check_revision(request.revision) if request.revision else None
-        await self._loads.start(partial(self._lifecycle.rollback, name, revision), caller())
+        await self._loads.start(partial(self._lifecycle.rollback, name, revision), caller().tenant)
         return adapters_pb2.RollbackAdapterResponse(adapter=await self._present(name))
 
     async def SetTrafficSplit(
         self, request: adapters_pb2.SetTrafficSplitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.SetTrafficSplitResponse:
         name = check_name(request.name)
-        check_change(caller(), name)
+        check_change(caller().tenant, name)
         if not 0 <= request.percent <= 100:
             raise InvalidRequestError(f"percent is from 0 to 100; found {request.percent}", field="percent")
         revision = check_revision(request.revision) if request.percent else ""
-        await self._loads.start(partial(self._lifecycle.split, name, revision, request.percent), caller())
+        await self._loads.start(
+            partial(self._lifecycle.split, name, revision, request.percent), caller().tenant
+        )
         return adapters_pb2.SetTrafficSplitResponse(adapter=await self._present(name))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.GetAdapterResponse:
         name = check_name(request.name)
-        check_use(caller(), [name])
+        check_use(caller().tenant, [name])
         return adapters_pb2.GetAdapterResponse(adapter=await self._present(name))
 
     async def ListAdapters(
@@ -113,7 +116,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequestError(
                 f"page_size is 0 to {_MAX_PAGE_SIZE}; found {request.page_size}", field="page_size"
             )
-        tenant, size = caller(), request.page_size or _DEFAULT_PAGE_SIZE
+        tenant, size = caller().tenant, request.page_size or _DEFAULT_PAGE_SIZE
         # The token is the last name of the page before: adapters that come and go do not shift the pages.
         rest = [
             status
@@ -129,15 +132,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(
         self, request: adapters_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[adapters_pb2.WatchAdaptersResponse]:
-        async with aclosing(self._watches.watch(caller())) as changes:
+        async with aclosing(self._watches.watch(caller().tenant)) as changes:
             async for adapter in changes:
-                if caller().may_use(adapter.name):
-                    yield adapters_pb2.WatchAdaptersResponse(adapter=seen_by(caller(), adapter))
+                if caller().tenant.may_use(adapter.name):
+                    yield adapters_pb2.WatchAdaptersResponse(adapter=seen_by(caller().tenant, adapter))
 
     async def ListDownloads(
         self, request: adapters_pb2.ListDownloadsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.ListDownloadsResponse:
-        tenant = caller()
+        tenant = caller().tenant
         return adapters_pb2.ListDownloadsResponse(
             downloads=[
                 adapters_pb2.Download(name=each.name, done_bytes=each.num_done, total_bytes=each.num_total)
@@ -152,4 +155,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _described(self, statuses: Sequence[AdapterStatus]) -> list[adapters_pb2.Adapter]:
         histories = await asyncio.to_thread(self._lifecycle.histories, [status.name for status in statuses])
-        return [seen_by(caller(), self._messages.of(status, histories[status.name])) for status in statuses]
+        return [
+            seen_by(caller().tenant, self._messages.of(status, histories[status.name])) for status in statuses
+        ]

@@ -1,10 +1,8 @@
-"""Who calls: as the operator's hook says, by an API key, by a client's certificate, or, where the server is
-open, by saying so.
-"""
+"""Authentication at the gRPC door."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any
@@ -12,35 +10,25 @@ from typing import Any
 import grpc
 
 from turret_server import logs
-from turret_server.engine.request import DEFAULT_TENANT
-from turret_server.errors import UnauthenticatedError
-from turret_server.serving.validation import named_tenant
-from turret_server.tenancy.auth_hook import AuthHook
-from turret_server.tenancy.tenants import Tenant, TenantTable
-from turret_server.tenancy.tenants_file import TenantsFile
+from turret_server.rpc.calls import request_id
+from turret_server.tenancy.auth import Authenticator, Caller, CallHeader
+from turret_server.tenancy.tenants import TenantTable
 
-_SCHEME = "bearer"
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")
 
-_caller: ContextVar[Tenant] = ContextVar("turret_caller")
+_caller: ContextVar[Caller] = ContextVar("turret_caller")
 
 
-def caller() -> Tenant:
-    """Who makes the call that runs now. Where nobody looked who it is, this fails, and the call with it."""
+def caller() -> Caller:
+    """Who makes the call that runs now. Fails, and the call with it, where the call was not authenticated."""
     return _caller.get()
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Lets a call of this project's services through once it is known whose it is. Health and reflection stay
-    open: what asks for a server's health holds no keys, and reflection tells what this repository does.
-    """
+    """Authenticates the calls of this project's services. Health and reflection stay open."""
 
-    def __init__(
-        self, tenants: TenantsFile, hook: AuthHook | None, on_failure: Callable[[UnauthenticatedError], None]
-    ) -> None:
-        self._tenants = tenants
-        self._hook = hook
-        self._on_failure = on_failure
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
 
     async def intercept_service(
         self,
@@ -63,96 +51,35 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
     def _known_unary(self, method: Callable[..., Any]) -> Callable[..., Any]:
         async def known(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            await self._recognise(context)
+            await self._authenticate(context)
             return await method(request, context)
 
         return known
 
     def _known_stream(self, method: Callable[..., Any]) -> Callable[..., Any]:
         async def known(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            table = await self._recognise(context)
+            version = await self._authenticate(context)
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
-                    if table is not self._tenants.table:
-                        # The key may be taken away meanwhile, or what the tenant may do.
-                        table = await self._recognise(context)
+                    if version is not self._authenticator.version:
+                        # The key may be taken away meanwhile, or a permission.
+                        version = await self._authenticate(context)
                     yield response
 
         return known
 
-    async def _recognise(self, context: grpc.aio.ServicerContext[Any, Any]) -> TenantTable:
-        """Sets the caller, which holds for this call: every one is a task, with a context of its own."""
-        table = self._tenants.table
-        metadata, identities = tuple(context.invocation_metadata() or ()), _identities(context)
-        try:
-            named = await self._hook.ask(metadata, identities) if self._hook else None
-            tenant = authenticate(table, metadata, identities, named)
-        except UnauthenticatedError as error:
-            self._on_failure(error)
-            raise
-        _caller.set(tenant)
-        logs.bind(tenant=tenant.name)
-        return table
-
-
-def authenticate(
-    tenants: TenantTable,
-    metadata: Iterable[tuple[str, str | bytes]],
-    identities: Iterable[str] = (),
-    named: str | None = None,
-) -> Tenant:
-    """Whose call this is. `identities` are the names in the certificate that the client proved to hold;
-    `named` is whose it is by the hook, which has the last word.
-
-    What is refused is refused with the same words whoever exists.
-
-    Raises:
-        UnauthenticatedError: nobody's, or somebody else's than it says.
-        InvalidRequestError: it says what cannot be the name of a tenant.
-    """
-    metadata = tuple(metadata)
-    claimed = named_tenant(metadata)
-    if named is not None:
-        if claimed not in (None, named):
-            raise UnauthenticatedError(
-                "the metadata turret-tenant names another tenant than the one that you are known as; leave "
-                "it out",
-                cause="mismatch",
-            )
-        return tenants.by_name(named)
-    if tenants.is_open:
-        return tenants.unproven(claimed or DEFAULT_TENANT)
-    key, by_identity = _key(metadata), tenants.by_identities(identities)
-    found = by_identity if key is None else tenants.by_key(key)
-    if found is None and key is None:
-        raise UnauthenticatedError(
-            "this server answers only tenants that it knows; send an API key as the metadata "
-            '"authorization: Bearer KEY" (the client\'s api_key, or TURRET_API_KEY)',
-            cause="no_key",
+    async def _authenticate(self, context: grpc.aio.ServicerContext[Any, Any]) -> TenantTable:
+        """Sets the caller, which holds for this call: every call is a task, with a context of its own."""
+        version = self._authenticator.version
+        header = CallHeader(
+            request_id=request_id(),
+            metadata=tuple(context.invocation_metadata() or ()),
+            identities=tuple(_identities(context)),
         )
-    if found is None:
-        raise UnauthenticatedError(
-            "the API key is none of this server's; ask its operator for one", cause="unknown_key"
-        )
-    if by_identity not in (None, found) or claimed not in (None, found.name):
-        raise UnauthenticatedError(
-            "the API key, the client's certificate and the metadata turret-tenant must all name the same "
-            "tenant; leave out what does not belong to it",
-            cause="mismatch",
-        )
-    return found
-
-
-def _key(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    sent = {value for name, value in metadata if name == "authorization"}
-    if not sent:
-        return None
-    scheme, _, key = str(sent.pop()).partition(" ")
-    if sent or scheme.lower() != _SCHEME or not key.strip():
-        raise UnauthenticatedError(
-            'expected one metadata "authorization: Bearer KEY"; found another', cause="malformed"
-        )
-    return key.strip()
+        found = await self._authenticator.authenticate(header)
+        _caller.set(found)
+        logs.bind(tenant=found.tenant.name)
+        return version
 
 
 def _identities(context: grpc.aio.ServicerContext[Any, Any]) -> list[str]:

@@ -18,8 +18,7 @@ from turret_server.errors import InvalidRequestError, PromptNotFoundError, Quota
 from turret_server.observability.request_log import RequestRecords
 from turret_server.rpc.auth import caller
 from turret_server.serving.requests import Prepared, RequestFactory, when_over
-from turret_server.serving.validation import check_name
-from turret_server.tenancy.tenants import Tenant
+from turret_server.tenancy.tenants import Tenant, check_name
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                     name=name, revision=prepared.lease.revision, prompt_tokens=len(running.prompt_token_ids)
                 ),
             )
-            with self._room(pin, caller()):
+            with self._room(pin, caller().tenant):
                 self._engine.submit(running)
                 record.begin(prepared)
                 prepared.charge.begun = True
@@ -165,7 +164,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
 
 
 def _owner() -> str:
-    tenant = caller()
+    tenant = caller().tenant
     return tenant.name if tenant.proven else ""
 
 

@@ -16,9 +16,8 @@ from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceed
 from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
 from turret_server.lifecycle.threads import end_of, to_its_end
-from turret_server.serving.validation import check_name
 from turret_server.tenancy.access import check_change
-from turret_server.tenancy.tenants import Tenant
+from turret_server.tenancy.tenants import Tenant, check_name
 
 IDLE_SECONDS = 60.0
 # Who sends less than that is cut off after `IDLE_SECONDS`, and may go on where it stopped.

@@ -98,7 +98,7 @@ class RequestFactory:
             AdapterError: an adapter is not there, or cannot be used like this.
             QuotaExceededError: the tenant has used as much as it may for now.
         """
-        tenant = caller()
+        tenant = caller().tenant
         priority, cache_salt = check_priority(message), check_cache_salt(message)
         named, key = check_adapters(message), check_routing_key(message)
         if not pinned:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Iterable
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import Named
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
-from turret_server.tenancy.tenants import NAME
+from turret_server.tenancy.tenants import check_name
 
 _DEFAULT_MAX_TOKENS = 256
 _MAX_STOP_STRINGS = 16
@@ -24,23 +23,7 @@ _MAX_CACHE_SALT_LENGTH = 128
 _MAX_ROUTING_KEY_LENGTH = 128
 # As long as Linux takes paths; to look for a longer one takes time that grows with its square.
 _MAX_PATH_LENGTH = 4096
-_TENANT_KEY = "turret-tenant"
 _REVISION = re.compile(r"[0-9a-f]{8,32}")
-
-
-def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:
-    """Hand a name on if an adapter, or what else it is to be the name of, can have it.
-
-    Raises:
-        InvalidRequestError: it cannot.
-    """
-    if not NAME.fullmatch(name):
-        raise InvalidRequestError(
-            f"{of}'s name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter "
-            f"or a digit; found {name[:140]!r}",
-            field=field,
-        )
-    return name
 
 
 def check_revision(beginning: str, field: str = "revision") -> str:
@@ -55,20 +38,6 @@ def check_revision(beginning: str, field: str = "revision") -> str:
             field=field,
         )
     return beginning
-
-
-def named_tenant(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
-    """For whom a call says that it is made.
-
-    Raises:
-        InvalidRequestError: several tenants are named, or what is named cannot be one.
-    """
-    named = {str(value) for key, value in metadata if key == _TENANT_KEY}
-    if len(named) > 1:
-        raise InvalidRequestError(
-            f"a call is made for one tenant; the metadata {_TENANT_KEY} names {len(named)}", field=_TENANT_KEY
-        )
-    return check_name(named.pop(), _TENANT_KEY, "a tenant") if named else None
 
 
 def check_path(path: str) -> str:

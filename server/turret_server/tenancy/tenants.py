@@ -39,11 +39,26 @@ from typing import Any
 
 from turret_adapters.store.ownership import Ownership
 from turret_server.engine.admission import TenantLimits
-from turret_server.errors import ConfigError
+from turret_server.errors import ConfigError, InvalidRequestError
 from turret_server.tenancy.keys import digest_of, is_digest
 
 # Names of tenants and adapters.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:
+    """Return a name that is valid for a tenant, an adapter or a pinned prompt.
+
+    Raises:
+        InvalidRequestError: it is not.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidRequestError(
+            f"{of}'s name has 1 to 128 of the characters a-z A-Z 0-9 . _ - and begins with a letter or a "
+            f"digit; found {name[:140]!r}",
+            field=field,
+        )
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,29 +4,7 @@ import pytest
 
 from turret.v1 import inference_pb2
 from turret_server.errors import InvalidRequestError
-from turret_server.serving.validation import check_cache_salt, check_priority, named_tenant
-
-
-def test_a_call_is_made_for_the_tenant_that_its_metadata_names():
-    metadata = (("user-agent", "grpc-python/1"), ("turret-tenant", "acme.de_1-x"), ("grpc-bin", b"\xff"))
-    assert named_tenant(metadata) == "acme.de_1-x"
-
-
-def test_a_call_may_name_no_tenant():
-    assert named_tenant((("user-agent", "grpc-python/1"),)) is named_tenant(()) is None
-
-
-@pytest.mark.parametrize("name", ["", "a b", ".hidden", "x" * 129, "a/b"])
-def test_a_name_that_no_tenant_can_have_is_refused(name):
-    with pytest.raises(InvalidRequestError, match="a tenant's name") as refused:
-        named_tenant((("turret-tenant", name),))
-    assert refused.value.metadata == {"field": "turret-tenant"}
-
-
-def test_a_call_for_two_tenants_is_refused():
-    with pytest.raises(InvalidRequestError, match="one tenant"):
-        named_tenant((("turret-tenant", "acme"), ("turret-tenant", "other")))
-    assert named_tenant((("turret-tenant", "acme"), ("turret-tenant", "acme"))) == "acme"
+from turret_server.serving.validation import check_cache_salt, check_priority
 
 
 @pytest.mark.parametrize("priority", [-10, 0, 10])

@@ -10,8 +10,8 @@ import pytest
 
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import AuthUnavailableError, ConfigError, UnauthenticatedError
-from turret_server.rpc.auth import authenticate
 from turret_server.tenancy import auth_hook
+from turret_server.tenancy.auth import tenant_of
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
 from turret_server.tenancy.keys import digest_of
 from turret_server.tenancy.tenants import parse_tenants
@@ -111,26 +111,26 @@ async def test_one_that_takes_too_long_is_cut_off(monkeypatch, caplog, plain):
 
 
 def test_a_tenant_of_the_file_has_its_rights_and_another_has_none():
-    acme, new = (authenticate(HOOKED, [], [], name) for name in ("acme", "new"))
+    acme, new = (tenant_of(HOOKED, [], [], name) for name in ("acme", "new"))
     assert acme.may_use("acme-poet")
     assert not new.may_use("acme-poet")
     assert (new.name, new.proven, new.admin, new.limits) == ("new", True, False, TenantLimits())
 
 
 def test_a_call_that_says_to_be_another_is_refused():
-    assert authenticate(HOOKED, [("turret-tenant", "acme")], [], "acme").name == "acme"
+    assert tenant_of(HOOKED, [("turret-tenant", "acme")], [], "acme").name == "acme"
     with pytest.raises(UnauthenticatedError, match="turret-tenant"):
-        authenticate(HOOKED, [("turret-tenant", "bolt")], [], "acme")
+        tenant_of(HOOKED, [("turret-tenant", "bolt")], [], "acme")
 
 
 def test_where_it_does_not_know_keys_decide_and_nothing_is_open():
-    assert authenticate(HOOKED, [("authorization", "Bearer bolt-key")]).name == "bolt"
+    assert tenant_of(HOOKED, [("authorization", "Bearer bolt-key")]).name == "bolt"
     with pytest.raises(UnauthenticatedError):
-        authenticate(HOOKED, [])
+        tenant_of(HOOKED, [])
     nobody = parse_tenants("FILE", b"", TenantLimits(), hooked=True)
     assert not nobody.is_open
     with pytest.raises(UnauthenticatedError):
-        authenticate(nobody, [("turret-tenant", "acme")])
+        tenant_of(nobody, [("turret-tenant", "acme")])
 
 
 @pytest.mark.parametrize(

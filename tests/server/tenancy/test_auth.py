@@ -4,7 +4,7 @@ import pytest
 
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import InvalidRequestError, UnauthenticatedError
-from turret_server.rpc.auth import authenticate
+from turret_server.tenancy.auth import claimed_tenant, tenant_of
 from turret_server.tenancy.keys import digest_of
 from turret_server.tenancy.tenants import parse_tenants
 
@@ -31,26 +31,26 @@ def bearer(key: str) -> tuple[str, str]:
     [((), "default"), ((("turret-tenant", "acme"),), "acme"), ((("turret-tenant", "new"),), "new")],
 )
 def test_on_an_open_server_a_call_says_whose_it_is(metadata, name):
-    tenant = authenticate(OPEN, metadata)
+    tenant = tenant_of(OPEN, metadata)
     assert (tenant.name, tenant.proven) == (name, False)
 
 
 def test_on_an_open_server_a_key_is_of_no_interest():
-    assert authenticate(OPEN, [bearer("anything")]).name == "default"
+    assert tenant_of(OPEN, [bearer("anything")]).name == "default"
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
 def test_a_key_says_whose_a_call_is(scheme):
-    tenant = authenticate(CLOSED, [("user-agent", "x"), ("authorization", f"{scheme} bolt-key")])
+    tenant = tenant_of(CLOSED, [("user-agent", "x"), ("authorization", f"{scheme} bolt-key")])
     assert (tenant.name, tenant.proven) == ("bolt", True)
 
 
 def test_a_certificate_says_whose_a_call_is():
-    assert authenticate(CLOSED, (), ["common name", "acme.example.com"]).name == "acme"
+    assert tenant_of(CLOSED, (), ["common name", "acme.example.com"]).name == "acme"
 
 
 def test_a_certificate_that_is_nobodys_does_not_stand_in_the_way_of_a_key():
-    assert authenticate(CLOSED, [bearer("bolt-key")], ["client.example.com"]).name == "bolt"
+    assert tenant_of(CLOSED, [bearer("bolt-key")], ["client.example.com"]).name == "bolt"
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_certificate_that_is_nobodys_does_not_stand_in_the_way_of_a_key():
 )
 def test_whoever_is_nobody_or_says_to_be_another_is_refused(metadata, identities):
     with pytest.raises(UnauthenticatedError):
-        authenticate(CLOSED, metadata, identities)
+        tenant_of(CLOSED, metadata, identities)
 
 
 def test_refusals_do_not_tell_who_exists():
     def refusal(*metadata: tuple[str, str]) -> str:
         with pytest.raises(UnauthenticatedError) as refused:
-            authenticate(CLOSED, metadata)
+            tenant_of(CLOSED, metadata)
         return str(refused.value)
 
     for key in ("x", "acme-key"):
@@ -90,4 +90,26 @@ def test_refusals_do_not_tell_who_exists():
 
 def test_a_name_that_no_tenant_can_have_is_an_invalid_request():
     with pytest.raises(InvalidRequestError):
-        authenticate(CLOSED, [bearer("acme-key"), ("turret-tenant", "a/b")])
+        tenant_of(CLOSED, [bearer("acme-key"), ("turret-tenant", "a/b")])
+
+
+def test_a_call_is_made_for_the_tenant_that_its_metadata_names():
+    metadata = (("user-agent", "grpc-python/1"), ("turret-tenant", "acme.de_1-x"), ("grpc-bin", b"\xff"))
+    assert claimed_tenant(metadata) == "acme.de_1-x"
+
+
+def test_a_call_may_name_no_tenant():
+    assert claimed_tenant((("user-agent", "grpc-python/1"),)) is claimed_tenant(()) is None
+
+
+@pytest.mark.parametrize("name", ["", "a b", ".hidden", "x" * 129, "a/b"])
+def test_a_name_that_no_tenant_can_have_is_refused(name):
+    with pytest.raises(InvalidRequestError, match="a tenant's name") as refused:
+        claimed_tenant((("turret-tenant", name),))
+    assert refused.value.metadata == {"field": "turret-tenant"}
+
+
+def test_a_call_for_two_tenants_is_refused():
+    with pytest.raises(InvalidRequestError, match="one tenant"):
+        claimed_tenant((("turret-tenant", "acme"), ("turret-tenant", "other")))
+    assert claimed_tenant((("turret-tenant", "acme"), ("turret-tenant", "acme"))) == "acme"
