@@ -11,10 +11,9 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from turret_adapters.spec import ModuleKind, ModuleShape, Part
-from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight
+from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight, ReferenceOps
 from turret_server.model.context import StepContext, current_step
 from turret_server.model.deltas import DeltaBatch
 
@@ -141,7 +140,7 @@ class AdaptedNorm(Adapted):
         super().__init__(name, _shape(ModuleKind.NORM, width, width, getattr(module, "bias", None)))
         self.module = module
         self.weight = weight
-        self.epsilon: float | None = vars(module)["variance_epsilon"] if _is_rms_norm(module) else None
+        self.epsilon = rms_epsilon(module)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = current_step()
@@ -219,12 +218,34 @@ def base_modules(model: nn.Module) -> dict[str, ModuleShape]:
     return {module.name: module.shape for module in model.modules() if isinstance(module, Adapted)}
 
 
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether it computes what Llama's does: transformers writes the same lines for many families."""
-    own, known = type(module).forward.__code__, LlamaRMSNorm.forward.__code__
-    return (own.co_code, own.co_names, own.co_consts) == (known.co_code, known.co_names, known.co_consts)
+def rms_epsilon(module: nn.Module) -> float | None:
+    """The epsilon with which a module computes `Ops.rms_norm`; None if it computes anything else.
+
+    Decided by running it in the dtype of its weight, with a random weight, on rows whose scales reach from
+    where epsilon decides the result to where it vanishes. It must return the bits of the reference. So a norm
+    that multiplies by 1 + weight, rounds elsewhere, ignores epsilon or subtracts the mean is not fused.
+    """
+    weight_I = module.get_parameter("weight")
+    if _parameter_names(module) != {"weight"}:
+        return None
+    # A model on the meta device has no numbers; where it is probed does not matter to the formula.
+    device = "cpu" if weight_I.is_meta else weight_I.device
+    random = torch.Generator().manual_seed(0)
+    scales_T1 = torch.logspace(-5, 3, 32)[:, None]
+    x_TI = torch.randn(len(scales_T1), len(weight_I), generator=random) * scales_T1
+    probe_I = torch.randn(len(weight_I), generator=random)
+    x_TI, probe_I = (each.to(device, weight_I.dtype) for each in (x_TI, probe_I))
+    found_1TI = functional_call(module, {"weight": probe_I}, (x_TI[None],))
+    for epsilon in (value for value in vars(module).values() if isinstance(value, float)):
+        if torch.equal(found_1TI[0], ReferenceOps().rms_norm(x_TI, probe_I, epsilon)):
+            return epsilon
+    return None
 
 
 def _is_norm(module: nn.Module) -> bool:
-    own = dict(module.named_parameters())
-    return "weight" in own and own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
+    names = _parameter_names(module)
+    return "weight" in names and names <= {"weight", "bias"} and module.get_parameter("weight").ndim == 1
+
+
+def _parameter_names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_parameters()}
