@@ -19,7 +19,7 @@ from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine, EngineStats
-from turret_server.engine.request import FinishReason, Output
+from turret_server.engine.request import FinishReason, Output, PromptPin, Request
 from turret_server.engine.residency.residency import AdapterMemory
 from turret_server.engine.scheduler import Limits
 from turret_server.engine.step import Step, StepResult
@@ -215,18 +215,18 @@ class Simulator:
             pinned=arrival.pinned,
         )
         served = Served(arrival=arrival, clock=lambda: self.now)
-        request_id = made.request.request_id
+        request_id = made.job.request_id
 
         def sink(output: Output) -> None:
             served.sink(output)
             if output.finish_reason:
                 del self._alive[request_id]
 
-        served.request = replace(made.request, sink=sink)
+        served.job = replace(made.job, sink=sink)
         self.served.append(served)
         self._alive[request_id] = served
         try:
-            self.engine.submit(served.request)
+            self._submit(served.job)
         except TurretError as error:
             served.refusal = error
             del self._alive[request_id]
@@ -234,9 +234,15 @@ class Simulator:
             self.at(arrival.until, lambda: self._give_up(request_id))
         return served
 
+    def _submit(self, job: Request | PromptPin) -> None:
+        if isinstance(job, PromptPin):
+            self.engine.pin_prompt(job)
+        else:
+            self.engine.submit(job)
+
     def _give_up(self, request_id: int) -> None:
         self.engine.cancel(request_id)
-        self.engine.unpin(request_id)
+        self.engine.unpin_prompt(request_id)
 
     # The device
 
@@ -296,7 +302,7 @@ class Simulator:
         """The books add up, and nobody is lost."""
         self.engine._scheduler.check_integrity()
         known = [*self.engine._arriving, *self.engine._scheduler.sequences]
-        ids = {sequence.request.request_id for sequence in known}
+        ids = {sequence.job.request_id for sequence in known}
         assert ids == self._alive.keys(), "a request is lost, or lives after its end"
         queued = sum(not sequence.started for sequence in known)
         assert self.engine._admission.num_queued == queued
@@ -305,8 +311,8 @@ class Simulator:
         """With all ended, unpinned and dropped, only the cache has pages, and no adapter is placed."""
         scheduler = self.engine._scheduler
         assert not self._alive
-        for sequence in list(scheduler.allocation.pinned):
-            self.engine.unpin(sequence.request.request_id)
+        for sequence in list(scheduler.allocation.pinned_prompts):
+            self.engine.unpin_prompt(sequence.job.request_id)
         for resident in list(scheduler.residency):
             self.engine.drop(resident.spec.revision)
         self.engine.turn()

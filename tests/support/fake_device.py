@@ -12,6 +12,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
@@ -23,6 +24,7 @@ from turret_server.engine.request import (
     AdapterUse,
     FinishReason,
     Output,
+    PromptPin,
     Request,
     SamplingParams,
 )
@@ -116,7 +118,7 @@ def expected_tokens(request: Request) -> list[int]:
     return tokens
 
 
-def _prefix(request: Request) -> list[int]:
+def _prefix(request: Request | PromptPin) -> list[int]:
     history: list[int] = []
     for spec in (use.spec for use in request.adapters if use.spec.prefix):
         for index in range(spec.num_virtual_tokens):
@@ -216,9 +218,9 @@ class FakeDevice:
 
 @dataclass(eq=False)
 class Run:
-    """One request and what its sink was told."""
+    """One request or prompt pin and what its sink was told."""
 
-    request: Request = field(init=False)
+    job: Request | PromptPin = field(init=False)
     outputs: list[Output] = field(default_factory=list)
 
     @property
@@ -239,15 +241,18 @@ class Run:
 
     def check(self) -> None:
         """The tokens so far are the right ones, and the end fits them."""
-        expected = expected_tokens(self.request)
+        if isinstance(self.job, PromptPin):
+            assert self.tokens == []
+            assert self.end not in (FinishReason.STOP, FinishReason.LENGTH)
+            return
+        expected = expected_tokens(self.job)
         assert self.tokens == expected[: len(self.tokens)]
         if self.end is FinishReason.STOP:
             assert self.tokens == expected
-            assert expected[-1] in self.request.stop_token_ids
+            assert expected[-1] in self.job.stop_token_ids
         elif self.end is FinishReason.LENGTH:
-            # A pinned prompt generates nothing.
-            wanted = 0 if self.request.pinned else self.request.sampling.max_tokens
-            assert len(self.tokens) == wanted
+            assert len(self.tokens) == self.job.max_tokens
+        assert self.end is not FinishReason.PINNED
 
 
 def make_run(
@@ -263,27 +268,29 @@ def make_run(
     cache_salt: str = "",
     pinned: bool = False,
 ) -> Run:
-    """A request whose sink is a `Run`; with `stop_after`, the token of that index is one that stops it."""
+    """A request whose sink is a `Run`, or if `pinned` a prompt pin, for which `max_tokens`, `seed` and
+    `stop_after` mean nothing; with `stop_after`, the token of that index is one that stops it.
+    """
     run = Run()
-
-    def request(stop_token_ids: frozenset[int]) -> Request:
-        return Request(
-            request_id=next(_request_ids),
-            prompt_token_ids=tuple(prompt),
-            adapters=uses(adapter),
-            sampling=SamplingParams(max_tokens=max_tokens, seed=seed),
-            stop_token_ids=stop_token_ids,
-            deadline=deadline,
-            sink=run.sink,
-            tenant=tenant,
-            priority=priority,
-            cache_salt=cache_salt,
-            pinned=pinned,
-        )
-
-    run.request = request(frozenset())
+    common = partial(
+        PromptPin if pinned else Request,
+        request_id=next(_request_ids),
+        prompt_token_ids=tuple(prompt),
+        adapters=uses(adapter),
+        deadline=deadline,
+        sink=run.sink,
+        tenant=tenant,
+        priority=priority,
+        cache_salt=cache_salt,
+    )
+    if pinned:
+        run.job = common()
+        return run
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
+    run.job = common(sampling=sampling, stop_token_ids=frozenset())
     if stop_after is not None and stop_after < max_tokens:
-        run.request = request(frozenset([expected_tokens(run.request)[stop_after]]))
+        stops = frozenset([expected_tokens(run.job)[stop_after]])
+        run.job = common(sampling=sampling, stop_token_ids=stops)
     return run
 
 
@@ -328,7 +335,7 @@ class Simulation:
             limits=self.limits,
             block_size=block_size,
             weight=weight,
-            on_start=lambda request: self.started.append(request.request_id),
+            on_start=lambda job: self.started.append(job.request_id),
         )
         # As if prompts took no time, so that steps are as large as the limits let them be.
         self.scheduler.pacing.measured(0, 1, 0.0)
@@ -336,8 +343,11 @@ class Simulation:
         self.runs: list[Run] = []
 
     def fits(self, run: Run) -> bool:
+        allocation, sequence = self.scheduler.allocation, EngineSequence.of(run.job)
         try:
-            self.scheduler.allocation.check_fits(EngineSequence.of(run.request))
+            if isinstance(run.job, PromptPin):
+                allocation.check_pin_prompt(sequence)
+            allocation.check_fits(sequence)
         except RequestTooLargeError:
             return False
         return True
@@ -349,11 +359,11 @@ class Simulation:
     def add(self, run: Run) -> Run:
         assert self.fits(run), "the engine would have refused it"
         self.runs.append(run)
-        self.scheduler.add(EngineSequence.of(run.request, self.now))
+        self.scheduler.add(EngineSequence.of(run.job, self.now))
         return run
 
     def cancel(self, run: Run) -> None:
-        self.scheduler.cancel(run.request.request_id)
+        self.scheduler.cancel(run.job.request_id)
 
     def step(self, faults: Callable[[Step], dict[int, str]] = lambda _: {}) -> Step | None:
         """Plan and run one step. `faults` are the sequences for which it fails, and why."""
@@ -396,10 +406,10 @@ class Simulation:
         self.take_in()
         assert not self.scheduler.running
         assert not self.scheduler.waiting
-        for sequence in list(self.scheduler.allocation.pinned):
-            self.scheduler.allocation.unpin(sequence.request.request_id)
+        for sequence in list(self.scheduler.allocation.pinned_prompts):
+            self.scheduler.allocation.unpin_prompt(sequence.job.request_id)
         for name in "ab":
-            self.scheduler.pin(name, ())
+            self.scheduler.pin_adapters(name, ())
         for resident in list(self.residency):
             self.scheduler.drop(resident.spec.revision)
         assert not list(self.residency)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from turret_server.engine.request import Request
+from turret_server.engine.request import Job
 from turret_server.errors import QueueFullError
 
 _LEAST_RETRY_SECONDS = 0.1
@@ -48,43 +48,43 @@ class Admission:
         with self._lock:
             return sum(queued.requests for queued in self._queued.values())
 
-    def enter(self, request: Request) -> None:
+    def enter(self, job: Job) -> None:
         """Count a request that is about to wait.
 
         Raises:
             QueueFullError: its tenant has as much waiting as may; says when to try again.
         """
-        limits = self._limits(request.tenant)
+        limits = self._limits(job.tenant)
         with self._lock:
-            queued = self._queued.get(request.tenant, _Queued())
-            excess = queued.tokens + request.num_tokens - limits.max_queued_tokens
+            queued = self._queued.get(job.tenant, _Queued())
+            excess = queued.tokens + job.num_tokens - limits.max_queued_tokens
             if queued.requests >= limits.max_queued_requests:
                 excess = max(excess, queued.tokens // queued.requests)
                 self._refuse(
-                    f"{queued.requests} requests of tenant {request.tenant!r} are waiting already, as many "
+                    f"{queued.requests} requests of tenant {job.tenant!r} are waiting already, as many "
                     "as may",
-                    request,
+                    job,
                     excess,
                 )
             if queued.requests and excess > 0:
                 self._refuse(
-                    f"requests of {queued.tokens} tokens of tenant {request.tenant!r} are waiting already, "
-                    f"and this one has {request.num_tokens}; {limits.max_queued_tokens} may wait",
-                    request,
+                    f"requests of {queued.tokens} tokens of tenant {job.tenant!r} are waiting already, "
+                    f"and this one has {job.num_tokens}; {limits.max_queued_tokens} may wait",
+                    job,
                     excess,
                 )
             queued.requests += 1
-            queued.tokens += request.num_tokens
-            self._queued[request.tenant] = queued
+            queued.tokens += job.num_tokens
+            self._queued[job.tenant] = queued
 
-    def leave(self, request: Request) -> None:
+    def leave(self, job: Job) -> None:
         """It waits no longer: it runs, or has ended."""
         with self._lock:
-            queued = self._queued[request.tenant]
+            queued = self._queued[job.tenant]
             queued.requests -= 1
-            queued.tokens -= request.num_tokens
+            queued.tokens -= job.num_tokens
             if not queued.requests:
-                del self._queued[request.tenant]
+                del self._queued[job.tenant]
 
     def computed(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
@@ -93,11 +93,11 @@ class Admission:
             known = self._tokens_per_second or speed
             self._tokens_per_second = known + _SMOOTHING * (speed - known)
 
-    def _refuse(self, message: str, request: Request, excess: int) -> None:
+    def _refuse(self, message: str, job: Job, excess: int) -> None:
         """`excess` tokens must leave the queue first; every tenant that waits is served as fast."""
         speed = self._tokens_per_second / len(self._queued)
         seconds = excess / speed if speed else 1.0
         seconds = min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS)
         raise QueueFullError(
-            f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=request.tenant
+            f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=job.tenant
         )

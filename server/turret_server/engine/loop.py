@@ -15,7 +15,7 @@ from turret_server.engine.admission import Admission, TenantLimits
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
 from turret_server.engine.recovery import RecoveringRunner, Runner
-from turret_server.engine.request import DEFAULT_TENANT, FinishReason, Output, Request
+from turret_server.engine.request import DEFAULT_TENANT, FinishReason, Output, PromptPin, Request
 from turret_server.engine.residency.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
@@ -122,20 +122,35 @@ class Engine:
 
         Raises:
             QueueFullError: its tenant has as much waiting as may.
+            QuotaExceededError: its adapters take more pages than its tenant may have for them.
             RequestTooLargeError: it could never fit, even alone.
             ShuttingDownError: the engine stops.
         """
-        sequence = Sequence.of(request, self._clock())
-        self._scheduler.allocation.check_fits(sequence)
-        with self._wake:
-            if self._stopping:
-                raise ShuttingDownError("the server is shutting down; send the request to another")
-            self._admission.enter(request)
-            self._arriving.append(sequence)
-            self._wake.notify()
+        self._enqueue(Sequence.of(request, self._clock()))
+
+    def pin_prompt(self, pin: PromptPin) -> None:
+        """Queue a prompt that is to be computed and kept; its sink gets exactly one output.
+
+        Raises:
+            QueueFullError: its tenant has as much waiting as may.
+            QuotaExceededError: its adapters take more pages than its tenant may have for them.
+            RequestTooLargeError: it would leave too little for requests.
+            ShuttingDownError: the engine stops.
+        """
+        sequence = Sequence.of(pin, self._clock())
+        self._scheduler.allocation.check_pin_prompt(sequence)
+        self._enqueue(sequence)
+
+    def unpin_prompt(self, request_id: int) -> None:
+        """Let a pinned prompt be evicted like any other; one that is not pinned is left alone."""
+        self._post(lambda: self._scheduler.allocation.unpin_prompt(request_id))
+
+    def is_prompt_pinned(self, request_id: int) -> bool:
+        """Whether the prompt is pinned; False again once the revision of one of its adapters is dropped."""
+        return self._scheduler.allocation.is_prompt_pinned(request_id)
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step; its sink gets CANCELLED unless it has ended already."""
+        """End a request or a pin before the next step; its sink gets CANCELLED unless it has ended."""
         self._post(lambda: self._scheduler.cancel(request_id))
 
     def check_adapter(self, spec: AdapterSpec, tenant: str = DEFAULT_TENANT) -> None:
@@ -166,31 +181,23 @@ class Engine:
         """Make an adapter resident if there is free room, before a request of the tenant asks for it."""
         self._post(lambda: self._scheduler.residency.prefetch(spec, tenant))
 
-    def check_pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+    def check_pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
         """See that adapters can be pinned under a name, in place of what is now.
 
         Raises:
             AdapterTooLargeError: they would leave too little for requests.
         """
-        self._scheduler.allocation.check_pin(name, specs)
+        self._scheduler.allocation.check_pin_adapters(name, specs)
 
-    def pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+    def pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
         """Make adapters resident and keep them so, in place of what is pinned under the name; none of them
         ends that.
         """
-        self._post(lambda: self._scheduler.pin(name, specs))
+        self._post(lambda: self._scheduler.pin_adapters(name, specs))
 
     def drop(self, revision: str) -> None:
         """Free a revision that no request will name again, and unpin its prompts."""
         self._post(lambda: self._scheduler.drop(revision))
-
-    def unpin(self, request_id: int) -> None:
-        """Let a pinned prompt go like any other."""
-        self._post(lambda: self._scheduler.allocation.unpin(request_id))
-
-    def is_pinned(self, request_id: int) -> bool:
-        """Whether the prompt of a request is pinned; not any more once its adapter's revision is gone."""
-        return self._scheduler.allocation.is_pinned(request_id)
 
     def is_resident(self, revision: str) -> bool:
         resident = self._scheduler.residency.get(revision)
@@ -224,6 +231,15 @@ class Engine:
             check()
         if failures:
             raise failures[0]
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._scheduler.allocation.check_fits(sequence)
+        with self._wake:
+            if self._stopping:
+                raise ShuttingDownError("the server is shutting down; send the request to another")
+            self._admission.enter(sequence.job)
+            self._arriving.append(sequence)
+            self._wake.notify()
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -268,7 +284,7 @@ class Engine:
         with self._wake:
             self._stopping = True
         for sequence in (*self._arriving, *self._scheduler.sequences):
-            sequence.request.tell(Output(finish_reason=FinishReason.FAILED, error=error))
+            sequence.job.tell(Output(finish_reason=FinishReason.FAILED, error=error))
 
     def _run(self, step: Step) -> float:
         started = self._clock()

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
+    PINNED = "pinned"  # the only good end of a prompt pin
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -76,32 +77,34 @@ class Times:
         self.started = now if self.started is None else self.started
 
 
-# Whose request it is where nobody says.
+# The tenant of a job that names none.
 DEFAULT_TENANT = "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One generation. At most one of its adapters has virtual tokens. `deadline` is in seconds of the
-    engine's clock; `sink` is called on its thread.
+class Job:
+    """What a generation and a prompt pin have in common: a prompt whose keys and values are computed.
 
-    Cached blocks are found only by requests with the same `cache_salt`. With `pinned`, the blocks of the
-    prompt stay in the cache until they are unpinned by the request's id. Log lines say what it is `about`.
+    At most one of the adapters has virtual tokens. `deadline` is in seconds of the engine's clock; `sink` is
+    called on the engine's thread. Cached blocks are shared only between jobs with the same `cache_salt`.
+    `about` is added to every log line of the job.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     adapters: tuple[AdapterUse, ...] = ()
-    sampling: SamplingParams
-    stop_token_ids: frozenset[int]
     deadline: float | None
     sink: Callable[[Output], None]
     tenant: str = DEFAULT_TENANT
     priority: int = 0
     cache_salt: str = ""
-    pinned: bool = False
     about: Mapping[str, object] = field(default_factory=dict, compare=False)
     times: Times = field(default_factory=Times, compare=False)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that it generates."""
+        return 0
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -109,8 +112,8 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer, if the answer is as long as it may be."""
-        return len(self.prompt_token_ids) + self.sampling.max_tokens
+        """Tokens of the prompt and of the longest answer, without virtual tokens."""
+        return len(self.prompt_token_ids) + self.max_tokens
 
     def tell(self, output: Output) -> bool:
         """Hand an event to the sink; False where it raises, and so nobody listens any more."""
@@ -121,3 +124,23 @@ class Request:
                 log.exception("request %d: its sink failed", self.request_id)
             return False
         return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Job):
+    """A generation. Its sink gets every token and exactly one end."""
+
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPin(Job):
+    """A prompt whose whole blocks stay in the prefix cache until it is unpinned by its id.
+
+    Its sink gets exactly one output: PINNED, or how it failed.
+    """

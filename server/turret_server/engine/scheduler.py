@@ -18,7 +18,7 @@ from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
 from turret_server.engine.pacing import Pacing
-from turret_server.engine.request import FinishReason, Output, Request
+from turret_server.engine.request import FinishReason, Job, Output, PromptPin, Request
 from turret_server.engine.residency.residency import Absence, Residency
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.sequence import Sequence
@@ -76,7 +76,7 @@ class Scheduler:
         limits: Limits,
         block_size: int,
         weight: Callable[[str], float] = lambda _: 1.0,
-        on_start: Callable[[Request], None] = lambda _: None,
+        on_start: Callable[[Job], None] = lambda _: None,
     ) -> None:
         self.pool = pool
         self.cache = cache
@@ -98,10 +98,10 @@ class Scheduler:
     def about(self, request_id: int) -> Mapping[str, object]:
         """What log lines of a request say; nothing for one that has ended, or that is none."""
         sequence = self._by_id.get(request_id)
-        return sequence.request.about if sequence else {}
+        return sequence.job.about if sequence else {}
 
     def add(self, sequence: Sequence) -> None:
-        self._by_id[sequence.request.request_id] = sequence
+        self._by_id[sequence.job.request_id] = sequence
         self.waiting.add(sequence)
         # Once more, for a prompt may have been pinned since.
         self._fail_where_too_large(sequence)
@@ -148,7 +148,7 @@ class Scheduler:
         self.allocation.drop(revision)
         self.residency.drop(revision)
 
-    def pin(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
+    def pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
         """Keep adapters in the arena, see `Residency.pin`. Who finds no room beside them any more is told."""
         self.residency.pin(name, specs)
         for sequence in list(self._by_id.values()):
@@ -159,7 +159,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove that every page is where the books say; see `PagePool.check_integrity`."""
-        holders = [*self.running, *self.allocation.pinned]
+        holders = [*self.running, *self.allocation.pinned_prompts]
         held = [page for sequence in holders for page in sequence.block_table]
         held += [page for resident in self.residency for page in resident.pages]
         held += self.cache.pages
@@ -180,7 +180,7 @@ class Scheduler:
 
     def _fail_overdue(self, now: float) -> None:
         for sequence in list(self._by_id.values()):
-            deadline = sequence.request.deadline
+            deadline = sequence.job.deadline
             if deadline is not None and now >= deadline:
                 self.fail(sequence, DeadlineError("the deadline passed before the request finished"))
 
@@ -201,7 +201,7 @@ class Scheduler:
                 sequence.num_preempted,
                 -self.waiting.counter(sequence.tenant),
                 sequence.num_computed,
-                -sequence.request.request_id,
+                -sequence.job.request_id,
             ),
         )
 
@@ -263,14 +263,14 @@ class Scheduler:
         if lost:
             self.fail(sequence, AdapterUnavailableError(f"the adapter could not be made resident: {lost}"))
             return True
-        specs = [use.spec for use in sequence.request.adapters]
+        specs = [use.spec for use in sequence.job.adapters]
         residents = self.residency.ensure_all(specs, sequence.tenant)
         if isinstance(residents, Absence):
             if residents is Absence.QUOTA:
                 # It may have become less than it was.
                 self._fail_where_too_large(sequence)
             return residents is not Absence.NO_ROOM
-        times = sequence.request.times
+        times = sequence.job.times
         if not all(resident.ready for resident in residents):
             again = sequence.awaited not in ((), residents)
             sequence.awaited = residents
@@ -293,7 +293,7 @@ class Scheduler:
     def _leave_queue(self, sequence: Sequence) -> None:
         if not sequence.started:
             sequence.started = True
-            self._on_start(sequence.request)
+            self._on_start(sequence.job)
 
     def _update_prompt(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
@@ -309,40 +309,36 @@ class Scheduler:
             self.fail(sequence, error)
             return
         self.allocation.keep(sequence, len(part.token_ids))
-        if part.sampling is None:
+        if sequence.num_remaining:
             return
-        if sequence.request.pinned:
-            self._pin(sequence)
-            return
-        token_id = result.token_ids[part.sequence_id]
+        match sequence.job:
+            case PromptPin():
+                self._pin_prompt(sequence)
+            case Request() as request:
+                self._generate(sequence, request, result.token_ids[part.sequence_id])
+
+    def _generate(self, sequence: Sequence, request: Request, token_id: int) -> None:
         sequence.tokens.append(token_id)
-        reason = self._finish_reason(sequence, token_id)
+        reason = None
+        if token_id in request.stop_token_ids:
+            reason = FinishReason.STOP
+        elif sequence.num_generated == request.max_tokens:
+            reason = FinishReason.LENGTH
         if reason:
             self._remove(sequence)
         output = Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
-        if not sequence.request.tell(output) and not reason:
+        if not request.tell(output) and not reason:
             self._remove(sequence)
 
-    def _pin(self, sequence: Sequence) -> None:
-        """Its prompt is computed, and no token is wanted."""
+    def _pin_prompt(self, sequence: Sequence) -> None:
         try:
-            self.allocation.pin(sequence, beside=self._by_id.values())
+            self.allocation.pin_prompt(sequence, beside=self._by_id.values())
         except (QuotaExceededError, RequestTooLargeError) as error:
             self.fail(sequence, error)
             return
-        del self._by_id[sequence.request.request_id]
+        del self._by_id[sequence.job.request_id]
         self.running.remove(sequence)
-        sequence.request.tell(
-            Output(finish_reason=FinishReason.LENGTH, cached_tokens=sequence.num_cached or 0)
-        )
-
-    @staticmethod
-    def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.request.stop_token_ids:
-            return FinishReason.STOP
-        if sequence.num_generated == sequence.request.sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        sequence.job.tell(Output(finish_reason=FinishReason.PINNED, cached_tokens=sequence.num_cached or 0))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; its tokens stay, and are computed again when there is room."""
@@ -354,10 +350,10 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: TurretError | None = None) -> None:
         self._remove(sequence)
-        sequence.request.tell(Output(finish_reason=reason, error=error))
+        sequence.job.tell(Output(finish_reason=reason, error=error))
 
     def _remove(self, sequence: Sequence) -> None:
-        del self._by_id[sequence.request.request_id]
+        del self._by_id[sequence.job.request_id]
         if sequence.block_table:
             self.running.remove(sequence)
             self.allocation.release(sequence)

@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens, its pages, how far it is computed."""
+"""A job inside the engine: its tokens, its pages, how far it is computed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.kv.prefix_cache import block_key
-from turret_server.engine.request import Request
+from turret_server.engine.request import PromptPin, Request, SamplingParams
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
+
+# How the token after a prompt pin is sampled. Nobody gets it, but the sampler fails where logits are not
+# finite, and such keys and values must not be pinned.
+_PROBE = SamplingParams(max_tokens=1)
 
 # A position that no context reaches.
 NEVER = 2**62
@@ -29,7 +33,7 @@ class Sequence:
     `num_charged` tokens.
     """
 
-    request: Request
+    job: Request | PromptPin
     tokens: list[int]
     order: tuple[float, int] = (0.0, 0)
     active_from: int = 0
@@ -44,29 +48,29 @@ class Sequence:
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
-    def of(cls, request: Request, arrival: float = 0.0) -> Sequence:
-        """A request that arrived at this time of the engine's clock."""
-        tokens = [VIRTUAL_TOKEN] * request.num_virtual_tokens + list(request.prompt_token_ids)
-        starts = [_active_from(use.spec, tokens) for use in request.adapters]
+    def of(cls, job: Request | PromptPin, arrival: float = 0.0) -> Sequence:
+        """The sequence of a job that arrived at this time of the engine's clock."""
+        tokens = [VIRTUAL_TOKEN] * job.num_virtual_tokens + list(job.prompt_token_ids)
+        starts = [_active_from(use.spec, tokens) for use in job.adapters]
         return cls(
-            request=request,
+            job=job,
             tokens=tokens,
-            order=(arrival - HEAD_START_SECONDS * request.priority, request.request_id),
+            order=(arrival - HEAD_START_SECONDS * job.priority, job.request_id),
             active_from=max(starts, default=0),
         )
 
     @property
     def tenant(self) -> str:
-        return self.request.tenant
+        return self.job.tenant
 
     @property
     def num_virtual(self) -> int:
-        return self.request.num_virtual_tokens
+        return self.job.num_virtual_tokens
 
     @property
     def num_prompt(self) -> int:
         """Virtual tokens and those of the prompt."""
-        return self.num_virtual + len(self.request.prompt_token_ids)
+        return self.num_virtual + len(self.job.prompt_token_ids)
 
     @property
     def num_generated(self) -> int:
@@ -94,24 +98,25 @@ class Sequence:
     @property
     def _root(self) -> bytes:
         """Where the chain begins. A salt is hashed, so that it cannot be chosen to look like a revision."""
-        salt = self.request.cache_salt.encode()
+        salt = self.job.cache_salt.encode()
         return hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
 
     @property
     def _salt(self) -> bytes:
-        return ",".join(f"{use.spec.revision}*{use.weight!r}" for use in self.request.adapters).encode()
+        return ",".join(f"{use.spec.revision}*{use.weight!r}" for use in self.job.adapters).encode()
 
     def step(self, num_tokens: int) -> SequenceStep:
-        """Compute the next `num_tokens` tokens, and sample one if none of them remains."""
+        """The step that computes the next `num_tokens` tokens; a token is sampled after the last one."""
         end = self.num_computed + num_tokens
+        sampling = self.job.sampling if isinstance(self.job, Request) else _PROBE
         return SequenceStep(
-            sequence_id=self.request.request_id,
+            sequence_id=self.job.request_id,
             token_ids=tuple(self.tokens[self.num_computed : end]),
             start=self.num_computed,
             block_table=tuple(self.block_table),
-            adapters=tuple((use.spec.revision, use.weight) for use in self.request.adapters),
+            adapters=tuple((use.spec.revision, use.weight) for use in self.job.adapters),
             active_from=self.active_from,
-            sampling=self.request.sampling if end == len(self.tokens) else None,
+            sampling=sampling if end == len(self.tokens) else None,
             num_generated=self.num_generated,
         )
 

@@ -234,7 +234,7 @@ class AdapterLifecycle:
         status = self._registry.remove(name)
         self._forget_recent(name)
         if name in self._pinned:
-            self._engine.pin(name, ())
+            self._engine.pin_adapters(name, ())
         return status
 
     def start(self, folder: Path | None, check_name: Callable[[str], str]) -> None:
@@ -320,7 +320,7 @@ class AdapterLifecycle:
         if self._registry.status(name).split and name not in self._library.splits():
             self._registry.split(name, None)
         if name in self._pinned:
-            self._engine.pin(name, _resident(spec))
+            self._engine.pin_adapters(name, _resident(spec))
         elif not spec.num_tasks:
             self._engine.prefetch(spec, owner or DEFAULT_TENANT)
 
@@ -330,7 +330,7 @@ class AdapterLifecycle:
 
     def _check_pin(self, name: str, spec: AdapterSpec) -> None:
         if name in self._pinned:
-            self._engine.check_pin(name, _resident(spec))
+            self._engine.check_pin_adapters(name, _resident(spec))
 
     def pin_missing(self) -> list[str]:
         """The pinned names whose adapters are not in the arena; those that are known are brought there."""
@@ -341,7 +341,7 @@ class AdapterLifecycle:
                 missing.append(name)
             elif not all(map(self._engine.is_resident, spec.resident_revisions)):
                 missing.append(name)
-                self._engine.pin(name, _resident(spec))
+                self._engine.pin_adapters(name, _resident(spec))
         return missing
 
     def _gone(self, revision: str) -> None:

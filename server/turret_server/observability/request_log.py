@@ -14,7 +14,7 @@ from typing import Any
 
 from turret_adapters.errors import AdapterError
 from turret_server import logs
-from turret_server.engine.request import Request
+from turret_server.engine.request import Job
 from turret_server.errors import TurretError, UsageLogFailedError
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.usage_log import UsageLog
@@ -33,7 +33,7 @@ class RequestRecord:
     metrics: RequestMetrics
     about: Mapping[str, object]
     arrived: float = field(default_factory=time.monotonic)
-    request: Request | None = None
+    request: Job | None = None
     adapters: tuple[str, ...] = ()
     revisions: tuple[str, ...] = ()
     submitted: float | None = None

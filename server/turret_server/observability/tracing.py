@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from turret_server.engine.request import PromptPin, Request
 from turret_server.observability.request_log import RequestRecord
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -53,7 +54,7 @@ class RequestSpans:
     def __call__(self, record: RequestRecord) -> None:
         """Of a request that has ended; its parent is the caller's span, if the call names one."""
         assert record.ended is not None
-        operation = "pin_prompt" if record.request and record.request.pinned else "text_completion"
+        operation = "pin_prompt" if isinstance(record.request, PromptPin) else "text_completion"
         # The wall clock is looked at once: however it jumps, what comes after begins after.
         offset = time.time() - time.monotonic()
         span = self._tracer.start_span(
@@ -89,13 +90,16 @@ def _attributes(record: RequestRecord) -> Mapping[str, AttributeValue]:
     }
     if record.error is not None:
         found["error.type"] = record.finish_reason
-    if record.request:
+    if isinstance(record.request, Request):
         sampling = record.request.sampling
         found |= {
             "gen_ai.request.max_tokens": sampling.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.request.top_k": float(sampling.top_k),
+        }
+    if record.request:
+        found |= {
             "gen_ai.usage.input_tokens": record.prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
             "gen_ai.usage.output_tokens": record.generated_tokens,

@@ -11,7 +11,7 @@ import grpc
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import FinishReason
+from turret_server.engine.request import FinishReason, Request
 from turret_server.observability.request_log import RequestRecord, RequestRecords
 from turret_server.serving.requests import Prepared, RequestFactory, when_over
 from turret_server.serving.text import TextCodec, TextStream
@@ -61,6 +61,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             stop = check_stop(request)
             prepared = await self._requests.prepare(request, context)
             running = prepared.request
+            assert isinstance(running, Request)
             self._engine.submit(running)
             record.begin(prepared)
             prepared.charge.begun = True

@@ -14,6 +14,7 @@ import grpc
 
 from turret.v1 import inference_pb2, prompts_pb2, prompts_pb2_grpc
 from turret_server.engine.loop import Engine
+from turret_server.engine.request import PromptPin
 from turret_server.errors import InvalidRequestError, PromptNotFoundError, QuotaExceededError
 from turret_server.observability.request_log import RequestRecords
 from turret_server.rpc.auth import caller
@@ -69,8 +70,9 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                     name=name, revision=prepared.lease.revision, prompt_tokens=len(running.prompt_token_ids)
                 ),
             )
+            assert isinstance(running, PromptPin)
             with self._room(pin, caller().tenant):
-                self._engine.submit(running)
+                self._engine.pin_prompt(running)
                 record.begin(prepared)
                 prepared.charge.begun = True
                 when_over(context, partial(self._abandon, pin))
@@ -82,7 +84,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                 before = self._pins.get(pin.key)
                 self._pins[pin.key] = pin
         if before:
-            self._engine.unpin(before.request_id)
+            self._engine.unpin_prompt(before.request_id)
         self._forget_gone()
         log.info("pinned prompt %s, %d tokens", name, pin.message.prompt_tokens)
         return prompts_pb2.PinPromptResponse(prompt=pin.message)
@@ -98,7 +100,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                 f"no prompt is pinned under the name {name!r}; it may have gone with its adapter's revision",
                 prompt=name,
             )
-        self._engine.unpin(pin.request_id)
+        self._engine.unpin_prompt(pin.request_id)
         log.info("unpinned prompt %s", name)
         return prompts_pb2.UnpinPromptResponse()
 
@@ -155,11 +157,11 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
         if self._pins.get(pin.key) is not pin:
             # In this order: it may be pinned before the cancellation arrives.
             self._engine.cancel(pin.request_id)
-            self._engine.unpin(pin.request_id)
+            self._engine.unpin_prompt(pin.request_id)
 
     def _forget_gone(self) -> None:
         for key, pin in list(self._pins.items()):
-            if not self._engine.is_pinned(pin.request_id):
+            if not self._engine.is_prompt_pinned(pin.request_id):
                 del self._pins[key]
 
 

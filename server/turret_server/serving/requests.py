@@ -17,7 +17,7 @@ from typing import Any
 from turret.v1 import inference_pb2
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_server import logs
-from turret_server.engine.request import AdapterUse, Output, Request
+from turret_server.engine.request import AdapterUse, Output, PromptPin, Request
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.lazy import LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
@@ -58,7 +58,7 @@ class Prepared:
     `charge.begun`.
     """
 
-    request: Request
+    request: Request | PromptPin
     charge: Charge
     lease: Lease
     outputs: asyncio.Queue[Output]
@@ -119,20 +119,22 @@ class RequestFactory:
         sampling = sampling_params(
             message, num_context=len(token_ids) + num_virtual, max_context=self._model.max_context
         )
-        charge = Charge(len(token_ids), sampling.max_tokens)
-        request = Request(
+        charge = Charge(len(token_ids), 0 if pinned else sampling.max_tokens)
+        make: Callable[..., Request | PromptPin] = (
+            PromptPin
+            if pinned
+            else partial(Request, sampling=sampling, stop_token_ids=self._model.stop_token_ids)
+        )
+        request = make(
             request_id=next(self._request_ids),
             prompt_token_ids=tuple(token_ids),
             adapters=uses,
-            sampling=sampling,
-            stop_token_ids=self._model.stop_token_ids,
             deadline=None if remaining is None else time.monotonic() + remaining,
             sink=partial(_hand_over, asyncio.get_running_loop(), outputs, charge),
             tenant=tenant.name,
             priority=priority,
             # No two tenants come to the same by a salt of their choice: no tenant's name has a slash.
             cache_salt=f"{tenant.cache_domain}/{cache_salt}",
-            pinned=pinned,
             about=logs.bound(),
         )
         when_over(context, self._quotas.enter(tenant, charge))

@@ -14,7 +14,7 @@ from turret_server.errors import QueueFullError
 
 def request(tokens: int = 10, tenant: str = "a"):
     """One of so many tokens, half of which it may generate."""
-    return make_run(range(tokens - tokens // 2), max_tokens=tokens // 2, tenant=tenant).request
+    return make_run(range(tokens - tokens // 2), max_tokens=tokens // 2, tenant=tenant).job
 
 
 def admission(max_requests: int = 3, max_tokens: int = 1000) -> Admission:

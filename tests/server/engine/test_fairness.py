@@ -19,7 +19,7 @@ def queue_of(**weights: float) -> FairQueue:
 def waiting(
     queue: FairQueue, tenant: str, *, arrival: float = 0.0, tokens: int = 4, priority: int = 0
 ) -> Sequence:
-    sequence = Sequence.of(make_run(range(tokens), tenant=tenant, priority=priority).request, arrival)
+    sequence = Sequence.of(make_run(range(tokens), tenant=tenant, priority=priority).job, arrival)
     queue.add(sequence)
     return sequence
 
@@ -128,8 +128,8 @@ def test_all_is_forgotten_once_nobody_is_there():
 def test_started_prompts_come_before_what_their_tenant_has_waiting():
     queue = queue_of()
     older = waiting(queue, "a")
-    started = Sequence.of(make_run(range(4), tenant="a").request, 5.0)
-    other = Sequence.of(make_run(range(4), tenant="b").request, 9.0)
+    started = Sequence.of(make_run(range(4), tenant="a").job, 5.0)
+    other = Sequence.of(make_run(range(4), tenant="b").job, 9.0)
     assert list(queue.in_order([started, other])) == [started, other, older]
 
 
@@ -149,7 +149,7 @@ def test_one_that_does_not_wait_cannot_be_removed():
     queue = queue_of()
     waiting(queue, "a")
     with pytest.raises(AssertionError):
-        queue.remove(Sequence.of(make_run([1], tenant="a").request, -1.0))
+        queue.remove(Sequence.of(make_run([1], tenant="a").job, -1.0))
 
 
 COSTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 10)), min_size=1, max_size=4)

@@ -72,7 +72,7 @@ class Served:
         self.on_stats(stats)
 
     def submit(self, run: Run, on_output: Callable[[Output], None] = lambda _: None) -> Run:
-        event = self.ended[run.request.request_id] = threading.Event()
+        event = self.ended[run.job.request_id] = threading.Event()
 
         def sink(output: Output) -> None:
             run.sink(output)
@@ -80,8 +80,8 @@ class Served:
                 event.set()
             on_output(output)
 
-        run.request = replace(run.request, sink=sink)
-        self.engine.submit(run.request)
+        run.job = replace(run.job, sink=sink)
+        self.engine.submit(run.job)
         return run
 
     def hold(self) -> Run:
@@ -100,7 +100,7 @@ class Served:
 
     def wait(self, *runs: Run) -> None:
         for run in runs:
-            assert self.ended[run.request.request_id].wait(PATIENCE)
+            assert self.ended[run.job.request_id].wait(PATIENCE)
             run.check()
 
     def settle(self) -> None:
@@ -143,7 +143,7 @@ def test_many_threads_may_ask_at_once():
             run = served.submit(make_run([token, number], [None, LORA][number % 2]))
             runs.append(run)
             if token % 3 == 0:
-                served.engine.cancel(run.request.request_id)
+                served.engine.cancel(run.job.request_id)
             served.engine.is_resident("lora")
             served.engine.num_pages(LORA)
             served.engine.drop("lora")
@@ -254,7 +254,7 @@ def test_a_step_that_raises_fails_its_request_and_the_engine_goes_on(served, cap
     served.wait(failed)
     assert isinstance(failed.error, GenerationFailedError)
     assert "ValueError: no such page" in str(failed.error)
-    assert f"request {failed.request.request_id} failed: the step failed" in caplog.text
+    assert f"request {failed.job.request_id} failed: the step failed" in caplog.text
     served.device.before = lambda _: None
     run = served.submit(make_run([1], LORA))
     served.wait(run)
@@ -334,7 +334,7 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
     assert told.is_set()
     with pytest.raises(ShuttingDownError):
         served.submit(make_run([1]))
-    served.engine.cancel(held.request.request_id)
+    served.engine.cancel(held.job.request_id)
 
 
 # Ends from outside
@@ -343,7 +343,7 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
 def test_a_cancelled_request_gives_its_pages_back_before_the_next_step(served):
     before = free_pages(served)
     run = served.hold()
-    served.engine.cancel(run.request.request_id)
+    served.engine.cancel(run.job.request_id)
     served.device.open.set()
     served.settle()
     assert run.end is FinishReason.CANCELLED
@@ -354,7 +354,7 @@ def test_a_cancelled_request_gives_its_pages_back_before_the_next_step(served):
 def test_a_request_that_is_cancelled_as_it_arrives_does_not_run(served):
     held = served.hold()
     run = served.submit(make_run([1]))
-    served.engine.cancel(run.request.request_id)
+    served.engine.cancel(run.job.request_id)
     served.device.open.set()
     served.wait(held, run)
     assert (run.tokens, run.end) == ([], FinishReason.CANCELLED)

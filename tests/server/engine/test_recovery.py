@@ -47,7 +47,7 @@ class BrokenSimulation(Simulation):
         self.runner = RecoveringRunner(self.broken)
 
     def failed(self, *guilty: Run) -> None:
-        self.broken.guilty = {run.request.request_id for run in guilty}
+        self.broken.guilty = {run.job.request_id for run in guilty}
         self.finish()
 
 
@@ -96,7 +96,7 @@ def test_what_needs_too_much_memory_alone_is_told_so(simulation):
 
 def test_one_among_many_is_found_in_few_runs(simulation):
     runs = [simulation.submit([index]) for index in range(8)]
-    simulation.broken.guilty = {runs[5].request.request_id}
+    simulation.broken.guilty = {runs[5].job.request_id}
     simulation.step()
     # Of 8, of 4, of 2 and of 1 with it in, and the three without.
     assert simulation.broken.num_runs == 7

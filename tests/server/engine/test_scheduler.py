@@ -59,7 +59,7 @@ def test_a_prompt_is_computed_in_one_step_and_then_a_token_each():
     run = simulation.submit([1, 2, 3], max_tokens=3)
     steps = steps_until_idle(simulation)
     assert [step.num_tokens for step in steps] == [3, 1, 1]
-    assert run.tokens == expected_tokens(run.request)
+    assert run.tokens == expected_tokens(run.job)
     assert run.end is FinishReason.LENGTH
 
 
@@ -83,8 +83,8 @@ def test_long_prompts_are_computed_in_chunks_beside_running_streams():
     simulation.step()
     long = simulation.submit(range(10, 20), max_tokens=1)
     steps = [lengths(simulation.step()) for _ in range(4)]
-    assert [step[stream.request.request_id] for step in steps] == [1, 1, 1, 1]
-    assert [step[long.request.request_id] for step in steps] == [3, 3, 3, 1]
+    assert [step[stream.job.request_id] for step in steps] == [1, 1, 1, 1]
+    assert [step[long.job.request_id] for step in steps] == [3, 3, 3, 1]
     assert finished(stream, long)
 
 
@@ -95,13 +95,13 @@ def test_streams_come_before_a_prompt_that_began_before_them():
     simulation.scheduler.running[0].num_computed = 28
     simulation.submit([1], max_tokens=5)
     [first, *_] = simulation.scheduler.schedule(0).sequences
-    assert first.sequence_id == long.request.request_id
+    assert first.sequence_id == long.job.request_id
 
 
 def test_requests_start_in_their_order_within_the_limits():
     simulation = Simulation(max_batch_tokens=5, max_batch_requests=2)
     runs = [simulation.submit([1, 2], max_tokens=2) for _ in range(4)]
-    ids = [run.request.request_id for run in runs]
+    ids = [run.job.request_id for run in runs]
     assert [sorted(lengths(step)) for step in steps_until_idle(simulation)] == [
         ids[:2], ids[:2], ids[2:], ids[2:],
     ]  # fmt: skip
@@ -230,11 +230,11 @@ def test_virtual_tokens_are_computed_in_chunks_before_the_requests_start():
     simulation.step()
     run = simulation.submit([1, 2], prefix(7, PrefixKind.EMBEDDING), max_tokens=1)
     steps = step_until(simulation, lambda: run.end)
-    assert all(stream.request.request_id in lengths(step) for step in steps)
+    assert all(stream.job.request_id in lengths(step) for step in steps)
     computed = [part for step in steps for part in step.sequences if part.sequence_id < 0]
     assert [(part.start, len(part.token_ids)) for part in computed] == [(0, 3), (3, 3), (6, 1)]
     assert {part.prompt for part in computed} == {"prefix"}
-    assert all(run.request.request_id not in lengths(step) for step in steps[:-1])
+    assert all(run.job.request_id not in lengths(step) for step in steps[:-1])
     simulation.finish()
     assert finished(stream, run)
 
@@ -410,7 +410,7 @@ def test_the_youngest_gives_way_and_goes_on_later():
     assert preempted
     assert 0 not in preempted, "the oldest goes on"
     assert finished(*runs)
-    assert [run.tokens for run in runs] == [expected_tokens(run.request) for run in runs]
+    assert [run.tokens for run in runs] == [expected_tokens(run.job) for run in runs]
 
 
 def test_those_that_gave_way_come_back_in_their_order_before_all_others():
@@ -508,7 +508,7 @@ def test_a_step_that_fails_for_one_request_goes_on_for_the_others():
     simulation = Simulation()
     bad, good = simulation.submit([1], max_tokens=5), simulation.submit([2], max_tokens=5)
     simulation.step()
-    simulation.step(lambda _: {bad.request.request_id: "NaN"})
+    simulation.step(lambda _: {bad.job.request_id: "NaN"})
     assert isinstance(bad.error, GenerationFailedError)
     assert len(bad.tokens) == 1
     simulation.finish()
@@ -518,7 +518,7 @@ def test_a_step_that_fails_for_one_request_goes_on_for_the_others():
 def test_what_a_failed_step_wrote_is_not_found_again():
     simulation = Simulation()
     bad = simulation.submit(range(9), max_tokens=5)
-    simulation.step(lambda _: {bad.request.request_id: "NaN"})
+    simulation.step(lambda _: {bad.job.request_id: "NaN"})
     run = simulation.submit(range(9))
     simulation.finish()
     assert run.outputs[0].cached_tokens == 0
@@ -535,7 +535,7 @@ def test_a_sink_that_raises_ends_its_request_and_nobody_elses(good, caplog):
             raise RuntimeError("the event loop is closed")
 
     run = make_run([1], max_tokens=3)
-    run.request = replace(run.request, sink=sink)
+    run.job = replace(run.job, sink=sink)
     simulation.add(run)
     other = simulation.submit([2])
     steps_until_idle(simulation)
@@ -552,7 +552,7 @@ def test_a_sink_that_raises_at_the_end_holds_nothing_up(caplog):
     def sink(_):
         raise RuntimeError
 
-    run.request = replace(run.request, sink=sink)
+    run.job = replace(run.job, sink=sink)
     simulation.add(run)
     for sequence in list(simulation.scheduler.sequences):
         simulation.scheduler.fail(sequence, ShuttingDownError("stop"))

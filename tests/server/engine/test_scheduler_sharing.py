@@ -7,7 +7,7 @@ import pytest
 from support.fake_device import Simulation, make_run, make_spec
 from turret_server.engine.request import FinishReason
 from turret_server.engine.sequence import Sequence
-from turret_server.errors import RequestTooLargeError
+from turret_server.errors import GenerationFailedError, RequestTooLargeError
 
 LORA = make_spec("lora", slab_pages=2)
 
@@ -35,7 +35,7 @@ def starts(simulation, *, num_steps=200):
     """Requests in the order in which they leave the queue."""
     for _ in range(num_steps):
         simulation.step()
-    by_id = {run.request.request_id: run for run in simulation.runs}
+    by_id = {run.job.request_id: run for run in simulation.runs}
     return [by_id[request_id] for request_id in simulation.started]
 
 
@@ -45,7 +45,7 @@ def test_tenants_take_turns_although_one_asked_for_everything_first():
         simulation.submit([1, 2], tenant="a", max_tokens=2)
     for _ in range(4):
         simulation.submit([3, 4], tenant="b", max_tokens=2)
-    assert "".join(run.request.tenant for run in starts(simulation)) == "abababab"
+    assert "".join(run.job.tenant for run in starts(simulation)) == "abababab"
 
 
 def test_a_tenant_with_three_times_the_weight_gets_three_times_as_much():
@@ -53,7 +53,7 @@ def test_a_tenant_with_three_times_the_weight_gets_three_times_as_much():
     for _ in range(20):
         for tenant in "ab":
             simulation.submit([1, 2], tenant=tenant, max_tokens=2)
-    tenants = "".join(run.request.tenant for run in starts(simulation))
+    tenants = "".join(run.job.tenant for run in starts(simulation))
     assert tenants[:20].count("b") == pytest.approx(15, abs=1)
 
 
@@ -64,7 +64,7 @@ def test_prompts_of_two_tenants_get_on_by_turns():
         simulation.submit(range(first, first + 24), tenant=tenant) for first, tenant in ((0, "a"), (50, "b"))
     ]
     served = [next(iter(lengths(simulation.step()))) for _ in range(4)]
-    assert served[:2] == [run.request.request_id for run in long]
+    assert served[:2] == [run.job.request_id for run in long]
     assert served[2] != served[3]
 
 
@@ -108,7 +108,7 @@ def test_a_priority_takes_nothing_from_another_tenant():
         simulation.submit([1, 2], tenant="a", priority=0)
     for _ in range(4):
         simulation.submit([1, 2], tenant="b", priority=5)
-    assert "".join(run.request.tenant for run in starts(simulation)) == "abababab"
+    assert "".join(run.job.tenant for run in starts(simulation)) == "abababab"
 
 
 def test_the_tenant_that_was_given_most_gives_way():
@@ -119,7 +119,7 @@ def test_the_tenant_that_was_given_most_gives_way():
     modest = simulation.submit([3], tenant="modest", max_tokens=5)
     step_until(simulation, lambda: simulation.scheduler.num_preempted)
     [gone] = simulation.scheduler.waiting
-    assert gone.request.request_id in {run.request.request_id for run in greedy}
+    assert gone.job.request_id in {run.job.request_id for run in greedy}
     simulation.finish()
     assert finished(modest, *greedy)
 
@@ -129,7 +129,7 @@ def test_of_a_tenants_requests_the_one_with_the_least_to_compute_again_gives_way
     long, short = simulation.submit(range(6), max_tokens=5), simulation.submit([1], max_tokens=5)
     step_until(simulation, lambda: simulation.scheduler.num_preempted)
     [gone] = simulation.scheduler.waiting
-    assert gone.request is short.request
+    assert gone.job is short.job
     simulation.finish()
     assert finished(long, short)
 
@@ -149,9 +149,9 @@ def test_a_cold_adapter_holds_up_no_other_tenant():
 
 def test_a_pinned_prompt_generates_nothing_and_is_found_for_ever():
     simulation = Simulation(num_pages=12)
-    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    pinned = simulation.submit(range(8), pinned=True)
     simulation.finish()
-    assert [output.finish_reason for output in pinned.outputs] == [FinishReason.LENGTH]
+    assert [output.finish_reason for output in pinned.outputs] == [FinishReason.PINNED]
     for start in range(100, 200, 10):
         simulation.submit(range(start, start + 12), max_tokens=4)
     simulation.finish()
@@ -163,7 +163,7 @@ def test_a_pinned_prompt_generates_nothing_and_is_found_for_ever():
 
 def test_a_pinned_prompt_keeps_its_adapter_resident():
     simulation = Simulation(num_pages=12)
-    simulation.submit(range(8), LORA, pinned=True, max_tokens=1)
+    simulation.submit(range(8), LORA, pinned=True)
     simulation.finish()
     for index in range(6):
         simulation.submit([index], make_spec(f"r{index}", slab_pages=4))
@@ -178,16 +178,16 @@ def test_one_that_no_longer_fits_beside_a_pinned_prompt_fails_when_it_is_taken_i
     simulation = Simulation(num_pages=8)
     late = make_run(range(100, 128), max_tokens=1)
     assert simulation.fits(late)
-    simulation.submit(range(8), pinned=True, max_tokens=1)
+    simulation.submit(range(8), pinned=True)
     simulation.finish()
-    simulation.scheduler.add(Sequence.of(late.request))
+    simulation.scheduler.add(Sequence.of(late.job))
     assert isinstance(late.error, RequestTooLargeError)
     simulation.check()
 
 
 def test_a_prompt_is_not_pinned_at_the_cost_of_one_that_waits():
     simulation = Simulation(num_pages=8, max_batch_requests=1)
-    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    pinned = simulation.submit(range(8), pinned=True)
     waits = simulation.submit(range(100, 128), max_tokens=1)
     simulation.finish()
     assert isinstance(pinned.error, RequestTooLargeError)
@@ -196,11 +196,20 @@ def test_a_prompt_is_not_pinned_at_the_cost_of_one_that_waits():
 
 def test_a_prompt_that_is_cancelled_before_it_is_pinned_is_let_go():
     simulation = Simulation(max_batch_tokens=4)
-    pinned = simulation.submit(range(8), pinned=True, max_tokens=1)
+    pinned = simulation.submit(range(8), pinned=True)
     simulation.step()
     simulation.cancel(pinned)
     assert pinned.end is FinishReason.CANCELLED
     simulation.check_nothing_is_left()
+
+
+def test_a_prompt_whose_logits_are_not_finite_is_not_pinned():
+    simulation = Simulation()
+    pinned = simulation.submit(range(8), pinned=True)
+    simulation.step(lambda _: {pinned.job.request_id: "NaN"})
+    assert isinstance(pinned.error, GenerationFailedError)
+    assert not simulation.scheduler.allocation.is_prompt_pinned(pinned.job.request_id)
+    assert simulation.cache.pages == ()
 
 
 def test_blocks_are_not_shared_across_salts():

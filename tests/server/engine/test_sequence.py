@@ -11,7 +11,7 @@ PREFIX = make_spec("prefix", num_virtual=3)
 
 
 def sequence(prompt, adapter=None):
-    return Sequence.of(make_run(prompt, adapter).request)
+    return Sequence.of(make_run(prompt, adapter).job)
 
 
 def test_the_adapters_virtual_tokens_come_first():
@@ -36,6 +36,12 @@ def test_a_token_is_sampled_once_nothing_remains(num_tokens, samples):
     assert part.token_ids == (2, 3, 4)[:num_tokens]
     assert (part.start, part.block_table) == (1, (9, 8))
     assert (part.sampling is not None) == samples
+
+
+def test_a_prompt_that_is_to_be_pinned_is_sampled_from_for_the_sake_of_the_check():
+    sequence = Sequence.of(make_run(range(6), pinned=True).job)
+    assert sequence.step(5).sampling is None
+    assert sequence.step(6).sampling.temperature == 0
 
 
 def test_a_step_names_the_adapter():

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from support.fake_device import Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
-from turret_server.engine.request import AdapterUse, FinishReason
+from turret_server.engine.request import AdapterUse, FinishReason, PromptPin
 from turret_server.engine.step import Step
 from turret_server.errors import (
     AdapterTooLargeError,
@@ -147,7 +147,7 @@ class RandomLoad(RuleBasedStateMachine):
         run = make_run(
             prompt,
             _together(named),
-            max_tokens=1 if pinned else max_tokens,
+            max_tokens=max_tokens,
             seed=seed,
             stop_after=stop_after,
             deadline=None if patience is None else self.simulation.now + patience,
@@ -172,18 +172,18 @@ class RandomLoad(RuleBasedStateMachine):
         """That they stay until they are dropped is looked at after each step."""
         scheduler = self.simulation.scheduler
         try:
-            scheduler.allocation.check_pin(name, named)
+            scheduler.allocation.check_pin_adapters(name, named)
         except AdapterTooLargeError:
             return
         running = [run for run in self.simulation.runs if run.end is None]
-        scheduler.pin(name, tuple(named))
+        scheduler.pin_adapters(name, tuple(named))
         self.crowded_out.update(run for run in running if run.end is FinishReason.FAILED)
 
     @rule(adapter=adapters)
     def drop(self, adapter: AdapterSpec) -> None:
         self.simulation.scheduler.drop(adapter.revision)
         self.dropped.add(adapter.revision)
-        self.pinned -= {run for run in self.pinned if adapter in (use.spec for use in run.request.adapters)}
+        self.pinned -= {run for run in self.pinned if adapter in (use.spec for use in run.job.adapters)}
 
     @precondition(lambda self: self.simulation.device.pending)
     @rule(data=st.data(), fails=st.integers(0, 4).map(lambda drawn: drawn == 4))
@@ -203,7 +203,7 @@ class RandomLoad(RuleBasedStateMachine):
     @rule(run=runs)
     def unpin(self, run: Run) -> None:
         """Only this lets a prompt go: what is pinned is looked at after each step."""
-        self.simulation.scheduler.allocation.unpin(run.request.request_id)
+        self.simulation.scheduler.allocation.unpin_prompt(run.job.request_id)
         self.pinned.discard(run)
 
     @rule(seconds=st.integers(1, 6))
@@ -224,7 +224,7 @@ class RandomLoad(RuleBasedStateMachine):
                 if part.sequence_id in chosen and part.sequence_id < 0:
                     assert part.prompt is not None
                     self.excuse(part.prompt)
-            self.excused.update(run for run in self.simulation.runs if run.request.request_id in chosen)
+            self.excused.update(run for run in self.simulation.runs if run.job.request_id in chosen)
             return dict.fromkeys(chosen, "no")
 
         self.simulation.step(faults)
@@ -234,17 +234,17 @@ class RandomLoad(RuleBasedStateMachine):
         self.excused.update(
             run
             for run in self.simulation.runs
-            if run.end is None and revision in {use.spec.revision for use in run.request.adapters}
+            if run.end is None and revision in {use.spec.revision for use in run.job.adapters}
         )
 
     @invariant()
     def failures_have_a_reason(self) -> None:
         for run in self.simulation.runs:
             if isinstance(run.error, DeadlineError):
-                assert run.request.deadline is not None
-                assert self.simulation.now >= run.request.deadline
+                assert run.job.deadline is not None
+                assert self.simulation.now >= run.job.deadline
             elif isinstance(run.error, RequestTooLargeError):
-                assert run.request.pinned or run in self.crowded_out, "one that was let in is not refused"
+                assert run in self.crowded_out or isinstance(run.job, PromptPin), "refused, once let in"
             elif run.error is not None:
                 assert isinstance(run.error, GenerationFailedError | AdapterUnavailableError)
                 assert run in self.excused
@@ -253,10 +253,10 @@ class RandomLoad(RuleBasedStateMachine):
     def what_is_pinned_stays(self) -> None:
         allocation = self.simulation.scheduler.allocation
         for run in self.simulation.runs:
-            if run.request.pinned and run.end is FinishReason.LENGTH and run not in self.ended:
+            if run.end is FinishReason.PINNED and run not in self.ended:
                 self.ended.add(run)
                 self.pinned.add(run)
-        held = {run for run in self.ended if allocation.is_pinned(run.request.request_id)}
+        held = {run for run in self.ended if allocation.is_prompt_pinned(run.job.request_id)}
         assert held == self.pinned
 
     @invariant()

@@ -17,11 +17,11 @@ def test_a_request_that_waits_for_nothing_starts_at_once():
     simulation = Simulation()
     simulation.now = 3.0
     run = simulation.submit([1, 2, 3])
-    assert run.request.times == Times()
+    assert run.job.times == Times()
     simulation.step()
-    assert run.request.times == Times(ready=3.0, started=3.0)
+    assert run.job.times == Times(ready=3.0, started=3.0)
     at(simulation, 4.0)
-    assert run.request.times.started == 3.0
+    assert run.job.times.started == 3.0
 
 
 def test_the_wait_for_an_adapter_is_from_its_turn_until_it_is_seen_to_be_there():
@@ -29,10 +29,10 @@ def test_the_wait_for_an_adapter_is_from_its_turn_until_it_is_seen_to_be_there()
     run = simulation.submit([1, 2, 3], LORA)
     for now in (0.0, 1.0, 2.0):
         at(simulation, now)
-    assert run.request.times == Times(awaited=0.0)
+    assert run.job.times == Times(awaited=0.0)
     simulation.device.complete()
     at(simulation, 3.0)
-    assert run.request.times == Times(awaited=0.0, ready=3.0, started=3.0)
+    assert run.job.times == Times(awaited=0.0, ready=3.0, started=3.0)
 
 
 def test_one_that_waits_for_room_is_ready_before_it_starts():
@@ -41,6 +41,6 @@ def test_one_that_waits_for_room_is_ready_before_it_starts():
     second = simulation.submit([4, 5, 6])
     for now in (0.0, 1.0, 2.0, 3.0):
         at(simulation, now)
-    assert first.request.times.started == 0.0
-    assert second.request.times.ready == 0.0
-    assert second.request.times.started == 3.0
+    assert first.job.times.started == 0.0
+    assert second.job.times.ready == 0.0
+    assert second.job.times.started == 3.0

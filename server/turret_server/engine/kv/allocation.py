@@ -31,7 +31,7 @@ class Allocation:
         self._pinned: dict[int, Sequence] = {}
 
     @property
-    def pinned(self) -> Iterator[Sequence]:
+    def pinned_prompts(self) -> Iterator[Sequence]:
         yield from self._pinned.values()
 
     @property
@@ -45,7 +45,7 @@ class Allocation:
             }
         )
 
-    def is_pinned(self, request_id: int) -> bool:
+    def is_prompt_pinned(self, request_id: int) -> bool:
         return request_id in self._pinned
 
     def num_pages(self, sequence: Sequence) -> int:
@@ -53,31 +53,19 @@ class Allocation:
 
         That token is computed no more, and whole pages of the adapter's prefix are the sequence's as well.
         """
-        num_tokens = len(sequence.tokens) + sequence.request.sampling.max_tokens - 1
+        num_tokens = sequence.num_prompt + max(sequence.job.max_tokens - 1, 0)
         num_pages = -(-num_tokens // self._block_size) - sequence.num_virtual // self._block_size
-        return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.request.adapters)
+        return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.job.adapters)
 
     def check_fits(self, sequence: Sequence) -> None:
         """See that the sequence could run, were it alone.
 
         Raises:
-            RequestTooLargeError: it takes more pages than there are beside pinned prompts, or it is to be
-                pinned and would leave too few.
+            RequestTooLargeError: it takes more pages than there are beside pinned prompts and adapters.
             QuotaExceededError: its adapters take more pages than its tenant may have for them.
         """
         self._check_quota(sequence)
-        needed, available = self.num_pages(sequence), self._pool.num_pages
-        own = {use.spec.revision for use in sequence.request.adapters}
-        pinned = self._num_pinned_beside(own, self._residency.pinned())
-        if sequence.request.pinned and needed + pinned > available * _MOST_PINNED:
-            raise RequestTooLargeError(
-                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
-                f"{available} pages; this one takes {needed} with its adapters and others take {pinned}; "
-                "unpin one or start the server with more --memory",
-                needed_pages=needed,
-                arena_pages=available,
-                pinned_pages=pinned,
-            )
+        needed, pinned, available = self._room(sequence)
         if needed + pinned > available:
             beside = f", of which pinned prompts and adapters take {pinned}" if pinned else ""
             raise RequestTooLargeError(
@@ -89,7 +77,26 @@ class Allocation:
                 pinned_pages=pinned,
             )
 
-    def check_pin(self, name: str, specs: Iterable[AdapterSpec]) -> None:
+    def check_pin_prompt(self, sequence: Sequence) -> None:
+        """See that the prompt could be pinned, were nobody else there.
+
+        Raises:
+            RequestTooLargeError: it would leave too little for requests.
+            QuotaExceededError: its adapters take more pages than its tenant may have for them.
+        """
+        self._check_quota(sequence)
+        needed, pinned, available = self._room(sequence)
+        if needed + pinned > available * _MOST_PINNED:
+            raise RequestTooLargeError(
+                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
+                f"{available} pages; this one takes {needed} with its adapters and others take {pinned}; "
+                "unpin one or start the server with more --memory",
+                needed_pages=needed,
+                arena_pages=available,
+                pinned_pages=pinned,
+            )
+
+    def check_pin_adapters(self, name: str, specs: Iterable[AdapterSpec]) -> None:
         """See that adapters can be pinned under a name, in place of what is now.
 
         Raises:
@@ -174,15 +181,15 @@ class Allocation:
             self._residency.release(resident, sequence.tenant)
         sequence.residents = ()
 
-    def pin(self, sequence: Sequence, beside: Iterable[Sequence]) -> None:
+    def pin_prompt(self, sequence: Sequence, beside: Iterable[Sequence]) -> None:
         """Keep the whole blocks of a prompt that was computed, and its adapters, until it is unpinned.
 
         Raises:
             RequestTooLargeError: there is no room for it, or none left for those `beside` it.
             QuotaExceededError: the same of what its tenant may have.
         """
-        self.check_fits(sequence)
-        request_id = sequence.request.request_id
+        self.check_pin_prompt(sequence)
+        request_id = sequence.job.request_id
         self._pinned[request_id] = sequence
         try:
             for other in beside:
@@ -202,7 +209,7 @@ class Allocation:
         sequence.block_table = [*sequence.block_table[:whole], *cached]
         sequence.num_computed = count * self._block_size
 
-    def unpin(self, request_id: int) -> None:
+    def unpin_prompt(self, request_id: int) -> None:
         """Let a prompt go like any other; one that is not pinned is left alone."""
         sequence = self._pinned.pop(request_id, None)
         if sequence is not None:
@@ -211,15 +218,21 @@ class Allocation:
     def drop(self, revision: str) -> None:
         """Unpin the prompts of an adapter's revision that nobody will name again."""
         for request_id, sequence in list(self._pinned.items()):
-            if any(use.spec.revision == revision for use in sequence.request.adapters):
-                self.unpin(request_id)
+            if any(use.spec.revision == revision for use in sequence.job.adapters):
+                self.unpin_prompt(request_id)
+
+    def _room(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Pages that the sequence needs, that others keep pinned, and that there are."""
+        own = {use.spec.revision for use in sequence.job.adapters}
+        pinned = self._num_pinned_beside(own, self._residency.pinned())
+        return self.num_pages(sequence), pinned, self._pool.num_pages
 
     def _check_quota(self, sequence: Sequence) -> None:
         most = self._residency.max_pages(sequence.tenant)
         if most is None:
             return
         everybodys = {spec.revision for spec in self._residency.pinned()}
-        specs = {use.spec.revision: use.spec for use in sequence.request.adapters}
+        specs = {use.spec.revision: use.spec for use in sequence.job.adapters}
         own = {
             revision: self._residency.num_pages(spec)
             for revision, spec in specs.items()

@@ -10,6 +10,7 @@ from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_run, make_spec
 from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
+from turret_server.engine.request import PromptPin
 from turret_server.engine.residency.residency import Absence, Residency
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import PageCopy
@@ -37,7 +38,7 @@ class World:
         self.pool.tick()
 
     def take(self, sequence: Sequence) -> list[PageCopy] | None:
-        specs = [use.spec for use in sequence.request.adapters]
+        specs = [use.spec for use in sequence.job.adapters]
         residents = self.residency.ensure_all(specs, sequence.tenant)
         while self.posted:
             self.posted.pop()()
@@ -57,8 +58,8 @@ class World:
         return sequence
 
     def pinned(self, prompt, adapter=None, **options) -> Sequence:
-        sequence = self.computed(prompt, adapter, pinned=True, max_tokens=1, **options)
-        self.allocation.pin(sequence, beside=[])
+        sequence = self.computed(prompt, adapter, pinned=True, **options)
+        self.allocation.pin_prompt(sequence, beside=[])
         self.sequences.remove(sequence)
         self.check()
         return sequence
@@ -69,7 +70,7 @@ class World:
         self.check()
 
     def check(self) -> None:
-        holders = [*self.sequences, *self.allocation.pinned]
+        holders = [*self.sequences, *self.allocation.pinned_prompts]
         held = [page for sequence in holders for page in sequence.block_table]
         held += [page for resident in self.residency for page in resident.pages]
         self.pool.check_integrity([*held, *self.cache.pages])
@@ -77,7 +78,7 @@ class World:
 
 
 def make_sequence(prompt, adapter=None, **options) -> Sequence:
-    return Sequence.of(make_run(prompt, adapter, **options).request)
+    return Sequence.of(make_run(prompt, adapter, **options).job)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_adapters_are_in_use_until_the_release():
 def test_a_pinned_prompt_keeps_its_whole_blocks():
     world = World()
     sequence = world.pinned(range(10))
-    assert world.allocation.is_pinned(sequence.request.request_id)
+    assert world.allocation.is_prompt_pinned(sequence.job.request_id)
     assert world.allocation.num_pinned == 2
     while world.cache.num_idle:
         world.cache.evict()
@@ -178,8 +179,8 @@ def test_a_pinned_prompt_keeps_its_whole_blocks():
 def test_an_unpinned_prompt_goes_like_any_other():
     world = World()
     sequence = world.pinned(range(10), LORA)
-    world.allocation.unpin(sequence.request.request_id)
-    world.allocation.unpin(sequence.request.request_id)
+    world.allocation.unpin_prompt(sequence.job.request_id)
+    world.allocation.unpin_prompt(sequence.job.request_id)
     assert world.allocation.num_pinned == 0
     assert world.cache.num_idle == 2
     assert [resident.num_users for resident in world.residency] == [0]
@@ -204,12 +205,12 @@ def test_a_page_that_two_pinned_prompts_share_counts_once():
 
 def test_pinned_prompts_that_were_computed_at_the_same_time_share_one_copy():
     world = World()
-    first = world.started(range(8), pinned=True, max_tokens=1)
-    second = world.started(range(8), pinned=True, max_tokens=1)
+    first = world.started(range(8), pinned=True)
+    second = world.started(range(8), pinned=True)
     for sequence in (first, second):
         world.allocation.keep(sequence, 8)
     for sequence in (first, second):
-        world.allocation.pin(sequence, beside=[])
+        world.allocation.pin_prompt(sequence, beside=[])
         world.sequences.remove(sequence)
         world.check()
     assert first.block_table == second.block_table
@@ -218,13 +219,13 @@ def test_pinned_prompts_that_were_computed_at_the_same_time_share_one_copy():
 
 def test_a_prompt_is_pinned_in_whole_although_the_copy_that_the_cache_knew_was_evicted():
     world = World()
-    first, second = world.started(range(8)), world.started(range(8), pinned=True, max_tokens=1)
+    first, second = world.started(range(8)), world.started(range(8), pinned=True)
     for sequence in (first, second):
         world.allocation.keep(sequence, 8)
     world.release(first)
     while world.cache.num_idle:
         world.cache.evict()
-    world.allocation.pin(second, beside=[])
+    world.allocation.pin_prompt(second, beside=[])
     world.sequences.remove(second)
     world.check()
     assert world.allocation.num_pinned == 2
@@ -234,11 +235,11 @@ def test_a_prompt_is_pinned_in_whole_although_the_copy_that_the_cache_knew_was_e
 def test_half_of_the_arena_may_be_pinned():
     world = World(8)
     world.pinned(range(8))
-    world.allocation.check_fits(make_sequence(range(50, 58), pinned=True, max_tokens=1))
+    world.allocation.check_pin_prompt(make_sequence(range(50, 58), pinned=True))
     with pytest.raises(
         RequestTooLargeError, match="may take 4 of the arena's 8 pages; this one takes 3"
     ) as refused:
-        world.allocation.check_fits(make_sequence(range(50, 59), pinned=True, max_tokens=1))
+        world.allocation.check_pin_prompt(make_sequence(range(50, 59), pinned=True))
     assert refused.value.metadata == {"needed_pages": "3", "arena_pages": "8", "pinned_pages": "2"}
 
 
@@ -250,7 +251,7 @@ def test_what_is_pinned_counts_against_what_can_fit():
     said = r"of which pinned prompts and adapters take 2; .*unpin a prompt"
     with pytest.raises(RequestTooLargeError, match=said):
         world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
-    world.allocation.unpin(pinned.request.request_id)
+    world.allocation.unpin_prompt(pinned.job.request_id)
     world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
 
 
@@ -266,9 +267,9 @@ def test_a_prompt_is_not_pinned_where_it_leaves_no_room_for_those_who_wait():
     world = World(8)
     waits = make_sequence(range(28), max_tokens=1)
     world.allocation.check_fits(waits)
-    sequence = world.computed(range(50, 58), pinned=True, max_tokens=1)
+    sequence = world.computed(range(50, 58), pinned=True)
     with pytest.raises(RequestTooLargeError):
-        world.allocation.pin(sequence, beside=[sequence, waits])
+        world.allocation.pin_prompt(sequence, beside=[sequence, waits])
     assert world.allocation.num_pinned == 0
     world.release(sequence)
 
@@ -277,9 +278,9 @@ def test_a_revision_that_goes_takes_its_pinned_prompts_along():
     world = World()
     gone, stays = world.pinned(range(8), LORA), world.pinned(range(8))
     world.allocation.drop("lora")
-    assert not world.allocation.is_pinned(gone.request.request_id)
-    assert world.allocation.is_pinned(stays.request.request_id)
-    assert list(world.allocation.pinned) == [stays]
+    assert not world.allocation.is_prompt_pinned(gone.job.request_id)
+    assert world.allocation.is_prompt_pinned(stays.job.request_id)
+    assert list(world.allocation.pinned_prompts) == [stays]
     world.check()
 
 
@@ -289,7 +290,7 @@ def test_whether_a_request_fits_may_be_asked_while_another_thread_unpins():
 
     class Meanwhile(list):
         def __iter__(self):
-            world.allocation._pinned.pop(second.request.request_id, None)
+            world.allocation._pinned.pop(second.job.request_id, None)
             return super().__iter__()
 
     first.block_table = Meanwhile(first.block_table)
@@ -303,16 +304,17 @@ KINDS = st.sampled_from(
 
 def start(world: World, sequence: Sequence) -> None:
     """Compute it, and pin it if it is to be pinned, if there is room now."""
+    pins = isinstance(sequence.job, PromptPin)
     try:
-        world.allocation.check_fits(sequence)
+        (world.allocation.check_pin_prompt if pins else world.allocation.check_fits)(sequence)
     except RequestTooLargeError:
         return
-    specs = [use.spec for use in sequence.request.adapters]
+    specs = [use.spec for use in sequence.job.adapters]
     if isinstance(world.residency.ensure_all(specs, "a"), Absence) or world.take(sequence) is None:
         return
     world.allocation.keep(sequence, sequence.num_remaining)
-    if sequence.request.pinned:
-        world.allocation.pin(sequence, beside=[])
+    if pins:
+        world.allocation.pin_prompt(sequence, beside=[])
         world.sequences.remove(sequence)
 
 
@@ -340,7 +342,7 @@ def test_no_page_is_lost_whatever_comes_and_goes(events):
     world = World(24)
     for what, adapter, num_prompt, choice in events:
         world.pool.tick()
-        running, pinned = world.sequences, list(world.allocation.pinned)
+        running, pinned = world.sequences, list(world.allocation.pinned_prompts)
         if what in ("start", "pin"):
             first = choice % 2
             start(world, make_sequence(range(first, first + num_prompt), adapter, pinned=what == "pin"))
@@ -349,13 +351,13 @@ def test_no_page_is_lost_whatever_comes_and_goes(events):
         elif what == "release" and running:
             world.release(running[choice % len(running)])
         elif what == "unpin" and pinned:
-            world.allocation.unpin(pinned[choice % len(pinned)].request.request_id)
+            world.allocation.unpin_prompt(pinned[choice % len(pinned)].job.request_id)
         world.check()
         assert world.allocation.num_pinned <= 12
     for sequence in list(world.sequences):
         world.release(sequence)
-    for sequence in list(world.allocation.pinned):
-        world.allocation.unpin(sequence.request.request_id)
+    for sequence in list(world.allocation.pinned_prompts):
+        world.allocation.unpin_prompt(sequence.job.request_id)
     for resident in list(world.residency):
         world.residency.drop(resident.spec.revision)
     assert world.pool.num_free + world.cache.num_idle == 24
@@ -363,7 +365,7 @@ def test_no_page_is_lost_whatever_comes_and_goes(events):
 
 def test_pinned_adapters_count_against_what_can_fit():
     world = World(8)
-    world.allocation.check_pin("poet", [LORA])
+    world.allocation.check_pin_adapters("poet", [LORA])
     world.residency.pin("poet", (LORA,))
     needed = world.residency.num_pages(LORA)
     fits = BLOCK * (8 - needed)
@@ -377,11 +379,11 @@ def test_pinned_adapters_count_against_what_can_fit():
 def test_pinned_adapters_leave_half_of_the_arena():
     world = World(8)
     first, second = make_spec("first", slab_pages=3), make_spec("second", slab_pages=2)
-    world.allocation.check_pin("poet", [first])
+    world.allocation.check_pin_adapters("poet", [first])
     world.residency.pin("poet", (first,))
     said = r"may take 4 of the arena's 8 pages; 'bard' takes 2 and others take 3; pin fewer"
     with pytest.raises(AdapterTooLargeError, match=said):
-        world.allocation.check_pin("bard", [second])
+        world.allocation.check_pin_adapters("bard", [second])
     # In its place it may be, and under two names it counts once.
-    world.allocation.check_pin("poet", [second])
-    world.allocation.check_pin("bard", [first])
+    world.allocation.check_pin_adapters("poet", [second])
+    world.allocation.check_pin_adapters("bard", [first])

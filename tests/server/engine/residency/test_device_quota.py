@@ -58,7 +58,7 @@ class World:
 
     def sequence(self, *specs, pinned=False, tenant="acme") -> Sequence:
         run = make_run(range(8), specs[0], max_tokens=1, pinned=pinned, tenant=tenant)
-        return Sequence.of(run.request, 0.0)
+        return Sequence.of(run.job, 0.0)
 
 
 @pytest.fixture
@@ -151,15 +151,15 @@ def test_a_request_that_could_never_be_is_refused(world):
 def test_a_request_beside_its_own_pinned_prompts_is_refused_and_beside_others_not(world):
     for tenant, refused in (("bolt", False), ("acme", True)):
         sequence = world.sequence(make_spec(f"of {tenant}", slab_pages=4), pinned=True, tenant=tenant)
-        residents = world.bring(sequence.request.adapters[0].spec, tenant=tenant)
+        residents = world.bring(sequence.job.adapters[0].spec, tenant=tenant)
         assert world.allocation.take(sequence, residents) is not None
         world.allocation.keep(sequence, sequence.num_remaining)
-        world.allocation.pin(sequence, beside=[])
+        world.allocation.pin_prompt(sequence, beside=[])
         if refused:
             with pytest.raises(QuotaExceededError, match="pinned prompts 4"):
                 world.allocation.check_fits(world.sequence(A))
         else:
             world.allocation.check_fits(world.sequence(A))
-        world.allocation.unpin(sequence.request.request_id)
+        world.allocation.unpin_prompt(sequence.job.request_id)
     for key in list(world.allocation._cache.pages):
         world.pool.release([key])
