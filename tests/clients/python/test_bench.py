@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
+import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -12,11 +14,16 @@ from support.prompts import until
 from turret_client import AsyncClient, TurretError
 from turret_client.bench import Latencies, LoadGenerator, Popularity, Record, Workload, percentile, summarise
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def generate(address: str, workload: Workload, *, warm_up: int = 0) -> LoadGenerator:
+
+def generate(
+    address: str, workload: Workload, *, warm_up: int = 0, clock: Callable[[], float] = time.perf_counter
+) -> LoadGenerator:
     async def run() -> LoadGenerator:
         async with AsyncClient(address) as client:
-            generator = LoadGenerator(client, workload)
+            generator = LoadGenerator(client, workload, clock=clock)
             await generator.warm_up(warm_up)
             await generator.run()
             return generator
@@ -76,10 +83,16 @@ def test_no_request_is_due_after_the_duration(server):
     assert all(record.due < 0.2 for record in generate(server.address, workload).records)
 
 
-def test_a_closed_loop_ends_with_its_duration(server):
-    records = generate(server.address, Workload(concurrency=2, duration=0.2)).records
-    assert records
-    assert all(record.due < 0.2 and record.succeeded for record in records)
+def test_a_closed_loop_sends_nothing_when_its_duration_is_over(server):
+    """The clock advances by 1 s with every reading, and reaches the duration between any two of them."""
+    for duration in range(1, 12):
+        readings = itertools.count()
+        workload = Workload(concurrency=2, duration=float(duration))
+        records = generate(server.address, workload, clock=lambda readings=readings: next(readings)).records
+        assert len(records) == len(server.requests)
+        assert all(record.due < duration and record.succeeded for record in records)
+        assert len(records) >= (duration > 1)
+        server.requests.clear()
 
 
 def test_the_warm_up_is_sent_but_not_recorded(server):

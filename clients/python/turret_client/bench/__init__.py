@@ -1,11 +1,11 @@
-"""Load generator: sends a server many requests and measures what each of them waited for.
+"""Load generator: sends many requests to a server and measures their latencies.
 
     async with AsyncClient(address) as client:
         generator = LoadGenerator(client, Workload(concurrency=8, num_requests=100, adapters=("pirate",)))
         await generator.run()
     print(summarise(generator.records, generator.seconds).output_tokens_per_second)
 
-`turret bench` is its command line. It imports nothing that a client does not need.
+`turret bench` is its command line.
 """
 
 from turret_client.bench._report import Latencies, Summary, percentile, summarise

@@ -1,4 +1,4 @@
-"""From records to figures."""
+"""Summary of a load generator's records."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from turret_client.bench._run import Record
 
 
 def percentile(values: Sequence[float], fraction: float) -> float:
-    """The value below which `fraction` of them lie, between two of them in proportion (numpy's "linear").
+    """The value below which a fraction of the values lies, interpolated linearly (numpy's method "linear").
 
-    `values` are in ascending order, and at least one.
+    `values` is sorted and not empty.
     """
     position = fraction * (len(values) - 1)
     below = int(position)
@@ -24,7 +24,7 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
-    """How a time in seconds is distributed."""
+    """Distribution of a latency in seconds."""
 
     mean: float
     p50: float
@@ -34,7 +34,7 @@ class Latencies:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Latencies | None:
-        """None where nothing was measured."""
+        """The distribution of these values; None without values."""
         if not seconds:
             return None
         ascending = sorted(seconds)
@@ -49,18 +49,23 @@ class Latencies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The figures of a run.
+    """Results of a run.
 
     Attributes:
-        seconds: From the first request to the end of the last.
+        seconds: Duration of the run.
+        succeeded: Number of successful requests.
+        failed: Number of failed requests.
         unfinished: Requests that were running when the run was interrupted.
-        errors: Failed requests by reason.
-        prompt_tokens: Of the requests that succeeded; so are cached_tokens and adapters.
-        generated_tokens: All that came, whatever became of their requests.
-        first_token_seconds: From when a request was due to its first token.
-        inter_token_seconds: Between two tokens of a request.
-        request_seconds: From when a request was due to its end, of those that succeeded.
-        adapters: Requests by adapter; the base model under "".
+        errors: Number of failed requests by reason.
+        requests_per_second: Successful requests per second.
+        prompt_tokens: Prompt tokens of successful requests.
+        cached_tokens: Cached tokens of successful requests.
+        generated_tokens: Generated tokens of all requests, including failed and unfinished ones.
+        output_tokens_per_second: Generated tokens per second.
+        first_token_seconds: From a request's due time to its first token.
+        inter_token_seconds: Between consecutive tokens of a request.
+        request_seconds: From a request's due time to its end, for successful requests.
+        adapters: Number of successful requests by adapter; the base model is "".
     """
 
     seconds: float
@@ -79,11 +84,12 @@ class Summary:
     adapters: dict[str, int]
 
     def as_json(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The figures, and what they were made from."""
+        """The results and the records."""
         return asdict(self) | {"records": [asdict(record) for record in records]}
 
 
 def summarise(records: Sequence[Record], seconds: float) -> Summary:
+    """Summarises the records of a run of that duration."""
     succeeded = [record for record in records if record.succeeded]
     errors = Counter(record.error for record in records if record.error)
     generated_tokens = sum(len(record.token_seconds) for record in records)

@@ -1,9 +1,10 @@
-"""Sends a workload and notes when every token came."""
+"""Sends a workload and records when each token arrived."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -11,23 +12,23 @@ from turret_client._async import AsyncClient
 from turret_client.bench._workload import Planned, Workload
 from turret_client.errors import TurretError
 
-# After a refusal a closed loop would ask again at once, and measure how fast the server refuses.
+# Without a pause a closed loop would send failing requests as fast as the server rejects them.
 _AFTER_ERROR_SECONDS = 0.1
 
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What became of one request. Times are seconds since the run began.
+    """The record of one request. Times are seconds since the start of the run.
 
     Attributes:
-        adapter: None is the base model.
-        prompt_tokens: Length of its prompt.
-        due: When it was to be sent. In an open loop this is not when it was sent where the generator lagged,
-            so that a wait is a wait whoever caused it.
-        token_seconds: When each token came; tokens of one message came together.
-        ended: When it ended; None where the run was interrupted before.
+        adapter: Name of the adapter; None is the base model.
+        prompt_tokens: Length of the prompt.
+        due: When the request was due. In an open loop it may be sent later, if the generator lags; latencies
+            count from here, so that they include the lag.
+        token_seconds: When each token arrived; tokens of one message have the same time.
+        ended: When the request ended; None if the run was interrupted before.
         cached_tokens: Tokens that the server found in memory.
-        error: The reason of the error that ended it; empty where it succeeded.
+        error: Reason of the error; empty if the request succeeded.
     """
 
     adapter: str | None
@@ -44,19 +45,22 @@ class Record:
 
 
 class LoadGenerator:
-    """Runs a workload once. Cancelling `run` ends it, and what was measured until then stays.
+    """Runs a workload once. Cancelling `run` stops it and keeps the records.
 
     Attributes:
-        records: Every request that was sent, in their order; they fill while it runs.
-        seconds: How long the run has taken so far, or took.
-        running: Requests that wait for an answer now.
+        records: The requests in the order of sending; filled during the run.
+        seconds: Duration of the run until now, or until its end.
+        running: Number of requests in flight.
     """
 
-    def __init__(self, client: AsyncClient, workload: Workload) -> None:
+    def __init__(
+        self, client: AsyncClient, workload: Workload, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.records: list[Record] = []
         self.running = 0
         self._client = client
         self._workload = workload
+        self._clock = clock
         self._began: float | None = None
         self._took: float | None = None
 
@@ -67,15 +71,15 @@ class LoadGenerator:
         return self._now() if self._began is not None else 0.0
 
     async def warm_up(self, count: int) -> None:
-        """Send requests that are not recorded: `concurrency` at once, or one after another.
+        """Sends requests that are not recorded, `concurrency` at a time; one at a time in an open loop.
 
         Raises:
-            TurretError: one of them failed; the run would too.
+            TurretError: A request failed.
         """
-        places = asyncio.Semaphore(self._workload.concurrency or 1)
+        free = asyncio.Semaphore(self._workload.concurrency or 1)
 
         async def send(planned: Planned) -> None:
-            async with places:
+            async with free:
                 await self._client.generate(
                     planned.prompt, adapter=planned.adapter, max_tokens=self._workload.max_tokens
                 )
@@ -83,9 +87,9 @@ class LoadGenerator:
         await asyncio.gather(*map(send, self._workload.warm_up(count)))
 
     async def run(self) -> None:
-        """Send the workload and wait until every request has ended. One that fails is recorded as such."""
+        """Sends the workload and waits until every request has ended; failures are recorded."""
         assert self._began is None, "a generator runs once"
-        self._began = time.perf_counter()
+        self._began = self._clock()
         try:
             await (self._open_loop() if self._workload.rate else self._closed_loop())
         finally:
@@ -95,9 +99,9 @@ class LoadGenerator:
         requests = self._workload.requests()
 
         async def keep_one_running() -> None:
-            # Every task takes the next; there is no `await` between looking at the clock and sending.
-            while not self._is_over(self._now()) and (planned := next(requests, None)):
-                record = await self._send(planned, due=self._now())
+            # A request is due when the clock is compared with the duration: a second reading may be past it.
+            while not self._is_over(due := self._now()) and (planned := next(requests, None)):
+                record = await self._send(planned, due)
                 if record.error:
                     await asyncio.sleep(_AFTER_ERROR_SECONDS)
 
@@ -111,7 +115,7 @@ class LoadGenerator:
                 if self._is_over(planned.due):
                     break
                 await asyncio.sleep(max(planned.due - self._now(), 0.0))
-                tasks.create_task(self._send(planned, due=planned.due))
+                tasks.create_task(self._send(planned, planned.due))
 
     async def _send(self, planned: Planned, due: float) -> Record:
         record = Record(adapter=planned.adapter, prompt_tokens=len(planned.prompt), due=due)
@@ -139,4 +143,4 @@ class LoadGenerator:
 
     def _now(self) -> float:
         assert self._began is not None
-        return time.perf_counter() - self._began
+        return self._clock() - self._began

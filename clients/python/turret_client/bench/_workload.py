@@ -1,4 +1,4 @@
-"""What is sent, and when: all of it follows from the seed."""
+"""The requests of a load test and their times, determined by a seed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 
-# Ids that every vocabulary has. Which tokens a prompt holds does not change how long they take.
+# Ids that every vocabulary contains. Latencies do not depend on which tokens a prompt contains.
 _TOKEN_IDS = range(16, 256)
 
 
 @dataclass(frozen=True, slots=True)
 class Popularity:
-    """How requests choose among adapters.
+    """Distribution of requests over adapters.
 
     Attributes:
-        zipf: The adapter of rank k, from 1 in the order given, is asked for in proportion to 1 / k**zipf.
-            0 is uniform.
-        turns: They take turns instead, so that requests that run together use different ones.
+        zipf: Exponent of the Zipf distribution: the k-th adapter, from 1, is chosen in proportion to
+            1 / k**zipf. 0 is uniform.
+        turns: Round robin instead, so that concurrent requests use different adapters.
     """
 
     zipf: float = 0.0
@@ -27,10 +27,10 @@ class Popularity:
 
     @classmethod
     def parse(cls, text: str) -> Popularity:
-        """From "uniform", "turns" or "zipf:S".
+        """Parses "uniform", "turns" or "zipf:S".
 
         Raises:
-            ValueError: it is none of them, or S is not above 0.
+            ValueError: The text is none of these, or S is not above 0.
         """
         if text in ("uniform", "turns"):
             return cls(turns=text == "turns")
@@ -41,7 +41,7 @@ class Popularity:
         raise ValueError(f"expected uniform, turns or zipf:S with S above 0, found {text!r}")
 
     def choices(self, adapters: tuple[str, ...], rng: random.Random) -> Iterator[str | None]:
-        """An endless row of adapters; of None, the base model, where there are none."""
+        """Endless choices; None, the base model, if there are no adapters."""
         weights = list(accumulate((rank + 1) ** -self.zipf for rank in range(len(adapters))))
         turn = 0
         while True:
@@ -56,21 +56,21 @@ class Popularity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A load to put on a server.
+    """A load on a server.
 
-    Exactly one of `concurrency` and `rate` is given, and at least one of `num_requests` and `duration`.
+    Set exactly one of `concurrency` and `rate`, and at least one of `num_requests` and `duration`.
 
     Attributes:
-        concurrency: Closed loop: so many requests run at any moment; one that ends makes room for the next.
-        rate: Open loop: requests arrive by a Poisson process, so many a second on average, whether or not
-            the earlier ones have ended.
-        num_requests: Most requests to send.
-        duration: No request is sent after so many seconds; those that run may end.
-        adapters: Names to choose among; none is the base model.
-        popularity: How to choose.
-        prompt_tokens: Fewest and most tokens of a prompt; lengths between are equally likely.
-        max_tokens: Tokens to generate.
-        seed: Same seed: same prompts, adapters and arrivals.
+        concurrency: Closed loop: number of requests in flight at any time.
+        rate: Open loop: mean number of requests per second, which arrive by a Poisson process, independently
+            of earlier requests.
+        num_requests: Maximum number of requests.
+        duration: No request is sent after this many seconds; requests in flight finish.
+        adapters: Names of adapters to use; none is the base model.
+        popularity: Distribution of the requests over the adapters.
+        prompt_tokens: Smallest and largest length of a prompt; lengths are distributed uniformly.
+        max_tokens: Maximum number of tokens to generate per request.
+        seed: The same seed gives the same prompts, adapters and arrivals.
     """
 
     concurrency: int | None = None
@@ -88,11 +88,11 @@ class Workload:
         assert self.num_requests is not None or self.duration is not None
 
     def requests(self) -> Iterator[Planned]:
-        """The requests in their order; without end where only `duration` bounds them."""
+        """The requests in order; endless if `num_requests` is None."""
         return self._planned("load", self.num_requests)
 
     def warm_up(self, count: int) -> Iterator[Planned]:
-        """Requests of the same kind with other prompts: what they leave in a prefix cache is of no use."""
+        """Requests with the same distribution and other prompts, so that the prefix cache stays cold."""
         return self._planned("warm-up", count)
 
     def _planned(self, purpose: str, count: int | None) -> Iterator[Planned]:
@@ -109,7 +109,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A request to send. `due` is seconds after the start, and 0 in a closed loop."""
+    """A request to send. `due` is in seconds after the start; 0 in a closed loop."""
 
     index: int
     due: float
