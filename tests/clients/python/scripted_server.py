@@ -1,5 +1,5 @@
 # ruff: noqa: N802 -- the names of the protocol's methods
-"""A Turret server without a model: it answers what the test tells it to, over a real port."""
+"""A Turret server without a model that returns scripted responses over a real port."""
 
 from __future__ import annotations
 
@@ -76,11 +76,14 @@ def failure(
     reason: str = "",
     metadata: Mapping[str, str] | None = None,
     retry_after: float | None = None,
+    request_id: str = "",
 ) -> grpc.Status:
     messages = [error_details_pb2.ErrorInfo(domain=domain, reason=reason, metadata=metadata)]
     if retry_after is not None:
         delay = duration_pb2.Duration(nanos=int(retry_after * 1e9))
         messages.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        messages.append(error_details_pb2.RequestInfo(request_id=request_id))
     details = [any_pb2.Any() for _ in messages]
     for detail, message_ in zip(details, messages, strict=True):
         detail.Pack(message_)
@@ -92,20 +95,22 @@ class ScriptedServer(
     adapters_pb2_grpc.AdapterServiceServicer,
     prompts_pb2_grpc.PromptServiceServicer,
 ):
-    """Answers the constants above.
+    """Returns the constants above.
 
     Attributes:
-        failure: What every call ends with instead; a stream after its first chunk.
-        endless: A stream repeats its first chunk for ever.
-        hold: Calls never end by themselves; a stream gives its first chunk.
-        adapters: What ListAdapters answers, two a page.
-        prompts: What ListPinnedPrompts answers.
-        uploaded: What has come of an upload's tensors; it goes on behind them.
-        requests: What came.
-        tenants: For whom, call by call; None where nobody was named.
-        authorizations: By which right, call by call; None where none was given.
-        began: Set when a call has come.
-        ended: Set when a call is over, from whichever side.
+        failure: Status that every call ends with instead; streams after their first response.
+        endless: Streams repeat their first chunk for ever.
+        hold: Calls do not end by themselves; streams send their first response.
+        adapters: Adapters of ListAdapters, two per page.
+        prompts: Prompts of ListPinnedPrompts.
+        downloads: Downloads of ListDownloads.
+        uploaded: Tensor bytes received by uploads; an upload continues after them.
+        requests: Requests in the order of arrival; of an upload its start.
+        chunk_sizes: Sizes of the chunks of uploads.
+        tenants: Tenant of each call; None if the call has none.
+        authorizations: Authorization of each call; None if the call has none.
+        began: Set when a call has arrived.
+        ended: Set when a call is over, whichever side ended it.
     """
 
     def __init__(self) -> None:
@@ -114,7 +119,9 @@ class ScriptedServer(
         self.hold = False
         self.adapters: Sequence[adapters_pb2.Adapter] = (PIRATE,)
         self.prompts: Sequence[prompts_pb2.PinnedPrompt] = (RULES,)
+        self.downloads: Sequence[adapters_pb2.Download] = ()
         self.uploaded = b""
+        self.chunk_sizes: list[int] = []
         self.requests: list[Any] = []
         self.tenants: list[str | None] = []
         self.authorizations: list[str | None] = []
@@ -161,6 +168,7 @@ class ScriptedServer(
             chunk = next(request_iterator).chunk
             assert chunk.offset == len(received)
             received += chunk.data
+            self.chunk_sizes.append(len(chunk.data))
         self.uploaded = received
         yield adapters_pb2.UploadAdapterResponse(adapter=PIRATE)
 
@@ -199,6 +207,11 @@ class ScriptedServer(
             adapters=self.adapters[start:end],
             next_page_token=str(end) if end < len(self.adapters) else "",
         )
+
+    def ListDownloads(self, request, context):
+        self._begin(request, context)
+        self._hold_or_fail(context)
+        return adapters_pb2.ListDownloadsResponse(downloads=self.downloads)
 
     def PinPrompt(self, request, context):
         self._begin(request, context)

@@ -70,6 +70,40 @@ def test_an_open_loop_sends_at_the_poisson_arrivals_however_slow_the_server_is(s
     assert summarise(generator.records, generator.seconds).unfinished == 4
 
 
+def test_an_open_loop_sends_no_request_before_it_is_due(server):
+    records = generate(server.address, Workload(rate=40.0, num_requests=6, seed=5)).records
+    assert all(record.token_seconds[0] >= record.due for record in records)
+
+
+def test_a_closed_loop_pauses_after_a_failure(server, script):
+    server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
+    records = generate(server.address, Workload(concurrency=1, num_requests=3)).records
+    assert all(after.due - before.ended >= 0.09 for before, after in itertools.pairwise(records))
+
+
+@pytest.mark.parametrize(
+    ("workload", "allowed"), [({"concurrency": 2}, 2), ({"rate": 100.0}, 1)], ids=["closed", "open"]
+)
+def test_the_warm_up_keeps_to_the_concurrency(server, workload, allowed):
+    running = Counter()
+
+    class Counting(AsyncClient):
+        async def generate(self, *args, **options):
+            running["now"] += 1
+            running["most"] = max(running["most"], running["now"])
+            generation = await super().generate(*args, **options)
+            running["now"] -= 1
+            return generation
+
+    async def run() -> None:
+        async with Counting(server.address) as client:
+            await LoadGenerator(client, Workload(num_requests=1, **workload)).warm_up(5)
+
+    asyncio.run(run())
+    assert running["most"] == allowed
+    assert len(server.requests) == 5
+
+
 def test_arrivals_are_spread_as_a_poisson_process_spreads_them():
     due = [planned.due for planned in Workload(rate=8.0, num_requests=4000, seed=1).requests()]
     gaps = [after - before for before, after in itertools.pairwise(due)]

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
+import grpc
 import pytest
 
-from turret_client import AsyncClient, CancelledError, Client
+from support.prompts import until
+from turret_client import AsyncClient, CancelledError, Client, UnavailableError
 
 HANG_S = 60
-"""Only so that a failing test ends."""
+"""Ends a failing test."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,86 @@ def test_a_stream_that_nobody_reads_makes_no_call(server):
         server.hold = False
         client.generate("Another")
         assert [request.text for request in server.requests] == ["Another"]
+
+
+INTERRUPTED = """
+import signal, sys
+from contextlib import suppress
+from turret_client import Client
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+client = Client(sys.argv[1])
+try:
+    result = getattr(client, sys.argv[2])(*sys.argv[3:])
+    for chunk in [] if sys.argv[2] == "generate" else result:
+        pass
+except KeyboardInterrupt as interrupt:
+    kept = interrupt  # and with it the frames, so that no destructor cancels the call
+    print("interrupted", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [("generate", "Hello"), ("stream", "Hello"), ("watch_adapters",), ("upload_adapter", "pirate")],
+    ids=lambda call: call[0],
+)
+def test_ctrl_c_cancels_while_the_process_goes_on(server, tmp_path, call):
+    if call[0] == "upload_adapter":
+        (tmp_path / "adapter_config.json").write_bytes(b"{}")
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+        call = (*call, str(tmp_path))
+    with subprocess.Popen(  # noqa: S603 (our own code)
+        [sys.executable, "-c", INTERRUPTED, server.address, *call],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert server.began.wait(HANG_S)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert ended(server)
+        process.communicate("")
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_leaving_the_clients_block_cancels(server, method):
+    with ThreadPoolExecutor() as pool:
+        with Client(server.address) as client:
+            call = pool.submit(
+                lambda: list(client.stream("Hello")) if method == "stream" else client.generate("Hello")
+            )
+            assert server.began.wait(HANG_S)
+        with pytest.raises(CancelledError):
+            call.result()
+    assert ended(server)
+
+
+async def test_async_leaving_the_clients_block_cancels(server):
+    async with AsyncClient(server.address) as client:
+        call = asyncio.create_task(client.generate("Hello"))
+        await asyncio.to_thread(server.began.wait, HANG_S)
+    with pytest.raises(CancelledError):
+        await call
+    assert await async_ended(server)
+
+
+def test_an_upload_that_fails_leaves_no_thread(call_at, server, script, tmp_path):
+    """The thread or task that sends waits for the offset to send from, which never arrives."""
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+    server.hold = False
+    server.failure = script.failure(grpc.StatusCode.UNAVAILABLE, "stopping", reason="SHUTTING_DOWN")
+
+    def senders() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if "consume_request_iterator" in thread.name}
+
+    before = senders()
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            call_at(server.address, "upload_adapter", "pirate", tmp_path)
+    until(lambda: senders() <= before)
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import socket
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -53,6 +54,7 @@ METHODS = {
     "pin_prompt": ("rules", "Answer briefly."),
     "unpin_prompt": ("rules",),
     "list_pinned_prompts": (),
+    "list_downloads": (),
 }
 
 
@@ -99,19 +101,32 @@ def test_a_server_that_is_stopping_is_not_taken_for_none(call, server, script):
 
 def test_the_server_says_when_to_try_again(call, server, script):
     server.failure = script.failure(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.75
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.75, request_id="r-7"
     )
     with pytest.raises(ResourceExhaustedError) as caught:
         call("generate", "Hello")
-    assert caught.value.retry_after == 0.75
-    assert caught.value.reason == "QUEUE_FULL"
+    assert (caught.value.reason, caught.value.retry_after, caught.value.request_id) == (
+        "QUEUE_FULL",
+        0.75,
+        "r-7",
+    )
 
 
 def test_where_the_server_does_not_say_when_to_try_again_nobody_guesses(call, server, script):
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     with pytest.raises(ResourceExhaustedError) as caught:
         call("generate", "Hello")
-    assert caught.value.retry_after is None
+    assert (caught.value.retry_after, caught.value.request_id) == (None, "")
+
+
+def test_details_of_a_status_that_grpc_replaced_are_not_used(call, server, script):
+    details = script.failure(grpc.StatusCode.NOT_FOUND, "no adapter", reason="ADAPTER_NOT_FOUND")
+    server.failure = SimpleNamespace(
+        code=grpc.StatusCode.UNAVAILABLE, details="reset", trailing_metadata=details.trailing_metadata
+    )
+    with pytest.raises(UnavailableError, match=r"cannot reach .* \(reset\)") as caught:
+        call("generate", "Hello")
+    assert caught.value.reason == ""
 
 
 @pytest.mark.parametrize("method", ["generate", "stream", "pin_prompt"])

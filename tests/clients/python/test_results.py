@@ -16,6 +16,7 @@ from turret_client import (
     AsyncClient,
     Chunk,
     Client,
+    Download,
     FinishReason,
     Generation,
     GenerationOptions,
@@ -82,6 +83,7 @@ def test_all_fields_reach_the_server(call, server, method):
         stop=["\n", "END"],
         priority=-10,
         cache_salt="pepper",
+        routing_key="user-7",
         timeout=60,
     )
     assert server.requests == [
@@ -96,6 +98,7 @@ def test_all_fields_reach_the_server(call, server, method):
             stop=["\n", "END"],
             priority=-10,
             cache_salt="pepper",
+            routing_key="user-7",
         )
     ]
 
@@ -122,15 +125,25 @@ def test_one_stop_string_is_not_taken_for_its_characters(call, method):
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_a_misspelt_option_is_no_option(call, server, method):
-    with pytest.raises(TypeError, match="max_token"):
-        call(method, "Hello", max_token=3)
+@pytest.mark.parametrize("option", ["max_token", "text", "token_ids", "adapters"])
+def test_an_unknown_option_is_refused(call, server, method, option):
+    with pytest.raises(TypeError, match=f"unknown option {option!r}; the options are adapter, max_tokens"):
+        call(method, "Hello", **{option: None})
     assert server.requests == []
 
 
-def test_every_option_of_the_protocol_is_one_of_the_client():
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_none_leaves_every_option_unset(call, server, method):
+    call(method, "Hello", **dict.fromkeys(GenerationOptions.__annotations__))
+    assert server.requests == [inference_pb2.GenerateRequest(text="Hello")]
+
+
+def test_the_options_are_the_fields_of_the_protocol():
     fields = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
     assert set(GenerationOptions.__annotations__) - {"adapter"} == fields - {"text", "token_ids", "adapters"}
+    assert list(AdapterRef.__dataclass_fields__) == [
+        field.name for field in inference_pb2.AdapterRef.DESCRIPTOR.fields
+    ]
     described = set(re.findall(r"^        (\w+): ", GenerationOptions.__doc__, re.MULTILINE))
     assert described == set(GenerationOptions.__annotations__)
 
@@ -179,7 +192,59 @@ def test_upload_adapter_sends_what_the_server_has_not(call, server, tmp_path, al
     assert start.digest == digest_of_folder(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["rollback_adapter", "get_adapter", "unload_adapter"])
+def test_an_upload_is_sent_in_chunks_of_a_mebibyte(call, server, tmp_path):
+    tensors = bytes(range(256)) * 4096 * 2 + b"and the rest"
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensors)
+    reports = []
+    call("upload_adapter", "pirate", tmp_path, progress=lambda *each: reports.append(each))
+    assert server.uploaded == tensors
+    assert server.chunk_sizes == [1 << 20, 1 << 20, 12]
+    assert reports == [(done, len(tensors)) for done in (0, 1 << 20, 2 << 20, len(tensors))]
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_upload_without_one_of_its_files_makes_no_call(call, server, tmp_path, missing):
+    for name in {"adapter_config.json", "adapter_model.safetensors"} - {missing}:
+        (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(FileNotFoundError, match=missing):
+        call("upload_adapter", "pirate", tmp_path)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "revision"),
+    [(("pirate",), ""), (("pirate", None), ""), (("pirate", "01234567"), "01234567")],
+)
+def test_rollback(call, server, arguments, revision):
+    assert call("rollback_adapter", *arguments) == PIRATE
+    assert server.requests == [adapters_pb2.RollbackAdapterRequest(name="pirate", revision=revision)]
+
+
+def test_set_traffic_split(call, server):
+    assert call("set_traffic_split", "pirate", "01234567", 10) == PIRATE
+    expected = adapters_pb2.SetTrafficSplitRequest(name="pirate", revision="01234567", percent=10)
+    assert server.requests == [expected]
+
+
+def test_list_downloads(call, server):
+    server.downloads = [
+        adapters_pb2.Download(name="a", done_bytes=1),
+        adapters_pb2.Download(name="b", done_bytes=2, total_bytes=0),
+    ]
+    assert call("list_downloads") == [
+        Download(name="a", done_bytes=1, total_bytes=None),
+        Download(name="b", done_bytes=2, total_bytes=0),
+    ]
+
+
+def test_watch_adapters(call):
+    watched = call("watch_adapters")
+    assert watched[0] == PIRATE
+    assert [adapter.state for adapter in watched] == [AdapterState.RESIDENT, AdapterState.FAILED]
+
+
+@pytest.mark.parametrize("method", ["get_adapter", "unload_adapter"])
 def test_get_and_unload(call, server, method):
     assert call(method, "pirate") == PIRATE
     assert [request.name for request in server.requests] == ["pirate"]

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import pytest
 
 from turret_client import AsyncClient, Client, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CALLS = {
     "generate": ("Hello",),
@@ -18,37 +22,61 @@ CALLS = {
     "pin_prompt": ("rules", "Answer briefly."),
     "unpin_prompt": ("rules",),
     "list_pinned_prompts": (),
+    "list_downloads": (),
 }
 
 
-@pytest.mark.parametrize("tenant", ["acme", None])
-def test_every_call_is_made_for_the_tenant(server, tenant):
-    with Client(server.address, tenant=tenant) as client:
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """An adapter to upload."""
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+    return tmp_path
+
+
+def call_all(address: str, folder: Path, **options: str | None) -> None:
+    with Client(address, **options) as client:
         for method, arguments in CALLS.items():
             getattr(client, method)(*arguments)
+        client.upload_adapter("pirate", folder)
         list(client.stream("Hello"))
         list(client.watch_adapters())
-    assert server.tenants == [tenant] * (len(CALLS) + 2)
 
 
-@pytest.mark.parametrize("tenant", ["acme", None])
-def test_every_call_of_the_async_client_is_made_for_the_tenant(server, tenant):
-    async def call_all() -> None:
-        async with AsyncClient(server.address, tenant=tenant) as client:
+def call_all_async(address: str, folder: Path, **options: str | None) -> None:
+    async def run() -> None:
+        async with AsyncClient(address, **options) as client:
             for method, arguments in CALLS.items():
                 await getattr(client, method)(*arguments)
+            await client.upload_adapter("pirate", folder)
             async with aclosing(client.stream("Hello")) as chunks:
                 assert [chunk async for chunk in chunks]
             async with aclosing(client.watch_adapters()) as adapters:
                 assert [adapter async for adapter in adapters]
 
-    asyncio.run(call_all())
-    assert server.tenants == [tenant] * (len(CALLS) + 2)
+    asyncio.run(run())
+
+
+NUM_CALLS = len(CALLS) + 3
+EVERY_CALL = pytest.mark.parametrize("call_every", [call_all, call_all_async], ids=["Client", "AsyncClient"])
+
+
+def test_every_method_is_called(server, folder):
+    call_all(server.address, folder)
+    methods = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert methods == {*CALLS, "upload_adapter", "stream", "watch_adapters"}
+
+
+@EVERY_CALL
+@pytest.mark.parametrize("tenant", ["acme", None])
+def test_every_call_names_the_tenant(server, folder, call_every, tenant):
+    call_every(server.address, folder, tenant=tenant)
+    assert server.tenants == [tenant] * NUM_CALLS
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
 @pytest.mark.parametrize("tenant", ["\N{LATIN SMALL LETTER E WITH ACUTE}", "a\nb", "\x00"])
-def test_a_tenant_that_no_header_can_carry_is_refused_at_once(client, tenant):
+def test_a_tenant_that_grpc_cannot_send_is_refused(client, tenant):
     with pytest.raises(InvalidArgumentError, match="tenant") as refused:
         client("127.0.0.1:1", tenant=tenant)
     assert refused.value.metadata == {"field": "turret-tenant"}
@@ -59,28 +87,14 @@ def _no_key_around(monkeypatch):
     monkeypatch.delenv("TURRET_API_KEY", raising=False)
 
 
+@EVERY_CALL
 @pytest.mark.parametrize("api_key", ["turret_secret", None])
-def test_every_call_goes_with_the_key(server, api_key):
-    with Client(server.address, api_key=api_key) as client:
-        for method, arguments in CALLS.items():
-            getattr(client, method)(*arguments)
-        list(client.stream("Hello"))
-    assert server.authorizations == [api_key and f"Bearer {api_key}"] * (len(CALLS) + 1)
+def test_every_call_sends_the_api_key(server, folder, call_every, api_key):
+    call_every(server.address, folder, api_key=api_key)
+    assert server.authorizations == [api_key and f"Bearer {api_key}"] * NUM_CALLS
 
 
-def test_every_call_of_the_async_client_goes_with_the_key(server):
-    async def call_all() -> None:
-        async with AsyncClient(server.address, api_key="turret_secret") as client:
-            for method, arguments in CALLS.items():
-                await getattr(client, method)(*arguments)
-            async with aclosing(client.stream("Hello")) as chunks:
-                assert [chunk async for chunk in chunks]
-
-    asyncio.run(call_all())
-    assert server.authorizations == ["Bearer turret_secret"] * (len(CALLS) + 1)
-
-
-def test_the_environments_key_is_taken_where_none_is_given(server, monkeypatch):
+def test_the_environments_api_key_is_the_default(server, monkeypatch):
     monkeypatch.setenv("TURRET_API_KEY", "around")
     for options in ({}, {"api_key": "given"}, {"api_key": ""}):
         with Client(server.address, **options) as client:
@@ -89,7 +103,7 @@ def test_the_environments_key_is_taken_where_none_is_given(server, monkeypatch):
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(client):
+def test_an_api_key_that_grpc_cannot_send_is_refused_and_not_shown(client):
     with pytest.raises(InvalidArgumentError, match="API key") as refused:
         client("127.0.0.1:1", api_key="secret\n")
     assert refused.value.metadata == {"field": "authorization"}
@@ -97,6 +111,6 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(client):
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
-def test_an_option_that_is_not_known_is_a_mistake(client):
+def test_an_unknown_connection_option_is_refused(client):
     with pytest.raises(TypeError, match="apikey"):
         client("127.0.0.1:1", apikey="x")
