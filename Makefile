@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test parity bench bench-peers profile load soak chaos page-size simulate check format proto clean
+.PHONY: help demo test parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ page-size: $(READY)  ## Measure what pages of other sizes would cost, and write 
 
 simulate: $(READY)  ## Run the engine in virtual time, and write tests/simulation/SIMULATION.md and its pictures
 	@PYTHONPATH=tests $(BIN)/python -m simulation.plots
+
+mutants: $(READY)  ## Run the tests on random mutants of the code (ARGS='PATH --seed 7 --count 20'; --help)
+	@PYTHONPATH=tests $(BIN)/python -m mutants.run $(ARGS)
 
 check: $(READY)  ## Lint, types, layers, protocol, generated files, container files
 	@$(BIN)/ruff check .
