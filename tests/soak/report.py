@@ -15,10 +15,9 @@ from matplotlib import pyplot as plt
 
 from soak.judge import Judge
 from soak.setting import DTYPE, EVERY, HOST_BYTES, PAGES, STORE_BYTES
-from soak.vitals import Vitals
+from soak.vitals import MIB, Vitals, slopes
 
 _HERE = Path(__file__).parent
-_MIB = 2**20
 
 # Why an end other than "ok" is right where the judge lets it pass.
 _WHY = {
@@ -42,14 +41,6 @@ class Run:
     counts: dict[str, Counter[str]]
     revisions_left: int = 0
     usage_lines: int = 0
-
-    def slopes(self) -> list[tuple[str, float, float]]:
-        """Of the last three quarters: means, and by how much the line through each rises."""
-        return [
-            ("resident memory, MiB", *self.vitals.slope(lambda sample: sample.resident / _MIB)),
-            ("threads", *self.vitals.slope(lambda sample: sample.threads)),
-            ("open files", *self.vitals.slope(lambda sample: sample.files)),
-        ]
 
     def text(self) -> str:
         return "\n".join([*self._facts(), "", *self._ends(), "", *self._events(), "", *self._memory(), ""])
@@ -106,8 +97,11 @@ class Run:
     def _memory(self) -> Iterator[str]:
         yield "| of the last three quarters | mean | rise of the line through it |"
         yield "|---|---|---|"
-        for what, mean, rise in self.slopes():
+        for what, mean, rise in slopes(self.vitals.samples):
             yield f"| {what} | {mean:.1f} | {rise:+.2f} ({100 * rise / mean:+.2f} %) |"
+        last = self.vitals.samples[-1]
+        yield ""
+        yield f"Pools had {last.pooled_threads} of their {last.pool_capacity} threads at the end."
 
 
 def _draw(run: Run) -> None:
@@ -116,7 +110,7 @@ def _draw(run: Run) -> None:
     figure, axes = plt.subplots(figsize=(7, 3))
     samples = run.vitals.samples
     minutes = [sample.seconds / 60 for sample in samples]
-    axes.plot(minutes, [sample.resident / _MIB for sample in samples])
+    axes.plot(minutes, [sample.resident / MIB for sample in samples])
     axes.set(ylim=(0, None), xlabel="minutes", ylabel="resident memory (MiB)")
     figure.tight_layout()
     figure.savefig(_HERE / "memory.svg", metadata={"Date": None})

@@ -47,7 +47,7 @@ from soak.setting import (
 )
 from soak.timeline import State, Timeline
 from soak.usage import check_usage_log
-from soak.vitals import MAX_GROWTH, Vitals
+from soak.vitals import Vitals, leaks
 from support.models import save_model
 from support.serving import ServerProcess
 from turret_client import Client
@@ -74,6 +74,7 @@ class Soak:
                 pid=self.server.process.pid,
                 url=self.server.metrics_url,
                 store=ROOT / "store",
+                pools=ROOT / "pools.json",
                 num_pages=PAGES,
                 host_budget=HOST_BYTES,
                 store_budget=STORE_BYTES + STORE_SLACK,
@@ -165,8 +166,8 @@ def check_end(server: ServerProcess, judge: Judge, run: Run) -> None:
             judge.complain(f"the server's log: {line.strip()}")
     run.usage_lines = check_usage_log(ROOT / "usage.jsonl", judge, EXACT)
     run.revisions_left = check_store(ROOT / "store", judge)
-    for what, mean, rise in run.slopes():
-        judge.expect(rise <= MAX_GROWTH * mean, f"{what} grew by {rise:.3g} beyond {mean:.3g}")
+    for leak in leaks(run.vitals.samples):
+        judge.complain(leak)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,8 @@ def short_of_everything(root: Path) -> Iterator[ServerProcess]:
         "--max-batch-requests": 12,
     }
     words = [str(word) for pair in arguments.items() for word in pair]
-    with server_process(root / "model", root / "cache", "--watch", *words) as server:
+    program = (sys.executable, "-m", "soak.pools", str(root / "pools.json"))
+    with server_process(root / "model", root / "cache", "--watch", *words, program=program) as server:
         yield server
 
 

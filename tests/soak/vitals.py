@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from soak.pools import read_pools
+
+MIB = 2**20
 SAMPLE_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
 # A scrape may fall between two of the gauges that belong together.
@@ -30,6 +33,13 @@ class Sample:
     files: int
     host_adapters: float
     store: int
+    pooled_threads: int = 0
+    pool_capacity: int = 0
+
+    @property
+    def other_threads(self) -> int:
+        """Those outside pools: each has a purpose of its own, so that more of them are a leak."""
+        return self.threads - self.pooled_threads
 
 
 def read_metrics(url: str) -> dict[str, float]:
@@ -63,6 +73,7 @@ class Vitals(threading.Thread):
         pid: int,
         url: str,
         store: Path,
+        pools: Path,
         num_pages: int,
         host_budget: int,
         store_budget: int,
@@ -75,6 +86,7 @@ class Vitals(threading.Thread):
         self._process = psutil.Process(pid)
         self._url = url
         self._adapters = store / "adapters"
+        self._pools = pools
         self._num_pages = num_pages
         self._host_budget = host_budget
         self._store_budget = store_budget
@@ -101,6 +113,7 @@ class Vitals(threading.Thread):
         self.join()
 
     def _sample(self, seconds: float, metrics: dict[str, float]) -> Sample:
+        pools = read_pools(self._pools)
         with self._process.oneshot():
             return Sample(
                 seconds,
@@ -109,6 +122,8 @@ class Vitals(threading.Thread):
                 self._process.num_fds(),
                 metrics["turret_host_adapter_bytes"],
                 size_of(self._adapters),
+                pools.threads,
+                pools.capacity,
             )
 
     def look(self) -> dict[str, float]:
@@ -132,10 +147,34 @@ class Vitals(threading.Thread):
             self._complain(f"{store} bytes in the store, expected at most {self._store_budget}")
         return metrics
 
-    def slope(self, what: Callable[[Sample], float]) -> tuple[float, float]:
-        """Of the last three quarters: the mean, and by how much a straight line through it rises."""
-        late = self.samples[len(self.samples) // 4 :]
-        seconds = np.array([sample.seconds for sample in late])
-        values = np.array([what(sample) for sample in late])
-        rise = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(late) > 1 else 0.0
-        return float(values.mean()), float(rise)
+
+def late(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The last three quarters, in which a server that does not leak stays as it is."""
+    return samples[len(samples) // 4 :]
+
+
+def slope(samples: Sequence[Sample], what: Callable[[Sample], float]) -> tuple[float, float]:
+    """The mean, and by how much the straight line of least squares rises from the first to the last."""
+    seconds = np.array([sample.seconds for sample in samples])
+    values = np.array([what(sample) for sample in samples])
+    rise = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(samples) > 1 else 0.0
+    return float(values.mean()), float(rise)
+
+
+def slopes(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
+    """Mean and rise of each thing that must not grow, in the last three quarters."""
+    return [
+        ("resident memory, MiB", *slope(late(samples), lambda sample: sample.resident / MIB)),
+        ("threads outside pools", *slope(late(samples), lambda sample: sample.other_threads)),
+        ("threads that pools may have", *slope(late(samples), lambda sample: sample.pool_capacity)),
+        ("open files", *slope(late(samples), lambda sample: sample.files)),
+    ]
+
+
+def leaks(samples: Sequence[Sample]) -> list[str]:
+    """What grew. Pools may fill up to their maxima, but neither the pools nor other threads become more."""
+    return [
+        f"{what} grew by {rise:.3g} from a mean of {mean:.3g}"
+        for what, mean, rise in slopes(samples)
+        if rise > MAX_GROWTH * mean
+    ]
