@@ -1,14 +1,26 @@
-"""What can be wrong with an adapter that somebody hands in.
+"""The exceptions that a user's adapter, source or store can cause.
 
 AdapterError
-├── AdapterNotFoundError  NOT_FOUND            ADAPTER_NOT_FOUND         no adapter has that name
-├── AdapterTaskError      INVALID_ARGUMENT     ADAPTER_TASK              the task is missing or not its own
-├── AdapterCompositionError  INVALID_ARGUMENT  ADAPTER_COMPOSITION       these cannot be in one request
-├── AdapterSourceError    NOT_FOUND            ADAPTER_SOURCE_NOT_FOUND  there is none at that place
-├── AdapterFormatError    INVALID_ARGUMENT     ADAPTER_INVALID           broken, or not served
-└── AdapterBaseError      FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH     made for another base model
+├── AdapterNotFoundError     NOT_FOUND            ADAPTER_NOT_FOUND         no adapter has this name
+├── AdapterTaskError         INVALID_ARGUMENT     ADAPTER_TASK              the task is missing or out of
+range ├── AdapterCompositionError  INVALID_ARGUMENT     ADAPTER_COMPOSITION       these adapters do not
+combine ├── AdapterSourceError       NOT_FOUND            ADAPTER_SOURCE_NOT_FOUND  no adapter at the source
+├── AdapterFormatError       INVALID_ARGUMENT     ADAPTER_INVALID           broken files or unsupported
+content ├── AdapterBaseError         FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH     made for another base
+model ├── SourceForbiddenError     PERMISSION_DENIED    SOURCE_FORBIDDEN          the policy does not allow
+the source ├── SourceTooLargeError      INVALID_ARGUMENT     SOURCE_TOO_LARGE          more bytes than the
+limit ├── SourceUnavailableError   UNAVAILABLE          SOURCE_UNAVAILABLE        the source does not answer
+in time ├── UploadError              INVALID_ARGUMENT     UPLOAD_INVALID            the bytes differ from the
+announced ones ├── RevisionNotFoundError    NOT_FOUND            REVISION_NOT_FOUND        not in the store or
+the history ├── RevisionCorruptError     DATA_LOSS            REVISION_CORRUPT          the stored bytes have
+changed ├── NamesCorruptError        DATA_LOSS            NAMES_CORRUPT             the database of names is
+unreadable ├── StoreBusyError           UNAVAILABLE          STORE_BUSY                in use by another
+server or call ├── OwnerLimitError          RESOURCE_EXHAUSTED   QUOTA_EXCEEDED            the owner's quota
+is used up ├── StoreFullError           RESOURCE_EXHAUSTED   STORE_FULL                the disk or the store's
+budget is full └── StoreFailedError         INTERNAL             STORE_FAILED              the disk failed, or
+its permissions
 
-Each class carries a stable reason and the name of a gRPC code.
+Each class has a stable reason and the name of a gRPC code.
 """
 
 from __future__ import annotations
@@ -17,15 +29,16 @@ from typing import ClassVar
 
 
 class AdapterError(ValueError):
-    """An adapter cannot be used. The message is one sentence that says what was expected and found."""
+    """An adapter is not usable. The message names the field or file, what was expected and what was found."""
 
     reason: ClassVar[str]
     code: ClassVar[str]
 
 
 class AdapterNotFoundError(AdapterError):
-    """No adapter of that name is loaded. `why` may tell of places on the server's disk: it is for those who
-    may load the adapter.
+    """No adapter of this name is loaded.
+
+    `why` may contain paths of the server's disk: show it only to callers who may load the adapter.
     """
 
     reason = "ADAPTER_NOT_FOUND"
@@ -39,35 +52,116 @@ class AdapterNotFoundError(AdapterError):
 
 
 class AdapterTaskError(AdapterError):
-    """A multitask adapter was named without a task of its own, or another one with a task."""
+    """The task of a multitask adapter is missing or out of range, or another adapter was given a task."""
 
     reason = "ADAPTER_TASK"
     code = "INVALID_ARGUMENT"
 
 
 class AdapterCompositionError(AdapterError):
-    """These adapters cannot be in one request."""
+    """These adapters do not work together in one request."""
 
     reason = "ADAPTER_COMPOSITION"
     code = "INVALID_ARGUMENT"
 
 
 class AdapterSourceError(AdapterError):
-    """There is no adapter at that place."""
+    """There is no readable adapter at the source."""
 
     reason = "ADAPTER_SOURCE_NOT_FOUND"
     code = "NOT_FOUND"
 
 
 class AdapterFormatError(AdapterError):
-    """The files are broken, or hold something that is not served."""
+    """The files are broken, or contain something that is not supported."""
 
     reason = "ADAPTER_INVALID"
     code = "INVALID_ARGUMENT"
 
 
 class AdapterBaseError(AdapterError):
-    """The files are sound but made for another base model."""
+    """The files are sound but were made for another base model."""
 
     reason = "ADAPTER_BASE_MISMATCH"
     code = "FAILED_PRECONDITION"
+
+
+class SourceForbiddenError(AdapterError):
+    """The policy does not allow this source."""
+
+    reason = "SOURCE_FORBIDDEN"
+    code = "PERMISSION_DENIED"
+
+
+class SourceTooLargeError(AdapterError):
+    """The source has more bytes, or an archive more members, than the limit."""
+
+    reason = "SOURCE_TOO_LARGE"
+    code = "INVALID_ARGUMENT"
+
+
+class SourceUnavailableError(AdapterError):
+    """The source does not answer, or not in time. Retrying later may succeed."""
+
+    reason = "SOURCE_UNAVAILABLE"
+    code = "UNAVAILABLE"
+
+
+class UploadError(AdapterError):
+    """The bytes of an upload differ from the announced ones, or do not continue where it stopped."""
+
+    reason = "UPLOAD_INVALID"
+    code = "INVALID_ARGUMENT"
+
+
+class RevisionNotFoundError(AdapterError):
+    """The revision does not exist, or is no longer kept."""
+
+    reason = "REVISION_NOT_FOUND"
+    code = "NOT_FOUND"
+
+
+class RevisionCorruptError(AdapterError):
+    """The bytes of a stored revision no longer match its digest."""
+
+    reason = "REVISION_CORRUPT"
+    code = "DATA_LOSS"
+
+
+class NamesCorruptError(AdapterError):
+    """The database of names is unreadable, or a newer version of Turret made it."""
+
+    reason = "NAMES_CORRUPT"
+    code = "DATA_LOSS"
+
+
+class StoreBusyError(AdapterError):
+    """Another server or call uses what this one needs. Retrying later may succeed."""
+
+    reason = "STORE_BUSY"
+    code = "UNAVAILABLE"
+
+
+class OwnerLimitError(AdapterError):
+    """The owner's quota is used up; `limit` names the setting."""
+
+    reason = "QUOTA_EXCEEDED"
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, limit: str) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+class StoreFullError(AdapterError):
+    """The disk, its quota or the store's budget has no room."""
+
+    reason = "STORE_FULL"
+    code = "RESOURCE_EXHAUSTED"
+
+
+class StoreFailedError(AdapterError):
+    """The store's folder is not readable or not writable."""
+
+    reason = "STORE_FAILED"
+    code = "INTERNAL"

@@ -1,4 +1,4 @@
-"""An adapter in host memory, whatever kind it is of.
+"""Adapters in host memory, in one form for all kinds.
 
 Shape suffixes: N rows or virtual tokens, X a row's width, L layers, K key-value heads, D a head's width,
 E hidden size.
@@ -6,21 +6,22 @@ E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 
-from turret_adapters.spec import AdapterSpec, Part, RowGroup
+from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleDelta:
-    """What an adapter changes in one module: `rows` [N, X] by part, the LoRA rows counting `scaling`-fold.
+    """An adapter's change of one module: `rows` [N, X] by part. The LoRA product is multiplied by `scaling`.
 
-    `token_ids` name the rows of `Part.TOKENS`, ascending.
+    `token_ids` are the tokens of the rows of `Part.TOKENS`, ascending.
     """
 
     rows: Mapping[Part, torch.Tensor]
@@ -30,11 +31,11 @@ class ModuleDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostAdapter:
-    """An adapter's tensors, contiguous and owning their memory.
+    """An adapter's tensors; each is contiguous and owns its memory.
 
     `deltas` is keyed by module path. `prefix_kv` is [N, L, 2, K, D], keys then values, the keys without
-    rotary embedding; `prompt_embeddings` is [N, E]. Where `tasks` is not empty, a request chooses one of
-    these adapters instead of this one.
+    rotary embedding; `prompt_embeddings` is [N, E]. A request for a multitask adapter uses one of `tasks`
+    instead of this adapter.
     """
 
     spec: AdapterSpec
@@ -45,14 +46,14 @@ class HostAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """What its tensors take."""
+        """Bytes of all its tensors."""
         tensors = [rows_NX for delta in self.deltas.values() for rows_NX in delta.rows.values()]
         tensors += [tensor for tensor in (self.prefix_kv, self.prompt_embeddings) if tensor is not None]
         own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return own + sum(task.num_bytes for task in self.tasks)
 
     def page_locked(self) -> HostAdapter:
-        """The same in memory from which a GPU copies while it computes."""
+        """A copy in page-locked memory, which a GPU copies from asynchronously."""
 
         def lock(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.pin_memory()
@@ -70,7 +71,7 @@ class HostAdapter:
 
 
 def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:
-    """What of an adapter's rows the engine has to know."""
+    """The shapes of an adapter's rows, as the engine plans with them."""
     return _shared(
         tuple(
             RowGroup(module, part, *rows_NX.shape)
@@ -82,17 +83,48 @@ def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:
 
 @lru_cache(maxsize=1024)
 def _shared(groups: tuple[RowGroup, ...]) -> tuple[RowGroup, ...]:
-    """One object for all that are equal: thousands of adapters are of a few shapes."""
+    """Returns one object for all equal tuples: thousands of adapters have only a few shapes."""
     return groups
 
 
 class BaseWeights(Protocol):
-    """The base's weights, for what can only be computed with them."""
+    """The base's weights, for adapters whose rows depend on them."""
 
     def weight(self, module: str) -> torch.Tensor:
-        """Of a linear or the head [out_features, in_features], dequantised, of the embedding
-        [vocabulary, hidden]; in float32.
+        """The weight of a linear or the head [out_features, in_features] or of the embedding
+        [vocabulary, hidden], dequantised, in float32.
         """
 
     def bias(self, module: str) -> torch.Tensor | None:
-        """Of a linear or the head, [out_features], in float32; None where it has none."""
+        """The bias of a linear or the head, [out_features], in float32; None if it has none."""
+
+
+def joined_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:
+    """The spec of several prefixes of one kind, joined in order to one."""
+    [kind] = {spec.prefix.kind for spec in specs if spec.prefix}
+    digest = hashlib.sha256("+".join(spec.revision for spec in specs).encode()).hexdigest()
+    return AdapterSpec(
+        revision=f"joined-{digest[:32]}",
+        method=Method.PREFIX_TUNING if kind is PrefixKind.KEY_VALUE else Method.PROMPT_TUNING,
+        rows=(),
+        prefix=PrefixSpec(num_virtual_tokens=sum(spec.num_virtual_tokens for spec in specs), kind=kind),
+        max_rank=0,
+        num_parameters=sum(spec.num_parameters for spec in specs),
+        file_bytes=sum(spec.file_bytes for spec in specs),
+    )
+
+
+def join_prefixes(adapters: Sequence[HostAdapter]) -> HostAdapter:
+    """The tensors of `joined_spec`.
+
+    The keys of a prefix have no rotary embedding, so keys and values do not depend on their position; the
+    keys and values of embeddings are computed at their position in the joined prefix.
+    """
+    spec = joined_spec([adapter.spec for adapter in adapters])
+    keys_values = [adapter.prefix_kv.float() for adapter in adapters if adapter.prefix_kv is not None]
+    if keys_values:
+        return HostAdapter(spec=spec, deltas={}, prefix_kv=torch.cat(keys_values))
+    prompts = [
+        adapter.prompt_embeddings.float() for adapter in adapters if adapter.prompt_embeddings is not None
+    ]
+    return HostAdapter(spec=spec, deltas={}, prompt_embeddings=torch.cat(prompts))

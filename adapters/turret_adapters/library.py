@@ -1,95 +1,109 @@
-"""The adapters of one base model: brought from a source, kept in a store, named for the next start.
+"""The adapters of one base model: fetched from a source, kept in the store, read for serving.
 
-A name is written down before it is served, and a revision is held in the store for as long as it may be read
-again.
+A name is written down before it is served, and a revision is held in the store while it may be read.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from turret_adapters.errors import AdapterError, AdapterNotFoundError, AdapterSourceError
-from turret_adapters.formats.peft import read_adapter
-from turret_adapters.host import BaseWeights, HostAdapter
-from turret_adapters.sources.downloads import Downloads
-from turret_adapters.sources.fetch import fetch
-from turret_adapters.sources.intake import Progress, untold
-from turret_adapters.sources.policy import Deadline, Policy, public
-from turret_adapters.spec import AdapterSpec, BaseSpec
-from turret_adapters.store.names import MAX_HISTORY, Names, Published, Record, Split
-from turret_adapters.store.ownership import Ownership
-from turret_adapters.store.records import decode, encode, marks_of, reader_of
-from turret_adapters.store.store import AdapterStore
-from turret_adapters.store.store_errors import (
+from turret_adapters.errors import (
+    AdapterError,
+    AdapterSourceError,
     RevisionCorruptError,
     RevisionNotFoundError,
     SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
 )
+from turret_adapters.formats.files import Progress, no_progress
+from turret_adapters.formats.peft import read_adapter
+from turret_adapters.host import BaseWeights, HostAdapter
+from turret_adapters.sources.fetch import Downloads, fetch
+from turret_adapters.sources.policy import Deadline, Policy, public
+from turret_adapters.spec import AdapterSpec, BaseSpec
+from turret_adapters.store.names import MAX_HISTORY, NO_OWNER, Names, Ownership, Published, Record
+from turret_adapters.store.records import decode, encode, marks_of, reader_of
+from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
 
-_NOBODYS = Ownership()
+log = logging.getLogger(__name__)
 
 
 class AdapterLibrary:
-    """All methods may be called from any thread. `base` and `weights` are of the model they must fit."""
+    """Thread-safe. `names` and `store` are public: use them for what concerns only one of them."""
 
     def __init__(
         self, *, store: AdapterStore, names: Names, policy: Policy, base: BaseSpec, weights: BaseWeights
     ) -> None:
-        self._store = store
-        self._names = names
+        """Every adapter must fit the model with the spec `base` and the weights `weights`."""
+        self.store = store
+        self.names = names
+        self.downloads = Downloads()
         self._policy = policy
         self._base = base
         self._weights = weights
+        self._reader = reader_of(base)
         self._lock = threading.Lock()
         self._kept: set[str] = set()
-        # Of those kept, which no name needs: their files go with the last that needs them.
-        self._unwanted: set[str] = set()
-        self._reader = reader_of(base)
-        self.downloads = Downloads()
+        # Revisions that may not be needed by any name; if so, their files are deleted once they are not kept.
+        self._unneeded: set[str] = set()
         self._interrupted = threading.Event()
         self._fetching = 0
         self._fetched = threading.Condition()
 
     def interrupt(self) -> None:
-        """End what is being fetched, at its next bytes, and begin nothing more."""
+        """Ends all fetches at their next bytes, and refuses new ones."""
         self._interrupted.set()
 
     def close(self) -> None:
-        """The same; waits until all of it has ended, and gives up what is kept."""
+        """Interrupts all fetches, waits until they have ended, and closes names and store."""
         self.interrupt()
         with self._fetched:
             self._fetched.wait_for(lambda: not self._fetching)
-        self._names.close()
-        self._store.close()
+        self.names.close()
+        self.store.close()
 
     @contextmanager
-    def fetch(self, source: str, progress: Progress = untold, name: str = "") -> Iterator[HostAdapter]:
-        """An adapter from a source, see `sources.fetch`. Unless it is kept in the block, it may go.
-        `downloads` has it under `name` meanwhile.
+    def fetch(self, source: str, progress: Progress = no_progress, name: str = "") -> Iterator[HostAdapter]:
+        """Fetches an adapter from a source, see `sources.fetch`; `downloads` lists it under `name` meanwhile.
+        Its files stay after the block only if the block publishes it.
 
         Raises:
-            AdapterError: there is none, it may not be fetched, or it cannot be served on this base.
+            AdapterError: there is none, the policy does not allow it, or it does not fit the base.
         """
 
-        def told(done: int, total: int | None) -> None:
+        def report(done: int, total: int | None) -> None:
             self._check_interrupted()
             progress(done, total)
 
+        policy = self._policy
+        if self.store.max_bytes is not None:
+            policy = replace(policy, max_bytes=min(policy.max_bytes, self.store.max_bytes))
         with self._counted():
-            with self.downloads.one(name, told) as counted:
-                revision = fetch(source, self._store, self._policy, counted)
+            with self.downloads.track(name, report) as counted, self.store.staging() as staged:
+                fetch(source, staged, policy, counted)
+                revision = self.store.adopt(staged)
             with self._held(revision) as adapter:
                 yield adapter
 
+    @contextmanager
+    def finish(self, upload: Upload) -> Iterator[HostAdapter]:
+        """Reads an adapter that was uploaded. Its files stay after the block only if the block publishes it.
+
+        Raises:
+            AdapterError: its bytes differ from those that were announced, or it does not fit the base.
+        """
+        with self._counted(), self._held(upload.finish()) as adapter:
+            yield adapter
+
     def _check_interrupted(self) -> None:
         if self._interrupted.is_set():
-            raise SourceUnavailableError("the server stops; load the adapter again when it is back")
+            raise SourceUnavailableError("the server is stopping; load the adapter again after its restart")
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -103,57 +117,48 @@ class AdapterLibrary:
                 self._fetching -= 1
                 self._fetched.notify_all()
 
-    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
-        """Begins an upload or goes on with it, see `AdapterStore.receive`.
-
-        Raises:
-            AdapterError: it cannot be, or not now.
-        """
-        return self._store.receive(digest, config, size, owner)
-
-    @contextmanager
-    def finish(self, upload: Upload) -> Iterator[HostAdapter]:
-        """The adapter that has come. Unless it is kept in the block, it may go.
-
-        Raises:
-            AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
-        """
-        with self._counted(), self._held(upload.finish()) as adapter:
-            yield adapter
-
     @contextmanager
     def _held(self, revision: str) -> Iterator[HostAdapter]:
-        served = False
+        succeeded = False
         try:
             yield self.read(revision)
-            served = True
+            succeeded = True
         finally:
-            self._store.release(revision)
-            if not served:
-                self._remove_unneeded([revision])
-            if self._store.max_bytes is not None:
-                self._store.collect(self._names.needed)
+            self.store.release(revision)
+            if not succeeded:
+                with self._lock:
+                    self._unneeded.add(revision)
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Deletes what is not needed. What the caller did is done, so an error is logged, not raised."""
+        try:
+            self._remove_unneeded()
+            if self.store.max_bytes is not None:
+                self.store.collect(self.names.needed)
+        except AdapterError as error:
+            log.warning("files that are not needed stay in the store until the next load: %s", error)
 
     def read(self, revision: str) -> HostAdapter:
-        """A revision from the store.
+        """Reads a revision from the store.
 
         Raises:
-            AdapterError: it is not there, its bytes have changed, or reading it takes too much or too long.
+            AdapterError: it is not there, its bytes have changed, or it is too large or too slow to read.
         """
-        folder = self._store.path(revision)
+        folder = self.store.path(revision)
         deadline = Deadline(self._policy.timeout)
 
-        def told(_done: int, total: int | None) -> None:
+        def check(_done: int, total: int | None) -> None:
             self._check_interrupted()
             deadline.left()
             if total is not None and total > self._policy.max_bytes:
                 raise SourceTooLargeError(
-                    f"revision {revision}: expected at most {self._policy.max_bytes} bytes, for which this "
-                    f"machine has the memory, found {total}"
+                    f"revision {revision}: expected at most {self._policy.max_bytes} bytes, the limit for "
+                    f"this machine's memory, found {total}"
                 )
 
         try:
-            adapter = read_adapter(folder, self._base, self._weights, told)
+            adapter = read_adapter(folder, self._base, self._weights, check)
         except AdapterSourceError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -162,87 +167,115 @@ class AdapterLibrary:
             ) from error
         if adapter.spec.revision != revision:
             raise RevisionCorruptError(
-                f"revision {revision} in the store: expected the bytes that it is named after, found others "
+                f"revision {revision} in the store: expected the bytes of its digest, found others "
                 "(check the disk; loading it from its source repairs it)"
             )
         return adapter
 
-    def keep(self, revision: str) -> None:
-        """Hold a revision in the store until it is let go.
+    def keep(self, revision: str) -> bool:
+        """Holds a revision in the store until `let_go`; False if it is kept already.
 
         Raises:
-            AdapterError: it is not there.
+            RevisionNotFoundError: it is not in the store.
         """
         with self._lock:
-            if revision not in self._kept:
-                self._store.hold(revision)
-                self._kept.add(revision)
+            if revision in self._kept:
+                return False
+            self.store.hold(revision)
+            self._kept.add(revision)
+            return True
 
     def let_go(self, revision: str) -> None:
-        """Nothing reads it any more; one that is not kept is left alone."""
+        """Undoes `keep`, and deletes the files of a revision that no name needs any more.
+
+        Calling it again is harmless, and retries a deletion that failed.
+
+        Raises:
+            AdapterError: the files are not deleted; the revision is not kept any more all the same.
+        """
         with self._lock:
-            if revision not in self._kept:
-                return
-            self._kept.discard(revision)
-            self._store.release(revision)
-            unwanted = revision in self._unwanted
-            self._unwanted.discard(revision)
-        if unwanted:
-            self._remove_unneeded([revision])
+            if revision in self._kept:
+                self._kept.discard(revision)
+                self.store.release(revision)
+            unneeded = revision in self._unneeded
+        if unneeded:
+            self._remove_unneeded()
 
     def publish(
         self,
         name: str,
         adapter: HostAdapter,
         source: str,
-        owner: Ownership = _NOBODYS,
+        owner: Ownership = NO_OWNER,
         source_marks: str = "",
     ) -> None:
-        """Write down what a name serves from now on, and whose it is; `source_marks` are those of a folder
-        that it came from. Earlier revisions of an owner who has no room for them go.
+        """Writes down that a name serves an adapter from now on, within the block of `fetch` or `finish`. If
+        the owner has a limit of bytes, the revisions that exceed it are deleted after the block.
 
         Raises:
-            OwnerLimitError: its owner may not have so much.
+            OwnerLimitError: the owner's adapters exceed the limits.
         """
         spec = adapter.spec
         owner = replace(owner, num_bytes=max(spec.file_bytes, adapter.num_bytes))
-        before = set() if owner.max_bytes is None else self._names.owned(owner.owner)
-        self._names.publish(
+        before = set() if owner.max_bytes is None else self.names.owned(owner.owner)
+        self.names.publish(
             name,
             spec.revision,
-            as_recorded(source),
+            without_secrets(source),
             owner,
             source_marks=source_marks,
             record=self._record_of(spec),
         )
-        self._remove_unneeded(before)
+        with self._lock:
+            self._unneeded |= before
 
-    def _remove_unneeded(self, revisions: Iterable[str]) -> None:
-        """Take away the files of those that no name of any base needs, once nothing reads them."""
-        needed = self._names.needed(MAX_HISTORY) if revisions else set()
-        for revision in revisions:
-            if revision in needed:
-                continue
+    def rollback(self, target: Published) -> None:
+        """Writes down that a name serves an earlier revision again, which is kept from now on.
+
+        It is kept first, so an error changes nothing.
+
+        Raises:
+            AdapterError: the revision is not in the store or not in the name's history.
+        """
+        newly_kept = self.keep(target.revision)
+        try:
+            self.names.rollback(target.name, target.revision)
+        except BaseException:
+            if newly_kept:
+                self.let_go(target.revision)
+            raise
+
+    def _remove_unneeded(self) -> None:
+        with self._lock:
+            candidates = [*self._unneeded]
+        needed = self.names.needed(MAX_HISTORY) if candidates else set()
+        for revision in candidates:
             with self._lock:
-                if revision in self._kept:
-                    self._unwanted.add(revision)
+                if revision in needed:
+                    self._unneeded.discard(revision)
+                if revision in needed or revision in self._kept:
                     continue
-            with suppress(RevisionNotFoundError, StoreBusyError):
-                self._store.remove(revision)
+            with suppress(RevisionNotFoundError):
+                try:
+                    self.store.remove(revision)
+                except StoreBusyError:
+                    continue
+            with self._lock:
+                self._unneeded.discard(revision)
 
-    def record(self, spec: AdapterSpec) -> None:
-        """Write down what is known of a revision that was read, for the next start, if that can be."""
-        with suppress(AdapterError):
-            self._names.record(spec.revision, self._record_of(spec))
-
-    def recorded(self) -> dict[str, AdapterSpec]:
-        """What is known of revisions whose files look as they did when that was written down, by this version
-        and for a base such as this. They need not be read before somebody needs their tensors.
+    def save_record(self, spec: AdapterSpec) -> None:
+        """Saves the record of a revision that was read, for the next start. A failure only costs time
+        there.
         """
         with suppress(AdapterError):
-            self._names.tidy_records()
+            self.names.save_record(spec.revision, self._record_of(spec))
+
+    def recorded(self) -> dict[str, AdapterSpec]:
+        """The specs of the revisions whose records are valid; they are read when their tensors are needed."""
+        with suppress(AdapterError):
+            self.names.tidy_records()
         found = {}
-        for revision, record in self._names.records().items():
+        for revision, record in self.names.records().items():
             marks = self._marks(revision) if record.reader == self._reader else ""
             spec = decode(record.spec) if marks and marks == record.marks else None
             if spec and spec.revision == revision:
@@ -250,62 +283,17 @@ class AdapterLibrary:
         return found
 
     def forget_record(self, revision: str) -> None:
-        """What was known of a revision is not so: the next start reads it, if that can be written down."""
+        """Deletes a record that turned out wrong, if possible, so that the next start reads the revision."""
         with suppress(AdapterError):
-            self._names.forget_record(revision)
+            self.names.forget_record(revision)
 
     def _record_of(self, spec: AdapterSpec) -> Record:
         return Record(self._reader, self._marks(spec.revision), encode(spec))
 
     def _marks(self, revision: str) -> str:
-        return marks_of(self._store.place(revision))
-
-    def forget(self, name: str) -> None:
-        """Write down that a name serves nothing; one that is not known is left alone."""
-        with suppress(AdapterNotFoundError):
-            self._names.remove(name)
-
-    def find(self, name: str, beginning: str) -> Published:
-        """The revision of a name, current or earlier, that begins like this.
-
-        Raises:
-            AdapterError: there is no such name, or not exactly one such revision.
-        """
-        return self._names.find(name, beginning)
-
-    def rollback_target(self, name: str, beginning: str | None) -> Published:
-        """What a name goes back to: the revision before its current one, or one that begins like this.
-
-        Raises:
-            AdapterError: there is no such name, or none such before its current revision.
-        """
-        return self._names.rollback_target(name, beginning)
-
-    def rollback(self, target: Published) -> None:
-        """Write down that a name serves an earlier revision again, and forget those after it."""
-        self._names.rollback(target.name, target.revision)
-
-    def split(self, name: str, beginning: str, percent: int) -> Split | None:
-        """Write down which percent of a name's requests go to another revision of its history.
-
-        Raises:
-            AdapterError: there is no such name, or not exactly one such revision besides its current one.
-        """
-        return self._names.split(name, beginning, percent)
-
-    def splits(self) -> dict[str, Split]:
-        """The names of which some requests go to another revision than the current one."""
-        return self._names.splits()
-
-    def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
-        """What each name serves and served, the latest first; of one that is not known, nothing."""
-        return self._names.histories(names)
-
-    def names(self) -> dict[str, Published]:
-        """What every name served when that was last written down."""
-        return self._names.current()
+        return marks_of(self.store.peek(revision))
 
 
-def as_recorded(source: str) -> str:
-    """A source for records: a path as it is, a URL without what may be secret in it."""
+def without_secrets(source: str) -> str:
+    """A source as it may be written down: a path as it is, a URL without user, password and query."""
     return public(source) if "://" in source else source

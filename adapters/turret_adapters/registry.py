@@ -12,22 +12,23 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from turret_adapters.compose import check_composition, join_prefixes, joined_spec
 from turret_adapters.errors import (
     AdapterBaseError,
+    AdapterCompositionError,
     AdapterError,
     AdapterFormatError,
     AdapterNotFoundError,
     AdapterTaskError,
+    RevisionCorruptError,
+    RevisionNotFoundError,
 )
-from turret_adapters.host import HostAdapter
+from turret_adapters.host import HostAdapter, join_prefixes, joined_spec
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.spec import TASK_MARK, AdapterSpec
-from turret_adapters.store.names import Split
-from turret_adapters.store.store_errors import RevisionCorruptError, RevisionNotFoundError
+from turret_adapters.spec import TASK_MARK, AdapterSpec, Part, Split
 
 # What no later try to read a revision can mend.
 _LOST = (AdapterBaseError, AdapterFormatError, RevisionCorruptError, RevisionNotFoundError)
+_LORA = {Part.LORA_A, Part.LORA_B}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,3 +420,32 @@ def _of_task(named: Named, spec: AdapterSpec) -> AdapterSpec:
             f"adapter {named.name!r} has the tasks 0 to {spec.num_tasks - 1}; found {found}"
         )
     return spec.of_task(named.task)
+
+
+def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
+    """Checks that adapters, given with their names and weights, work together in one request.
+
+    LoRAs add up, each with its weight (peft's `add_weighted_adapter(combination_type="cat")`); prefixes of
+    one kind are joined.
+
+    Raises:
+        AdapterCompositionError: they do not.
+    """
+    for name, spec, weight in named:
+        additive = not spec.invocation_tokens and all(group.part in _LORA for group in spec.rows)
+        if len(named) > 1 and not additive:
+            raise AdapterCompositionError(
+                f"adapter {name!r} ({spec.method.value}): expected only plain LoRAs and prefixes in a "
+                f"request with {len(named)} adapters; request this one alone"
+            )
+        if weight != 1 and not (spec.rows and additive):
+            raise AdapterCompositionError(
+                f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a LoRA is scaled, "
+                f"found {weight:g}"
+            )
+    kinds = [spec.prefix.kind for _, spec, _ in named if spec.prefix]
+    if len(set(kinds)) > 1:
+        raise AdapterCompositionError(
+            "expected prefixes of one kind in a request, found prefixes of keys and values beside prefixes "
+            "of embeddings; request them separately"
+        )

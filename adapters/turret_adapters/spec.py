@@ -1,15 +1,15 @@
-"""What an adapter is, as plain data: no tensors, no torch.
+"""Adapters and base models as plain data, without tensors, and the layout of an adapter's rows in pages.
 
-The engine plans memory with these; the readers in `kinds/` fill them in.
+The engine plans memory with these; `formats` fills them in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-# Stands in a revision between an adapter's digest and the number of one of its tasks.
+# Separates an adapter's digest and the number of a task in the revision of that task.
 TASK_MARK = "#"
 
 
@@ -28,14 +28,14 @@ class Method(Enum):
 
 
 class PrefixKind(Enum):
-    """What the file holds of the virtual tokens: their keys and values, or their embeddings."""
+    """Whether a file has the keys and values of the virtual tokens, or their embeddings."""
 
     KEY_VALUE = "key_value"
     EMBEDDING = "embedding"
 
 
 class Part(Enum):
-    """What rows of an adapter do in one module, which computes y from x with its weight W and bias b.
+    """The role of an adapter's rows in one module, which computes y from x with its weight W and bias b.
 
     In a linear: y = gain · (W(input_gain · x) + scaling · Bᵀ(Ax)) + b. In an embedding, where x is a token,
     y = W[x] + scaling · B(A[x]).
@@ -45,15 +45,15 @@ class Part(Enum):
     LORA_B = "lora_b"  # [rank, out_features]; of the head [vocabulary, rank]
     GAIN = "gain"  # [1, out_features]; of the head [vocabulary, 1]
     INPUT_GAIN = "input_gain"  # [1, in_features]
-    BIAS = "bias"  # in the place of b: [1, out_features]; of the head [vocabulary, 1]
-    WEIGHT = "weight"  # in the place of W: of a norm [1, hidden]; of embedding and head [vocabulary, hidden]
-    TOKENS = "tokens"  # in the place of some tokens' rows of embedding or head: [tokens, hidden]
+    BIAS = "bias"  # replaces b: [1, out_features]; of the head [vocabulary, 1]
+    WEIGHT = "weight"  # replaces W: of a norm [1, hidden]; of embedding and head [vocabulary, hidden]
+    TOKENS = "tokens"  # replaces rows of embedding or head: [tokens, hidden]
 
 
 class ModuleKind(Enum):
     LINEAR = "linear"  # quantised
     EXPERT = "expert"  # one expert's part of a stacked parameter, a quantised linear without a bias
-    ROUTER = "router"  # from hidden states to the chances of experts
+    ROUTER = "router"  # from hidden states to the probabilities of experts
     HEAD = "head"  # from hidden states to logits
     EMBEDDING = "embedding"
     NORM = "norm"
@@ -61,7 +61,7 @@ class ModuleKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleShape:
-    """A module of the base that adapters may change. A norm has as many in as out features."""
+    """A module of the base that adapters may change. A norm has in_features = out_features."""
 
     kind: ModuleKind
     in_features: int
@@ -71,10 +71,10 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSpec:
-    """What of the base model an adapter must fit.
+    """The properties of the base model that an adapter must match.
 
-    `modules` maps the path of every module that can be adapted (`model.layers.0.self_attn.q_proj`) to its
-    shape, in the model's order. In a tied model, head and embedding share their weight.
+    `modules` maps the path of every adaptable module (`model.layers.0.self_attn.q_proj`) to its shape, in the
+    model's order. In a tied model, head and embedding share their weight.
     """
 
     name_or_path: str
@@ -87,7 +87,7 @@ class BaseSpec:
 
     @property
     def kv_width(self) -> int:
-        """Elements that the keys and values of one token take over all layers."""
+        """Elements of one token's keys and values over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def of_kind(self, *kinds: ModuleKind) -> dict[str, ModuleShape]:
@@ -96,7 +96,7 @@ class BaseSpec:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """`count` rows of `width` elements that an adapter has for a part of a module."""
+    """`count` rows of `width` elements for a part of a module."""
 
     module: str
     part: Part
@@ -106,7 +106,7 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSpec:
-    """Virtual tokens that stand before the prompt at positions 0 … num_virtual_tokens − 1."""
+    """Virtual tokens before the prompt, at positions 0 … num_virtual_tokens − 1."""
 
     num_virtual_tokens: int
     kind: PrefixKind
@@ -116,8 +116,9 @@ class PrefixSpec:
 class AdapterSpec:
     """One revision of an adapter; `revision` is the digest of its files.
 
-    With `invocation_tokens` (activated LoRA) its rows apply from the last place on at which these stand in
-    the prompt, and nowhere without them. `num_tasks` is 0, or from how many prefixes a request chooses one.
+    With `invocation_tokens` (activated LoRA) the rows apply from the last occurrence of these tokens in the
+    prompt on, and nowhere if there is none. `num_tasks` is the number of prefixes of a multitask adapter, of
+    which a request chooses one; 0 for other methods.
     """
 
     revision: str
@@ -132,15 +133,78 @@ class AdapterSpec:
 
     @property
     def resident_revisions(self) -> list[str]:
-        """What of it requests run on: itself, or each of its tasks."""
+        """The revisions that requests run on: its own, or those of its tasks."""
         if not self.num_tasks:
             return [self.revision]
         return [self.of_task(task).revision for task in range(self.num_tasks)]
 
     def of_task(self, task: int) -> AdapterSpec:
-        """What a request for one of the tasks runs on."""
+        """The spec that a request for one task runs on."""
         return replace(self, revision=f"{self.revision}{TASK_MARK}{task}", num_tasks=0)
 
     @property
     def num_virtual_tokens(self) -> int:
         return self.prefix.num_virtual_tokens if self.prefix else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`percent` of a name's requests use `revision` instead of the name's current one."""
+
+    revision: str
+    percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` contiguous rows, the first of which begins at element `offset` of the slab."""
+
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlabLayout:
+    """The runs of an adapter's rows: `runs[g]` has those of row group g, in the order of its rows."""
+
+    num_pages: int
+    runs: tuple[tuple[Run, ...], ...]
+
+
+def slab_layout(groups: Sequence[RowGroup], page_elements: int) -> SlabLayout:
+    """Places the rows of every group one after another; a row that does not fit starts the next page.
+
+    A slab is a list of arena pages. A row never crosses a page, so one element offset finds it; apart from
+    that there is no padding (the unified paging of S-LoRA, arXiv 2311.03285, without its padding).
+
+    Args:
+        groups: the row groups of an adapter.
+        page_elements: elements of a page, at least the width of the widest row.
+    """
+    position = 0
+    runs = []
+    for group in groups:
+        placed = []
+        missing = group.count
+        while missing:
+            fitting = (page_elements - position % page_elements) // group.width
+            if not fitting:
+                position += page_elements - position % page_elements
+                fitting = page_elements // group.width
+                assert fitting, "the arena's pages are made to hold the widest row"
+            run = Run(position, min(missing, fitting))
+            placed.append(run)
+            position += run.count * group.width
+            missing -= run.count
+        runs.append(tuple(placed))
+    return SlabLayout(num_pages=-(-position // page_elements), runs=tuple(runs))
+
+
+def lora_rows(base: BaseSpec, rank: int) -> tuple[RowGroup, ...]:
+    """The rows of a LoRA of rank `rank` on every linear of a base."""
+    linears = base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT)
+    return tuple(
+        RowGroup(name, part, rank, width)
+        for name, shape in linears.items()
+        for part, width in ((Part.LORA_A, shape.in_features), (Part.LORA_B, shape.out_features))
+    )

@@ -265,10 +265,12 @@ def sound(_sound_files: dict[str, Files]) -> dict[str, Files]:
 
 @pytest.fixture
 def open_store(tmp_path: Path) -> Iterator[Callable[..., AdapterStore]]:
-    """Opens the test's store; several are as those of several processes, for their locks are their own."""
+    """Opens the test's store, and closes the one that was open: a server's restart."""
     opened: list[AdapterStore] = []
 
     def open_store(max_bytes: int | None = None) -> AdapterStore:
+        if opened:
+            opened.pop().close()
         opened.append(AdapterStore(tmp_path / "store", max_bytes))
         return opened[-1]
 

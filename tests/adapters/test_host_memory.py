@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fake_device import make_spec
-from turret_adapters.errors import AdapterSourceError
+from turret_adapters.errors import AdapterSourceError, RevisionCorruptError
 from turret_adapters.host import HostAdapter, ModuleDelta
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.spec import Part
-from turret_adapters.store.store_errors import RevisionCorruptError
 
 PATIENCE = 60.0
 
@@ -129,7 +128,7 @@ def test_files_that_have_changed_are_noticed():
 def test_without_a_disk_what_had_to_go_is_gone():
     memory = HostMemory(0)
     memory.put(adapter("1"))
-    with pytest.raises(AdapterSourceError, match="nowhere"):
+    with pytest.raises(AdapterSourceError, match="there is no store"):
         memory.get("1")
 
 
@@ -172,8 +171,8 @@ def test_the_budget_holds_and_everything_known_can_be_had(actions, max_bytes):
         elif revision in known:
             assert memory.get(revision).spec.revision == revision
         assert memory.num_bytes <= max_bytes
-        assert memory.num_bytes == sum(kept.num_bytes for kept in memory._kept.values())
-        assert memory._kept.keys() <= known
+        assert memory.num_bytes == sum(kept.num_bytes for kept in memory._cached.values())
+        assert memory._cached.keys() <= known
 
 
 def test_one_that_is_only_known_is_read_when_it_is_asked_for(disk):
@@ -188,6 +187,6 @@ def test_one_that_is_only_known_is_read_when_it_is_asked_for(disk):
 def test_one_that_is_not_what_was_known_of_it_is_refused(disk):
     memory = HostMemory(None, disk.read)
     memory.know(make_spec("1", slab_pages=2))
-    with pytest.raises(RevisionCorruptError, match="something else than was written down"):
+    with pytest.raises(RevisionCorruptError, match="expected the shapes that were recorded"):
         memory.get("1")
     assert len(memory) == 0

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from turret_adapters.errors import AdapterFormatError
-from turret_adapters.formats.digest import digest_of_folder
+from turret_adapters.errors import AdapterFormatError, SourceTooLargeError, SourceUnavailableError
+from turret_adapters.formats.files import digest_of_folder
 from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import BaseSpec
-from turret_adapters.store.names import Names
-from turret_adapters.store.ownership import Ownership
+from turret_adapters.store.names import Names, Ownership
 from turret_adapters.store.store import AdapterStore
-from turret_adapters.store.store_errors import SourceTooLargeError, SourceUnavailableError
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def test_what_is_fetched_is_read_and_stays_if_it_is_named(
     with library.fetch(str(folder)) as adapter:
         library.publish("poet", adapter, "https://user:secret@example.com/poet?token=secret")
     assert list(kept.revisions()) == [adapter.spec.revision]
-    assert library.names()["poet"].source == "https://example.com/poet"
+    assert library.names.current()["poet"].source == "https://example.com/poet"
     library.close()
 
 
@@ -68,11 +66,11 @@ def test_a_library_that_closes_ends_what_is_being_fetched(
     library: AdapterLibrary, kept: AdapterStore, folder: Path
 ) -> None:
     with (
-        pytest.raises(SourceUnavailableError, match="the server stops"),
+        pytest.raises(SourceUnavailableError, match="the server is stopping"),
         library.fetch(str(folder), lambda *_: library.interrupt()),
     ):
         pass
-    with pytest.raises(SourceUnavailableError, match="the server stops"), library.fetch(str(folder)):
+    with pytest.raises(SourceUnavailableError, match="the server is stopping"), library.fetch(str(folder)):
         pass
     assert list((kept.root / "staging").iterdir()) == []
     assert list((kept.root / "adapters").iterdir()) == []
@@ -115,7 +113,7 @@ def test_what_was_published_is_known_without_reading_it(library: AdapterLibrary,
     assert library.recorded() == {revision: adapter.spec}
     library.forget_record(revision)
     assert library.recorded() == {}
-    library.record(adapter.spec)
+    library.save_record(adapter.spec)
     assert library.recorded() == {revision: adapter.spec}
     library._reader = "another"
     assert library.recorded() == {}
@@ -128,10 +126,10 @@ def test_what_looks_touched_is_not_known(
 ) -> None:
     with library.fetch(str(folder)) as adapter:
         library.publish("poet", adapter, str(folder))
-    place = kept.place(adapter.spec.revision) / name
+    place = kept.peek(adapter.spec.revision) / name
     place.chmod(0o600)
     assert library.recorded() == {}
-    library.record(adapter.spec)
+    library.save_record(adapter.spec)
     assert library.recorded()
     place.unlink()
     assert library.recorded() == {}
@@ -150,7 +148,7 @@ def test_files_of_revisions_that_an_owner_has_no_room_for_go_once_nothing_reads_
         library.publish("poet", first, str(folder), most)
     with library.fetch(str(other.write(tmp_path / "other"))) as second:
         library.publish("poet", second, "", most)
-    assert library.histories(["poet"])["poet"][0].revision == second.spec.revision
+    assert library.names.histories(["poet"])["poet"][0].revision == second.spec.revision
     assert kept.revisions().keys() == {first.spec.revision, second.spec.revision}
     library.let_go(first.spec.revision)
     assert kept.revisions().keys() == {second.spec.revision}

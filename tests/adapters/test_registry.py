@@ -456,11 +456,11 @@ def test_prefixes_of_one_request_become_one_in_their_order(registry):
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ([Named("poet"), Named("gain")], "'gain' .* name it alone"),
-        ([Named("poet"), Named("activated")], "'activated' .* name it alone"),
-        ([Named("prefix", 0.5)], "'prefix' .* no weight"),
-        ([Named("gain", 0.5)], "'gain' .* no weight"),
-        ([Named("prefix"), Named("prompt")], "cannot be in one request"),
+        ([Named("poet"), Named("gain")], "'gain' .* request this one alone"),
+        ([Named("poet"), Named("activated")], "'activated' .* request this one alone"),
+        ([Named("prefix", 0.5)], "'prefix' .* expected weight 1"),
+        ([Named("gain", 0.5)], "'gain' .* expected weight 1"),
+        ([Named("prefix"), Named("prompt")], "prefixes of one kind in a request"),
     ],
 )
 def test_what_cannot_be_composed_is_refused_by_name_and_pins_nothing(registry, named, said):

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from support.fake_device import make_spec
-from turret_adapters.errors import AdapterNotFoundError, AdapterSourceError
+from turret_adapters.errors import AdapterNotFoundError, AdapterSourceError, RevisionCorruptError
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_adapters.store.names import Split
-from turret_adapters.store.store_errors import RevisionCorruptError
 
 
 def host(revision: str) -> HostAdapter:
@@ -48,7 +47,7 @@ def test_a_revision_that_is_not_what_it_was_ends_its_names_with_the_reason():
     for name in ("poet", "bard"):
         with pytest.raises(AdapterNotFoundError, match="could not be loaded"):
             acquire(registry, name)
-        assert "was written down" in registry.status(name).error
+        assert "found others" in registry.status(name).error
     assert {status.name for status in told if status.error} == {"poet", "bard"}
     assert gone == []
     registry.release(lease)

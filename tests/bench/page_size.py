@@ -16,8 +16,7 @@ import click
 import psutil
 import torch
 
-from turret_adapters.slab import lora_rows, slab_layout
-from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
+from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, lora_rows, slab_layout
 from turret_server.kernels import AttentionBatch, AttentionParams, select_ops
 
 RESULTS = Path(__file__).with_name("PAGE_SIZE.md")

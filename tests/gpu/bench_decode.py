@@ -22,8 +22,7 @@ from support.decoding import World, world
 from support.kernel_inputs import DEVICE
 from support.models import save_tokenizer
 from turret_adapters.host import HostAdapter, ModuleDelta, row_groups
-from turret_adapters.slab import lora_rows, slab_layout
-from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, Part
+from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, Part, lora_rows, slab_layout
 from turret_server.engine.step import Step
 from turret_server.kernels import PackedNF4Weight
 from turret_server.model.adapted import AdaptedLinear

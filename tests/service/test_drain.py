@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 from support.prompts import PROMPT, until
 from support.serving import ServerProcess, server_process
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
-from turret_adapters.formats.digest import digest_of_folder
+from turret_adapters.formats.files import digest_of_folder
 from turret_client import Client, UnavailableError
 from turret_server.rpc.server import LIVENESS
 

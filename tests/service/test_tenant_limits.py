@@ -97,7 +97,7 @@ def test_a_tenant_has_so_many_adapters(client_of, sources):
 
 def test_a_tenants_adapters_take_so_many_bytes_and_earlier_revisions_go_first(client_of, sources, served):
     client = client_of("bytes")
-    store = served.parts.lifecycle._library._store
+    store = served.parts.lifecycle._library.store
     revisions = [client.load_adapter("bytes-a", str(sources / f"{number}")).revision for number in range(3)]
     assert [one.revision for one in client.get_adapter("bytes-a").history] == revisions[:0:-1]
     until(lambda: revisions[0] not in store.revisions() or revisions[0] in served_by_others(served))

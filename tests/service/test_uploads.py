@@ -47,7 +47,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def store(served):
-    return served.parts.lifecycle._library._store
+    return served.parts.lifecycle._library.store
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_what_is_not_as_announced_is_refused_and_leaves_nothing(
         with pytest.raises(InvalidArgumentError, match=said):
             list(iter(wire.receive, None))
     assert store.revisions() == before
-    assert "sent" not in served.parts.lifecycle._library.names()
+    assert "sent" not in served.parts.lifecycle._library.names.current()
 
 
 def test_chunks_without_a_start_are_refused(served):

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from support.prompts import PROMPT, until
+from turret_adapters.errors import StoreBusyError
 from turret_adapters.registry import Named
-from turret_adapters.store.store_errors import StoreBusyError
 from turret_client import AdapterRef, AsyncClient, InvalidArgumentError, NotFoundError
 from turret_server.lifecycle import publishing as lifecycle
 
@@ -130,7 +130,7 @@ def test_a_revision_that_is_named_again_as_it_goes_is_kept(client, poet, served,
     client.generate(PROMPT, adapter=f"poet@{first}", max_tokens=2)
     until(lambda: bool(again))
     with pytest.raises(StoreBusyError):
-        life._library._store.remove(first)
+        life._library.store.remove(first)
     registry.release(again[0])
     until(lambda: not registry.has(first))
 
@@ -184,7 +184,7 @@ def test_going_back_to_a_revision_that_is_named(client, poet):
 
 
 def test_what_the_store_has_lost_is_not_gone_back_to(client, poet, served):
-    store = served.parts.lifecycle._library._store
+    store = served.parts.lifecycle._library.store
     until(lambda: not served.parts.registry.has(poet[1]))
     store.remove(poet[1])
     with pytest.raises(NotFoundError) as refused:

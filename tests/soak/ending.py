@@ -17,7 +17,7 @@ from soak.timeline import Timeline
 from soak.vitals import pages_of, read_metrics
 from support.prompts import until
 from support.serving import ServerProcess
-from turret_adapters.formats.digest import digest_of_folder
+from turret_adapters.formats.files import digest_of_folder
 from turret_client import AsyncClient, Client, NotFoundError
 
 _REQUESTS = re.compile(r'turret_requests_total\{outcome="(\w+)"\}')
@@ -122,8 +122,7 @@ def check_store(store: Path, judge: Judge) -> int:
     revisions = list((store / "adapters").iterdir())
     for folder in revisions:
         judge.expect(digest_of_folder(folder)[:32] == folder.name, f"{folder} is not what it is named after")
-    for left in ("staging", "leases"):
-        judge.expect(not list((store / left).iterdir()), f"something is left in {left}")
+    judge.expect(not list((store / "staging").iterdir()), "something is left in staging")
     with closing(sqlite3.connect(store / "names.sqlite")) as database:
         (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
         (names,) = database.execute("SELECT COUNT(*) FROM published").fetchone()

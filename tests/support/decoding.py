@@ -14,7 +14,7 @@ import torch
 from support.adapters import save_adapter
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import HostAdapter
-from turret_adapters.slab import slab_layout
+from turret_adapters.spec import slab_layout
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, Step
 from turret_server.kernels.gpu.ops import GpuOps

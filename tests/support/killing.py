@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.adapter_files import CONFIG, digest, files, read_folder, revision, write_folder
-from turret_adapters.formats.digest import digest_of_folder
+from support.adapter_files import CONFIG, add, digest, files, read_folder, revision, write_folder
+from turret_adapters.formats.files import digest_of_folder
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
 
@@ -34,7 +34,7 @@ class Writer:
         self.names = Names(root / "store" / "names.sqlite", "llama")
 
     def add(self, name: str, index: int) -> None:
-        found = self.store.add(self.sources / str(index))
+        found = add(self.store, self.sources / str(index))
         self.names.publish(name, found, str(index))
         self.store.release(found)
 
@@ -119,7 +119,7 @@ def told(reader: int) -> bytes:
         return pipe.read()
 
 
-def check(root: Path, expected: list[dict[str, str]], staying: frozenset[str] = frozenset()) -> None:
+def check(root: Path, expected: list[dict[str, str]]) -> None:
     """Asserts that what a killed process left is whole, and that opening it leaves nothing else."""
     for folder in (root / "store" / "adapters").glob("*"):
         assert digest_of_folder(folder)[:32] == folder.name, "half a revision is visible"
@@ -127,11 +127,10 @@ def check(root: Path, expected: list[dict[str, str]], staying: frozenset[str] = 
         writer = Writer(root)
         serving = {name: published.revision for name, published in writer.names.current().items()}
         assert serving in expected, f"serves {serving}, not one of {expected}"
-        for name in {*serving.values(), *staying}:
+        for name in {*serving.values()}:
             writer.store.verify(name)
             assert read_folder(writer.store.path(name)) == files(CONTENTS[REVISIONS.index(name)])
         assert list((root / "store" / "staging").iterdir()) == [], "something is left over"
-        assert len(list((root / "store" / "leases").iterdir())) == 1 + bool(staying), "a lease is left over"
         expected = [serving]
         writer.names.close()
         writer.store.close()
@@ -181,13 +180,9 @@ def go_on(root: Path) -> None:
 
 
 def at_random(root: Path, rounds: int, seed: int) -> None:
-    """Kills a process that writes without end at any moment, in SQLite's code too, time and again; another
-    process that shares the store holds a revision meanwhile.
-    """
+    """Kills a process that writes without end at any moment, in SQLite's code too, time and again."""
     chance = random.Random(seed)
     make_sources(root)
-    neighbour = AdapterStore(root / "store", BUDGET)
-    kept = neighbour.add(root / "sources" / "3")
     state: dict[str, str] = {}
     steps = 0
     for _ in range(rounds):
@@ -208,11 +203,10 @@ def at_random(root: Path, rounds: int, seed: int) -> None:
         for kind, name, index in draws[:done]:
             state = after(state, kind, name, index)
         expected = [state, *(after(state, *draw) for draw in draws[done : done + 1])]
-        check(root, expected, frozenset({kept}))
+        check(root, expected)
         names = Names(root / "store" / "names.sqlite", "llama")
         state = {name: published.revision for name, published in names.current().items()}
         names.close()
-    neighbour.close()
     sys.stdout.write(f"{steps}\n")
 
 

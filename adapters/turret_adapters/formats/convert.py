@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES
 from turret_adapters.formats.fields import parse_object, refusal, show
+from turret_adapters.formats.files import CONFIG_NAME, MAX_CONFIG_BYTES, TENSORS_NAME, open_inside, resolve
 from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.kinds.lora import MAX_RANK
 from turret_adapters.formats.tensors import MODULE_PREFIX
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME, open_inside, resolve
 
 # What of ΔW's energy the least rank keeps that loses nothing: all but the rounding of peft's sum of it.
 _WHOLE = 1 - 2.0**-22

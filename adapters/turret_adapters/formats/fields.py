@@ -13,7 +13,7 @@ from reprlib import Repr
 from typing import Any, Final, TypeAlias
 
 from turret_adapters.errors import AdapterFormatError
-from turret_adapters.sources.folder import CONFIG_NAME
+from turret_adapters.formats.files import CONFIG_NAME
 
 MAX_NUMBER = 1e6
 MAX_PATTERNS = 4096

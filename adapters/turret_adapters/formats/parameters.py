@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret_adapters.formats.fields import Fields, show
-from turret_adapters.formats.plan import Tensors
-from turret_adapters.formats.rows import Rows
+from turret_adapters.formats.kind import Rows, Tensors
 from turret_adapters.formats.tensors import MODULE_PREFIX, WIDTH, Expected
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 

@@ -10,26 +10,29 @@ import hashlib
 from pathlib import Path
 
 from turret_adapters.errors import AdapterSourceError
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, REVISION_LENGTH
 from turret_adapters.formats.fields import Fields, parse_object, refusal
-from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
-from turret_adapters.formats.plan import Content, Kind
-from turret_adapters.formats.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
-from turret_adapters.host import BaseWeights, HostAdapter, row_groups
-from turret_adapters.sources.folder import (
+from turret_adapters.formats.files import (
     CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_TENSORS_BYTES,
+    REVISION_LENGTH,
     TENSORS_NAME,
+    Progress,
     describe,
+    no_progress,
     open_inside,
     refuse_pickle,
     resolve,
 )
-from turret_adapters.sources.intake import Progress, untold
+from turret_adapters.formats.kind import Content, Kind
+from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
+from turret_adapters.formats.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
+from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
 
 def read_adapter(
-    path: Path, base: BaseSpec, weights: BaseWeights, progress: Progress = untold
+    path: Path, base: BaseSpec, weights: BaseWeights, progress: Progress = no_progress
 ) -> HostAdapter:
     """Reads an adapter that peft saved.
 

@@ -15,12 +15,11 @@ import torch
 
 from turret_adapters.errors import AdapterBaseError, AdapterFormatError
 from turret_adapters.formats.fields import Fields, show
-from turret_adapters.formats.plan import Tensors
-from turret_adapters.formats.rows import Rows
+from turret_adapters.formats.files import CONFIG_NAME
+from turret_adapters.formats.kind import Rows, Tensors
 from turret_adapters.formats.targets import ending_with, modules_to_save
 from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
-from turret_adapters.sources.folder import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
 # A number and its roundings to bfloat16 and float16 lie as near as this.

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from turret_adapters.errors import AdapterBaseError, AdapterFormatError
 from turret_adapters.formats.fields import Fields, Policy, Use, show
-from turret_adapters.sources.folder import CONFIG_NAME
+from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 
 # Of a core, so that a busy machine refuses nothing that a quiet one takes; and of the clock, for all that.

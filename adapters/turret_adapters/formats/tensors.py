@@ -15,9 +15,8 @@ from io import BufferedReader
 import torch
 
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError
-from turret_adapters.formats.digest import MAX_TENSORS_BYTES
 from turret_adapters.formats.fields import parse_object, show
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.formats.files import CONFIG_NAME, MAX_TENSORS_BYTES, TENSORS_NAME
 from turret_adapters.spec import BaseSpec
 
 MAX_HEADER_BYTES = 16 << 20

@@ -23,12 +23,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from turret_adapters.errors import AdapterError, AdapterSourceError
-from turret_adapters.formats.digest import CHUNK_BYTES
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.errors import AdapterError, AdapterSourceError, SourceTooLargeError
+from turret_adapters.formats.files import CHUNK_BYTES, CONFIG_NAME, TENSORS_NAME, write_whole
 from turret_adapters.sources.intake import Intake
-from turret_adapters.store.staging import write_whole
-from turret_adapters.store.store_errors import SourceTooLargeError
 
 MAX_MEMBERS = 1000
 SUFFIXES = (".zip", ".tar.gz", ".tgz")

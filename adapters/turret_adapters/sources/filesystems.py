@@ -14,12 +14,10 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.registry import known_implementations
 
-from turret_adapters.errors import AdapterError, AdapterSourceError
-from turret_adapters.formats.digest import CHUNK_BYTES
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.errors import AdapterError, AdapterSourceError, SourceUnavailableError
+from turret_adapters.formats.files import CHUNK_BYTES, CONFIG_NAME, TENSORS_NAME
 from turret_adapters.sources.intake import Intake
 from turret_adapters.sources.policy import Deadline, public
-from turret_adapters.store.store_errors import SourceUnavailableError
 
 WAIT_SECONDS = 30.0
 

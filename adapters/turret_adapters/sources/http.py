@@ -19,9 +19,8 @@ from urllib.parse import SplitResult, urljoin
 
 import httpcore2
 
-from turret_adapters.errors import AdapterSourceError
+from turret_adapters.errors import AdapterSourceError, SourceUnavailableError
 from turret_adapters.sources.policy import Deadline, Policy, public
-from turret_adapters.store.store_errors import SourceUnavailableError
 
 MAX_REDIRECTS = 5
 # A host that says nothing for as long is given up before the fetch's time is over.

@@ -1,33 +1,29 @@
-"""The way of an adapter's two files, from wherever they are, into a folder of the store's."""
+"""Copies an adapter's two files into a folder, within limits, and reports the progress."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
 
-from turret_adapters.errors import AdapterSourceError
-from turret_adapters.formats.digest import CHUNK_BYTES, MAX_FILE_BYTES
-from turret_adapters.sources.folder import describe, open_inside
-from turret_adapters.store.staging import write_file
-from turret_adapters.store.store_errors import SourceTooLargeError
-
-# Told the bytes that have come, and of how many; None where the source does not say.
-Progress = Callable[[int, int | None], None]
-
-
-def untold(_done: int, _total: int | None) -> None:
-    """Progress that nobody looks at."""
-
+from turret_adapters.errors import AdapterSourceError, SourceTooLargeError
+from turret_adapters.formats.files import (
+    CHUNK_BYTES,
+    MAX_FILE_BYTES,
+    Progress,
+    describe,
+    open_inside,
+    write_whole,
+)
 
 _FICLONE = 0x40049409  # linux/fs.h
 
 
 class Intake:
-    """Takes at most `max_bytes` into `folder`; `progress` is told on the thread that takes them."""
+    """Writes at most `max_bytes` in total into `folder`. `progress` is called on the thread that writes."""
 
     def __init__(self, folder: Path, max_bytes: int, progress: Progress) -> None:
         self.folder = folder
@@ -36,23 +32,25 @@ class Intake:
         self._done = 0
 
     def take(self, name: str, chunks: Iterable[bytes], size: int | None) -> None:
-        """Writes a file from chunks of bytes. `size` is what the source says of it, if it says anything.
+        """Writes a file from chunks of bytes. `size` is the size that the source announces, if it does.
 
         Raises:
-            SourceTooLargeError: there are more bytes than may be.
-            OSError: it cannot be written.
+            SourceTooLargeError: it has more bytes than the limit.
+            OSError: the file is not writable.
         """
         if size is not None:
             self._check(name, size)
-        write_file(self.folder / name, self._counted(name, chunks, size))
+        with (self.folder / name).open("wb", buffering=0) as file:
+            for chunk in self._counted(name, chunks, size):
+                write_whole(file.fileno(), chunk)
 
     def copy(self, folder: Path, name: str) -> None:
         """Copies a file from a folder on this machine, sharing its blocks where the file system can.
 
         Raises:
-            AdapterSourceError: it cannot be read, is no regular file in `folder`, or changed meanwhile.
-            SourceTooLargeError: there are more bytes than may be.
-            OSError: it cannot be written.
+            AdapterSourceError: it is unreadable, not a regular file in `folder`, or changed during the copy.
+            SourceTooLargeError: it has more bytes than the limit.
+            OSError: the copy is not writable.
         """
         with ExitStack() as stack:
             try:
@@ -69,12 +67,12 @@ class Intake:
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise AdapterSourceError(
-                f"{name}: expected a file that stays as it is, found that it changed while it was copied "
-                "(load it again once it is written)"
+                f"{name}: expected a file that does not change, found that it changed while it was copied "
+                "(load it again once it is complete)"
             )
 
     def _clone(self, file: BufferedReader, target: Path) -> bool:
-        # Never a hard link: whoever rewrites the source in place would rewrite the copy.
+        # Never a hard link: a program that rewrites the source in place would rewrite the copy.
         with target.open("wb") as copy:
             try:
                 fcntl.ioctl(copy.fileno(), _FICLONE, file.fileno())
@@ -98,7 +96,7 @@ class Intake:
 
 
 def _read(name: str, file: BufferedReader, size: int) -> Iterator[bytes]:
-    # No further than it went at first: somebody may append to it faster than we read.
+    # Only the size at the beginning: another program may append faster than this reads.
     while size:
         try:
             chunk = file.read(min(CHUNK_BYTES, size))
@@ -111,4 +109,4 @@ def _read(name: str, file: BufferedReader, size: int) -> Iterator[bytes]:
 
 
 def _unreadable(name: str, error: OSError) -> AdapterSourceError:
-    return AdapterSourceError(f"{name}: expected a file that can be read, found {describe(error)}")
+    return AdapterSourceError(f"{name}: expected a readable file, found {describe(error)}")

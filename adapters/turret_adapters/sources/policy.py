@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from turret_adapters.errors import AdapterSourceError
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
-from turret_adapters.sources.folder import resolve
-from turret_adapters.store.store_errors import SourceForbiddenError, SourceUnavailableError
+from turret_adapters.errors import AdapterSourceError, SourceForbiddenError, SourceUnavailableError
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, resolve
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

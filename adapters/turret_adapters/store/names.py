@@ -1,8 +1,8 @@
-"""Which revision each name serves, on disk: after a restart, however the process ended, it is the same one.
+"""Which revision each name serves, on disk, so that it is the same one after a restart or a crash.
 
-One SQLite file serves every server on the machine; names belong to a base model, so that two servers with
-different bases share a store but not names. Each name has a stack of revisions: publishing pushes, rolling
-back pops. Besides, some percent of a name's requests may go to another revision of its stack.
+The names of all base models are in one SQLite file; each belongs to one base. A name has a stack of
+revisions: publishing pushes one, rolling back pops. A percentage of a name's requests can go to another
+revision of its stack (a split).
 """
 
 from __future__ import annotations
@@ -13,21 +13,34 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.errors import AdapterNotFoundError, OwnerLimitError, RevisionNotFoundError
+from turret_adapters.spec import Split
 from turret_adapters.store.names_database import NamesDatabase
-from turret_adapters.store.ownership import Ownership, make_room
-from turret_adapters.store.store_errors import RevisionNotFoundError
 
 MAX_HISTORY = 32
 
 _COLUMNS = "name, revision, source, published_at, number, owner, source_marks"
-_NOBODYS = Ownership()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ownership:
+    """The owner of a revision of `num_bytes` bytes, and the owner's limits: of names, and of the bytes of all
+    revisions in their names' histories. The owner "" stands for no tenant.
+    """
+
+    owner: str = ""
+    num_bytes: int = 0
+    max_names: int | None = None
+    max_bytes: int | None = None
+
+
+NO_OWNER = Ownership()
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """That a name came to serve a revision. `number` grows with each, over all names; `published_at` is in
-    seconds since 1970 by the clock of then; `source_marks` tell whether the source, a folder, has changed.
+    """One entry of a name's history. `number` grows over all names; `published_at` is in seconds since 1970;
+    `source_marks` change when the source, a folder, changes.
     """
 
     name: str
@@ -41,37 +54,31 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was written down of a revision by a reader, see `turret_adapters.store.records`."""
+    """The encoded spec of a revision, see `turret_adapters.store.records`."""
 
     reader: str
     marks: str
     spec: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """That `percent` of a name's requests go to a revision besides its current one."""
-
-    revision: str
-    percent: int
-
-
 class Names:
-    """The names of one base model. All methods may be called from any thread, and from several processes."""
+    """The names of one base model. Thread-safe. Every method that changes something does all of it or
+    nothing, and raises StoreBusyError, StoreFullError, StoreFailedError or NamesCorruptError if it fails.
+    """
 
-    def __init__(self, place: Path, base: str) -> None:
-        """Opens the database, and makes it if there is none.
+    def __init__(self, path: Path, base: str) -> None:
+        """Opens the database, and creates it if there is none.
 
         Args:
-            place: the file; its folder must be there.
-            base: what tells the base model from others.
+            path: the file, in an existing folder.
+            base: identifies the base model.
 
         Raises:
-            NamesCorruptError: it is no sound database, or a newer Turret made it.
+            NamesCorruptError: it is not a sound database, or a newer Turret made it.
             StoreBusyError, StoreFullError, StoreFailedError
         """
         self._base = base
-        self._database = NamesDatabase(place)
+        self._database = NamesDatabase(path)
 
     def close(self) -> None:
         self._database.close()
@@ -81,15 +88,17 @@ class Names:
         name: str,
         revision: str,
         source: str,
-        ownership: Ownership = _NOBODYS,
+        ownership: Ownership = NO_OWNER,
         *,
         source_marks: str = "",
         record: Record | None = None,
     ) -> Published:
-        """Makes `name` serve a revision from now on. One that it serves already is published once.
+        """Pushes a revision on the history of `name`; if it is the current one, updates its entry instead.
+
+        The oldest revisions of the owner's names are dropped until the owner's limits are kept.
 
         Raises:
-            OwnerLimitError: the owner may not have so much.
+            OwnerLimitError: the current revisions of the owner's names exceed the limits.
         """
         with self._database.transaction() as database:
             current = self._rows(database, name)[:1]
@@ -112,19 +121,14 @@ class Names:
             for published in rows[MAX_HISTORY:]:
                 database.execute("DELETE FROM published WHERE number = ?", (published.number,))
             self._tidy_split(database, name)
-            make_room(database, self._base, name, ownership)
+            _keep_limits(database, self._base, name, ownership)
             if record:
-                self._record(database, revision, record)
+                self._insert_record(database, revision, record)
             return rows[0]
 
     def remove(self, name: str) -> None:
-        """Forgets a name and its history.
-
-        Raises:
-            AdapterNotFoundError: there is no such name.
-        """
+        """Deletes a name and its history, if there is one."""
         with self._database.transaction() as database:
-            self._history(database, name)
             for table in ("published", "split"):
                 database.execute(
                     f"DELETE FROM {table} WHERE base = ? AND name = ?",  # noqa: S608 -- a constant
@@ -132,7 +136,7 @@ class Names:
                 )
 
     def rollback_target(self, name: str, revision: str | None = None) -> Published:
-        """What `rollback` would make current.
+        """The entry that `rollback` with the same arguments would make current.
 
         Raises:
             AdapterNotFoundError: there is no such name.
@@ -141,8 +145,8 @@ class Names:
         return _earlier(self.history(name), revision)
 
     def rollback(self, name: str, revision: str | None = None) -> Published:
-        """Makes `name` serve the revision before its current one, or the latest earlier one that begins with
-        `revision`. Those after it are forgotten.
+        """Makes the revision before the current one current again, or the latest earlier one that begins with
+        `revision`. The entries after it are deleted.
 
         Raises:
             AdapterNotFoundError: there is no such name.
@@ -158,11 +162,11 @@ class Names:
             return target
 
     def split(self, name: str, beginning: str, percent: int) -> Split | None:
-        """Makes `percent` of a name's requests go to another revision of its history; 0 of them ends that.
+        """Sends `percent` of a name's requests to another revision of its history; 0 ends the split.
 
         Raises:
             AdapterNotFoundError: there is no such name.
-            RevisionNotFoundError: none of its earlier revisions begins so, or several do.
+            RevisionNotFoundError: none of its other revisions begins with `beginning`, or several do.
         """
         with self._database.transaction() as database:
             history = self._history(database, name)
@@ -178,7 +182,7 @@ class Names:
             return split
 
     def splits(self) -> dict[str, Split]:
-        """The names of which some requests go to another revision than the current one."""
+        """The splits, by name."""
         with self._database.transaction() as database:
             rows = database.execute(
                 "SELECT name, revision, percent FROM split WHERE base = ? ORDER BY name", (self._base,)
@@ -186,7 +190,7 @@ class Names:
             return {name: Split(revision, percent) for name, revision, percent in rows}
 
     def current(self) -> dict[str, Published]:
-        """Each name with what it serves."""
+        """The current entry of every name."""
         with self._database.transaction() as database:
             rows = database.execute(
                 f"SELECT {_COLUMNS} FROM published WHERE number IN "  # noqa: S608 -- a constant
@@ -196,7 +200,7 @@ class Names:
             return {row[0]: Published(*row) for row in rows}
 
     def history(self, name: str) -> list[Published]:
-        """What a name serves and served, the latest first, at most `MAX_HISTORY`.
+        """The history of a name, the current entry first, at most `MAX_HISTORY` entries.
 
         Raises:
             AdapterNotFoundError: there is no such name.
@@ -205,22 +209,22 @@ class Names:
             return self._history(database, name)
 
     def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
-        """The histories of several names; that of one that is not known is empty."""
+        """The histories of several names; the history of an unknown name is empty."""
         with self._database.transaction() as database:
             return {name: self._rows(database, name) for name in names}
 
     def find(self, name: str, beginning: str) -> Published:
-        """The latest of a name's revisions, current or earlier, that begins like this.
+        """The latest entry of a name's history whose revision begins with `beginning`.
 
         Raises:
             AdapterNotFoundError: there is no such name.
-            RevisionNotFoundError: none of its revisions begins so, or several do.
+            RevisionNotFoundError: none of its revisions begins with it, or several do.
         """
         return _only(name, self.history(name), beginning)
 
     def needed(self, depth: int = 2) -> set[str]:
-        """The latest `depth` revisions of every name of every base, and those that share its requests: what
-        the store must keep.
+        """The revisions that the store must keep: the latest `depth` of every name of every base, and those
+        of splits.
         """
         with self._database.transaction() as database:
             rows = database.execute(
@@ -232,20 +236,20 @@ class Names:
             return {revision for (revision,) in rows}
 
     def owned(self, owner: str) -> set[str]:
-        """The revisions in the histories of names that are theirs."""
+        """The revisions that an owner has published."""
         with self._database.transaction() as database:
             rows = database.execute(
                 "SELECT DISTINCT revision FROM published WHERE base = ? AND owner = ?", (self._base, owner)
             )
             return {revision for (revision,) in rows}
 
-    def record(self, revision: str, record: Record) -> None:
-        """Writes down what is known of a revision."""
+    def save_record(self, revision: str, record: Record) -> None:
+        """Saves the record of a revision."""
         with self._database.transaction() as database:
-            self._record(database, revision, record)
+            self._insert_record(database, revision, record)
 
     def records(self) -> dict[str, Record]:
-        """What is known of revisions."""
+        """The saved records, by revision."""
         with self._database.transaction() as database:
             rows = database.execute(
                 "SELECT revision, reader, marks, spec FROM record WHERE base = ?", (self._base,)
@@ -253,23 +257,23 @@ class Names:
             return {revision: Record(*rest) for revision, *rest in rows}
 
     def tidy_records(self) -> None:
-        """Forgets what is known of revisions that no name has any more."""
+        """Deletes the records of revisions that no name of any base has."""
         with self._database.transaction() as database:
             database.execute("DELETE FROM record WHERE revision NOT IN (SELECT revision FROM published)")
 
     def forget_record(self, revision: str) -> None:
-        """What was known of a revision is not so."""
+        """Deletes the record of a revision."""
         with self._database.transaction() as database:
             database.execute("DELETE FROM record WHERE base = ? AND revision = ?", (self._base, revision))
 
-    def _record(self, database: sqlite3.Connection, revision: str, record: Record) -> None:
+    def _insert_record(self, database: sqlite3.Connection, revision: str, record: Record) -> None:
         database.execute(
             "INSERT OR REPLACE INTO record (base, revision, reader, marks, spec) VALUES (?, ?, ?, ?, ?)",
             (self._base, revision, record.reader, record.marks, record.spec),
         )
 
     def _tidy_split(self, database: sqlite3.Connection, name: str) -> None:
-        """Ends a split with a revision that has become current, or is no longer in the history."""
+        """Ends a split whose revision has become current or has left the history."""
         rows = self._rows(database, name)
         others = {published.revision for published in rows} - {rows[0].revision}
         ended = database.execute(
@@ -281,7 +285,7 @@ class Names:
     def _history(self, database: sqlite3.Connection, name: str) -> list[Published]:
         rows = self._rows(database, name)
         if not rows:
-            raise AdapterNotFoundError(f"no adapter has the name {name!r}")
+            raise AdapterNotFoundError(f"no adapter has the name {name!r}; load it first")
         return rows
 
     def _rows(self, database: sqlite3.Connection, name: str) -> list[Published]:
@@ -297,17 +301,75 @@ def _earlier(history: list[Published], beginning: str | None) -> Published:
     if beginning is not None:
         return _only(history[0].name, history[1:], beginning)
     if not history[1:]:
-        raise RevisionNotFoundError(f"adapter {history[0].name!r}: expected an earlier revision, found none")
+        raise RevisionNotFoundError(
+            f"adapter {history[0].name!r}: expected an earlier revision, found none (load the one that you "
+            "want)"
+        )
     return history[1]
 
 
-def _only(name: str, among: list[Published], beginning: str) -> Published:
-    """The latest of those that begin like this, if all of them are one revision."""
-    found = [published for published in among if published.revision.startswith(beginning)]
-    if len({published.revision for published in found}) == 1:
+def _only(name: str, entries: list[Published], beginning: str) -> Published:
+    """The latest entry whose revision begins with `beginning`, if they all have the same revision."""
+    found = [entry for entry in entries if entry.revision.startswith(beginning)]
+    if len({entry.revision for entry in found}) == 1:
         return found[0]
-    others = ", ".join(dict.fromkeys(published.revision for published in found or among))
+    others = ", ".join(dict.fromkeys(entry.revision for entry in found or entries))
     raise RevisionNotFoundError(
         f"adapter {name!r}: expected {'one' if found else 'a'} revision that begins with {beginning!r}, "
         f"found {others or 'none'}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Owned:
+    number: int
+    revision: str
+    num_bytes: int
+    current: bool
+    split: bool
+
+
+def _keep_limits(database: sqlite3.Connection, base: str, name: str, ownership: Ownership) -> None:
+    """Deletes the oldest entries of the owner that are neither current nor of a split until the limits are
+    kept. `name` has been published already.
+
+    Raises:
+        OwnerLimitError: the other entries alone exceed them.
+    """
+    if ownership.max_names is None and ownership.max_bytes is None:
+        return
+    entries = _owned_entries(database, base, ownership.owner)
+    num_names = sum(entry.current for entry in entries)
+    if ownership.max_names is not None and num_names > ownership.max_names:
+        raise OwnerLimitError(
+            f"adapter {name!r}: tenant {ownership.owner!r} may have {ownership.max_names} adapters "
+            f"(max_adapters), found {num_names - 1} others; unload one first",
+            limit="max_adapters",
+        )
+    if ownership.max_bytes is None:
+        return
+    while (
+        total := sum({entry.revision: entry.num_bytes for entry in entries}.values())
+    ) > ownership.max_bytes:
+        oldest = next((entry for entry in entries if not entry.current and not entry.split), None)
+        if oldest is None:
+            raise OwnerLimitError(
+                f"adapter {name!r}: tenant {ownership.owner!r} may have adapters of {ownership.max_bytes} "
+                f"bytes (max_adapter_bytes), found {total} with the {ownership.num_bytes} of this one; "
+                "unload one first",
+                limit="max_adapter_bytes",
+            )
+        database.execute("DELETE FROM published WHERE number = ?", (oldest.number,))
+        entries.remove(oldest)
+
+
+def _owned_entries(database: sqlite3.Connection, base: str, owner: str) -> list[_Owned]:
+    """The entries that the owner published, the oldest first."""
+    found = database.execute(
+        "SELECT number, revision, bytes, "
+        "number = (SELECT MAX(number) FROM published WHERE base = one.base AND name = one.name), "
+        "EXISTS (SELECT 1 FROM split WHERE base = one.base AND name = one.name AND revision = one.revision) "
+        "FROM published AS one WHERE base = ? AND owner = ? ORDER BY number",
+        (base, owner),
+    )
+    return [_Owned(*row) for row in found]

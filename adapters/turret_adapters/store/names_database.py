@@ -1,26 +1,31 @@
-"""The file that names are kept in: its schema, its transactions, and what can be wrong with it.
+"""The SQLite file of the names: its schema, transactions and errors.
 
-Durability is SQLite's: write-ahead log, synchronised at each commit (https://www.sqlite.org/wal.html).
+Durability comes from SQLite's write-ahead log, synchronised at each commit (https://www.sqlite.org/wal.html).
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turret_adapters.store.staging import exclusive
-from turret_adapters.store.store_errors import (
+from turret_adapters.errors import (
     NamesCorruptError,
     StoreBusyError,
     StoreFailedError,
     StoreFullError,
-    errors_of_the_store,
 )
+from turret_adapters.store.disk import LOG_AFTER_SECONDS, errors_of_the_store
 
-BUSY_SECONDS = 30.0
+# Only programs other than the server that has the store's lock, such as a backup, keep the database locked.
+BUSY_TIMES = 10
+BUSY_SECONDS = BUSY_TIMES * LOG_AFTER_SECONDS
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE published (
@@ -56,27 +61,31 @@ CREATE TABLE record (
     PRIMARY KEY (base, revision)
 ) STRICT;
 """
-# What makes the schema of each version of that before it.
+# Step n turns the schema of version n into that of version n + 1.
 _STEPS = (_SCHEMA, _SCHEMA_SINCE_2, _SCHEMA_SINCE_3)
 SCHEMA_VERSION = len(_STEPS)
 
 
 class NamesDatabase:
-    """May be used from any thread, and from several processes."""
+    """Thread-safe: transactions run one after another."""
 
-    def __init__(self, place: Path) -> None:
-        """Opens the database, and makes it if there is none.
+    def __init__(self, path: Path) -> None:
+        """Opens the database for this process's user alone, and creates it if there is none.
 
         Raises:
-            NamesCorruptError: it is no sound database, or a newer Turret made it.
+            NamesCorruptError: it is not a sound database, or a newer Turret made it.
             StoreBusyError, StoreFullError, StoreFailedError
         """
-        self._place = place
+        self._path = path
         self._lock = threading.Lock()
-        # Two processes that switch a new file to the write-ahead log at once refuse each other.
-        with errors_of_the_store(place.parent), exclusive(place.parent), self._told():
+        with errors_of_the_store(path.parent):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            # SQLite gives a new log the permissions of the database; one of before may be there.
+            for file in path.parent.glob(f"{path.name}*"):
+                file.chmod(0o600)
+        with self._translated():
             self._connection = sqlite3.connect(
-                place, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+                path, timeout=LOG_AFTER_SECONDS, isolation_level=None, check_same_thread=False
             )
             try:
                 self._set_up()
@@ -90,8 +99,14 @@ class NamesDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._told():
-            self._connection.execute("BEGIN IMMEDIATE")
+        """Commits what the block writes; an exception in the block, or one of its own, changes nothing.
+
+        Raises:
+            StoreBusyError: another program has kept the database locked for `BUSY_SECONDS`.
+            NamesCorruptError, StoreFullError, StoreFailedError
+        """
+        with self._lock, self._translated():
+            self._begin()
             try:
                 yield self._connection
                 self._connection.execute("COMMIT")
@@ -100,20 +115,37 @@ class NamesDatabase:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def _begin(self) -> None:
+        for left in reversed(range(BUSY_TIMES)):
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or not left:
+                    raise
+                if left == BUSY_TIMES - 1:
+                    log.warning(
+                        "waiting for %s, which another program has kept locked for %g s",
+                        self._path,
+                        LOG_AFTER_SECONDS,
+                    )
+            else:
+                return
+
     def _set_up(self) -> None:
         database = self._connection
         (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreFailedError(
-                f"names {str(self._place)!r}: expected a file system with shared memory, as SQLite's "
-                "write-ahead log needs, found none (put the store on a local disk)"
+                f"names {str(self._path)!r}: expected a file system with shared memory, as SQLite's "
+                "write-ahead log needs it, found none (put the store on a local disk)"
             )
         database.execute("PRAGMA synchronous = FULL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise NamesCorruptError(
-                f"names {str(self._place)!r}: expected schema {SCHEMA_VERSION}, found {version} "
-                "(serve this store with the version of Turret that made it, or choose another folder)"
+                f"names {str(self._path)!r}: expected schema {SCHEMA_VERSION}, found {version} "
+                "(serve this store with the version of Turret that made it, or choose another folder with "
+                "--store)"
             )
         script = "".join(_STEPS[version:])
         if script:
@@ -123,31 +155,32 @@ class NamesDatabase:
             raise self._corrupt(verdict)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tells SQLite's errors as an `AdapterError`."""
+    def _translated(self) -> Iterator[None]:
+        """Turns SQLite's errors into AdapterErrors."""
         try:
             yield
         except sqlite3.ProgrammingError:
             raise
         except sqlite3.DatabaseError as error:
-            where = f"names {str(self._place)!r}: "
-            match error.sqlite_errorcode & 0xFF:  # the rest is detail
+            names = f"names {str(self._path)!r}: "
+            match error.sqlite_errorcode & 0xFF:  # the higher bits are details
                 case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_ERROR:
                     raise self._corrupt(str(error)) from error
                 case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                     raise StoreBusyError(
-                        f"{where}another process has kept it locked for {BUSY_SECONDS:g} s"
+                        f"{names}another program has kept it locked for {BUSY_SECONDS:g} s (end that "
+                        "program, and try again)"
                     ) from error
                 case sqlite3.SQLITE_FULL:
-                    raise StoreFullError(f"{where}the disk is full (free some space)") from error
+                    raise StoreFullError(f"{names}the disk is full (free some space)") from error
                 case _:
                     raise StoreFailedError(
-                        f"{where}{error} (the server must be able to write in that folder)"
+                        f"{names}{error} (the server must be able to write in that folder)"
                     ) from error
 
     def _corrupt(self, found: str) -> NamesCorruptError:
         return NamesCorruptError(
-            f"names {str(self._place)!r}: expected a sound SQLite database, found {found!r}. Stop the "
-            "servers, move it and its -wal and -shm files away (or repair it with SQLite's `.recover`), "
-            "start them, and load the adapters by name again; their files in the store are not touched"
+            f"names {str(self._path)!r}: expected a sound SQLite database, found {found!r}. Stop the server, "
+            "move it and its -wal and -shm files away (or repair it with SQLite's `.recover`), start the "
+            "server, and load the adapters by name again; their files in the store are not touched"
         )

@@ -1,7 +1,7 @@
-"""What is written down of a revision, so that a start need not read its tensors.
+"""Records of revisions: their encoded specs, so that a start does not read their tensors.
 
-A record is believed only where the reader and the base are those that made it and both files look untouched;
-the first read of the tensors still holds their digest and the spec against it (`HostMemory.get`).
+A record is valid only for the version of Turret and the base that made it, and while both files look
+unchanged. The first read of the tensors still compares digest and spec with it (`HostMemory.get`).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.spec import AdapterSpec, BaseSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 
-# Clocks of file systems are coarse: what changed so lately may change again without showing it.
+# Clocks of file systems are coarse: a file that changed this recently may change again with the same times.
 SETTLED_SECONDS = 2.0
 
 
 def reader_of(base: BaseSpec) -> str:
-    """What a spec depends on besides the adapter's files."""
+    """Identifies what a spec depends on besides the adapter's files: the version of Turret and the base."""
     return f"{version('turret')} {hashlib.sha256(repr(base).encode()).hexdigest()}"
 
 
 def marks_of(folder: Path) -> str:
-    """What a change of an adapter's two files would change, as in Git's index; "" where one is missing."""
+    """Device, inode, size and times of an adapter's two files, as in Git's index; "" if one is missing."""
     return " ".join(
         f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
         for found in _stats(folder)
@@ -39,7 +39,7 @@ def marks_of(folder: Path) -> str:
 
 
 def settled_marks_of(folder: Path) -> str:
-    """The same; "" also where a file changed so lately that it could change again without showing it."""
+    """`marks_of`, or "" if a file changed so recently that another change could leave them the same."""
     latest = max((found.st_ctime for found in _stats(folder)), default=math.inf)
     return marks_of(folder) if latest < time.time() - SETTLED_SECONDS else ""
 
@@ -52,10 +52,11 @@ def _stats(folder: Path) -> list[os.stat_result]:
 
 
 def encode(spec: AdapterSpec) -> bytes:
+    """Compressed JSON of a spec."""
     rows = [(group.module, group.part.value, group.count, group.width) for group in spec.rows]
     fields = asdict(spec) | {
         "method": spec.method.value,
-        # A text of its own: thousands of adapters are of a few shapes, and each is parsed once.
+        # A string inside the JSON: thousands of adapters have a few shapes, and `_rows` parses each once.
         "rows": json.dumps(rows, separators=(",", ":")),
         "prefix": spec.prefix and [spec.prefix.num_virtual_tokens, spec.prefix.kind.value],
     }
@@ -63,7 +64,7 @@ def encode(spec: AdapterSpec) -> bytes:
 
 
 def decode(record: bytes) -> AdapterSpec | None:
-    """The spec that was written down; None for what another version wrote, or the disk spoiled."""
+    """The spec of `encode`; None if another version encoded it or the bytes are damaged."""
     try:
         fields: dict[str, Any] = json.loads(zlib.decompress(record))
         prefix = fields["prefix"]

@@ -1,4 +1,4 @@
-"""Adapters that come in pieces, over a connection that may break: each goes on where it stopped."""
+"""Uploads in pieces, over connections that may break: an upload is resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, digest_of_folder
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
-from turret_adapters.store.staging import try_lock, write_whole
-from turret_adapters.store.store_errors import (
-    SourceTooLargeError,
-    StoreBusyError,
-    StoreFullError,
-    UploadError,
-    errors_of_the_store,
+from turret_adapters.errors import SourceTooLargeError, StoreBusyError, StoreFullError, UploadError
+from turret_adapters.formats.files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    MAX_TENSORS_BYTES,
+    TENSORS_NAME,
+    digest_of_folder,
+    write_whole,
 )
+from turret_adapters.store.disk import errors_of_the_store, make_private
 
 KEPT_SECONDS = 24 * 3600
 MAX_UPLOADS_BYTES = 32 << 30
@@ -32,32 +32,41 @@ _OWNER_LENGTH = 16
 
 
 class Upload:
-    """One upload that is being received. Leaving its `with` block keeps what has come, for a later try."""
+    """An upload that is being received. Leaving its `with` block keeps the bytes so far, to resume later."""
 
     def __init__(
-        self, folder: Path, handle: int, digest: str, size: int, adopt: Callable[[Path], str]
+        self,
+        folder: Path,
+        digest: str,
+        size: int,
+        *,
+        adopt: Callable[[Path], str],
+        on_close: Callable[[], None],
     ) -> None:
         self.size = size
         self._folder = folder
-        self._lock = handle
         self._digest = digest
         self._adopt = adopt
-        self._file = os.open(folder / TENSORS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._on_close = on_close
+        self._file = os.open(folder / TENSORS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.offset = os.fstat(self._file).st_size
 
     def write(self, offset: int, chunk: bytes) -> None:
-        """Appends the bytes of the tensors' file that stand at `offset`.
+        """Appends a chunk of the tensor file, which begins at `offset` in the file.
 
         Raises:
-            UploadError: they do not follow what has come, or go beyond the size.
+            UploadError: the chunk does not continue the bytes so far, or exceeds the size.
             StoreFullError, StoreFailedError
         """
         if offset != self.offset:
             raise UploadError(
-                f"offset: expected {self.offset}, where the upload goes on, found {offset} (go on from there)"
+                f"offset: expected {self.offset}, found {offset} (continue at the expected offset)"
             )
         if offset + len(chunk) > self.size:
-            raise UploadError(f"expected {self.size} bytes, found {offset + len(chunk)} or more")
+            raise UploadError(
+                f"size: expected {self.size} bytes, found {offset + len(chunk)} or more (begin the upload "
+                "again with the size of the file)"
+            )
         with errors_of_the_store(self._folder.parent.parent):
             try:
                 write_whole(self._file, chunk)
@@ -65,14 +74,16 @@ class Upload:
                 self.offset = os.fstat(self._file).st_size
 
     def finish(self) -> str:
-        """Checks the bytes, and moves them to their revision, which is held once.
+        """Checks the bytes and moves them to their revision, which is held once.
 
         Raises:
-            UploadError: they are not all there, or have another digest; then they are thrown away.
+            UploadError: bytes are missing, or the digest differs; then they are deleted.
             StoreFullError, StoreFailedError
         """
         if self.offset != self.size:
-            raise UploadError(f"expected {self.size} bytes, found {self.offset} (go on from there)")
+            raise UploadError(
+                f"expected {self.size} bytes, found {self.offset} (continue at offset {self.offset})"
+            )
         with errors_of_the_store(self._folder.parent.parent):
             found = digest_of_folder(self._folder)
             if found != self._digest:
@@ -84,7 +95,7 @@ class Upload:
 
     def close(self) -> None:
         os.close(self._file)
-        os.close(self._lock)
+        self._on_close()
 
     def __enter__(self) -> Self:
         return self
@@ -99,68 +110,68 @@ class Upload:
 
 
 class Uploads:
-    """Those of a store, each a folder `<size>-<owner>-<key>`. Called under the store's lock."""
+    """The uploads of a store; each is a folder `<size>-<owner>-<key>`. The caller holds the store's lock."""
 
     def __init__(self, folder: Path, max_bytes: int | None) -> None:
         self._folder = folder
         self._max_bytes = min(MAX_UPLOADS_BYTES, MAX_UPLOADS_BYTES if max_bytes is None else max_bytes)
+        self._receiving: set[Path] = set()
 
     def open(self, adopt: Callable[[Path], str], digest: str, config: bytes, size: int, owner: str) -> Upload:
+        """See `AdapterStore.receive`."""
         if not _DIGEST.fullmatch(digest):
             raise UploadError(f"digest: expected 64 hexadecimal digits, found {digest[:80]!r}")
         if size < 0:
             raise UploadError(f"size: expected a number of bytes, found {size}")
-        if len(config) > MAX_CONFIG_BYTES or size > min(MAX_TENSORS_BYTES, self._max_bytes):
+        max_size = min(MAX_TENSORS_BYTES, self._max_bytes)
+        if len(config) > MAX_CONFIG_BYTES or size > max_size:
             raise SourceTooLargeError(
-                f"expected at most {MAX_CONFIG_BYTES} bytes of config and "
-                f"{min(MAX_TENSORS_BYTES, self._max_bytes)} bytes of tensors, found {len(config)} and {size}"
+                f"expected at most {MAX_CONFIG_BYTES} bytes of config and {max_size} bytes of tensors, "
+                f"found {len(config)} and {size}"
             )
-        whose = hashlib.sha256(owner.encode()).hexdigest()[:_OWNER_LENGTH]
+        owner_key = hashlib.sha256(owner.encode()).hexdigest()[:_OWNER_LENGTH]
         key = hashlib.sha256(repr((owner, digest, config)).encode()).hexdigest()
-        folder = self._folder / f"{size}-{whose}-{key}"
-        self._make_room(folder, size, whose)
-        folder.mkdir(exist_ok=True)
-        handle = try_lock(folder)
-        if handle is None:
-            raise StoreBusyError("this upload is being received by another call; try again when that ends")
-        try:
-            for place in folder.iterdir():
-                place.chmod(0o644)  # sealed, if `finish` was killed
-            (folder / CONFIG_NAME).write_bytes(config)
-            return Upload(folder, handle, digest, size, adopt)
-        except BaseException:
-            os.close(handle)
-            raise
+        folder = self._folder / f"{size}-{owner_key}-{key}"
+        if folder in self._receiving:
+            raise StoreBusyError("another call is receiving this upload; try again when that call has ended")
+        self._make_room(folder, size, owner_key)
+        make_private(folder)
+        for path in folder.iterdir():
+            path.chmod(0o600)  # read-only if the server was killed in `finish`
+        (folder / CONFIG_NAME).write_bytes(config)
+        upload = Upload(folder, digest, size, adopt=adopt, on_close=lambda: self._receiving.discard(folder))
+        self._receiving.add(folder)
+        return upload
 
     def expire(self) -> None:
-        """Removes what nobody went on with for `KEPT_SECONDS`."""
+        """Deletes the uploads that have not been continued for `KEPT_SECONDS`."""
         for folder in self._oldest_first():
-            # A clock that was set back makes times of the future.
+            # After a clock was set back, a time lies in the future.
             if abs(time.time() - _last_written(folder)) > KEPT_SECONDS:
-                _remove_if_idle(folder)
+                self._remove_if_idle(folder)
 
-    def _make_room(self, wanted: Path, size: int, whose: str) -> None:
-        """Nobody takes more than half of the room with several uploads: others come in beside it."""
+    def _make_room(self, wanted: Path, size: int, owner_key: str) -> None:
+        """One owner's uploads take at most half of the room, unless it is a single one."""
         self.expire()
-        own = [folder for folder in self._others(wanted) if folder.name.split("-")[1] == whose]
+        own = [folder for folder in self._others(wanted) if folder.name.split("-")[1] == owner_key]
         if not self._free(own, size, 2) and own:
             raise StoreFullError(
-                f"expected at most {MAX_UPLOADS // 2} uploads of {self._max_bytes // 2} bytes of one tenant "
-                f"at a time, found {len(own)} others (try again when they are done)"
+                f"expected at most {MAX_UPLOADS // 2} uploads of {self._max_bytes // 2} bytes in total of "
+                f"one tenant, found {len(own)} others in progress (try again when they are finished)"
             )
         others = self._others(wanted)
         if not self._free(others, size, 1):
             raise StoreFullError(
-                f"expected at most {MAX_UPLOADS} uploads of {self._max_bytes} bytes at a time, "
-                f"found {len(others)} others (try again when they are done)"
+                f"expected at most {MAX_UPLOADS} uploads of {self._max_bytes} bytes in total, "
+                f"found {len(others)} others in progress (try again when they are finished)"
             )
 
     def _free(self, others: list[Path], size: int, share: int) -> bool:
-        """Removes idle ones, the oldest first, until one more fits into its share of the room."""
+        """Deletes idle uploads, the oldest first, until one more fits into its share of the room."""
         for folder in list(others):
             if self._fits(others, size, share):
                 return True
-            if _remove_if_idle(folder):
+            if self._remove_if_idle(folder):
                 others.remove(folder)
         return self._fits(others, size, share)
 
@@ -174,21 +185,15 @@ class Uploads:
     def _oldest_first(self) -> list[Path]:
         return sorted(self._folder.iterdir(), key=_last_written)
 
+    def _remove_if_idle(self, folder: Path) -> bool:
+        if folder in self._receiving:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+
 
 def _last_written(folder: Path) -> float:
     try:
         return (folder / TENSORS_NAME).stat().st_mtime
     except FileNotFoundError:
         return 0.0
-
-
-def _remove_if_idle(folder: Path) -> bool:
-    try:
-        handle = try_lock(folder)
-    except FileNotFoundError:
-        return True
-    if handle is None:
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(handle)
-    return True

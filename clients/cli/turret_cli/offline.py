@@ -155,7 +155,7 @@ def _read(path: Path, model: str, base: BaseSpec) -> HostAdapter:
 
 
 def _validate(path: Path, model: str) -> dict[str, Any]:
-    from turret_adapters.slab import slab_layout  # noqa: PLC0415
+    from turret_adapters.spec import slab_layout  # noqa: PLC0415
     from turret_server.model.arena import Arena  # noqa: PLC0415
     from turret_server.model.describe import describe_model  # noqa: PLC0415
     from turret_server.model.load import select_device, select_dtype  # noqa: PLC0415
@@ -201,9 +201,13 @@ def _ranks(adapter: HostAdapter, base: BaseSpec) -> list[int]:
 
 
 def _dtypes(path: Path) -> list[str]:
-    from turret_adapters.formats.digest import MAX_TENSORS_BYTES  # noqa: PLC0415
+    from turret_adapters.formats.files import (  # noqa: PLC0415
+        MAX_TENSORS_BYTES,
+        TENSORS_NAME,
+        open_inside,
+        resolve,
+    )
     from turret_adapters.formats.tensors import read_header  # noqa: PLC0415
-    from turret_adapters.sources.folder import TENSORS_NAME, open_inside, resolve  # noqa: PLC0415
 
     with open_inside(resolve(str(path)), TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         _, entries = read_header(file, size)

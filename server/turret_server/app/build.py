@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry
-from turret_adapters.slab import lora_rows, slab_layout
 from turret_adapters.sources.policy import Policy
+from turret_adapters.spec import lora_rows, slab_layout
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.memory import arena_bytes, host_bytes, max_adapter_bytes, parse_memory

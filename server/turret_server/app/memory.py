@@ -7,7 +7,7 @@ import re
 import psutil
 import torch
 
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_server.errors import ConfigError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

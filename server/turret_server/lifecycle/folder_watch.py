@@ -10,7 +10,7 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_server.lifecycle.publishing import AdapterLifecycle
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from turret_adapters.errors import AdapterError, AdapterNotFoundError
-from turret_adapters.library import as_recorded
+from turret_adapters.library import without_secrets
 from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
 
@@ -42,7 +42,7 @@ class LazyAdapters:
         self._brought = OrderedDict.fromkeys(
             name
             for name, source in lifecycle.sources().items()
-            if source == as_recorded(self._source_of(name))
+            if source == without_secrets(self._source_of(name))
         )
 
     async def bring(self, names: Iterable[str]) -> None:

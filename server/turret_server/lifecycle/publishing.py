@@ -15,16 +15,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from turret_adapters.errors import AdapterError, AdapterNotFoundError
+from turret_adapters.errors import AdapterError, AdapterNotFoundError, OwnerLimitError
 from turret_adapters.host import HostAdapter
-from turret_adapters.library import AdapterLibrary, as_recorded
+from turret_adapters.library import AdapterLibrary, without_secrets
 from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
-from turret_adapters.sources.downloads import Download
-from turret_adapters.spec import AdapterSpec
-from turret_adapters.store.names import Published, Split
-from turret_adapters.store.ownership import Ownership
+from turret_adapters.sources.fetch import Download
+from turret_adapters.spec import AdapterSpec, Split
+from turret_adapters.store.names import NO_OWNER, Ownership, Published
 from turret_adapters.store.records import settled_marks_of
-from turret_adapters.store.store_errors import OwnerLimitError
 from turret_adapters.store.uploads import Upload
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import DEFAULT_TENANT
@@ -40,8 +38,6 @@ MAX_RECENT = 64
 
 # The source of what a client sent.
 _UPLOADED = "upload"
-
-_NOBODYS = Ownership()
 
 
 class AdapterLifecycle:
@@ -69,7 +65,7 @@ class AdapterLifecycle:
         registry.on_gone = self._gone
         registry.on_lost = self._lost
 
-    def load(self, name: str, source: str, owner: Ownership = _NOBODYS, source_marks: str = "") -> None:
+    def load(self, name: str, source: str, owner: Ownership = NO_OWNER, source_marks: str = "") -> None:
         """Bring an adapter from its source and serve it under `name` from now on.
 
         Raises:
@@ -86,9 +82,9 @@ class AdapterLifecycle:
         Raises:
             AdapterError: it cannot be, or not now.
         """
-        return self._library.receive(digest, config, size, owner)
+        return self._library.store.receive(digest, config, size, owner)
 
-    def load_upload(self, name: str, upload: Upload, owner: Ownership = _NOBODYS) -> None:
+    def load_upload(self, name: str, upload: Upload, owner: Ownership = NO_OWNER) -> None:
         """Serve what was uploaded under `name` from now on.
 
         Raises:
@@ -110,7 +106,9 @@ class AdapterLifecycle:
             except OwnerLimitError as error:
                 raise QuotaExceededError(str(error), tenant=owner.owner, quota=error.limit) from error
             self._serve(name, adapter, owner.owner)
-        log.info("loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, as_recorded(source))
+        log.info(
+            "loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, without_secrets(source)
+        )
 
     def interrupt(self) -> None:
         """The server stops: end what is being fetched, at its next bytes."""
@@ -124,10 +122,10 @@ class AdapterLifecycle:
                 it.
         """
         while True:
-            target = self._library.rollback_target(name, revision)
+            target = self._library.names.rollback_target(name, revision)
             adapter = self._read(target.revision)
             with self._publishing:
-                if target == self._library.rollback_target(name, revision):
+                if target == self._library.names.rollback_target(name, revision):
                     self._check_pin(name, adapter.spec)
                     self._library.rollback(target)
                     self._serve(name, adapter, target.owner)
@@ -144,9 +142,9 @@ class AdapterLifecycle:
         """
         with ExitStack() as held:
             if percent:
-                revision = self._hold(self._library.find(name, revision).revision, held)
+                revision = self._hold(self._library.names.find(name, revision).revision, held)
             with self._publishing:
-                self._registry.split(name, self._library.split(name, revision, percent))
+                self._registry.split(name, self._library.names.split(name, revision, percent))
         log.info("%d %% of the requests for adapter %s go to revision %s", percent, name, revision or "-")
 
     def acquire(self, named: Sequence[Named]) -> Lease:
@@ -160,7 +158,7 @@ class AdapterLifecycle:
 
     def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
         """What each name serves and served, the latest first; of one that is not known, nothing."""
-        return self._library.histories(names)
+        return self._library.names.histories(names)
 
     def knows(self, name: str) -> bool:
         """Whether a name is served, or is known to be broken."""
@@ -172,13 +170,13 @@ class AdapterLifecycle:
 
     def sources(self) -> dict[str, str]:
         """Where what each name serves came from, as it was written down."""
-        return {name: published.source for name, published in self._library.names().items()}
+        return {name: published.source for name, published in self._library.names.current().items()}
 
     def _whole(self, named: Named, held: ExitStack) -> Named:
         """The same with the whole of its revision, which is held."""
         if named.revision is None:
             return named
-        revision = self._library.find(named.name, named.revision).revision
+        revision = self._library.names.find(named.name, named.revision).revision
         self._hold(revision, held)
         if not self._registry.serves(named.name, revision):
             self._remember(named.name, revision)
@@ -230,7 +228,7 @@ class AdapterLifecycle:
 
     def _forget(self, name: str) -> AdapterStatus:
         # Written down first: where that fails, the name goes on.
-        self._library.forget(name)
+        self._library.names.remove(name)
         status = self._registry.remove(name)
         self._forget_recent(name)
         if name in self._pinned:
@@ -243,12 +241,12 @@ class AdapterLifecycle:
         """
         folder = folder and folder.resolve()
         sources = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder else {}
-        recorded, before = self._library.recorded(), self._library.names()
+        recorded, before = self._library.recorded(), self._library.names.current()
         for name, entry in before.items():
             if name in sources:
                 continue
             if folder and Path(entry.source) == folder / name:
-                self._library.forget(name)
+                self._library.names.remove(name)
             else:
                 self._try(name, partial(self._restore, entry, recorded.get(entry.revision)))
         for number, path in enumerate(sources.values(), 1):
@@ -260,7 +258,7 @@ class AdapterLifecycle:
                 self.load_folder(path, check_name)
             if number % _PROGRESS_EVERY == 0 and number < len(sources):
                 log.info("loaded %d of %d adapters in %s", number, len(sources), folder)
-        for name, split in self._library.splits().items():
+        for name, split in self._library.names.splits().items():
             self._split_again(name, split)
 
     def _split_again(self, name: str, split: Split) -> None:
@@ -279,7 +277,7 @@ class AdapterLifecycle:
     def forget_folder(self, folder: Path) -> None:
         """Unload the name of a folder that is gone, unless something else was loaded under it since."""
         with self._publishing, suppress(AdapterNotFoundError):
-            history = self._library.histories([folder.name])[folder.name]
+            history = self._library.names.histories([folder.name])[folder.name]
             if not history or Path(history[0].source) == folder:
                 self._forget(folder.name)
                 log.info("unloaded adapter %s, whose folder is gone", folder.name)
@@ -290,7 +288,7 @@ class AdapterLifecycle:
         if spec is None:
             adapter = self._read(revision)
             self._check_pin(name, adapter.spec)
-            self._library.record(adapter.spec)
+            self._library.save_record(adapter.spec)
             self._serve(name, adapter, published.owner)
         else:
             self._engine.check_adapter(spec)
@@ -317,7 +315,7 @@ class AdapterLifecycle:
             else:
                 self._registry.publish(name, adapter)
         self._forget_recent(name)
-        if self._registry.status(name).split and name not in self._library.splits():
+        if self._registry.status(name).split and name not in self._library.names.splits():
             self._registry.split(name, None)
         if name in self._pinned:
             self._engine.pin_adapters(name, _resident(spec))

@@ -10,8 +10,7 @@ from typing import TypeVar
 import torch
 
 from turret_adapters.host import HostAdapter
-from turret_adapters.slab import slab_layout
-from turret_adapters.spec import Part
+from turret_adapters.spec import Part, slab_layout
 from turret_server.kernels import LoraRows
 from turret_server.model.arena import Arena
 

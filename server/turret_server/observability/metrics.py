@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.sources.downloads import Downloads
+from turret_adapters.sources.fetch import Downloads
 from turret_server.engine.loop import EngineStats
 from turret_server.errors import UnauthenticatedError
 

@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from turret_adapters.store.staging import sync, write_whole
+from turret_adapters.formats.files import sync, write_whole
 from turret_server.errors import ConfigError, UsageLogFailedError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from functools import partial
 
 from turret.v1 import adapters_pb2
-from turret_adapters.store.store_errors import UploadError
+from turret_adapters.errors import UploadError
 from turret_adapters.store.uploads import Upload
 from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
 from turret_server.lifecycle.loads import LoadQueue

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turret.v1 import adapters_pb2
-from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError
 from turret_adapters.sources.filesystems import hub_url
 from turret_adapters.sources.policy import Policy
-from turret_adapters.store.store_errors import SourceForbiddenError
 from turret_server.errors import PermissionDeniedError
 from turret_server.tenancy.tenants import Tenant
 

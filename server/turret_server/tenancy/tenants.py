@@ -37,7 +37,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from turret_adapters.store.ownership import Ownership
+from turret_adapters.store.names import Ownership
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError, InvalidRequestError
 from turret_server.tenancy.keys import digest_of, is_digest

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 from turret_adapters.formats.convert import convert_adapter
+from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.formats.kinds.lora import MAX_RANK
 from turret_adapters.formats.peft import read_adapter
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.spec import Method
 from turret_server.model.describe import CheckpointWeights, describe_model
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from turret_adapters.errors import AdapterBaseError, AdapterFormatError
+from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import HostAdapter
-from turret_adapters.sources.folder import CONFIG_NAME, TENSORS_NAME
 from turret_server.model.describe import CheckpointWeights, describe_model
 
 FORMATS = Path(__file__).parent / "saved"

@@ -5,8 +5,8 @@ import torch
 
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import Fields
+from turret_adapters.formats.kind import Rows
 from turret_adapters.formats.parameters import find_parameters, stacked_pairs
-from turret_adapters.formats.rows import Rows
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
 HIDDEN, WIDTH = 4, 6

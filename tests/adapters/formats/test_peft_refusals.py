@@ -17,7 +17,7 @@ from peft.utils.peft_types import PeftType
 
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
 from turret_adapters.formats import peft, targets
-from turret_adapters.formats.digest import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.formats.tensors import MAX_HEADER_BYTES

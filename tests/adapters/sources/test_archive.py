@@ -18,10 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from support.adapter_files import CONFIG, files, read_folder
-from turret_adapters.errors import AdapterError, AdapterSourceError
+from turret_adapters.errors import AdapterError, AdapterSourceError, SourceTooLargeError
+from turret_adapters.formats.files import no_progress
 from turret_adapters.sources.archive import unpack
-from turret_adapters.sources.intake import Intake, untold
-from turret_adapters.store.store_errors import SourceTooLargeError
+from turret_adapters.sources.intake import Intake
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
 
@@ -57,7 +57,7 @@ def unpacked(name: str, data: bytes, most: int = MOST) -> dict[str, bytes]:
         folder = Path(outer) / "inner"
         folder.mkdir()
         try:
-            unpack(io.BytesIO(data), name, Intake(folder, most, untold), most)
+            unpack(io.BytesIO(data), name, Intake(folder, most, no_progress), most)
         finally:
             assert list(Path(outer).iterdir()) == [folder]
             assert {place.name for place in folder.iterdir()} <= {CONFIG_NAME, TENSORS_NAME}
@@ -267,5 +267,5 @@ def test_paths_that_are_no_text_are_shown_as_they_can_be(tmp_path: Path) -> None
             tar.addfile(tarfile.TarInfo(name))
     archive.seek(0)
     with pytest.raises(AdapterSourceError) as refused:
-        unpack(archive, "x.tar.gz", Intake(tmp_path, 1 << 20, untold), 1 << 20)
+        unpack(archive, "x.tar.gz", Intake(tmp_path, 1 << 20, no_progress), 1 << 20)
     assert str(refused.value).isprintable()

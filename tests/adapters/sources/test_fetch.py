@@ -15,19 +15,18 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from support.adapter_files import CONFIG, files, read_folder, revision, write_folder
+from support.adapter_files import CONFIG, fetch_into, files, read_folder, revision, write_folder
 from support.web import Handler, Web, web_server
-from turret_adapters.errors import AdapterSourceError
-from turret_adapters.sources import http as http_source
-from turret_adapters.sources.fetch import fetch
-from turret_adapters.sources.filesystems import hub_url
-from turret_adapters.sources.policy import Policy
-from turret_adapters.store.store import AdapterStore
-from turret_adapters.store.store_errors import (
+from turret_adapters.errors import (
+    AdapterSourceError,
     SourceForbiddenError,
     SourceTooLargeError,
     SourceUnavailableError,
 )
+from turret_adapters.sources import http as http_source
+from turret_adapters.sources.filesystems import hub_url
+from turret_adapters.sources.policy import Policy
+from turret_adapters.store.store import AdapterStore
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 COMMIT = "c" * 40
@@ -63,25 +62,27 @@ def zipped(tensors: bytes = b"tensors") -> bytes:
 def test_a_folder_that_takes_too_long_is_given_up(store: AdapterStore, tmp_path: Path) -> None:
     write_folder(tmp_path / "poet", b"tensors")
     with pytest.raises(SourceUnavailableError, match="expected the adapter within 0 s"):
-        fetch(str(tmp_path / "poet"), store, Policy(roots=(tmp_path,), timeout=0.0))
+        fetch_into(store, str(tmp_path / "poet"), Policy(roots=(tmp_path,), timeout=0.0))
     assert store.revisions() == {}
 
 
 def test_a_folder_of_this_machine(store: AdapterStore, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "root" / "poet")
     policy = Policy(roots=(tmp_path / "root",))
-    assert fetch(str(folder), store, policy) == revision()
+    assert fetch_into(store, str(folder), policy) == revision()
     assert read_folder(store.path(revision())) == files()
     for refused in (tmp_path, "/etc", f"{folder}/../../store"):
         with pytest.raises(SourceForbiddenError, match="below"):
-            fetch(str(refused), store, policy)
+            fetch_into(store, str(refused), policy)
     with pytest.raises(SourceTooLargeError):
-        fetch(str(folder), store, Policy(roots=(tmp_path,), max_bytes=26))
+        fetch_into(store, str(folder), Policy(roots=(tmp_path,), max_bytes=26))
 
 
 def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:
     seen: list[tuple[int, int | None]] = []
-    assert fetch(f"{web.url}/poet/?token=1", store, policy, lambda *told: seen.append(told)) == revision()
+    assert (
+        fetch_into(store, f"{web.url}/poet/?token=1", policy, lambda *told: seen.append(told)) == revision()
+    )
     assert read_folder(store.path(revision())) == files()
     assert web.asked == ["/poet/adapter_config.json?token=1", "/poet/adapter_model.safetensors?token=1"]
     assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
@@ -89,14 +90,14 @@ def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> N
 
 def test_an_archive_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:
     web.pages["/poet.zip"] = zipped()
-    assert fetch(f"{web.url}/poet.zip?token=1", store, policy) == revision()
+    assert fetch_into(store, f"{web.url}/poet.zip?token=1", policy) == revision()
     assert read_folder(store.path(revision())) == files()
 
 
 def test_by_default_nothing_is_fetched(web: Web, store: AdapterStore, tmp_path: Path) -> None:
     for source in (f"{web.url}/poet", "hf://owner/name", "owner/name", "s3://bucket/poet", str(tmp_path)):
         with pytest.raises(SourceForbiddenError, match="nothing is allowed"):
-            fetch(source, store, Policy())
+            fetch_into(store, source, Policy())
     assert web.asked == []
 
 
@@ -106,7 +107,7 @@ def test_by_default_nothing_is_fetched(web: Web, store: AdapterStore, tmp_path: 
 def test_an_allowed_url_of_an_address_within_is_refused(host: str, web: Web, store: AdapterStore) -> None:
     url = f"http://{host}:{web.server_port}"
     with pytest.raises(SourceForbiddenError, match="expected a public address"):
-        fetch(f"{url}/poet", store, Policy(urls=("http://", "https://", url)))
+        fetch_into(store, f"{url}/poet", Policy(urls=("http://", "https://", url)))
     assert web.asked == []
 
 
@@ -127,10 +128,10 @@ def test_the_address_that_is_checked_is_the_one_that_is_connected_to(
     url = f"http://rebinding.example:{web.server_port}"
     allowed = Policy(urls=(url,), networks=(ip_network("127.9.9.9/32"),))
     with pytest.raises(SourceUnavailableError):
-        fetch(f"{url}/poet", store, allowed)
+        fetch_into(store, f"{url}/poet", allowed)
     assert web.asked == []
     with pytest.raises(SourceForbiddenError, match=r"found 127\.0\.0\.1"):
-        fetch(f"{url}/poet", store, allowed)
+        fetch_into(store, f"{url}/poet", allowed)
     assert looked_up == ["rebinding.example"] * 2
 
 
@@ -139,7 +140,7 @@ def test_redirects_are_followed_within_what_is_allowed(web: Web, policy: Policy,
     web.pages["/moved/adapter_model.safetensors"] = lambda it: it.answer(
         308, Location=f"{web.url}/poet/adapter_model.safetensors"
     )
-    assert fetch(f"{web.url}/moved", store, policy) == revision()
+    assert fetch_into(store, f"{web.url}/moved", policy) == revision()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_redirects_elsewhere_are_refused(target: str, web: Web, policy: Policy, 
     with pytest.raises(
         (SourceForbiddenError, AdapterSourceError), match=r"expected a URL|found HTTP status 404"
     ):
-        fetch(f"{web.url}/moved", store, policy)
+        fetch_into(store, f"{web.url}/moved", policy)
     assert web.asked[0] == "/moved/adapter_config.json"
     assert all(".." not in path for path in web.asked)
 
@@ -169,13 +170,13 @@ def test_a_redirect_to_an_address_within_is_refused(web: Web, store: AdapterStor
     )
     policy = Policy(urls=("http://",), networks=(ip_network("127.0.0.1/32"),))
     with pytest.raises(SourceForbiddenError, match=r"found 127\.0\.0\.2"):
-        fetch(f"{web.url}/moved", store, policy)
+        fetch_into(store, f"{web.url}/moved", policy)
 
 
 def test_redirects_without_end_end(web: Web, policy: Policy, store: AdapterStore) -> None:
     web.pages["/moved/adapter_config.json"] = lambda it: it.answer(302, Location=it.path)
     with pytest.raises(AdapterSourceError, match="HTTP status 302"):
-        fetch(f"{web.url}/moved", store, policy)
+        fetch_into(store, f"{web.url}/moved", policy)
     assert len(web.asked) == http_source.MAX_REDIRECTS + 1
 
 
@@ -194,7 +195,7 @@ def test_answers_without_a_file(
 ) -> None:
     web.pages["/poet/adapter_model.safetensors"] = lambda it: it.answer(status, b"tensors")
     with pytest.raises(error, match=f"found HTTP status {status}") as refusal:
-        fetch(f"{web.url}/poet?token=secret", store, policy)
+        fetch_into(store, f"{web.url}/poet?token=secret", policy)
     assert "secret" not in str(refusal.value)
     assert store.revisions() == {}
 
@@ -202,7 +203,7 @@ def test_answers_without_a_file(
 def test_an_encoded_answer_is_refused(web: Web, policy: Policy, store: AdapterStore) -> None:
     web.pages["/poet/adapter_model.safetensors"] = lambda it: it.answer(200, b"x", Content_Encoding="gzip")
     with pytest.raises(AdapterSourceError, match="encoded as 'gzip'"):
-        fetch(f"{web.url}/poet", store, policy)
+        fetch_into(store, f"{web.url}/poet", policy)
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -223,7 +224,7 @@ def test_more_than_is_taken(
     web.pages["/poet/adapter_model.safetensors"] = web.pages["/poet.zip"] = large
     few = Policy(urls=policy.urls, networks=LOOPBACK, max_bytes=1 << 20)
     with pytest.raises(SourceTooLargeError):
-        fetch(f"{web.url}/{place}", store, few)
+        fetch_into(store, f"{web.url}/{place}", few)
 
 
 def test_an_answer_that_breaks_off_is_not_stored(web: Web, policy: Policy, store: AdapterStore) -> None:
@@ -233,7 +234,7 @@ def test_an_answer_that_breaks_off_is_not_stored(web: Web, policy: Policy, store
 
     web.pages["/poet/adapter_model.safetensors"] = break_off
     with pytest.raises(SourceUnavailableError, match="try again later"):
-        fetch(f"{web.url}/poet", store, policy)
+        fetch_into(store, f"{web.url}/poet", policy)
     assert store.revisions() == {}
 
 
@@ -257,7 +258,7 @@ def test_a_host_that_drips_is_cut_off(where: str, web: Web, store: AdapterStore)
     web.pages["/poet/adapter_model.safetensors"] = drip
     policy = Policy(urls=(web.url,), networks=LOOPBACK, timeout=0.3)
     with pytest.raises(SourceUnavailableError):
-        fetch(f"{web.url}/poet", store, policy)
+        fetch_into(store, f"{web.url}/poet", policy)
     given_up.set()
     assert not outlasted.is_set()
 
@@ -267,12 +268,12 @@ def test_nobody_at_home(store: AdapterStore) -> None:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(SourceUnavailableError):
-            fetch(f"{url}/poet", store, Policy(urls=(url,), networks=LOOPBACK))
+            fetch_into(store, f"{url}/poet", Policy(urls=(url,), networks=LOOPBACK))
 
 
 def test_a_host_without_address(store: AdapterStore) -> None:
     with pytest.raises(SourceUnavailableError, match="no address of"):
-        fetch("https://absent.invalid/poet", store, Policy(urls=("https://",)))
+        fetch_into(store, "https://absent.invalid/poet", Policy(urls=("https://",)))
 
 
 def test_a_fetch_that_is_given_up_leaves_nothing(web: Web, policy: Policy, store: AdapterStore) -> None:
@@ -280,7 +281,7 @@ def test_a_fetch_that_is_given_up_leaves_nothing(web: Web, policy: Policy, store
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(f"{web.url}/poet", store, policy, give_up)
+        fetch_into(store, f"{web.url}/poet", policy, give_up)
     assert store.revisions() == {}
 
 
@@ -290,14 +291,14 @@ def test_any_file_system_that_fsspec_has(store: AdapterStore) -> None:
         {"/bucket/poet/adapter_config.json": CONFIG, "/bucket/poet/adapter_model.safetensors": b"tensors"}
     )
     policy = Policy(urls=("memory://bucket",))
-    assert fetch("memory://bucket/poet", store, policy) == revision()
+    assert fetch_into(store, "memory://bucket/poet", policy) == revision()
     assert read_folder(store.path(revision())) == files()
     with pytest.raises(SourceTooLargeError):
-        fetch("memory://bucket/poet", store, Policy(urls=policy.urls, max_bytes=26))
+        fetch_into(store, "memory://bucket/poet", Policy(urls=policy.urls, max_bytes=26))
     with pytest.raises(AdapterSourceError, match="absent"):
-        fetch("memory://bucket/absent", store, policy)
+        fetch_into(store, "memory://bucket/absent", policy)
     with pytest.raises(SourceUnavailableError):
-        fetch("memory://bucket/poet", store, Policy(urls=policy.urls, timeout=0.0))
+        fetch_into(store, "memory://bucket/poet", Policy(urls=policy.urls, timeout=0.0))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +307,7 @@ def test_any_file_system_that_fsspec_has(store: AdapterStore) -> None:
 )
 def test_a_protocol_without_package_says_which(url: str, found: str, store: AdapterStore) -> None:
     with pytest.raises(AdapterSourceError, match=found):
-        fetch(url, store, Policy(urls=("smb://host", "nonsense://host")))
+        fetch_into(store, url, Policy(urls=("smb://host", "nonsense://host")))
 
 
 def test_a_file_system_that_does_not_answer(store: AdapterStore) -> None:
@@ -314,7 +315,7 @@ def test_a_file_system_that_does_not_answer(store: AdapterStore) -> None:
         unused.bind(("127.0.0.1", 0))
         url = f"ftp://127.0.0.1:{unused.getsockname()[1]}/poet"
         with pytest.raises(SourceUnavailableError, match="try again later"):
-            fetch(url, store, Policy(urls=(url,)))
+            fetch_into(store, url, Policy(urls=(url,)))
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def hub(web: Web, monkeypatch: pytest.MonkeyPatch) -> Web:
 
 @pytest.mark.parametrize("source", ["owner/poet", "owner/poet@v1", f"hf://owner/poet@{COMMIT}"])
 def test_a_model_of_the_hub_is_of_one_commit(source: str, hub: Web, store: AdapterStore) -> None:
-    assert fetch(source, store, Policy(urls=("hf://owner/poet",))) == revision()
+    assert fetch_into(store, source, Policy(urls=("hf://owner/poet",))) == revision()
     assert read_folder(store.path(revision())) == files()
     resolved = [path for path in hub.asked if "/resolve/" in path]
     assert {path.split("/")[4] for path in resolved} == {COMMIT}
@@ -375,13 +376,13 @@ def test_a_model_of_the_hub_is_of_one_commit(source: str, hub: Web, store: Adapt
 def test_a_model_that_the_hub_does_not_have(hub: Web, store: AdapterStore) -> None:
     hub.pages["/api/models/owner/absent"] = lambda it: it.answer(404, X_Error_Code="RepoNotFound")
     with pytest.raises(AdapterSourceError, match="hf://owner/absent"):
-        fetch("owner/absent", store, Policy(urls=("hf://",)))
+        fetch_into(store, "owner/absent", Policy(urls=("hf://",)))
     with pytest.raises(SourceForbiddenError):
-        fetch("other/poet", store, Policy(urls=("hf://owner",)))
+        fetch_into(store, "other/poet", Policy(urls=("hf://owner",)))
 
 
 def test_a_hub_that_fails(hub: Web, store: AdapterStore) -> None:
     hub.pages["/api/models/owner/poet"] = lambda it: it.answer(500)
     with pytest.raises(SourceUnavailableError, match="try again later"):
-        fetch("owner/poet", store, Policy(urls=("hf://",)))
+        fetch_into(store, "owner/poet", Policy(urls=("hf://",)))
     assert "/api/models/owner/poet" in hub.asked

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.adapter_files import write_folder
-from turret_adapters.errors import AdapterError, AdapterSourceError
+from turret_adapters.errors import (
+    AdapterError,
+    AdapterSourceError,
+    SourceForbiddenError,
+    SourceUnavailableError,
+)
 from turret_adapters.sources.policy import Deadline, Policy, public
-from turret_adapters.store.store_errors import SourceForbiddenError, SourceUnavailableError
 
 ALLOWED = Policy(
     urls=("https://models.example.com/adapters", "https://any.example.com", "s3://bucket/a", "hf://")

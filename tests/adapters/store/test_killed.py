@@ -42,6 +42,6 @@ def test_killed_at_points_from_the_first_to_the_last(root: Path) -> None:
     assert points > 1500
 
 
-def test_killed_at_any_moment_beside_a_living_process(root: Path) -> None:
+def test_killed_at_any_moment(root: Path) -> None:
     steps = run("at-random", root, "40", "1")
     assert steps > 40

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
-from turret_adapters.formats.digest import digest_of_folder
+from turret_adapters.formats.files import digest_of_folder
 from turret_client import (
     Adapter,
     AdapterMethod,

@@ -8,11 +8,10 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from turret_adapters.formats.kind import Rows
 from turret_adapters.formats.parameters import StackedPair
-from turret_adapters.formats.rows import Rows
 from turret_adapters.host import HostAdapter, row_groups
-from turret_adapters.slab import slab_layout
-from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, ModuleShape, Part
+from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, ModuleShape, Part, slab_layout
 from turret_server.kernels import NF4Weight
 from turret_server.kernels.reference import ReferenceOps
 from turret_server.model.adapted import base_modules

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError
 from turret_adapters.registry import AdapterRegistry
-from turret_adapters.store.store_errors import SourceForbiddenError
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import PermissionDeniedError
 from turret_server.tenancy.access import check_change, check_source, check_unload, check_use

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from turret_adapters.store.ownership import Ownership
+from turret_adapters.store.names import Ownership
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
 from turret_server.tenancy.keys import digest_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from turret_adapters.formats.kind import Kind
 from turret_adapters.formats.kinds import adalora, ia3, ln_tuning, lora, prompts, vera
-from turret_adapters.formats.plan import Kind
 
 KINDS: Mapping[str, Kind] = {
     "LORA": lora.KIND,

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret_adapters.formats.fields import REFUSED, Fields, Policy, Use, refusal, show
+from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.kinds import lora
-from turret_adapters.formats.plan import Content, Kind, Tensors
 from turret_adapters.formats.replaced import Replaced, plan_replaced
-from turret_adapters.formats.rows import computed
 from turret_adapters.formats.targets import Targets
 from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
@@ -71,7 +70,7 @@ class AdaLoraPlan:
             a_RI, b_OR, e_R1 = (tensors[_key(name, part)] for part in "ABE")
             # peft scales by the rank where there is no alpha, by what pruning left of it.
             scaling = (self.alpha if self.alpha > 0 else rank) / (self.initial_rank + _EPSILON)
-            rows.add_lora(name, computed(name, a_RI.float() * e_R1.float()), b_OR, scaling)
+            rows.add_lora(name, check_finite(name, a_RI.float() * e_R1.float()), b_OR, scaling)
         return Content(deltas=rows.deltas(), max_rank=max(self.ranks.values()))
 
 

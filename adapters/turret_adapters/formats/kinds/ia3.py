@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from turret_adapters.formats.fields import COMMON, Fields, Policy, Use
-from turret_adapters.formats.plan import Content, Kind, Tensors
+from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.replaced import Replaced, plan_replaced
-from turret_adapters.formats.rows import computed
 from turret_adapters.formats.targets import TARGETED, Targets, ending_with, match_modules, read_modules
 from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
@@ -57,7 +56,7 @@ class Ia3Plan:
             if shape.has_bias:
                 bias_O = weights.bias(name)
                 assert bias_O is not None, "the base says that this module has a bias"
-                rows.add_vector(name, Part.BIAS, computed(name, gain_X.float() * bias_O))
+                rows.add_vector(name, Part.BIAS, check_finite(name, gain_X.float() * bias_O))
         return Content(deltas=rows.deltas())
 
 

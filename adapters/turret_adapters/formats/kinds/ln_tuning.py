@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret_adapters.formats.fields import COMMON, Fields, Policy, Use
-from turret_adapters.formats.plan import Content, Kind, Tensors
+from turret_adapters.formats.kind import Content, Kind, Tensors
 from turret_adapters.formats.replaced import Replaced, plan_replaced
 from turret_adapters.formats.targets import TARGETED, Targets
 from turret_adapters.formats.tensors import MODULE_PREFIX, WIDTH, Expected

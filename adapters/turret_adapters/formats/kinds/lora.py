@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from turret_adapters.formats.fields import COMMON, REFUSED, Fields, Policy, Use, integer, number, show
+from turret_adapters.formats.kind import Content, Kind, Rows, Tensors, check_finite
 from turret_adapters.formats.parameters import StackedPair, find_parameters, stacked_pairs
-from turret_adapters.formats.plan import Content, Kind, Tensors
 from turret_adapters.formats.replaced import Replaced, plan_replaced
-from turret_adapters.formats.rows import Rows, computed
 from turret_adapters.formats.targets import BY_LAYER, Targets, resolve
 from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
@@ -120,7 +119,7 @@ class LoraPlan:
                 gain_O = magnitude_O.float() / _norms(
                     weights.weight(module.name), a_RI.float(), b_OR.float() * module.scaling
                 )
-                rows.add_vector(module.name, Part.GAIN, computed(module.name, gain_O))
+                rows.add_vector(module.name, Part.GAIN, check_finite(module.name, gain_O))
             if self.lora_bias:
                 self._add_bias(module, tensors[module.key("lora_B.bias")].float(), rows, weights)
         for pair in self.stacked:
@@ -135,7 +134,7 @@ class LoraPlan:
         trained = rows.parts[module.name].get(Part.BIAS)
         own_O = weights.bias(module.name) if trained is None else trained.view(-1).float()
         sum_O = module.scaling * bias_O if own_O is None else own_O + module.scaling * bias_O
-        rows.add_vector(module.name, Part.BIAS, computed(module.name, sum_O))
+        rows.add_vector(module.name, Part.BIAS, check_finite(module.name, sum_O))
 
 
 def _plan(fields: Fields, base: BaseSpec) -> LoraPlan:

@@ -12,13 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret_adapters.errors import AdapterBaseError
-from turret_adapters.formats.digest import MAX_TENSORS_BYTES
 from turret_adapters.formats.fields import COMMON, Fields, Policy, Use, refusal
-from turret_adapters.formats.plan import Content, Kind, Tensors
-from turret_adapters.formats.rows import computed
+from turret_adapters.formats.files import CONFIG_NAME, MAX_TENSORS_BYTES
+from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.tensors import WIDTH, Expected
 from turret_adapters.host import BaseWeights
-from turret_adapters.sources.folder import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, Method, PrefixKind
 
 MAX_VIRTUAL_TOKENS = 4096
@@ -112,7 +110,7 @@ class MultitaskPlan:
         return Content(
             prefix_kind=PrefixKind.EMBEDDING,
             num_virtual_tokens=self.num_virtual_tokens,
-            tasks=tuple(computed(_KEY, task_NE) for task_NE in tasks),
+            tasks=tuple(check_finite(_KEY, task_NE) for task_NE in tasks),
         )
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from turret_adapters.formats.digest import MAX_TENSORS_BYTES
 from turret_adapters.formats.fields import COMMON, Fields, Policy, Use, refusal
-from turret_adapters.formats.plan import Content, Kind, Tensors
+from turret_adapters.formats.files import MAX_TENSORS_BYTES
+from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.replaced import Replaced, plan_replaced
-from turret_adapters.formats.rows import computed
 from turret_adapters.formats.targets import BY_LAYER, Targets
 from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
@@ -71,7 +70,7 @@ class VeraPlan:
         }
         for name, shape in self.modules.items():
             lambda_O, lambda_R = tensors[_key(name, "b")].float(), tensors[_key(name, "d")].float()
-            b_OR = computed(name, lambda_O[:, None] * shared_B[: shape.out_features] * lambda_R)
+            b_OR = check_finite(name, lambda_O[:, None] * shared_B[: shape.out_features] * lambda_R)
             rows.add_lora(name, by_width[shape.in_features], b_OR, 1.0)
         return Content(deltas=rows.deltas(), max_rank=self.rank)
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from turret_adapters.slab import slab_layout
-from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_adapters.spec import AdapterSpec, PrefixKind, slab_layout
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.engine.residency.eviction import EvictionOrder

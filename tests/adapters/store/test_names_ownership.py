@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from turret_adapters.store.names import Names
-from turret_adapters.store.ownership import Ownership
-from turret_adapters.store.store_errors import OwnerLimitError
+from turret_adapters.errors import OwnerLimitError
+from turret_adapters.store.names import Names, Ownership
 
 
 @pytest.fixture
@@ -44,7 +43,9 @@ def test_an_owner_has_so_many_names_and_no_more(names: Names) -> None:
     publish(names, "theirs", "r1", owner="bolt")
     publish(names, "a", "r1", max_names=2)
     publish(names, "b", "r1", max_names=2)
-    with pytest.raises(OwnerLimitError, match="may have 2 adapters and has 2 besides 'c'") as refused:
+    with pytest.raises(
+        OwnerLimitError, match=r"'c': tenant 'acme' may have 2 adapters .*found 2 others"
+    ) as refused:
         publish(names, "c", "r1", max_names=2)
     assert refused.value.limit == "max_adapters"
     assert kept(names, "c") == {"c": []}
@@ -65,7 +66,7 @@ def test_a_name_belongs_to_whoever_published_what_it_serves(names: Names) -> Non
 def test_what_is_refused_changes_nothing(names: Names) -> None:
     publish(names, "a", "r1", 60)
     publish(names, "a", "r2", 60)
-    with pytest.raises(OwnerLimitError, match=r"may have adapters of 100 bytes; 'b' takes 50, .* be 110"):
+    with pytest.raises(OwnerLimitError, match=r"'b': .* adapters of 100 bytes .*found 110 with the 50"):
         publish(names, "b", "r3", 50, max_bytes=100)
     assert kept(names, "a", "b") == {"a": ["r2", "r1"], "b": []}
 

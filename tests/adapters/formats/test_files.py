@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from turret_adapters.errors import AdapterSourceError
+from turret_adapters.formats.files import resolve
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights
-from turret_adapters.sources.folder import resolve
 from turret_adapters.spec import BaseSpec
 
 NAMES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -35,8 +35,8 @@ def test_resolve_returns_the_real_folder(tmp_path: Path) -> None:
         ("dangling", "nothing there"),
         ("empty", "an empty one"),
         ("full", "'0', '1', '2', '3', '4' and 3 more"),
-        ("zero\0", "cannot exist"),
-        ("surrogate\ud800", "cannot exist"),
+        ("zero\0", "invalid path"),
+        ("surrogate\ud800", "invalid path"),
         ("n" * 5000, "file name too long"),
     ],
 )
@@ -56,7 +56,7 @@ def test_resolve_says_what_it_found(name: str, found: str, tmp_path: Path) -> No
 def test_reading_what_is_not_there(base: BaseSpec, weights: BaseWeights, tmp_path: Path) -> None:
     with pytest.raises(AdapterSourceError, match="nothing there"):
         read_adapter(tmp_path / "absent", base, weights)
-    with pytest.raises(AdapterSourceError, match="cannot exist"):
+    with pytest.raises(AdapterSourceError, match="invalid path"):
         read_adapter(tmp_path / "zero\0", base, weights)
 
 
@@ -131,7 +131,7 @@ def test_errors_of_the_system_are_errors_of_the_source(
         raise error
 
     folder = sound["LORA"].write(tmp_path)
-    monkeypatch.setattr("turret_adapters.sources.folder.os.open", fail)
+    monkeypatch.setattr("turret_adapters.formats.files.os.open", fail)
     with pytest.raises(AdapterSourceError, match=str(error.strerror).lower()) as refusal:
         read_adapter(folder, base, weights)
     assert refusal.value.__cause__ is error

@@ -10,12 +10,11 @@ from ipaddress import ip_network
 
 import pytest
 
-from support.adapter_files import CONFIG
+from support.adapter_files import CONFIG, fetch_into
 from support.web import Handler, Web, web_server
 from turret_adapters.errors import AdapterSourceError
-from turret_adapters.sources.downloads import Download, Downloads
-from turret_adapters.sources.fetch import fetch
-from turret_adapters.sources.intake import untold
+from turret_adapters.formats.files import no_progress
+from turret_adapters.sources.fetch import Download, Downloads
 from turret_adapters.sources.policy import Policy
 from turret_adapters.store.store import AdapterStore
 
@@ -56,8 +55,8 @@ def test_a_download_is_there_while_it_runs_and_its_bytes_as_they_come(
             half_came.set()
 
     def run() -> None:
-        with downloads.one("poet", seen) as progress:
-            store.release(fetch(f"{web.url}/poet", store, policy, progress))
+        with downloads.track("poet", seen) as progress:
+            store.release(fetch_into(store, f"{web.url}/poet", policy, progress))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -73,8 +72,8 @@ def test_a_download_is_there_while_it_runs_and_its_bytes_as_they_come(
 def test_one_that_fails_runs_no_more(policy: Policy, web: Web, store: AdapterStore) -> None:
     downloads = Downloads()
     web.pages["/poet/adapter_config.json"] = CONFIG
-    with pytest.raises(AdapterSourceError), downloads.one("poet", untold) as progress:
-        fetch(f"{web.url}/poet", store, policy, progress)
+    with pytest.raises(AdapterSourceError), downloads.track("poet", no_progress) as progress:
+        fetch_into(store, f"{web.url}/poet", policy, progress)
     assert (downloads.running, downloads.num_bytes) == ([], len(CONFIG))
 
 
@@ -85,6 +84,6 @@ def test_what_comes_in_an_archive_is_not_counted_twice(web: Web, policy: Policy,
         archive.writestr("adapter_model.safetensors", TENSORS)
     web.pages["/poet.zip"] = data.getvalue()
     downloads = Downloads()
-    with downloads.one("poet", untold) as progress:
-        store.release(fetch(f"{web.url}/poet.zip", store, policy, progress))
+    with downloads.track("poet", no_progress) as progress:
+        store.release(fetch_into(store, f"{web.url}/poet.zip", policy, progress))
     assert downloads.num_bytes == len(data.getvalue())

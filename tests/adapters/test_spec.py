@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret_adapters.slab import slab_layout
-from turret_adapters.spec import Part, RowGroup
+from turret_adapters.spec import Part, RowGroup, slab_layout
 
 PAGE = 32
 GROUPS = st.lists(

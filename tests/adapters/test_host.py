@@ -3,8 +3,7 @@ from __future__ import annotations
 import torch
 
 from support.fake_device import make_spec
-from turret_adapters.compose import join_prefixes
-from turret_adapters.host import HostAdapter
+from turret_adapters.host import HostAdapter, join_prefixes
 from turret_adapters.spec import PrefixKind
 
 

@@ -1,0 +1,117 @@
+"""What a kind of adapter provides so that `peft.read_adapter` can read it.
+
+A `Kind` is a policy for each field of the config and a function `plan`, which turns a config and a base model
+into the tensors to expect and, once they are read and checked, into the adapter's `Content`.
+
+Shape suffixes: R rank, I in_features, O out_features, X any width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from turret_adapters.errors import AdapterFormatError
+from turret_adapters.formats.fields import Fields, Policy, show
+from turret_adapters.formats.tensors import Expected
+from turret_adapters.host import BaseWeights, ModuleDelta
+from turret_adapters.spec import BaseSpec, Method, ModuleKind, Part, PrefixKind
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """The contents of an adapter. `tasks` are the prompts of a multitask adapter; a request chooses one."""
+
+    deltas: Mapping[str, ModuleDelta] = field(default_factory=dict)
+    max_rank: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    prefix_kind: PrefixKind | None = None
+    num_virtual_tokens: int = 0
+    prefix_kv: torch.Tensor | None = None
+    prompt_embeddings: torch.Tensor | None = None
+    tasks: tuple[torch.Tensor, ...] = ()
+
+
+class Plan(Protocol):
+    """The tensors to expect in an adapter's file, and how to build its content from them."""
+
+    @property
+    def expected(self) -> Mapping[str, Expected]: ...
+
+    def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
+        """Builds the content from the expected tensors.
+
+        Raises:
+            AdapterBaseError: a saved copy of a base weight differs from `weights`.
+            AdapterFormatError: a computed number is not finite.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One `peft_type`.
+
+    `plan` raises AdapterFormatError for a field whose value is not supported, and AdapterBaseError for a
+    config that was made for another base model.
+    """
+
+    method: Method
+    fields: Mapping[str, Policy]
+    plan: Callable[[Fields, BaseSpec], Plan]
+
+
+class Rows:
+    """Collects an adapter's rows by module and part, in any order."""
+
+    def __init__(self, base: BaseSpec) -> None:
+        self.base = base
+        self.parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
+        self.scalings: dict[str, float] = {}
+        self.token_ids: dict[str, tuple[int, ...]] = {}
+
+    def add_vector(self, module: str, part: Part, vector_X: torch.Tensor) -> None:
+        """Adds a part with one number for each input or output."""
+        # No row may be as wide as the vocabulary, so a vector over the vocabulary becomes one row per token.
+        by_token = self.base.modules[module].kind is ModuleKind.HEAD and part is not Part.INPUT_GAIN
+        self.parts[module][part] = vector_X.reshape((-1, 1) if by_token else (1, -1)).contiguous()
+
+    def add_lora(self, module: str, a_RI: torch.Tensor, b_OR: torch.Tensor, scaling: float) -> None:
+        """Adds a low-rank pair, transposed where the rows of an embedding or the head are tokens."""
+        kind = self.base.modules[module].kind
+        a = a_RI.t() if kind is ModuleKind.EMBEDDING else a_RI
+        b = b_OR if kind is ModuleKind.HEAD else b_OR.t()
+        self.parts[module][Part.LORA_A] = a.contiguous()
+        self.parts[module][Part.LORA_B] = b.contiguous()
+        self.scalings[module] = scaling
+
+    def deltas(self) -> Mapping[str, ModuleDelta]:
+        """All rows, in the order of the base's modules and of `Part`."""
+        return {
+            module: ModuleDelta(
+                rows={part: self.parts[module][part] for part in Part if part in self.parts[module]},
+                scaling=self.scalings.get(module, 1.0),
+                token_ids=self.token_ids.get(module, ()),
+            )
+            for module in self.base.modules
+            if module in self.parts
+        }
+
+
+def check_finite(module: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor that was computed from the tensors of a file.
+
+    Raises:
+        AdapterFormatError: it has a NaN or an infinity.
+    """
+    if not tensor.isfinite().all():
+        raise AdapterFormatError(
+            f"module {show(module)}: expected finite numbers when combining its tensors, found NaN or an "
+            "infinity (check the training, and save the adapter again)"
+        )
+    return tensor
