@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from turret_adapters.spec import BaseSpec
+from turret_adapters.store.disk import make_private
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate
@@ -142,6 +143,8 @@ def _load_quantised(
     if getattr(config, "quantization_config", None):
         log.info("loading %s, quantised already", name_or_path)
         return _from_pretrained(name_or_path, options)
+    with suppress(OSError):  # `_keep` reports a cache that is not writable
+        make_private(cache / "nf4")
     kept = cache / "nf4" / _cache_key(name_or_path, config, dtype)
     if kept.is_dir():
         log.info("loading %s from its quantised copy in %s", name_or_path, kept)
@@ -163,7 +166,7 @@ def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> PreTrainedMo
 def _keep(model: PreTrainedModel, kept: Path) -> None:
     """Save the quantised weights under their final name only when they are whole."""
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        make_private(kept.parent)
         unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=kept.parent)
         try:
             # In the checkpoint's own format, experts would not be what was quantised.

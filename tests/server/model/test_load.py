@@ -111,3 +111,13 @@ def test_another_checkpoint_in_the_same_folder_is_quantised_anew(base_of, tmp_pa
     assert [name for name in first if not torch.equal(first[name], second[name])] == [
         "model.layers.0.mlp.up_proj"
     ]
+
+
+def test_the_cache_is_private_to_its_user_also_one_of_before(base_of, tmp_path):
+    base = base_of("llama")
+    copies = tmp_path / "cache" / "nf4"
+    for _ in ("quantised", "read from its copy"):
+        load(base, tmp_path / "cache")
+        [copy] = copies.iterdir()
+        assert {folder.stat().st_mode & 0o777 for folder in (copies, copy)} == {0o700}
+        copies.chmod(0o755)
