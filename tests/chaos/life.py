@@ -22,7 +22,7 @@ from soak.setting import OPERATOR
 from soak.timeline import Timeline
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_client import Client, TurretError
-from turret_client._status import raising_turret_errors
+from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder
 
 NAMES = tuple(f"name-{index}" for index in range(6))
@@ -81,10 +81,11 @@ class Uploader:
                 chunk = adapters_pb2.UploadChunk(offset=offset, data=tensors[offset : offset + _CHUNK_BYTES])
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 
-        with grpc.insecure_channel(self.address) as channel, raising_turret_errors(self.address):
+        with grpc.insecure_channel(self.address) as channel:
             stub = adapters_pb2_grpc.AdapterServiceStub(channel)
-            metadata = [("authorization", f"Bearer {OPERATOR}")]
-            list(stub.UploadAdapter(requests(), metadata=metadata))
+            call = stub.UploadAdapter(requests(), metadata=[("authorization", f"Bearer {OPERATOR}")])
+            with call_scope(call, self.address):
+                list(call)
 
 
 @dataclass

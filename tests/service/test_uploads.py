@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -24,7 +26,7 @@ from turret_client import (
     UnavailableError,
 )
 from turret_client import _upload as sending
-from turret_client._status import raising_turret_errors
+from turret_client._status import _turret_error
 from turret_server.lifecycle import loads
 from turret_server.rpc import uploads
 
@@ -56,6 +58,14 @@ def forget(client):
     for adapter in client.list_adapters():
         if adapter.name in ("sent", "loaded"):
             client.unload_adapter(adapter.name)
+
+
+@contextmanager
+def raising_turret_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _turret_error(error, address) from error
 
 
 class Wire:

@@ -18,7 +18,7 @@ from soak.known import Content
 from soak.timeline import State, Timeline
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_client import Adapter, Client, NotFoundError, TurretError, UnavailableError
-from turret_client._status import raising_turret_errors
+from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder
 
 # What a server says of a folder that is broken, or that somebody breaks while it is read.
@@ -201,13 +201,13 @@ class Changer:
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
             time.sleep(self._chance.uniform(0, 0.05))
 
-        with grpc.insecure_channel(self.address) as channel, raising_turret_errors(self.address):
+        with grpc.insecure_channel(self.address) as channel:
             stub = adapters_pb2_grpc.AdapterServiceStub(channel)
             call = stub.UploadAdapter(requests(), metadata=[("authorization", f"Bearer {self.api_key}")])
-            self.judge.expect(next(iter(call)).offset == 0, f"{name}: a new upload does not begin at 0")
-            accepted.set()
-            time.sleep(self._chance.uniform(0, 0.05))
-            call.cancel()
+            with call_scope(call, self.address):
+                self.judge.expect(next(iter(call)).offset == 0, f"{name}: a new upload does not begin at 0")
+                accepted.set()
+                time.sleep(self._chance.uniform(0, 0.05))
         self.judge.count("uploads broken off")
         return chunks * _CHUNK_BYTES
 
