@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from turret_adapters.errors import AdapterFormatError, SourceTooLargeError, SourceUnavailableError
+from turret_adapters.errors import (
+    AdapterFormatError,
+    SourceTooLargeError,
+    SourceUnavailableError,
+    StoreBusyError,
+    StoreFailedError,
+)
 from turret_adapters.formats.files import digest_of_folder
 from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
@@ -152,4 +158,166 @@ def test_files_of_revisions_that_an_owner_has_no_room_for_go_once_nothing_reads_
     assert kept.revisions().keys() == {first.spec.revision, second.spec.revision}
     library.let_go(first.spec.revision)
     assert kept.revisions().keys() == {second.spec.revision}
+    library.close()
+
+
+def publish(library: AdapterLibrary, name: str, folder: Path) -> str:
+    with library.fetch(str(folder)) as adapter:
+        library.publish(name, adapter, str(folder))
+    return adapter.spec.revision
+
+
+def fail(*_: object) -> None:
+    raise StoreFailedError("no disk")
+
+
+@pytest.fixture
+def other_folder(sound: dict[str, Any], tmp_path: Path) -> Path:
+    other = replace(sound["LORA"], fields=sound["LORA"].fields | {"revision": "other"})
+    return other.write(tmp_path / "other")
+
+
+def test_letting_go_is_harmless_as_often_as_it_is_done(library: AdapterLibrary, folder: Path) -> None:
+    revision = publish(library, "poet", folder)
+    assert library.keep(revision)
+    assert not library.keep(revision), "it is kept already"
+    with pytest.raises(StoreBusyError):
+        library.store.remove(revision)
+    for _ in range(3):
+        library.let_go(revision)
+    library.store.remove(revision)
+    library.close()
+
+
+def test_letting_go_whose_deletion_fails_releases_and_can_be_tried_again(
+    library: AdapterLibrary, folder: Path, other_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with library.fetch(str(folder)) as adapter:
+        library.publish("poet", adapter, "")
+        first = adapter.spec.revision
+        library.keep(first)
+    limits = Ownership(max_bytes=adapter.spec.file_bytes * 3 // 2)
+    with library.fetch(str(other_folder)) as adapter:
+        library.publish("poet", adapter, "", limits)
+    for failing in (library.names, "needed"), (library.store, "remove"):
+        with monkeypatch.context() as patch:
+            patch.setattr(*failing, fail)
+            with pytest.raises(StoreFailedError):
+                library.let_go(first)
+    assert first in library.store.revisions()
+    assert first not in library.store._held
+    library.let_go(first)
+    assert library.store.revisions().keys() == {adapter.spec.revision}
+    library.close()
+
+
+@pytest.mark.parametrize("failing", ["needed", "collect"])
+def test_what_was_published_is_published_even_if_the_clean_up_fails(
+    failing: str,
+    library: AdapterLibrary,
+    folder: Path,
+    other_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    library.store.max_bytes = 1 << 30
+    first = publish(library, "poet", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(library.names if failing == "needed" else library.store, failing, fail)
+        with library.fetch(str(other_folder)) as second:
+            limits = Ownership(max_bytes=second.spec.file_bytes * 3 // 2)
+            library.publish("poet", second, "", limits)
+        assert library.names.current()["poet"].revision == second.spec.revision
+        assert "no disk" in caplog.text
+    publish(library, "pirate", other_folder)
+    assert library.store.revisions().keys() == {second.spec.revision}, f"{first} goes with the next clean-up"
+    library.close()
+
+
+def test_a_failed_fetch_whose_clean_up_fails_says_why_the_fetch_failed(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "remove", fail)
+        with pytest.raises(AdapterFormatError), library.fetch(str(folder)):
+            pass
+    assert len(kept.revisions()) == 1
+    with pytest.raises(AdapterFormatError), library.fetch(str(folder)):
+        pass
+    assert kept.revisions() == {}
+    library.close()
+
+
+def test_a_revision_that_another_load_has_in_use_is_not_deleted_by_one_that_fails(
+    library: AdapterLibrary, folder: Path
+) -> None:
+    with library.fetch(str(folder)) as adapter:
+        with pytest.raises(ZeroDivisionError), library.fetch(str(folder)):
+            raise ZeroDivisionError
+        library.publish("poet", adapter, "")
+    revision = adapter.spec.revision
+    library.read(revision)
+    library.names.remove("poet")
+    library.keep(revision)
+    library.let_go(revision)
+    assert revision in library.store.revisions(), "without a budget, what was published stays"
+    library.close()
+
+
+def test_rolling_back_keeps_the_revision_before_it_commits(
+    library: AdapterLibrary, folder: Path, other_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = publish(library, "poet", folder), publish(library, "poet", other_folder)
+    target = library.names.rollback_target("poet")
+    with monkeypatch.context() as patch:
+        patch.setattr(library.store, "hold", fail)
+        with pytest.raises(StoreFailedError):
+            library.rollback(target)
+    assert [entry.revision for entry in library.names.history("poet")] == [second, first]
+    with monkeypatch.context() as patch:
+        patch.setattr(library.names, "rollback", fail)
+        with pytest.raises(StoreFailedError):
+            library.rollback(target)
+    assert first not in library.store._held, "an error changes nothing"
+    library.rollback(target)
+    assert [entry.revision for entry in library.names.history("poet")] == [first]
+    with pytest.raises(StoreBusyError):
+        library.store.remove(first)
+    library.close()
+
+
+def test_a_rollback_that_fails_leaves_what_was_kept_before(
+    library: AdapterLibrary, folder: Path, other_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(library, "poet", folder)
+    publish(library, "poet", other_folder)
+    library.keep(first)
+    monkeypatch.setattr(library.names, "rollback", fail)
+    with pytest.raises(StoreFailedError):
+        library.rollback(library.names.rollback_target("poet"))
+    with pytest.raises(StoreBusyError):
+        library.store.remove(first)
+    library.close()
+
+
+def test_what_exceeds_the_budget_is_refused_before_it_is_copied(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.max_bytes = 100
+    monkeypatch.setattr(kept, "adopt", fail)
+    with pytest.raises(SourceTooLargeError), library.fetch(str(folder)):
+        pass
+    library.close()
+
+
+def test_fetches_leave_nothing_behind_in_the_librarys_books(library: AdapterLibrary, folder: Path) -> None:
+    for _ in range(2):
+        publish(library, "poet", folder)
+        with pytest.raises(ZeroDivisionError), library.fetch(str(folder)):
+            raise ZeroDivisionError
+        assert not library._unneeded
+        assert not library.store._held
+        assert library.downloads.running == []
+        assert library._fetching == 0
     library.close()
