@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto clean
+.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,8 +21,11 @@ $(READY): pyproject.toml deploy/constraints.txt
 demo: $(READY)  ## Train a base model and five adapters, serve them in one batch, swap one while it streams
 	@$(BIN)/python -m turret_demo
 
-test: $(READY)  ## Run the test suite
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet
+test: $(READY)  ## Run the test suite, without what test-all runs
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m 'not slow'
+
+test-all: $(READY)  ## Run the tests that take minutes or need a browser, Ray, Prometheus or a real model
+	@$(BIN)/python -m pytest --quiet -m slow
 
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
 	@$(BIN)/python tests/parity/matrix.py

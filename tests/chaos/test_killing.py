@@ -28,6 +28,7 @@ def contents(adapter_of):
     return [Content.read(kind, adapter_of("llama", kind)) for kind in ("lora", "prefix", "ia3")]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_at_work_serves_the_same_afterwards(nursery, base_of, contents, tmp_path):
     model, cache = base_of("llama"), tmp_path / "cache"
     where = ("--model", str(model), "--cache", str(cache), "--device", "cpu", "--dtype", DTYPE)
