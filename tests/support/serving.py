@@ -20,6 +20,8 @@ from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.rpc.server import RpcServer
 
+# Only so that a failing test ends: on a busy machine a start takes minutes.
+_HANG_SECONDS = 900.0
 # The command that the package installs.
 TURRET = str(Path(sys.executable).with_name("turret"))
 
@@ -80,7 +82,9 @@ class ServerProcess:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        assert self._ready.wait(timeout=120)
+        if not self._ready.wait(_HANG_SECONDS):
+            self.kill()
+            raise AssertionError("".join(self.log))
 
     def _read(self) -> None:
         assert self.process.stderr
@@ -117,7 +121,7 @@ class ServerProcess:
 
     def wait(self) -> int:
         """The exit status of one that has been told to end, or ends by itself."""
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=_HANG_SECONDS)
         self._reader.join()
         assert self.process.stderr
         self.process.stderr.close()
