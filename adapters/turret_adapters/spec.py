@@ -6,7 +6,7 @@ The engine plans memory with these; `formats` fills them in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 # Separates an adapter's digest and the number of a task in the revision of that task.
@@ -130,6 +130,8 @@ class AdapterSpec:
     file_bytes: int
     invocation_tokens: tuple[int, ...] = ()
     num_tasks: int = 0
+    # By page size. It lives as long as the spec, so there is nothing to clean up.
+    _num_slab_pages: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def resident_revisions(self) -> list[str]:
@@ -145,6 +147,13 @@ class AdapterSpec:
     @property
     def num_virtual_tokens(self) -> int:
         return self.prefix.num_virtual_tokens if self.prefix else 0
+
+    def num_slab_pages(self, page_elements: int) -> int:
+        """The pages that its rows take, see `slab_layout`. Computed once: the engine asks in every step."""
+        num_pages = self._num_slab_pages.get(page_elements)
+        if num_pages is None:
+            num_pages = self._num_slab_pages[page_elements] = slab_layout(self.rows, page_elements).num_pages
+        return num_pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import zlib
-from dataclasses import asdict
+from dataclasses import fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -54,27 +54,27 @@ def _stats(folder: Path) -> list[os.stat_result]:
 def encode(spec: AdapterSpec) -> bytes:
     """Compressed JSON of a spec."""
     rows = [(group.module, group.part.value, group.count, group.width) for group in spec.rows]
-    fields = asdict(spec) | {
+    record = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init} | {
         "method": spec.method.value,
         # A string inside the JSON: thousands of adapters have a few shapes, and `_rows` parses each once.
         "rows": json.dumps(rows, separators=(",", ":")),
         "prefix": spec.prefix and [spec.prefix.num_virtual_tokens, spec.prefix.kind.value],
     }
-    return zlib.compress(json.dumps(fields).encode())
+    return zlib.compress(json.dumps(record).encode())
 
 
 def decode(record: bytes) -> AdapterSpec | None:
     """The spec of `encode`; None if another version encoded it or the bytes are damaged."""
     try:
-        fields: dict[str, Any] = json.loads(zlib.decompress(record))
-        prefix = fields["prefix"]
+        values: dict[str, Any] = json.loads(zlib.decompress(record))
+        prefix = values["prefix"]
         return AdapterSpec(
-            **fields
+            **values
             | {
-                "method": Method(fields["method"]),
-                "rows": _rows(fields["rows"]),
+                "method": Method(values["method"]),
+                "rows": _rows(values["rows"]),
                 "prefix": prefix and PrefixSpec(num_virtual_tokens=prefix[0], kind=PrefixKind(prefix[1])),
-                "invocation_tokens": tuple(fields["invocation_tokens"]),
+                "invocation_tokens": tuple(values["invocation_tokens"]),
             }
         )
     except (zlib.error, ValueError, TypeError, LookupError):

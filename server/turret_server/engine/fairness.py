@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Container, Iterable, Iterator
+from heapq import heapify, heappop, heappush, nsmallest
 
 from turret_server.engine.sequence import Sequence
 
 # What a token costs. One that is generated takes a step, whose weights are read for it; the paper's ratio.
 PROMPT_COST = 1.0
 GENERATED_COST = 2.0
+
+MAX_IDLE_TENANTS = 1000
 
 
 def _order(sequence: Sequence) -> tuple[float, int]:
@@ -70,11 +72,19 @@ class FairQueue:
             self._floor = self._least()
             del self._waiting[sequence.tenant]
 
-    def forget(self) -> None:
-        """Nobody waits or runs, so nobody is owed anything."""
+    def reset(self) -> None:
+        """Start from zero. Nobody waits or runs, so nobody is owed anything."""
         assert not self._waiting
         self._counters.clear()
         self._floor = 0.0
+
+    def forget_idle(self, active: Container[str]) -> None:
+        """Bound the tenants that are remembered without a job (those with one are `active`): callers may
+        name any number. Those who were given least go, as they would start with about the same anew.
+        """
+        idle = [tenant for tenant in self._counters if tenant not in active]
+        for tenant in nsmallest(len(idle) - MAX_IDLE_TENANTS, idle, key=self.counter):
+            del self._counters[tenant]
 
     def in_order(self, started: Iterable[Sequence]) -> Iterator[Sequence]:
         """`started`, whose prompts are not computed yet, and all that wait, as they are to be served.

@@ -36,6 +36,9 @@ from turret_server.errors import (
 _PREFETCHED = 8
 _LOOKED_AT = 4
 
+# After how many steps tenants that are gone are forgotten.
+_FORGET_EVERY = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -111,7 +114,9 @@ class Scheduler:
         self.pool.tick()
         self.num_preempted = self.residency.num_evicted = 0
         if not self._by_id:
-            self.waiting.forget()
+            self.waiting.reset()
+        elif self.pool.clock % _FORGET_EVERY == 0:
+            self.waiting.forget_idle({sequence.tenant for sequence in self._by_id.values()})
         self._fail_overdue(now)
         self._grow()
         streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
@@ -141,7 +146,7 @@ class Scheduler:
         """End a request without another word; one that has ended already is left alone."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
-            self._end(sequence, FinishReason.CANCELLED)
+            self._end(sequence, Output(finish_reason=FinishReason.CANCELLED))
 
     def drop(self, revision: str) -> None:
         """No request will name this revision again, and no prompt stays pinned for it."""
@@ -155,7 +160,7 @@ class Scheduler:
             self._fail_where_too_large(sequence)
 
     def fail(self, sequence: Sequence, error: TurretError) -> None:
-        self._end(sequence, FinishReason.FAILED, error)
+        self._end(sequence, Output(finish_reason=FinishReason.FAILED, error=error))
 
     def check_integrity(self) -> None:
         """Prove that every page is where the books say; see `PagePool.check_integrity`."""
@@ -324,10 +329,10 @@ class Scheduler:
             reason = FinishReason.STOP
         elif sequence.num_generated == request.max_tokens:
             reason = FinishReason.LENGTH
-        if reason:
-            self._remove(sequence)
         output = Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
-        if not request.tell(output) and not reason:
+        if reason:
+            self._end(sequence, output)
+        elif not request.tell(output):
             self._remove(sequence)
 
     def _pin_prompt(self, sequence: Sequence) -> None:
@@ -348,9 +353,14 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.add(sequence)
 
-    def _end(self, sequence: Sequence, reason: FinishReason, error: TurretError | None = None) -> None:
-        self._remove(sequence)
-        sequence.job.tell(Output(finish_reason=reason, error=error))
+    def _end(self, sequence: Sequence, output: Output) -> None:
+        """Release what the sequence holds, then emit its last output, also where the release raises: the
+        engine fails then, and ends only those requests that it still knows.
+        """
+        try:
+            self._remove(sequence)
+        finally:
+            sequence.job.tell(output)
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.job.request_id]

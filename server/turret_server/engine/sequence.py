@@ -103,7 +103,13 @@ class Sequence:
 
     @property
     def _salt(self) -> bytes:
-        return ",".join(f"{use.spec.revision}*{use.weight!r}" for use in self.job.adapters).encode()
+        """What sets blocks apart that adapters change. Where the rows begin to apply is part of it: the same
+        tokens may be a prompt, which activates, or an answer, which does not.
+        """
+        if not self.job.adapters:
+            return b""
+        named = ",".join(f"{use.spec.revision}*{use.weight!r}" for use in self.job.adapters)
+        return f"{named}@{self.active_from}".encode()
 
     def step(self, num_tokens: int) -> SequenceStep:
         """The step that computes the next `num_tokens` tokens; a token is sampled after the last one."""

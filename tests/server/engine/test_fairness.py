@@ -121,8 +121,19 @@ def test_all_is_forgotten_once_nobody_is_there():
     only = waiting(queue, "a")
     queue.charge("a", 70.0)
     queue.remove(only)
-    queue.forget()
+    queue.reset()
     assert queue.counter("a") == 0.0
+
+
+def test_of_tenants_without_a_job_those_who_were_given_least_are_forgotten(monkeypatch):
+    monkeypatch.setattr("turret_server.engine.fairness.MAX_IDLE_TENANTS", 2)
+    queue = queue_of()
+    for cost, tenant in enumerate(("active", "little", "more", "most")):
+        queue.charge(tenant, float(cost))
+    queue.forget_idle({"active"})
+    assert set(queue._counters) == {"active", "more", "most"}
+    queue.forget_idle({"active"})
+    assert len(queue._counters) == 3
 
 
 def test_started_prompts_come_before_what_their_tenant_has_waiting():

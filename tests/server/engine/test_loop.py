@@ -337,6 +337,36 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
     served.engine.cancel(held.job.request_id)
 
 
+@pytest.mark.parametrize("ended_by", ["its last token", "a cancellation", "an error"])
+def test_a_release_that_raises_loses_no_answer(ended_by, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("page 3 is free")
+
+    def refuse(_: Step) -> None:
+        raise ValueError("no such token")
+
+    served = Served()
+    served.engine.start()
+    held, other = served.hold(), served.submit(make_run([2], max_tokens=9))
+    monkeypatch.setattr(served.engine._scheduler.allocation, "release", fail)
+    match ended_by:
+        case "a cancellation":
+            served.engine.cancel(held.job.request_id)
+        case "an error":
+            monkeypatch.setattr(served.device, "before", refuse)
+    served.device.open.set()
+    served.wait(held, other)
+    served.engine._thread.join(PATIENCE)
+    assert "page 3 is free" in str(other.error)
+    match ended_by:
+        case "its last token":
+            assert held.end is FinishReason.LENGTH
+        case "a cancellation":
+            assert held.end is FinishReason.CANCELLED
+        case "an error":
+            assert "no such token" in str(held.error)
+
+
 # Ends from outside
 
 

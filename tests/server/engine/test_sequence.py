@@ -104,6 +104,30 @@ def test_never_activated_it_has_the_keys_of_the_base():
     assert sequence([1, 2, 3, 4], activated).keys(2, 2) == sequence([1, 2, 3, 4]).keys(2, 2)
 
 
+def test_blocks_with_the_same_tokens_and_another_activation_have_other_keys():
+    """The invocation tokens may be generated: then they activate nothing, as part of a prompt they do."""
+    activated = make_spec("a", slab_pages=1, invocation=(9,))
+    generated, given = sequence([9, 1], activated), sequence([9, 1, 9, 2], activated)
+    generated.tokens += [9, 2]
+    assert (generated.active_from, given.active_from) == (0, 2)
+    assert generated.keys(1, 4) != given.keys(1, 4)
+
+
+def test_a_salt_that_looks_like_a_revision_finds_nothing_of_it():
+    of_adapter = sequence([1, 2], make_spec("a", slab_pages=1))
+    salt = of_adapter._salt.decode()
+    assert Sequence.of(make_run([1, 2], cache_salt=salt).job).keys(1, 2) != of_adapter.keys(1, 2)
+
+
+def test_a_salt_comes_before_the_revision_in_the_chain():
+    activated = make_spec("a", slab_pages=1, invocation=(9,))
+    tokens = [1, 2, 3, 9]
+    plain, salted = (
+        Sequence.of(make_run(tokens, activated, cache_salt=salt).job).keys(2, 2) for salt in ("", "x")
+    )
+    assert not set(plain) & set(salted)
+
+
 def test_a_weight_and_the_company_of_another_adapter_make_other_keys():
     first, second = make_spec("a", slab_pages=1), make_spec("b", slab_pages=1)
     named = [

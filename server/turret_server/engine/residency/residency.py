@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from turret_adapters.spec import AdapterSpec, PrefixKind, slab_layout
+from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.engine.residency.eviction import EvictionOrder
@@ -67,14 +67,14 @@ class Residency:
     num_prefix_pages: int = 0
     _residents: dict[str, Resident] = field(default_factory=dict)
     _dropped: set[str] = field(default_factory=set)
-    _num_pages: dict[str, int] = field(default_factory=dict)
     _computed: list[Resident] = field(default_factory=list)
     # By who pins them. It is replaced, never changed: other threads look at it, too.
     _pins: Mapping[str, tuple[AdapterSpec, ...]] = field(default_factory=dict)
     # Pinned ones whose filling failed: they are filled when somebody needs them, or pins them again.
     _unfillable: set[str] = field(default_factory=set)
-    # Tenants that were refused pages, and when: who comes behind in the same step waits as well.
-    _refused: dict[str, int] = field(default_factory=dict)
+    # Tenants that were refused pages at the tick `_refused_at`: their other requests wait in that step, too.
+    _refused: set[str] = field(default_factory=set)
+    _refused_at: int = 0
     _order: EvictionOrder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,12 +86,7 @@ class Residency:
 
     def num_pages(self, spec: AdapterSpec) -> int:
         """Pages that a revision takes when resident."""
-        num_pages = self._num_pages.get(spec.revision)
-        if num_pages is None:
-            slab = slab_layout(spec.rows, self.page_elements).num_pages
-            num_pages = slab + -(-spec.num_virtual_tokens // self.block_size)
-            self._num_pages[spec.revision] = num_pages
-        return num_pages
+        return spec.num_slab_pages(self.page_elements) + -(-spec.num_virtual_tokens // self.block_size)
 
     def get(self, revision: str) -> Resident | None:
         return self._residents.get(revision)
@@ -159,13 +154,16 @@ class Residency:
         wanted = {spec.revision: self.num_pages(spec) for spec in specs if spec.revision not in pinned}
         if most is None or all(self._holds(tenant, revision) for revision in wanted):
             return True
-        if self._refused.get(tenant) == self.pool.clock:
+        if self._refused_at != self.pool.clock:
+            self._refused.clear()
+            self._refused_at = self.pool.clock
+        if tenant in self._refused:
             return False
         others = [one for one in self._held_by(tenant) if one.spec.revision not in wanted]
         excess = sum(wanted.values()) + sum(one.num_pages for one in others) - most
         idle = [one for one in others if one.is_idle(self.pool.clock)]
         if excess > sum(one.num_pages for one in idle):
-            self._refused[tenant] = self.pool.clock
+            self._refused.add(tenant)
             return False
         for one in sorted(idle, key=lambda one: -one.age(self.pool.clock) * one.num_pages):
             if excess > 0:
@@ -241,7 +239,6 @@ class Residency:
 
     def drop(self, revision: str) -> None:
         """Nobody will ask for this revision again: free it now, or when its copy or its last user ends."""
-        self._num_pages.pop(revision, None)
         resident = self._residents.get(revision)
         if resident is None:
             return
@@ -253,7 +250,8 @@ class Residency:
     def fail(self, resident: Resident, error: str) -> None:
         """Filling it failed: free it, and leave the reason for those who wait for it."""
         resident.error = error
-        self._unfillable.add(resident.spec.revision)
+        if resident.pinned:
+            self._unfillable.add(resident.spec.revision)
         self._free(resident)
 
     @property
