@@ -99,10 +99,10 @@ class _Joined:
 class AdapterRegistry:
     """All methods may be called from any thread. Tensors are in `memory`.
 
-    `on_gone` is told each revision that nothing needs any more, on the thread that gave it up; whoever keeps
-    copies elsewhere sets it before the first `publish`. `on_lost` is told each revision that, once
-    it was read, turned out not to be what it was. `on_change` is told how each name stands after a
-    change of it, in the order of the changes: nothing changes before it returns, and it calls nothing here.
+    `on_gone` is called with each revision that nothing needs any more, on the thread that released it, and
+    `on_change` with the status of each name after a change of it. Both are called in the order of the changes
+    while the registry is locked: they must not block, and must not call the registry. `on_lost` is called
+    with each revision whose files turned out to hold something else than was recorded of them.
     """
 
     def __init__(self, memory: HostMemory | None = None) -> None:
@@ -121,8 +121,7 @@ class AdapterRegistry:
         """Make `name` point at this revision from now on."""
         with self._lock:
             self._memory.put(adapter)
-            gone = self._point(name, adapter.spec)
-        self._tell(gone)
+            self._point(name, adapter.spec)
 
     def publish_unread(self, name: str, spec: AdapterSpec) -> None:
         """The same for a revision whose tensors are read once they are needed; where they are not what its
@@ -130,17 +129,16 @@ class AdapterRegistry:
         """
         with self._lock:
             self._memory.know(spec)
-            gone = self._point(name, spec)
-        self._tell(gone)
+            self._point(name, spec)
 
-    def _point(self, name: str, spec: AdapterSpec) -> list[str]:
+    def _point(self, name: str, spec: AdapterSpec) -> None:
         self._specs[spec.revision] = spec
         self._needed[spec.revision] += 1
         entry = self._names.setdefault(name, _Name())
         replaced, entry.current, entry.error = entry.current, spec, ""
-        gone = self._let_go(replaced.revision) if replaced else []
+        if replaced:
+            self._let_go(replaced.revision)
         self.on_change(self._status(name, entry))
-        return gone
 
     def add(self, adapter: HostAdapter) -> None:
         """Hold a revision that no name needs to point at, until it is let go of."""
@@ -161,8 +159,7 @@ class AdapterRegistry:
     def unhold(self, revision: str) -> None:
         """Let go of a revision that was added or held."""
         with self._lock:
-            gone = self._let_go(revision)
-        self._tell(gone)
+            self._let_go(revision)
 
     def serves(self, name: str, revision: str) -> bool:
         """Whether a request that names no revision may get this one."""
@@ -187,14 +184,14 @@ class AdapterRegistry:
             entry = self._entry(name)
             if split:
                 self._needed[split.revision] += 1
-            gone = self._end_split(entry)
+            self._end_split(entry)
             entry.split = split
             self.on_change(self._status(name, entry))
-        self._tell(gone)
 
-    def _end_split(self, entry: _Name) -> list[str]:
+    def _end_split(self, entry: _Name) -> None:
         split, entry.split = entry.split, None
-        return self._let_go(split.revision) if split else []
+        if split:
+            self._let_go(split.revision)
 
     def fail(self, name: str, error: str) -> None:
         """Record why there is no adapter of this name; a name that has one keeps it."""
@@ -222,10 +219,11 @@ class AdapterRegistry:
                 draining_revisions=tuple(sorted(entry.requests)),
                 unloaded=True,
             )
-            gone = self._end_split(entry) + (self._let_go(current.revision) if current else [])
+            self._end_split(entry)
+            if current:
+                self._let_go(current.revision)
             self._tidy(name)
             self.on_change(self._status(name, entry) if name in self._names else status)
-        self._tell(gone)
         return status
 
     def acquire(self, named: Sequence[Named]) -> Lease:
@@ -259,15 +257,14 @@ class AdapterRegistry:
         )
 
     def release(self, lease: Lease) -> None:
-        gone: list[str] = []
+        """End a request's use of its revisions. Changes memory only."""
         with self._lock:
             for name, spec in lease.pins:
-                gone += self._unpin(name, spec)
+                self._unpin(name, spec)
             if lease.joined:
-                gone += self._unjoin(lease.joined)
-        self._tell(gone)
+                self._unjoin(lease.joined)
 
-    def _unpin(self, name: str, spec: AdapterSpec) -> list[str]:
+    def _unpin(self, name: str, spec: AdapterSpec) -> None:
         entry = self._names[name]
         entry.requests[spec.revision] -= 1
         assert entry.requests[spec.revision] >= 0, f"{name} was released more often than acquired"
@@ -275,7 +272,7 @@ class AdapterRegistry:
             del entry.requests[spec.revision]
             self._tidy(name)
             self._drained(name, entry, spec)
-        return self._let_go(spec.revision)
+        self._let_go(spec.revision)
 
     def _drained(self, name: str, entry: _Name, spec: AdapterSpec) -> None:
         if name not in self._names:
@@ -283,12 +280,11 @@ class AdapterRegistry:
         elif spec.revision not in entry.served:
             self.on_change(self._status(name, entry))
 
-    def _unjoin(self, revision: str) -> list[str]:
+    def _unjoin(self, revision: str) -> None:
         self._joined[revision].num_requests -= 1
-        if self._joined[revision].num_requests:
-            return []
-        del self._joined[revision]
-        return [revision]
+        if not self._joined[revision].num_requests:
+            del self._joined[revision]
+            self.on_gone(revision)
 
     def _whole(self, named: Named) -> AdapterSpec:
         entry = self._entry(named.name)
@@ -324,19 +320,17 @@ class AdapterRegistry:
 
     def _lose(self, revision: str, error: AdapterError) -> None:
         """Nobody gets this revision any more; names that serve it fail."""
-        gone: list[str] = []
         with self._lock:
             for name, entry in self._names.items():
                 if revision not in entry.served:
                     continue
                 if entry.split and entry.split.revision == revision:
-                    gone += self._end_split(entry)
+                    self._end_split(entry)
                 if entry.current and entry.current.revision == revision:
                     entry.current, entry.error = None, str(error)
-                    gone += self._let_go(revision)
+                    self._let_go(revision)
                 self.on_change(self._status(name, entry))
         self.on_lost(revision, error)
-        self._tell(gone)
 
     def status(self, name: str) -> AdapterStatus:
         """What there is to say of one name.
@@ -389,24 +383,21 @@ class AdapterRegistry:
             return AdapterNotFoundError(f"adapter {name!r} could not be loaded", name=name, why=error)
         return AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
 
-    def _let_go(self, revision: str) -> list[str]:
-        """One name or request needs a revision no longer; what is gone with the last."""
+    def _let_go(self, revision: str) -> None:
+        """One name or request needs a revision no longer; with the last one it is gone."""
         self._needed[revision] -= 1
         if self._needed[revision]:
-            return []
+            return
         del self._needed[revision]
         self._memory.drop(revision)
-        return sorted({revision, *self._specs.pop(revision).resident_revisions})
+        for gone in sorted({revision, *self._specs.pop(revision).resident_revisions}):
+            self.on_gone(gone)
 
     def _tidy(self, name: str) -> None:
         """Forget a name without revision, error and requests."""
         entry = self._names[name]
         if entry.current is None and not entry.error and not entry.requests:
             del self._names[name]
-
-    def _tell(self, gone: list[str]) -> None:
-        for revision in gone:
-            self.on_gone(revision)
 
 
 def _of_task(named: Named, spec: AdapterSpec) -> AdapterSpec:

@@ -16,7 +16,7 @@ from support.fake_device import make_spec
 from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
 from turret_adapters.registry import AdapterRegistry, Lease, Named
-from turret_adapters.spec import Part, PrefixKind, RowGroup
+from turret_adapters.spec import TASK_MARK, Part, PrefixKind, RowGroup
 from turret_adapters.store.names import Split
 
 
@@ -30,7 +30,7 @@ def acquire(registry: AdapterRegistry, name: str) -> Lease:
 
 
 class Watched(AdapterRegistry):
-    """A registry that remembers what is gone, and sees that it is gone by then."""
+    """A registry that remembers what is gone, and sees that it is gone by then and nothing comes between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +38,9 @@ class Watched(AdapterRegistry):
         self.on_gone = self._note
 
     def _note(self, revision: str) -> None:
-        with pytest.raises(KeyError):
-            self.tensors(revision)
+        assert self._lock.locked()
+        assert revision not in self._joined
+        assert revision.partition(TASK_MARK)[0] not in self._specs
         self.gone.append(revision)
 
 

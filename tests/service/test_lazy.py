@@ -71,63 +71,31 @@ def test_what_is_named_is_loaded_and_stays(client, source):
         client.get_adapter("bard")
 
 
-async def test_many_requests_for_one_name_load_it_once(served, monkeypatch):
-    loads = []
-    load = served.parts.lifecycle.load
-    monkeypatch.setattr(
-        served.parts.lifecycle, "load", lambda name, source: (loads.append(name), load(name, source))[1]
-    )
+async def test_many_requests_for_unknown_names_at_once(served):
     async with AsyncClient(served.address) as client:
         wanted = ["poet", "bard", "poet", "seer"] * 6
         found = await asyncio.gather(
             *(client.generate(PROMPT, adapter=name, max_tokens=2) for name in wanted)
         )
-    assert sorted(loads) == ["bard", "poet", "seer"]
+        assert [len(adapter.history) for adapter in await client.list_adapters()] == [1, 1, 1]
     assert len({each.revision for each in found}) == 3
 
 
-def test_that_there_is_nothing_is_remembered_for_a_while(client, source, served, monkeypatch):
-    kept = served.parts.inference._requests._lazy
-    monkeypatch.setattr(kept, "_clock", lambda: 100.0)
-    for _ in range(2):
-        with pytest.raises(NotFoundError, match="'late'") as refused:
-            generate(client, "late")
-        assert refused.value.reason == "ADAPTER_NOT_FOUND"
-    shutil.copytree(source / "poet", source / "late")
-    with pytest.raises(NotFoundError, match="'late'"):
+def test_a_name_that_the_source_does_not_have_is_not_found(client):
+    with pytest.raises(NotFoundError, match="'late', and its source has none") as refused:
         generate(client, "late")
-    monkeypatch.setattr(kept, "_clock", lambda: 100.0 + lazy.MISSING_SECONDS)
-    assert generate(client, "late").revision == generate(client, "poet").revision
+    assert refused.value.reason == "ADAPTER_NOT_FOUND"
 
 
-def test_no_more_that_is_missing_is_remembered_than_may(client, served, monkeypatch):
-    monkeypatch.setattr(lazy, "MAX_MISSING", 3)
-    for number in range(6):
-        with pytest.raises(NotFoundError):
-            generate(client, f"missing-{number}")
-    assert list(served.parts.inference._requests._lazy._missing) == ["missing-3", "missing-4", "missing-5"]
-
-
-def test_no_more_is_brought_than_may_and_what_was_asked_for_longest_ago_goes(client, monkeypatch):
-    monkeypatch.setattr(lazy, "MAX_BROUGHT", 2)
-    for name in ("poet", "bard", "poet", "seer"):
-        generate(client, name)
-    assert names(client) == ["poet", "seer"]
-    assert generate(client, "bard").token_ids
+def test_the_least_recently_used_is_unloaded_unless_it_was_also_loaded(client, source, monkeypatch):
+    monkeypatch.setattr(lazy, "MAX_ON_DEMAND", 1)
+    generate(client, "poet")
+    generate(client, "bard")
+    assert names(client) == ["bard"]
+    client.load_adapter("bard", str(source / "bard"))
+    generate(client, "poet")
+    generate(client, "seer")
     assert names(client) == ["bard", "seer"]
-
-
-def test_what_was_brought_before_a_restart_counts(config, monkeypatch):
-    with serving(config) as served, Client(served.address) as client:
-        generate(client, "poet")
-        generate(client, "bard")
-    monkeypatch.setattr(lazy, "MAX_BROUGHT", 2)
-    with serving(config) as served, Client(served.address) as client:
-        assert names(client) == ["bard", "poet"]
-        generate(client, "bard")
-        generate(client, "poet")
-        generate(client, "seer")
-        assert names(client) == ["poet", "seer"]
 
 
 @pytest.mark.parametrize("source", ["hf://owner/name", "owner/{name}", "/a/{name}/{name}", ""])

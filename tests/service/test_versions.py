@@ -7,8 +7,6 @@ import asyncio
 import pytest
 
 from support.prompts import PROMPT, until
-from turret_adapters.errors import StoreBusyError
-from turret_adapters.registry import Named
 from turret_client import AdapterRef, AsyncClient, InvalidArgumentError, NotFoundError
 from turret_server.lifecycle import publishing as lifecycle
 
@@ -113,26 +111,6 @@ async def test_many_requests_for_revisions_that_are_not_in_memory(served, poet):
     assert [each.revision for each in found] == [poet[number % 3] for number in range(24)]
     until(lambda: not served.parts.registry.has(poet[0]))
     served.parts.engine.check_integrity()
-
-
-@pytest.mark.usefixtures("none_kept")
-def test_a_revision_that_is_named_again_as_it_goes_is_kept(client, poet, served, monkeypatch):
-    registry, life = served.parts.registry, served.parts.lifecycle
-    tell, first = registry.on_gone, poet[0]
-    again = []
-
-    def tell_late(revision: str) -> None:
-        if revision == first and not again:
-            again.append(life.acquire([Named("poet", revision=first)]))
-        tell(revision)
-
-    monkeypatch.setattr(registry, "on_gone", tell_late)
-    client.generate(PROMPT, adapter=f"poet@{first}", max_tokens=2)
-    until(lambda: bool(again))
-    with pytest.raises(StoreBusyError):
-        life._library.store.remove(first)
-    registry.release(again[0])
-    until(lambda: not registry.has(first))
 
 
 @pytest.mark.parametrize("revision", ["", "1234567", "G" * 8, "0" * 33, "a@b"])

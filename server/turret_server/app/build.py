@@ -112,6 +112,7 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     runner.warm_up(config.max_batch_requests)
     engine = _make_engine(config, runner, arena, access.tenants, metrics)
     lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library, pinned=config.pin)
+    stack.callback(lifecycle.close)
     messages = AdapterMessages(engine, arena.page_bytes)
     watches = AdapterWatches(registry, messages)
     adapters = AdapterServicer(registry=registry, lifecycle=lifecycle, messages=messages, watches=watches)
@@ -304,7 +305,7 @@ def _make_requests(
             stop_token_ids=loaded.stop_token_ids,
         ),
         usage=UsageMetrics(metrics),
-        lazy=LazyAdapters(lifecycle, config.lazy_source) if config.lazy_source else None,
+        lazy=LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None,
     )
 
 

@@ -1,27 +1,32 @@
-"""When a server is ready: its base model is, and so is every adapter that is to stay in the arena."""
+"""Readiness: the base model and every pinned adapter are in memory."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-
-from turret_server.rpc.server import RpcServer
+from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
-async def report_ready(server: RpcServer, missing: Callable[[], list[str]]) -> None:
-    """Report that the server serves once nothing is missing. From then on that stays so: an adapter that is
-    replaced is brought beside the requests that run, as every other.
+async def report_ready(ready: Callable[[], Awaitable[None]], missing_pins: Callable[[], list[str]]) -> None:
+    """Call `ready` once no pinned adapter is missing. From then on the server stays ready: a replaced
+    adapter is copied to the arena beside running requests, as every other.
     """
-    told: list[str] = []
-    while names := await asyncio.to_thread(missing):
-        if names != told:
-            log.info("not ready: pinned adapters that are not in the arena: %s", ", ".join(names))
-            told = names
-        await asyncio.sleep(_LOOK_SECONDS)
-    await server.ready()
+    logged: list[str] = []
+    while True:
+        try:
+            names = await asyncio.to_thread(missing_pins)
+        except Exception:
+            log.exception("the check for pinned adapters failed and is repeated")
+        else:
+            if not names:
+                break
+            if names != logged:
+                log.info("not ready: pinned adapters that are not in the arena: %s", ", ".join(names))
+                logged = names
+        await asyncio.sleep(POLL_SECONDS)
+    await ready()
     log.info("ready")

@@ -51,7 +51,7 @@ async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> No
     with signals.on_event_loop(shutdown.request):
         port = await server.start(config.listen)
         log.info("serving on %s:%d", split_address(config.listen)[0], port)
-        readiness = asyncio.create_task(report_ready(server, parts.lifecycle.pin_missing))
+        readiness = asyncio.create_task(report_ready(server.ready, parts.lifecycle.missing_pins))
         await shutdown.requested.wait()
         readiness.cancel()
         await shutdown.drain(config.grace)

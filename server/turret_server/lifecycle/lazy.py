@@ -6,15 +6,14 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import partial
 
 from turret_adapters.errors import AdapterError, AdapterNotFoundError
-from turret_adapters.library import without_secrets
+from turret_adapters.registry import AdapterRegistry
 from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
 
-MAX_BROUGHT = 1024
+MAX_ON_DEMAND = 1024
 MAX_MISSING = 4096
 MISSING_SECONDS = 60.0
 
@@ -22,40 +21,40 @@ NAME_MARK = "{name}"
 
 
 class LazyAdapters:
-    """Loads a name that is not known from `source`, in which the name takes the place of `{name}`.
+    """Loads an unknown name from `source`, a template in which `{name}` stands for the name.
 
-    What is there is kept like anything that was loaded, up to `MAX_BROUGHT` names; then the one goes that was
-    asked for longest ago. That there is nothing is remembered for `MISSING_SECONDS`. Used on one event loop.
+    At most `MAX_ON_DEMAND` names stay that were loaded so; the least recently used is unloaded. An
+    explicit load, upload or rollback makes a name stay for good. A name that the source does not have is
+    remembered for `MISSING_SECONDS`. Used on one event loop.
     """
 
     def __init__(
-        self, lifecycle: AdapterLifecycle, source: str, clock: Callable[[], float] = time.monotonic
+        self,
+        lifecycle: AdapterLifecycle,
+        registry: AdapterRegistry,
+        source: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lifecycle = lifecycle
+        self._registry = registry
         self._source = source
         self._clock = clock
-        # Of its own: what strangers name keeps no `LoadAdapter` waiting.
+        # A queue of its own: names in requests of strangers do not delay explicit loads.
         self._loads = LoadQueue()
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._missing: OrderedDict[str, tuple[float, AdapterError]] = OrderedDict()
-        # Those of before a restart are told by their source.
-        self._brought = OrderedDict.fromkeys(
-            name
-            for name, source in lifecycle.sources().items()
-            if source == without_secrets(self._source_of(name))
-        )
+        lifecycle.mark_on_demand(self._source_of)
 
-    async def bring(self, names: Iterable[str]) -> None:
-        """See that every name is served.
+    async def ensure_loaded(self, names: Iterable[str]) -> None:
+        """Load the names that are unknown.
 
         Raises:
-            AdapterError: one cannot be, or could not be a moment ago.
-            TooManyCallsError: too many others are being loaded.
+            AdapterNotFoundError: one cannot be loaded, or could not a moment ago.
+            TooManyCallsError: the queue of loads is full.
         """
         for name in names:
-            if name in self._brought:
-                self._brought.move_to_end(name)
-            if not self._lifecycle.knows(name):
+            self._lifecycle.touch(name)
+            if not self._registry.knows(name):
                 await self._load_once(name)
 
     async def _load_once(self, name: str) -> None:
@@ -65,17 +64,18 @@ class LazyAdapters:
         if name not in self._loading:
             self._loading[name] = asyncio.create_task(self._load(name))
             self._loading[name].add_done_callback(partial(self._loaded, name))
-        # Others wait for it, too.
+        # Several callers wait for one load: the end of one call must not cancel it.
         await asyncio.shield(self._loading[name])
 
     def _loaded(self, name: str, task: asyncio.Task[None]) -> None:
         del self._loading[name]
         if not task.cancelled():
-            task.exception()  # nobody may be left to ask
+            task.exception()  # retrieved here, for all callers may be gone
 
     async def _load(self, name: str) -> None:
+        load = partial(self._lifecycle.load_on_demand, name, self._source_of(name), MAX_ON_DEMAND)
         try:
-            await self._loads.start(partial(self._lifecycle.load, name, self._source_of(name)))
+            await self._loads.start(load)
         except AdapterError as error:
             self._missing[name] = (self._clock() + MISSING_SECONDS, error)
             self._missing.move_to_end(name)
@@ -83,12 +83,6 @@ class LazyAdapters:
                 self._missing.popitem(last=False)
             raise _not_found(name, error) from error
         self._missing.pop(name, None)
-        self._brought[name] = None
-        self._brought.move_to_end(name)
-        while len(self._brought) > MAX_BROUGHT:
-            oldest, _ = self._brought.popitem(last=False)
-            with suppress(AdapterNotFoundError):
-                await asyncio.to_thread(self._lifecycle.unload, oldest)
 
     def _source_of(self, name: str) -> str:
         return self._source.replace(NAME_MARK, name)
@@ -96,5 +90,5 @@ class LazyAdapters:
 
 def _not_found(name: str, error: AdapterError) -> AdapterNotFoundError:
     return AdapterNotFoundError(
-        f"no adapter is loaded under the name {name!r}, nor found", name=name, why=str(error)
+        f"no adapter is loaded under the name {name!r}, and its source has none", name=name, why=str(error)
     )

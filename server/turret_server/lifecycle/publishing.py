@@ -1,7 +1,8 @@
-"""An adapter's life: loaded, replaced, unloaded, and served again after a restart.
+"""An adapter's life: loaded, replaced, rolled back, unloaded, and served again after a restart.
 
-What a name serves is written down before it is served, so that a process that is killed at any instant comes
-back with what it last said.
+Each change of a name has one order: hold the files, write the change down, serve it. So an error before
+the last step changes nothing, and a process that is killed at any instant comes back with what it last
+answered.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,21 +28,26 @@ from turret_adapters.store.uploads import Upload
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.errors import QuotaExceededError, TurretError
+from turret_server.lifecycle.cleanup import CleanupWorker
 
 log = logging.getLogger(__name__)
 
 # How often the log says how far many adapters are.
 _PROGRESS_EVERY = 100
 
-# How many earlier revisions that requests named are kept for the next.
+# Earlier revisions named by requests that stay loaded for the next request.
 MAX_RECENT = 64
 
-# The source of what a client sent.
-_UPLOADED = "upload"
+_UPLOAD_SOURCE = "upload"
 
 
 class AdapterLifecycle:
-    """All methods may be called from any thread."""
+    """Changes what names serve, on disk, in the registry and in the engine.
+
+    Its methods wait for files, locks and SQLite: call them from any thread but the event loop's. Releasing
+    a lease in the registry changes memory only; the files of a revision that nothing needs any more are
+    released by a worker.
+    """
 
     def __init__(
         self,
@@ -51,129 +57,198 @@ class AdapterLifecycle:
         library: AdapterLibrary,
         pinned: Collection[str] = (),
     ) -> None:
-        """What the `pinned` names serve stays in the arena."""
+        """The adapters that the names in `pinned` serve stay in the arena."""
         self._pinned = frozenset(pinned)
         self._engine = engine
         self._registry = registry
         self._library = library
-        # What is written down and what is served change together, in the same order.
-        self._publishing = threading.Lock()
-        # What is kept in the store is what is needed, and so it is when one goes as it comes again.
-        self._keeping = threading.RLock()
-        # Names with earlier revisions that requests named lately, the latest last; each is held.
+        self._cleanup = CleanupWorker()
+        # Names change on disk and in the registry together, in the same order.
+        self._publishing = threading.RLock()
+        # The files of a revision are held as long as the registry has it, also when it goes as it comes
+        # again.
+        self._keeping = threading.Lock()
+        # Guards the two lists below; nothing is waited for while it is held.
+        self._recency = threading.Lock()
+        # (name, revision) of earlier revisions that requests named, least recently used first; each is held.
         self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
-        registry.on_gone = self._gone
-        registry.on_lost = self._lost
+        # Names that were loaded because a request named them, least recently used first.
+        self._on_demand: OrderedDict[str, None] = OrderedDict()
+        registry.on_gone = self._on_gone
+        registry.on_lost = self._on_lost
+
+    def close(self) -> None:
+        """Finish the clean-up; before that, nothing may be loaded any more."""
+        self._cleanup.close()
 
     def load(self, name: str, source: str, owner: Ownership = NO_OWNER, source_marks: str = "") -> None:
-        """Bring an adapter from its source and serve it under `name` from now on.
+        """Fetch an adapter from its source and serve it under `name` from now on.
 
         Raises:
-            AdapterError: there is none, or it cannot be served on this base.
-            AdapterTooLargeError: the arena could never hold it.
-            QuotaExceededError: its owner may not have so much.
+            AdapterError: it is not there, or cannot be served on this base.
+            AdapterTooLargeError: it is larger than the arena.
+            QuotaExceededError: a quota of its owner is used up.
         """
         with self._library.fetch(source, name=name) as adapter:
             self._publish(name, adapter, source, owner, source_marks)
 
-    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
-        """Begin an upload or go on with it, see `AdapterStore.receive`.
+    def load_on_demand(self, name: str, source: str, max_names: int) -> None:
+        """Load a name that a request named, unless it has been loaded meanwhile. Of the names that were
+        loaded so and never loaded, uploaded or rolled back explicitly, the least recently used beyond
+        `max_names` are unloaded.
 
         Raises:
-            AdapterError: it cannot be, or not now.
+            AdapterError, AdapterTooLargeError: as for `load`.
+        """
+        with self._library.fetch(source, name=name) as adapter, self._publishing:
+            if self._registry.knows(name):
+                return
+            self._publish(name, adapter, source, NO_OWNER)
+            with self._recency:
+                self._on_demand[name] = None
+        self._cleanup.run_now(
+            "unloading adapters that were loaded on demand", partial(self._unload_least_used, max_names)
+        )
+
+    def mark_on_demand(self, source_of: Callable[[str], str]) -> None:
+        """After a restart: recognise the names that were loaded on demand by their source and by having no
+        owner.
+        """
+        for name, published in self._library.names.current().items():
+            if not published.owner and published.source == without_secrets(source_of(name)):
+                with self._recency:
+                    self._on_demand[name] = None
+
+    def touch(self, name: str) -> None:
+        """A request named an adapter. Changes memory only."""
+        with self._recency:
+            if name in self._on_demand:
+                self._on_demand.move_to_end(name)
+
+    def _unload_least_used(self, max_names: int) -> None:
+        while True:
+            with self._publishing:
+                with self._recency:
+                    if len(self._on_demand) <= max_names:
+                        return
+                    name = next(iter(self._on_demand))
+                with suppress(AdapterNotFoundError):
+                    self._unload(name)
+            log.info("unloaded adapter %s, the least recently used of those that were loaded on demand", name)
+
+    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
+        """Begin or continue an upload, see `AdapterStore.receive`.
+
+        Raises:
+            AdapterError: an argument is invalid, or the upload is busy.
         """
         return self._library.store.receive(digest, config, size, owner)
 
     def load_upload(self, name: str, upload: Upload, owner: Ownership = NO_OWNER) -> None:
-        """Serve what was uploaded under `name` from now on.
+        """Serve an upload under `name` from now on.
 
         Raises:
-            AdapterError: its bytes are not those that were announced, or it cannot be served on this base.
-            AdapterTooLargeError: the arena could never hold it.
-            QuotaExceededError: its owner may not have so much.
+            AdapterError: the bytes do not have the announced digest, or cannot be served on this base.
+            AdapterTooLargeError: it is larger than the arena.
+            QuotaExceededError: a quota of its owner is used up.
         """
         with self._library.finish(upload) as adapter:
-            self._publish(name, adapter, _UPLOADED, owner)
+            self._publish(name, adapter, _UPLOAD_SOURCE, owner)
 
     def _publish(
         self, name: str, adapter: HostAdapter, source: str, owner: Ownership, source_marks: str = ""
     ) -> None:
         self._engine.check_adapter(adapter.spec, owner.owner)
-        with self._publishing:
+        with self._publishing, self._held(adapter):
             self._check_pin(name, adapter.spec)
             try:
                 self._library.publish(name, adapter, source, owner, source_marks)
             except OwnerLimitError as error:
                 raise QuotaExceededError(str(error), tenant=owner.owner, quota=error.limit) from error
-            self._serve(name, adapter, owner.owner)
-        log.info(
-            "loaded adapter %s, revision %s, from %s", name, adapter.spec.revision, without_secrets(source)
-        )
+            self._serve(name, adapter.spec, owner.owner)
+            self._forget_lists(name)
+        revision = adapter.spec.revision
+        log.info("loaded adapter %s, revision %s, from %s", name, revision, without_secrets(source))
 
     def interrupt(self) -> None:
-        """The server stops: end what is being fetched, at its next bytes."""
+        """End running fetches at their next bytes: the server stops."""
         self._library.interrupt()
 
     def rollback(self, name: str, revision: str | None = None) -> None:
         """Serve the revision before the current one again, or an earlier one that begins with `revision`.
 
         Raises:
-            AdapterError: there is no such name, none such before its current revision, or the store has lost
-                it.
+            AdapterError: there is no such name or no such earlier revision, or the store has lost it.
         """
         while True:
             target = self._library.names.rollback_target(name, revision)
             adapter = self._read(target.revision)
-            with self._publishing:
+            with self._publishing, self._held(adapter):
                 if target == self._library.names.rollback_target(name, revision):
                     self._check_pin(name, adapter.spec)
                     self._library.rollback(target)
-                    self._serve(name, adapter, target.owner)
+                    self._serve(name, adapter.spec, target.owner)
+                    self._forget_lists(name)
                     break
         log.info("rolled adapter %s back to revision %s", name, target.revision)
 
     def split(self, name: str, revision: str, percent: int) -> None:
-        """Make `percent` of a name's requests go to another revision of its history, which begins with
-        `revision`; 0 of them ends that.
+        """Route `percent` of a name's requests to another revision of its history, which begins with
+        `revision`; 0 ends the split.
 
         Raises:
-            AdapterError: there is no such name, or not exactly one such revision besides its current one, or
-                the store has lost it.
+            AdapterError: there is no such name, not exactly one such revision besides the current one, or
+            the store
+                has lost it.
         """
         with ExitStack() as held:
             if percent:
                 revision = self._hold(self._library.names.find(name, revision).revision, held)
             with self._publishing:
                 self._registry.split(name, self._library.names.split(name, revision, percent))
+                with self._recency:
+                    self._on_demand.pop(name, None)
         log.info("%d %% of the requests for adapter %s go to revision %s", percent, name, revision or "-")
 
-    def acquire(self, named: Sequence[Named]) -> Lease:
-        """As the registry does, with revisions by their beginnings, which may have to be read first.
+    def unload(self, name: str) -> AdapterStatus:
+        """Take a name away from new requests. Returns its last status.
 
         Raises:
-            AdapterError: an adapter or revision is not there, or they cannot be used like this.
+            AdapterNotFoundError: there is no such name.
+        """
+        status = self._unload(name)
+        log.info("unloaded adapter %s", name)
+        return status
+
+    def _unload(self, name: str) -> AdapterStatus:
+        with self._publishing:
+            self._library.names.remove(name)
+            self._forget_lists(name)
+            status = self._registry.remove(name)
+            if name in self._pinned:
+                self._engine.pin_adapters(name, ())
+        return status
+
+    def acquire(self, named: Sequence[Named]) -> Lease:
+        """Like the registry's `acquire`; earlier revisions may be given by their first digits and are read
+        if needed.
+
+        Raises:
+            AdapterError: an adapter or revision is not there, or they do not combine.
         """
         with ExitStack() as held:
-            return self._registry.acquire([self._whole(each, held) for each in named])
+            return self._registry.acquire([self._resolve(each, held) for each in named])
 
     def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
-        """What each name serves and served, the latest first; of one that is not known, nothing."""
+        """What each name serves and served, newest first; empty for an unknown name."""
         return self._library.names.histories(names)
 
-    def knows(self, name: str) -> bool:
-        """Whether a name is served, or is known to be broken."""
-        return self._registry.knows(name)
-
     def downloads(self) -> list[Download]:
-        """What is on its way from its source, in the order of the names that it is for."""
+        """Running fetches in the order of their names. Reads memory only."""
         return self._library.downloads.running
 
-    def sources(self) -> dict[str, str]:
-        """Where what each name serves came from, as it was written down."""
-        return {name: published.source for name, published in self._library.names.current().items()}
-
-    def _whole(self, named: Named, held: ExitStack) -> Named:
-        """The same with the whole of its revision, which is held."""
+    def _resolve(self, named: Named, held: ExitStack) -> Named:
+        """The same with its whole revision, which is held."""
         if named.revision is None:
             return named
         revision = self._library.names.find(named.name, named.revision).revision
@@ -183,10 +258,8 @@ class AdapterLifecycle:
         return replace(named, revision=revision)
 
     def _remember(self, name: str, revision: str) -> None:
-        """Keep a revision for the next request that names it: the memory that it takes goes where there is
-        need, as with every other.
-        """
-        with self._keeping:
+        """Keep an earlier revision loaded for the next request that names it."""
+        with self._recency:
             if (name, revision) not in self._recent and self._registry.hold(revision):
                 self._recent[name, revision] = None
             self._recent.move_to_end((name, revision))
@@ -194,106 +267,107 @@ class AdapterLifecycle:
                 (_, oldest), _ = self._recent.popitem(last=False)
                 self._registry.unhold(oldest)
 
-    def _forget_recent(self, name: str) -> None:
+    def _forget_lists(self, name: str) -> None:
         """The name serves something else, or nothing."""
-        with self._keeping:
+        with self._recency:
+            self._on_demand.pop(name, None)
             for key in [key for key in self._recent if key[0] == name]:
                 del self._recent[key]
                 self._registry.unhold(key[1])
 
     def _hold(self, revision: str, held: ExitStack) -> str:
-        if not self._registry.hold(revision):
-            adapter = self._read(revision)
-            with self._keeping:
+        """Have a revision in the registry as long as `held`; read it if it is not there."""
+        if self._registry.hold(revision):
+            held.callback(self._registry.unhold, revision)
+        else:
+            held.enter_context(self._held(self._read(revision)))
+        return revision
+
+    @contextmanager
+    def _held(self, adapter: HostAdapter) -> Iterator[None]:
+        """Hold an adapter's files in the store and its tensors in the registry within the block."""
+        revision = adapter.spec.revision
+        with self._keeping:
+            try:
                 self._library.keep(revision)
                 self._registry.add(adapter)
-        held.callback(self._registry.unhold, revision)
-        return revision
+            except BaseException:
+                self._release_later(revision)
+                raise
+        try:
+            yield
+        finally:
+            self._registry.unhold(revision)
 
     def _read(self, revision: str) -> HostAdapter:
         adapter = self._library.read(revision)
         self._engine.check_adapter(adapter.spec)
         return adapter
 
-    def unload(self, name: str) -> AdapterStatus:
-        """Take a name away from new requests, and say what it was.
-
-        Raises:
-            AdapterNotFoundError: there is no such name.
-        """
-        with self._publishing:
-            status = self._forget(name)
-        log.info("unloaded adapter %s", name)
-        return status
-
-    def _forget(self, name: str) -> AdapterStatus:
-        # Written down first: where that fails, the name goes on.
-        self._library.names.remove(name)
-        status = self._registry.remove(name)
-        self._forget_recent(name)
-        if name in self._pinned:
-            self._engine.pin_adapters(name, ())
-        return status
-
     def start(self, folder: Path | None, check_name: Callable[[str], str]) -> None:
-        """Serve what was served before, and every folder in `folder` under its name. One that cannot be
-        served is listed as FAILED and stops nothing; one whose folder was taken away is forgotten.
+        """Serve what was served before, and every folder in `folder` under its name. An adapter that fails
+        is listed as FAILED and stops no other; a name whose folder was deleted is forgotten.
         """
         folder = folder and folder.resolve()
         sources = {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()} if folder else {}
         recorded, before = self._library.recorded(), self._library.names.current()
-        for name, entry in before.items():
+        for name, published in before.items():
             if name in sources:
                 continue
-            if folder and Path(entry.source) == folder / name:
+            if folder and Path(published.source) == folder / name:
                 self._library.names.remove(name)
             else:
-                self._try(name, partial(self._restore, entry, recorded.get(entry.revision)))
+                self._try(name, partial(self._restore, published, recorded.get(published.revision)))
         for number, path in enumerate(sources.values(), 1):
-            published = before.get(path.name)
-            spec = recorded.get(published.revision) if published else None
-            if published and spec and _is_unchanged(path, published):
-                self._try(path.name, partial(self._restore, published, spec))
+            current = before.get(path.name)
+            spec = recorded.get(current.revision) if current else None
+            if current and spec and _is_unchanged(path, current):
+                self._try(path.name, partial(self._restore, current, spec))
             else:
                 self.load_folder(path, check_name)
             if number % _PROGRESS_EVERY == 0 and number < len(sources):
                 log.info("loaded %d of %d adapters in %s", number, len(sources), folder)
         for name, split in self._library.names.splits().items():
-            self._split_again(name, split)
+            self._restore_split(name, split)
 
-    def _split_again(self, name: str, split: Split) -> None:
+    def _restore_split(self, name: str, split: Split) -> None:
         try:
             with ExitStack() as held:
                 self._hold(split.revision, held)
                 self._registry.split(name, split)
         except AdapterError as error:
-            log.warning("no requests for adapter %s go to revision %s: %s", name, split.revision, error)
+            log.warning(
+                "the traffic split of adapter %s to revision %s has ended: %s", name, split.revision, error
+            )
 
     def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
-        """Serve a folder under its name. One that cannot be served is listed as FAILED."""
+        """Serve a folder under its name. A folder that fails is listed as FAILED."""
         marks = settled_marks_of(folder)
         self._try(folder.name, lambda: self.load(check_name(folder.name), str(folder), source_marks=marks))
 
     def forget_folder(self, folder: Path) -> None:
-        """Unload the name of a folder that is gone, unless something else was loaded under it since."""
+        """Unload the name of a deleted folder, unless something else was loaded under it since."""
         with self._publishing, suppress(AdapterNotFoundError):
             history = self._library.names.histories([folder.name])[folder.name]
             if not history or Path(history[0].source) == folder:
-                self._forget(folder.name)
-                log.info("unloaded adapter %s, whose folder is gone", folder.name)
+                self._unload(folder.name)
+                log.info("unloaded adapter %s, whose folder was deleted", folder.name)
 
     def _restore(self, published: Published, spec: AdapterSpec | None) -> None:
-        """Serve what a name served; one whose spec is known is read once somebody needs it."""
+        """Serve what a name served. With a recorded spec, the tensors are read when they are first needed."""
         name, revision = published.name, published.revision
         if spec is None:
             adapter = self._read(revision)
             self._check_pin(name, adapter.spec)
-            self._library.save_record(adapter.spec)
-            self._serve(name, adapter, published.owner)
+            with self._held(adapter):
+                self._library.save_record(adapter.spec)
+                self._serve(name, adapter.spec, published.owner)
         else:
             self._engine.check_adapter(spec)
             self._check_pin(name, spec)
-            self._serve(name, spec, published.owner)
+            with self._keeping:
+                self._library.keep(revision)
+                self._serve(name, spec, published.owner)
         log.info("serving adapter %s, revision %s, as before", name, revision)
 
     def _try(self, name: str, serve: Callable[[], None]) -> None:
@@ -306,51 +380,74 @@ class AdapterLifecycle:
             log.exception("adapter %s is not served", name)
             self._registry.fail(name, f"{type(error).__name__}: {error}")
 
-    def _serve(self, name: str, adapter: HostAdapter | AdapterSpec, owner: str) -> None:
-        spec = adapter if isinstance(adapter, AdapterSpec) else adapter.spec
-        with self._keeping:
-            self._library.keep(spec.revision)
-            if isinstance(adapter, AdapterSpec):
-                self._registry.publish_unread(name, adapter)
-            else:
-                self._registry.publish(name, adapter)
-        self._forget_recent(name)
-        if self._registry.status(name).split and name not in self._library.names.splits():
-            self._registry.split(name, None)
+    def _serve(self, name: str, spec: AdapterSpec, owner: str) -> None:
+        """Serve a revision whose files are held and whose change is written down."""
+        self._registry.publish_unread(name, spec)
         if name in self._pinned:
-            self._engine.pin_adapters(name, _resident(spec))
+            self._engine.pin_adapters(name, _residents(spec))
         elif not spec.num_tasks:
             self._engine.prefetch(spec, owner or DEFAULT_TENANT)
+        if self._registry.status(name).split:
+            self._cleanup.run_now(f"ending the traffic split of {name}", partial(self._end_split, name))
 
-    def _lost(self, revision: str, error: AdapterError) -> None:
-        log.error("revision %s is served no more: %s", revision, error)
-        self._library.forget_record(revision)
+    def _end_split(self, name: str) -> None:
+        """End a split in the registry that has ended on disk."""
+        with self._publishing, suppress(AdapterNotFoundError):
+            if name not in self._library.names.splits():
+                self._registry.split(name, None)
 
     def _check_pin(self, name: str, spec: AdapterSpec) -> None:
         if name in self._pinned:
-            self._engine.check_pin_adapters(name, _resident(spec))
+            self._engine.check_pin_adapters(name, _residents(spec))
 
-    def pin_missing(self) -> list[str]:
-        """The pinned names whose adapters are not in the arena; those that are known are brought there."""
-        missing = []
-        for name in sorted(self._pinned):
-            spec = self._registry.status(name).spec if self._registry.knows(name) else None
-            if spec is None:
-                missing.append(name)
-            elif not all(map(self._engine.is_resident, spec.resident_revisions)):
-                missing.append(name)
-                self._engine.pin_adapters(name, _resident(spec))
+    def missing_pins(self) -> list[str]:
+        """The pinned names whose adapters are not in the arena yet; those that are loaded are copied
+        there.
+        """
+        missing = [name for name in sorted(self._pinned) if not self._is_resident(name)]
+        for name in missing:
+            # An unload meanwhile must not be undone.
+            with self._publishing:
+                if spec := self._served_spec(name):
+                    self._engine.pin_adapters(name, _residents(spec))
         return missing
 
-    def _gone(self, revision: str) -> None:
-        """Neither a name nor a request needed it a moment ago."""
+    def _is_resident(self, name: str) -> bool:
+        spec = self._served_spec(name)
+        return spec is not None and all(map(self._engine.is_resident, spec.resident_revisions))
+
+    def _served_spec(self, name: str) -> AdapterSpec | None:
+        try:
+            status = self._registry.status(name)
+        except AdapterNotFoundError:
+            return None
+        return None if status.unloaded else status.spec
+
+    def _on_gone(self, revision: str) -> None:
+        """Nothing needs a revision any more. The registry calls this while it is locked, so that the
+        engine drops a revision before it can be published again.
+        """
+        self._engine.drop(revision)
+        self._release_later(revision)
+
+    def _release_later(self, revision: str) -> None:
+        self._cleanup.submit(
+            f"releasing the files of revision {revision}", partial(self._release_files, revision)
+        )
+
+    def _release_files(self, revision: str) -> None:
         with self._keeping:
             if not self._registry.has(revision):
                 self._library.let_go(revision)
-                self._engine.drop(revision)
+
+    def _on_lost(self, revision: str, error: AdapterError) -> None:
+        log.error("revision %s is no longer served: %s", revision, error)
+        self._cleanup.submit(
+            f"forgetting the record of revision {revision}", partial(self._library.forget_record, revision)
+        )
 
 
-def _resident(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
+def _residents(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
     """What of an adapter has pages: itself, or each of its tasks."""
     return tuple(map(spec.of_task, range(spec.num_tasks))) or (spec,)
 

@@ -143,7 +143,7 @@ class RequestFactory:
 
     async def _acquire(self, named: list[Named]) -> Lease:
         if self._lazy:
-            await self._lazy.bring(each.name for each in named)
+            await self._lazy.ensure_loaded(each.name for each in named)
         if all(each.revision is None for each in named):
             return self._registry.acquire(named)
         acquire = partial(self._lifecycle.acquire, named)

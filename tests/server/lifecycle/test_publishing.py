@@ -1,0 +1,282 @@
+"""What a name serves changes in one order: hold the files, write the change down, serve it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import threading
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+
+from support.prompts import until
+from turret_adapters.errors import AdapterError, AdapterNotFoundError, RevisionNotFoundError, StoreFullError
+from turret_adapters.registry import Named
+
+PATIENCE = 60
+
+
+@pytest.fixture
+def poet(site):
+    """A name with two revisions; the second is current."""
+    return [site.load("poet", seed) for seed in (1, 2)]
+
+
+@contextmanager
+def no_more_files():
+    """Every file that is opened within the block fails, as where connections have taken all descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def in_a_thread(call) -> None:
+    """Run a call that must not wait for anything that this test holds."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "it waits"
+
+
+@pytest.mark.parametrize("lock", ["store_locked", "database_locked"])
+def test_the_end_of_a_request_on_a_replaced_revision_waits_for_no_lock(site, lock):
+    first = site.load("poet", 1)
+    ending, other = site.generate("poet", 200), site.generate("poet", 200)
+    next(ending)
+    next(other)
+    second = site.load("poet", 2)
+    with getattr(site, lock)():
+        in_a_thread(ending.close)
+        assert len([next(other) for _ in range(100)]) == 100
+        in_a_thread(other.close)
+        until(lambda: not site.engine.is_resident(first))
+    site.settle()
+    assert site.holds() == {second}
+
+
+def test_releases_that_fail_leak_neither_pages_nor_files(site):
+    first = site.load("poet", 1)
+    streams = [site.generate("poet", 50) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    site.load("poet", 2)
+    with no_more_files():
+        for stream in streams:
+            stream.close()
+        until(lambda: not site.engine.is_resident(first))
+    site.settle()
+    assert not site.registry.has(first)
+    assert site.holds() == {site.served("poet")}
+
+
+ENDS = {
+    "unload": lambda site: site.lifecycle.unload("poet"),
+    "swap": lambda site: site.load("poet", 3),
+    "roll back": lambda site: site.lifecycle.rollback("poet"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_release_that_fails_is_retried_and_changes_no_answer(open_site, monkeypatch, caplog, end):
+    site = open_site(pinned=("poet",))
+    site.load("poet", 1)
+    before = site.load("poet", 2)
+    until(lambda: site.lifecycle.missing_pins() == [])
+    let_go, failures = site.library.let_go, []
+
+    def fail_twice(revision: str) -> None:
+        if revision == before and len(failures) < 2:
+            failures.append(revision)
+            raise StoreFullError("the disk is full")
+        let_go(revision)
+
+    monkeypatch.setattr(site.library, "let_go", fail_twice)
+    ENDS[end](site)
+    expected = set(site.written("poet")[:1])
+    assert {site.served("poet")} - {""} == expected
+    assert before not in expected
+    until(lambda: not site.engine.is_resident(before))
+    until(lambda: site.lifecycle.missing_pins() == ([] if expected else ["poet"]))
+    until(lambda: len(failures) == 2)
+    site.settle()
+    assert site.holds() == expected
+    assert caplog.text.count(f"releasing the files of revision {before} failed") == 2
+
+
+@pytest.mark.parametrize(
+    ("refused", "change"),
+    [
+        ("INSERT ON published", lambda site: site.load("poet", 3)),
+        ("INSERT ON published", lambda site: site.load("bard", 3)),
+        ("DELETE ON published", lambda site: site.lifecycle.rollback("poet")),
+        ("DELETE ON published", lambda site: site.lifecycle.unload("poet")),
+        ("INSERT ON split", lambda site: site.lifecycle.split("poet", site.written("poet")[1], 50)),
+    ],
+    ids=["swap", "load", "roll back", "unload", "split"],
+)
+def test_a_change_that_cannot_be_written_down_is_not_served(site, poet, open_site, refused, change):
+    site.refuse_to_write(refused)
+    with pytest.raises(AdapterError):
+        change(site)
+    assert site.served("poet") == poet[1]
+    assert site.served("bard") == ""
+    assert site.registry.status("poet").split is None
+    site.write_again()
+    site.settle()
+    assert site.holds() == {poet[1]}
+    after = open_site()
+    after.lifecycle.start(None, str)
+    assert (after.served("poet"), after.served("bard")) == (poet[1], "")
+
+
+@pytest.mark.parametrize("step", ["keep", "add"])
+def test_a_rollback_whose_files_cannot_be_held_changes_nothing(site, poet, open_site, monkeypatch, step):
+    def full(_: object) -> None:
+        raise StoreFullError("no inodes are left")
+
+    monkeypatch.setattr(*((site.library, "keep") if step == "keep" else (site.registry, "add")), full)
+    with pytest.raises(StoreFullError):
+        site.lifecycle.rollback("poet")
+    monkeypatch.undo()
+    assert site.served("poet") == poet[1]
+    assert site.written("poet") == poet[::-1]
+    site.settle()
+    assert site.holds() == {poet[1]}
+    after = open_site()
+    after.lifecycle.start(None, str)
+    assert after.served("poet") == poet[1]
+    after.lifecycle.rollback("poet")
+    assert after.served("poet") == poet[0]
+
+
+def test_a_rollback_that_another_change_overtakes_goes_back_from_there(site, poet, monkeypatch):
+    read, late = site.library.read, []
+
+    def read_late(revision: str):
+        if not late:
+            late.append("poet")
+            site.load("poet", 3)
+        return read(revision)
+
+    monkeypatch.setattr(site.library, "read", read_late)
+    site.lifecycle.rollback("poet")
+    assert site.served("poet") == poet[1]
+    assert site.written("poet") == poet[::-1]
+
+
+def test_a_revision_that_comes_again_as_it_goes_keeps_its_files_and_pages(site):
+    gate = threading.Event()
+    site.lifecycle._cleanup.submit("stuck", partial(gate.wait, PATIENCE))
+    first = site.load("poet", 1)
+    site.lifecycle.unload("poet")
+    assert site.load("bard", 1) == first
+    until(lambda: site.engine.is_resident(first))
+    gate.set()
+    site.settle()
+    assert site.engine.is_resident(first)
+    assert site.holds() == {first}
+
+
+def test_a_split_ends_with_its_revision_even_if_that_cannot_be_looked_up_at_first(site, poet, monkeypatch):
+    site.lifecycle.split("poet", poet[0][:8], 30)
+    assert site.registry.status("poet").split.percent == 30
+    splits, failures = site.names.splits, []
+
+    def fail_once():
+        if not failures:
+            failures.append("once")
+            raise StoreFullError("the disk is full")
+        return splits()
+
+    monkeypatch.setattr(site.names, "splits", fail_once)
+    site.lifecycle.rollback("poet")
+    assert site.served("poet") == poet[0]
+    site.settle()
+    assert site.registry.status("poet").split is None
+    assert site.holds() == {poet[0]}
+
+
+def test_a_split_that_goes_on_survives_a_load(site, poet):
+    site.lifecycle.split("poet", poet[0][:8], 30)
+    site.load("poet", 3)
+    split = site.registry.status("poet").split
+    assert (split.revision, split.percent) == (poet[0], 30)
+
+
+def test_what_is_unloaded_meanwhile_is_not_pinned_again(open_site, monkeypatch):
+    site = open_site(pinned=("poet",))
+    site.load("poet", 1)
+    until(lambda: site.lifecycle.missing_pins() == [])
+
+    def unload_first(_: str) -> bool:
+        site.lifecycle.unload("poet")
+        return False
+
+    monkeypatch.setattr(site.engine, "is_resident", unload_first)
+    assert site.lifecycle.missing_pins() == ["poet"]
+    monkeypatch.undo()
+    site.settle()
+    assert site.engine._scheduler.residency.pinned() == []
+
+
+def test_a_pinned_name_that_is_unloaded_during_the_look_is_missing(open_site, monkeypatch):
+    site = open_site(pinned=("poet",))
+    site.load("poet", 1)
+    status = site.registry.status
+
+    def unload_first(name: str):
+        if site.served("poet"):
+            site.lifecycle.unload("poet")
+        return status(name)
+
+    monkeypatch.setattr(site.registry, "status", unload_first)
+    assert site.lifecycle.missing_pins() == ["poet"]
+
+
+def test_a_pinned_name_that_only_drains_is_missing(open_site):
+    site = open_site(pinned=("poet",))
+    site.load("poet", 1)
+    stream = site.generate("poet", 50)
+    next(stream)
+    site.lifecycle.unload("poet")
+    assert site.lifecycle.missing_pins() == ["poet"]
+    stream.close()
+
+
+def test_a_named_revision_is_held_until_its_requests_have_ended(site, poet, monkeypatch):
+    monkeypatch.setattr("turret_server.lifecycle.publishing.MAX_RECENT", 0)
+    lease = site.lifecycle.acquire([Named("poet", revision=poet[0][:8])])
+    assert lease.revision == poet[0]
+    site.settle()
+    assert site.holds() == set(poet)
+    site.registry.release(lease)
+    site.settle()
+    assert site.holds() == {poet[1]}
+
+
+def test_a_revision_that_no_longer_belongs_to_a_name_is_not_held(site, poet):
+    with pytest.raises(RevisionNotFoundError):
+        site.lifecycle.acquire([Named("poet", revision="0" * 8)])
+    with pytest.raises(AdapterNotFoundError):
+        site.lifecycle.unload("nobody")
+    site.settle()
+    assert site.holds() == {poet[1]}
+
+
+def test_files_that_turn_out_to_be_lost_are_not_known_at_the_next_start(open_site):
+    site = open_site(host_bytes=1)
+    revision = site.load("poet", 1)
+    assert revision in site.library.recorded()
+    shutil.rmtree(site.root / "adapters" / revision)
+    with pytest.raises(RevisionNotFoundError):
+        site.registry.tensors(revision)
+    site.settle()
+    assert revision not in site.names.records()
+    assert site.registry.status("poet").error
