@@ -27,8 +27,7 @@ from turret_client import (
 )
 from turret_client import _upload as sending
 from turret_client._status import _turret_error
-from turret_server.lifecycle import loads
-from turret_server.rpc import uploads
+from turret_server.lifecycle import loads, uploads
 
 _blanks = itertools.count(1)
 
@@ -251,7 +250,7 @@ def test_who_sends_nothing_is_cut_off(served, folder, monkeypatch):
     with Wire(served.address) as wire:
         wire.send(start(folder))
         wire.receive()
-        with pytest.raises(DeadlineExceededError, match="go on where it stopped"):
+        with pytest.raises(DeadlineExceededError, match="continue where it stopped"):
             wire.receive()
 
 

@@ -26,6 +26,8 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
 from turret_server.kernels.cpu.cores import give_back_cores
+from turret_server.lifecycle.adapter_info import AdapterDescriber
+from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.folder_watch import FolderWatch
 from turret_server.lifecycle.lazy import NAME_MARK, LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
@@ -39,7 +41,6 @@ from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, Eng
 from turret_server.observability.request_log import RequestRecords
 from turret_server.observability.usage_log import UsageLog
 from turret_server.observability.usage_metrics import UsageMetrics
-from turret_server.rpc.adapter_messages import AdapterMessages
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.auth import AuthInterceptor
 from turret_server.rpc.drain import RunningCalls
@@ -113,10 +114,12 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     engine = _make_engine(config, runner, arena, access.tenants, metrics)
     lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library, pinned=config.pin)
     stack.callback(lifecycle.close)
-    messages = AdapterMessages(engine, arena.page_bytes)
-    watches = AdapterWatches(registry, messages)
-    adapters = AdapterServicer(registry=registry, lifecycle=lifecycle, messages=messages, watches=watches)
-    AdapterMetrics(adapters.states, memory, library.downloads, metrics)
+    describer = AdapterDescriber(engine, arena.page_bytes)
+    watches = AdapterWatches(registry, describer)
+    administration = AdapterAdministration(
+        registry=registry, lifecycle=lifecycle, describer=describer, watches=watches
+    )
+    AdapterMetrics(administration.states, memory, library.downloads, metrics)
     requests = _make_requests(config, loaded, lifecycle, registry, metrics)
     _log_capacity(config, loaded, arena)
     give_back_cores()
@@ -131,7 +134,7 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         inference=InferenceServicer(
             engine=engine, requests=requests, codec=loaded.tokenizer, records=records
         ),
-        adapters=adapters,
+        adapters=AdapterServicer(administration),
         prompts=PromptServicer(
             engine=engine, requests=requests, records=records, block_size=arena.block_size
         ),

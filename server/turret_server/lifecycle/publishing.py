@@ -8,6 +8,7 @@ answered.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from turret_adapters.store.records import settled_marks_of
 from turret_adapters.store.uploads import Upload
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import DEFAULT_TENANT
-from turret_server.errors import QuotaExceededError, TurretError
+from turret_server.errors import InvalidRequestError, QuotaExceededError, TurretError
 from turret_server.lifecycle.cleanup import CleanupWorker
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,22 @@ _PROGRESS_EVERY = 100
 MAX_RECENT = 64
 
 _UPLOAD_SOURCE = "upload"
+
+_BEGINNING = re.compile(r"[0-9a-f]{8,32}")
+
+
+def check_revision(beginning: str, field: str = "revision") -> str:
+    """Return the first digits of a revision if they are long enough to tell it from others.
+
+    Raises:
+        InvalidRequestError: they are not, or are no hexadecimal digits.
+    """
+    if not _BEGINNING.fullmatch(beginning):
+        raise InvalidRequestError(
+            f"a revision must be given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}",
+            field=field,
+        )
+    return beginning
 
 
 class AdapterLifecycle:

@@ -1,160 +1,148 @@
-"""AdapterService: load, swap, roll back and unload while requests run."""
+"""The gRPC door to the administration of adapters: messages become plain data, and plain data messages."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
-from turret_adapters.registry import AdapterRegistry, AdapterStatus
-from turret_server.errors import InvalidRequestError
-from turret_server.lifecycle.loads import LoadQueue
-from turret_server.lifecycle.publishing import AdapterLifecycle
-from turret_server.lifecycle.watches import AdapterWatches
-from turret_server.rpc.adapter_messages import AdapterMessages
+from turret_adapters.spec import Method
+from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterRevision, AdapterState
+from turret_server.lifecycle.administration import AdapterAdministration
+from turret_server.lifecycle.uploads import UploadChunk, UploadStart
 from turret_server.rpc.auth import caller
-from turret_server.rpc.uploads import AdapterUploads
-from turret_server.serving.validation import check_path, check_revision
-from turret_server.tenancy.access import check_change, check_source, check_unload, check_use, seen_by
-from turret_server.tenancy.tenants import check_name
 
-_DEFAULT_PAGE_SIZE = 100
-_MAX_PAGE_SIZE = 1000
+_METHODS = {
+    Method.LORA: adapters_pb2.ADAPTER_METHOD_LORA,
+    Method.PREFIX_TUNING: adapters_pb2.ADAPTER_METHOD_PREFIX_TUNING,
+    Method.PROMPT_TUNING: adapters_pb2.ADAPTER_METHOD_PROMPT_TUNING,
+    Method.P_TUNING: adapters_pb2.ADAPTER_METHOD_P_TUNING,
+    Method.MULTITASK_PROMPT_TUNING: adapters_pb2.ADAPTER_METHOD_MULTITASK_PROMPT_TUNING,
+    Method.ADALORA: adapters_pb2.ADAPTER_METHOD_ADALORA,
+    Method.VERA: adapters_pb2.ADAPTER_METHOD_VERA,
+    Method.IA3: adapters_pb2.ADAPTER_METHOD_IA3,
+    Method.LN_TUNING: adapters_pb2.ADAPTER_METHOD_LN_TUNING,
+}
+_STATES = {
+    AdapterState.STAGED: adapters_pb2.ADAPTER_STATE_STAGED,
+    AdapterState.RESIDENT: adapters_pb2.ADAPTER_STATE_RESIDENT,
+    AdapterState.DRAINING: adapters_pb2.ADAPTER_STATE_DRAINING,
+    AdapterState.FAILED: adapters_pb2.ADAPTER_STATE_FAILED,
+    AdapterState.UNLOADED: adapters_pb2.ADAPTER_STATE_UNLOADED,
+}
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    def __init__(
-        self,
-        *,
-        registry: AdapterRegistry,
-        lifecycle: AdapterLifecycle,
-        messages: AdapterMessages,
-        watches: AdapterWatches,
-    ) -> None:
-        self._loads = LoadQueue()
-        self._uploads = AdapterUploads(lifecycle, self._loads)
-        self._registry = registry
-        self._lifecycle = lifecycle
-        self._messages = messages
-        self._watches = watches
-
-    def states(self) -> list[str]:
-        """The state of every adapter, in the short lower-case names of the metrics."""
-        names = adapters_pb2.AdapterState.Name
-        prefix = "ADAPTER_STATE_"
-        states = map(self._messages.state, self._registry.statuses())
-        return [names(state).removeprefix(prefix).lower() for state in states]
+    def __init__(self, administration: AdapterAdministration) -> None:
+        self._administration = administration
 
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.LoadAdapterResponse:
-        name = check_name(request.name)
-        check_change(caller().tenant, name)
-        path = check_path(request.path)
-        await asyncio.to_thread(check_source, caller().tenant, path)
-        load = partial(self._lifecycle.load, name, path, caller().tenant.ownership)
-        await self._loads.start(load, caller().tenant)
-        return adapters_pb2.LoadAdapterResponse(adapter=await self._present(name))
+        info = await self._administration.load(request.name, request.path, caller())
+        return adapters_pb2.LoadAdapterResponse(adapter=adapter_message(info))
 
     async def UploadAdapter(
         self,
         request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncGenerator[adapters_pb2.UploadAdapterResponse]:
-        async with aclosing(self._uploads.receive(request_iterator, caller().tenant)) as upload:
-            _, offset = await anext(upload)
-            yield adapters_pb2.UploadAdapterResponse(offset=offset)
-            name, _ = await anext(upload)
-            yield adapters_pb2.UploadAdapterResponse(adapter=await self._present(name))
+        async with aclosing(self._administration.upload(_parts(request_iterator), caller())) as events:
+            async for event in events:
+                if isinstance(event, int):
+                    yield adapters_pb2.UploadAdapterResponse(offset=event)
+                else:
+                    yield adapters_pb2.UploadAdapterResponse(adapter=adapter_message(event))
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.UnloadAdapterResponse:
-        name = check_name(request.name)
-        check_unload(caller().tenant, name)
-        status = await asyncio.to_thread(self._lifecycle.unload, name)
-        return adapters_pb2.UnloadAdapterResponse(adapter=self._messages.of(status))
+        info = await self._administration.unload(request.name, caller())
+        return adapters_pb2.UnloadAdapterResponse(adapter=adapter_message(info))
 
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.RollbackAdapterResponse:
-        name = check_name(request.name)
-        check_change(caller().tenant, name)
-        revision = check_revision(request.revision) if request.revision else None
-        await self._loads.start(partial(self._lifecycle.rollback, name, revision), caller().tenant)
-        return adapters_pb2.RollbackAdapterResponse(adapter=await self._present(name))
+        info = await self._administration.rollback(request.name, request.revision or None, caller())
+        return adapters_pb2.RollbackAdapterResponse(adapter=adapter_message(info))
 
     async def SetTrafficSplit(
         self, request: adapters_pb2.SetTrafficSplitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.SetTrafficSplitResponse:
-        name = check_name(request.name)
-        check_change(caller().tenant, name)
-        if not 0 <= request.percent <= 100:
-            raise InvalidRequestError(f"percent is from 0 to 100; found {request.percent}", field="percent")
-        revision = check_revision(request.revision) if request.percent else ""
-        await self._loads.start(
-            partial(self._lifecycle.split, name, revision, request.percent), caller().tenant
-        )
-        return adapters_pb2.SetTrafficSplitResponse(adapter=await self._present(name))
+        info = await self._administration.split(request.name, request.revision, request.percent, caller())
+        return adapters_pb2.SetTrafficSplitResponse(adapter=adapter_message(info))
 
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.GetAdapterResponse:
-        name = check_name(request.name)
-        check_use(caller().tenant, [name])
-        return adapters_pb2.GetAdapterResponse(adapter=await self._present(name))
+        info = await self._administration.get(request.name, caller())
+        return adapters_pb2.GetAdapterResponse(adapter=adapter_message(info))
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.ListAdaptersResponse:
-        if not 0 <= request.page_size <= _MAX_PAGE_SIZE:
-            raise InvalidRequestError(
-                f"page_size is 0 to {_MAX_PAGE_SIZE}; found {request.page_size}", field="page_size"
-            )
-        tenant, size = caller().tenant, request.page_size or _DEFAULT_PAGE_SIZE
-        # The token is the last name of the page before: adapters that come and go do not shift the pages.
-        rest = [
-            status
-            for status in self._registry.statuses()
-            if status.name > request.page_token and tenant.may_use(status.name)
-        ]
-        page = rest[:size]
+        page = await self._administration.list(request.page_size, request.page_token, caller())
         return adapters_pb2.ListAdaptersResponse(
-            adapters=await self._described(page),
-            next_page_token=page[-1].name if len(rest) > size else "",
+            adapters=map(adapter_message, page.adapters), next_page_token=page.next_page_token
         )
 
     async def WatchAdapters(
         self, request: adapters_pb2.WatchAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[adapters_pb2.WatchAdaptersResponse]:
-        async with aclosing(self._watches.watch(caller().tenant)) as changes:
-            async for adapter in changes:
-                if caller().tenant.may_use(adapter.name):
-                    yield adapters_pb2.WatchAdaptersResponse(adapter=seen_by(caller().tenant, adapter))
+        async with aclosing(self._administration.watch(caller)) as changes:
+            async for info in changes:
+                yield adapters_pb2.WatchAdaptersResponse(adapter=adapter_message(info))
 
     async def ListDownloads(
         self, request: adapters_pb2.ListDownloadsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> adapters_pb2.ListDownloadsResponse:
-        tenant = caller().tenant
         return adapters_pb2.ListDownloadsResponse(
             downloads=[
                 adapters_pb2.Download(name=each.name, done_bytes=each.num_done, total_bytes=each.num_total)
-                for each in self._lifecycle.downloads()
-                if tenant.may_load(each.name)
+                for each in self._administration.downloads(caller())
             ]
         )
 
-    async def _present(self, name: str) -> adapters_pb2.Adapter:
-        [message] = await self._described([self._registry.status(name)])
-        return message
 
-    async def _described(self, statuses: Sequence[AdapterStatus]) -> list[adapters_pb2.Adapter]:
-        histories = await asyncio.to_thread(self._lifecycle.histories, [status.name for status in statuses])
-        return [
-            seen_by(caller().tenant, self._messages.of(status, histories[status.name])) for status in statuses
-        ]
+async def _parts(
+    messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+) -> AsyncGenerator[UploadStart | UploadChunk]:
+    async for message in messages:
+        if message.WhichOneof("part") == "start":
+            start = message.start
+            yield UploadStart(name=start.name, digest=start.digest, config=start.config, size=start.size)
+        else:
+            yield UploadChunk(offset=message.chunk.offset, data=message.chunk.data)
+
+
+def adapter_message(info: AdapterInfo) -> adapters_pb2.Adapter:
+    message = adapters_pb2.Adapter(
+        name=info.name,
+        revision=info.revision,
+        state=_STATES[info.state],
+        num_parameters=info.num_parameters,
+        max_rank=info.max_rank,
+        num_virtual_tokens=info.num_virtual_tokens,
+        file_bytes=info.file_bytes,
+        arena_bytes=info.arena_bytes,
+        active_requests=info.active_requests,
+        draining_revisions=info.draining_revisions,
+        error=info.error,
+        num_tasks=info.num_tasks,
+        history=map(_revision_message, info.history),
+    )
+    if info.method:
+        message.method = _METHODS[info.method]
+    if info.split:
+        message.traffic_split.revision = info.split.revision
+        message.traffic_split.percent = info.split.percent
+    return message
+
+
+def _revision_message(revision: AdapterRevision) -> adapters_pb2.AdapterRevision:
+    message = adapters_pb2.AdapterRevision(revision=revision.revision, source=revision.source)
+    message.published_at.FromMilliseconds(round(revision.published_at * 1000))
+    return message

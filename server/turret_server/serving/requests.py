@@ -34,7 +34,7 @@ from turret_server.serving.validation import (
     check_token_ids,
     sampling_params,
 )
-from turret_server.tenancy.access import check_use, told_to
+from turret_server.tenancy.access import check_use, errors_visible_to
 from turret_server.tenancy.quotas import Charge, Quotas
 
 # Revisions that are read from the store at once for requests that name them.
@@ -105,7 +105,7 @@ class RequestFactory:
             named = [_placed(each, key) for each in named]
         check_use(tenant, [each.name for each in named])
         token_ids = await self._token_ids(message)
-        with told_to(tenant):
+        with errors_visible_to(tenant):
             lease = await self._acquire(named)
         when_over(context, partial(self._registry.release, lease))
         if named:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import secrets
 
 from turret.v1 import inference_pb2
 from turret_adapters.registry import Named
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.lifecycle.publishing import check_revision
 from turret_server.tenancy.tenants import check_name
 
 _DEFAULT_MAX_TOKENS = 256
@@ -21,37 +21,6 @@ _MAX_TEMPERATURE = 100.0
 _MAX_PRIORITY = 10
 _MAX_CACHE_SALT_LENGTH = 128
 _MAX_ROUTING_KEY_LENGTH = 128
-# As long as Linux takes paths; to look for a longer one takes time that grows with its square.
-_MAX_PATH_LENGTH = 4096
-_REVISION = re.compile(r"[0-9a-f]{8,32}")
-
-
-def check_revision(beginning: str, field: str = "revision") -> str:
-    """Hand the beginning of a revision on if it is long enough to tell one from others.
-
-    Raises:
-        InvalidRequestError: it is not, or no revision begins so.
-    """
-    if not _REVISION.fullmatch(beginning):
-        raise InvalidRequestError(
-            f"a revision is given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}",
-            field=field,
-        )
-    return beginning
-
-
-def check_path(path: str) -> str:
-    """Hand the place of an adapter on if there can be such a place.
-
-    Raises:
-        InvalidRequestError: there cannot.
-    """
-    if not 0 < len(path) <= _MAX_PATH_LENGTH:
-        raise InvalidRequestError(
-            f"path is an adapter's folder or URL, of 1 to {_MAX_PATH_LENGTH} characters; found {len(path)}",
-            field="path",
-        )
-    return path
 
 
 def check_length(num_tokens: int, max_context: int) -> None:

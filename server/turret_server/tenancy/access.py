@@ -1,7 +1,7 @@
-"""What who calls may do with which adapter.
+"""What a tenant may do with an adapter.
 
-An adapter that a tenant may not use does not exist for it: that is answered before anything is looked up, so
-that neither words nor time tell whether it is there.
+An adapter that a tenant may not use is answered like one that does not exist, and before it is looked up:
+neither the message nor the time shows whether it exists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turret.v1 import adapters_pb2
 from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError
 from turret_adapters.sources.filesystems import hub_url
 from turret_adapters.sources.policy import Policy
@@ -20,10 +19,10 @@ from turret_server.tenancy.tenants import Tenant
 
 
 def check_use(tenant: Tenant, names: Iterable[str]) -> None:
-    """See that a tenant may use the adapters of these names.
+    """Check that a tenant may use adapters.
 
     Raises:
-        AdapterNotFoundError: it may not, whether there are such or not.
+        AdapterNotFoundError: it may not, whether they exist or not.
     """
     for name in names:
         if not tenant.may_use(name):
@@ -31,11 +30,11 @@ def check_use(tenant: Tenant, names: Iterable[str]) -> None:
 
 
 def check_change(tenant: Tenant, name: str) -> None:
-    """See that a tenant may load, replace and roll back an adapter of this name.
+    """Check that a tenant may load, replace, split and roll back an adapter.
 
     Raises:
-        PermissionDeniedError: it may use it, but not that.
-        AdapterNotFoundError: for this tenant there is none such.
+        PermissionDeniedError: it may only use it.
+        AdapterNotFoundError: it may not even use it.
     """
     if not tenant.may_load(name):
         check_use(tenant, [name])
@@ -43,35 +42,22 @@ def check_change(tenant: Tenant, name: str) -> None:
 
 
 def check_unload(tenant: Tenant, name: str) -> None:
-    """See that a tenant may unload an adapter of this name.
+    """Check that a tenant may unload an adapter.
 
     Raises:
-        PermissionDeniedError: it may use it, but not that.
-        AdapterNotFoundError: for this tenant there is none such.
+        PermissionDeniedError: it may only use it.
+        AdapterNotFoundError: it may not even use it.
     """
     if not tenant.may_unload(name):
         check_use(tenant, [name])
         raise _denied(tenant, "unload", name)
 
 
-def seen_by(tenant: Tenant, adapter: adapters_pb2.Adapter) -> adapters_pb2.Adapter:
-    """What a tenant is told of an adapter. Where its operator keeps it, and why it FAILED, which may name
-    such places, is of no concern to those who only use it.
-    """
-    if tenant.may_load(adapter.name):
-        return adapter
-    seen = adapters_pb2.Adapter()
-    seen.CopyFrom(adapter)
-    for revision in seen.history:
-        revision.ClearField("source")
-    if seen.error:
-        seen.error = "it could not be loaded; ask the server's operator why"
-    return seen
-
-
 @contextmanager
-def told_to(tenant: Tenant) -> Iterator[None]:
-    """Leaves out why an adapter is not there where the tenant may not load it, as `seen_by` does."""
+def errors_visible_to(tenant: Tenant) -> Iterator[None]:
+    """Removes from errors in the block why an adapter could not be loaded, unless the tenant may load it:
+    the reason may contain paths and URLs of the operator.
+    """
     try:
         yield
     except AdapterNotFoundError as error:
@@ -81,12 +67,12 @@ def told_to(tenant: Tenant) -> Iterator[None]:
 
 
 def check_source(tenant: Tenant, source: str) -> None:
-    """See that a tenant may load from there, wherever the server itself may: or it could load the files of
-    another's adapter under a name of its own.
+    """Check that a tenant may load from a source, besides the server's own policy: otherwise it could load
+    another tenant's files under a name of its own. Reads the disk.
 
     Raises:
-        SourceForbiddenError: it may not; what is there is not told.
-        AdapterSourceError: there cannot be anything.
+        SourceForbiddenError: it may not, whatever is there.
+        AdapterSourceError: the source is malformed.
     """
     if tenant.admin:
         return
@@ -99,20 +85,20 @@ def check_source(tenant: Tenant, source: str) -> None:
         _check_written(source, policy.roots)
         policy.folder(source)
     else:
-        # As it is fetched: a hub's revision stands behind an @.
+        # As it is fetched: the revision of a hub follows an @.
         policy.url(url.partition("@")[0] if url.startswith("hf://") else url)
 
 
 def _check_written(source: str, roots: Iterable[Path]) -> None:
-    """Refuse what is not written as a place below a root before the disk is looked at: there may be links
-    everywhere, and whether they are there, and how long it takes to find out, is not told.
+    """Refuse a path that is not written as one below a root, before the disk is read: neither the answer
+    nor its time shows what exists elsewhere.
     """
     path = Path(os.path.normpath(source))
-    places = [place for root in roots for place in (root, Path(os.path.realpath(root)))]
-    if ".." in Path(source).parts or not any(path.is_relative_to(place) for place in places):
+    allowed = [folder for root in roots for folder in (root, Path(os.path.realpath(root)))]
+    if ".." in Path(source).parts or not any(path.is_relative_to(folder) for folder in allowed):
         raise SourceForbiddenError(
-            f"{source[:200]!r}: expected a folder below {', '.join(map(str, roots)) or 'nowhere'}, found one "
-            "elsewhere"
+            f"path must be a folder below {', '.join(map(str, roots)) or 'none'} for this tenant; found "
+            f"{source[:200]!r}; ask the server's operator for access"
         )
 
 

@@ -30,7 +30,10 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.request import AdapterUse, Output, Request, SamplingParams
 from turret_server.engine.scheduler import Limits
 from turret_server.lifecycle import cleanup
+from turret_server.lifecycle.adapter_info import AdapterDescriber
+from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.watches import AdapterWatches
 
 WIDTH, RANK = 8, 2
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -43,7 +46,7 @@ BASE = BaseSpec(
     modules={MODULE: ModuleShape(kind=ModuleKind.LINEAR, in_features=WIDTH, out_features=WIDTH)},
     tied=False,
 )
-NUM_PAGES, BLOCK_SIZE = 256, 4
+NUM_PAGES, BLOCK_SIZE, PAGE_BYTES = 256, 4, 32
 _request_ids = itertools.count(1)
 
 
@@ -80,6 +83,11 @@ class Site:
         self.lifecycle = AdapterLifecycle(
             engine=self.engine, registry=self.registry, library=self.library, pinned=pinned
         )
+        describer = AdapterDescriber(self.engine, PAGE_BYTES)
+        self.watches = AdapterWatches(self.registry, describer)
+        self.administration = AdapterAdministration(
+            registry=self.registry, lifecycle=self.lifecycle, describer=describer, watches=self.watches
+        )
         self.engine.start()
 
     def close(self) -> None:
@@ -101,6 +109,10 @@ class Site:
                 folder / "adapter_model.safetensors",
             )
         return str(folder)
+
+    def size(self, seed: int) -> int:
+        """Bytes of the same adapter."""
+        return sum(file.stat().st_size for file in Path(self.source(seed)).iterdir())
 
     def load(self, name: str, seed: int) -> str:
         """Load an adapter, and return its revision."""
@@ -195,11 +207,15 @@ class Site:
             yield
 
     def settle(self) -> None:
-        """Wait until the clean-up has done what was asked for."""
-        done = threading.Event()
-        self.lifecycle._cleanup.submit("test", done.set)
-        assert done.wait(60)
-        until(lambda: not self.lifecycle._cleanup._jobs)
+        """Wait until the clean-up has done what was asked for, retries included."""
+
+        def is_idle() -> bool:
+            done = threading.Event()
+            self.lifecycle._cleanup.submit("the end of the queue", done.set)
+            assert done.wait(60)
+            return not self.lifecycle._cleanup._jobs
+
+        until(is_idle)
         self.engine.check_integrity()
 
 

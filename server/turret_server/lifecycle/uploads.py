@@ -1,0 +1,146 @@
+"""Adapters that clients send: first what will come, then the tensors from where an earlier upload stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from turret_adapters.errors import UploadError
+from turret_adapters.store.uploads import Upload
+from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
+from turret_server.lifecycle.loads import LoadQueue
+from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.threads import end_of, to_its_end
+from turret_server.tenancy.access import check_change
+from turret_server.tenancy.tenants import Tenant, check_name
+
+IDLE_SECONDS = 60.0
+MIN_BYTES_PER_SECOND = 16 << 10
+MAX_UPLOADS_PER_TENANT = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadStart:
+    """What will come: `digest` as `digest_of_folder` computes it, the whole `adapter_config.json`, and the
+    size of `adapter_model.safetensors` in bytes.
+    """
+
+    name: str
+    digest: str
+    config: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadChunk:
+    """Bytes of `adapter_model.safetensors` from `offset` on."""
+
+    offset: int
+    data: bytes
+
+
+UploadParts = AsyncIterator[UploadStart | UploadChunk]
+
+
+class AdapterUploads:
+    """Receives uploads. Used on one event loop."""
+
+    def __init__(
+        self, lifecycle: AdapterLifecycle, loads: LoadQueue, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._loads = loads
+        self._clock = clock
+        self._num_open: Counter[str] = Counter()
+
+    async def receive(self, parts: UploadParts, tenant: Tenant) -> AsyncGenerator[int | str]:
+        """Receive an adapter and serve it. Yields the offset from which the tensors are wanted, and when
+        the adapter is served, its name.
+
+        Raises:
+            InvalidRequestError: a part is missing or out of order, or the name is invalid.
+            PermissionDeniedError: the tenant may not load under that name.
+            AdapterError: the bytes differ from those that were announced, or are no adapter that can be
+            served. DeadlineError: too few bytes came.
+            QuotaExceededError: the adapter is larger than the tenant's limit, or too many of its loads run.
+            TooManyCallsError: too many uploads of the tenant run.
+        """
+        with self._counted(tenant.name):
+            start = await _next(parts, IDLE_SECONDS)
+            if not isinstance(start, UploadStart):
+                raise InvalidRequestError("the first message of an upload must be its start", field="start")
+            check_change(tenant, check_name(start.name))
+            _check_size(start, tenant)
+            with self._loads.place(tenant):
+                upload = await to_its_end(
+                    partial(self._lifecycle.receive, start.digest, start.config, start.size, tenant.name),
+                    undo=Upload.close,
+                )
+                with upload:
+                    yield upload.offset
+                    await self._receive_chunks(parts, upload)
+                    load = partial(self._lifecycle.load_upload, start.name, upload, tenant.ownership)
+                    await end_of(self._loads.start(load))
+                yield start.name
+
+    async def _receive_chunks(self, parts: UploadParts, upload: Upload) -> None:
+        """A client has `IDLE_SECONDS` for each chunk, and on the whole must send `MIN_BYTES_PER_SECOND`: a
+        byte now and then does not keep an upload open.
+        """
+        begin, deadline = upload.offset, self._clock() + IDLE_SECONDS
+        while upload.offset < upload.size:
+            earned = (upload.offset - begin) / MIN_BYTES_PER_SECOND
+            chunk = await _next(parts, min(IDLE_SECONDS, deadline + earned - self._clock()))
+            if chunk is None:
+                raise UploadError(
+                    f"expected {upload.size} bytes, found {upload.offset} (upload again to continue there)"
+                )
+            if not isinstance(chunk, UploadChunk) or not chunk.data:
+                raise InvalidRequestError(
+                    "after its start, an upload consists of chunks with data; found another message",
+                    field="chunk",
+                )
+            await to_its_end(partial(upload.write, chunk.offset, chunk.data))
+
+    @contextmanager
+    def _counted(self, tenant: str) -> Iterator[None]:
+        if self._num_open[tenant] >= MAX_UPLOADS_PER_TENANT:
+            raise TooManyCallsError(
+                f"{MAX_UPLOADS_PER_TENANT} uploads of tenant {tenant!r} are running, which is the "
+                "limit; try again when one has ended",
+                limit=MAX_UPLOADS_PER_TENANT,
+            )
+        self._num_open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._num_open[tenant] -= 1
+            if not self._num_open[tenant]:
+                del self._num_open[tenant]
+
+
+def _check_size(start: UploadStart, tenant: Tenant) -> None:
+    """Refuse what exceeds the tenant's limit by itself before its bytes are sent."""
+    size, limit = len(start.config) + start.size, tenant.max_adapter_bytes
+    if limit is not None and size > limit:
+        raise QuotaExceededError(
+            f"the adapter has {size} bytes, and the adapters of tenant {tenant.name!r} may have {limit} "
+            "(max_adapter_bytes); send a smaller one",
+            tenant=tenant.name,
+            quota="max_adapter_bytes",
+        )
+
+
+async def _next(parts: UploadParts, seconds: float) -> UploadStart | UploadChunk | None:
+    try:
+        return await asyncio.wait_for(anext(parts, None), seconds)
+    except TimeoutError as error:
+        raise DeadlineError(
+            f"no bytes came for {IDLE_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} a second; "
+            "upload again to continue where it stopped"
+        ) from error

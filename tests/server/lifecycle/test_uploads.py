@@ -1,0 +1,197 @@
+"""An upload has as much time as its bytes earn, and leaves nothing open however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from support.adapter_files import digest
+from turret_adapters.errors import AdapterError, UploadError
+from turret_server.engine.admission import TenantLimits
+from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
+from turret_server.lifecycle import uploads
+from turret_server.lifecycle.loads import LoadQueue
+from turret_server.lifecycle.uploads import IDLE_SECONDS, AdapterUploads, UploadChunk, UploadStart
+from turret_server.tenancy.tenants import Tenant
+
+CHUNK = 50
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def tenant(**limits) -> Tenant:
+    return Tenant(name="acme", limits=TenantLimits(), admin=True, **limits)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def receiver(site, clock):
+    return AdapterUploads(site.lifecycle, LoadQueue(), clock)
+
+
+class Sent:
+    """An adapter as a client sends it, with pauses between its chunks."""
+
+    def __init__(self, site, clock: Clock) -> None:
+        folder = Path(site.source(1))
+        self.config = (folder / "adapter_config.json").read_bytes()
+        self.tensors = (folder / "adapter_model.safetensors").read_bytes()
+        self.clock = clock
+
+    def start(self, **changes) -> UploadStart:
+        fields = {
+            "name": "poet",
+            "digest": digest(self.tensors, self.config),
+            "config": self.config,
+            "size": len(self.tensors),
+        }
+        return UploadStart(**(fields | changes))
+
+    async def parts(self, seconds: float = 0.0, **changes):
+        yield self.start(**changes)
+        for offset in range(0, len(self.tensors), CHUNK):
+            self.clock.now += seconds
+            yield UploadChunk(offset=offset, data=self.tensors[offset : offset + CHUNK])
+
+
+@pytest.fixture
+def sent(site, clock):
+    return Sent(site, clock)
+
+
+async def receive(receiver, parts, who=None):
+    return [event async for event in receiver.receive(parts, who or tenant())]
+
+
+async def sequence(*parts):
+    for part in parts:
+        yield part
+
+
+async def test_bytes_that_come_earn_the_time_for_more(site, receiver, sent, clock, monkeypatch):
+    # Each chunk comes in time for the slowest pace allowed, and the whole takes far more than the idle time.
+    monkeypatch.setattr(uploads, "MIN_BYTES_PER_SECOND", 1)
+    began = clock.now
+    assert await receive(receiver, sent.parts(seconds=CHUNK)) == [0, "poet"]
+    assert clock.now - began > 5 * IDLE_SECONDS
+    assert site.served("poet")
+
+
+async def test_who_sends_slower_than_the_slowest_pace_is_cut_off(site, receiver, sent, monkeypatch):
+    monkeypatch.setattr(uploads, "MIN_BYTES_PER_SECOND", 10)
+    with pytest.raises(DeadlineError, match="fewer than 10 a second"):
+        await receive(receiver, sent.parts(seconds=CHUNK / 2))
+    assert not site.served("poet")
+
+
+async def test_time_that_was_earned_before_a_resumption_does_not_count(receiver, sent, clock, monkeypatch):
+    monkeypatch.setattr(uploads, "MIN_BYTES_PER_SECOND", 1)
+    half = len(sent.tensors) // 2
+    with pytest.raises(UploadError, match=f"found {half}"):
+        await receive(receiver, sequence(sent.start(), UploadChunk(offset=0, data=sent.tensors[:half])))
+
+    async def late():
+        yield sent.start()
+        clock.now += IDLE_SECONDS + 2
+        yield UploadChunk(offset=half, data=sent.tensors[half : half + 1])
+        yield UploadChunk(offset=half + 1, data=sent.tensors[half + 1 :])
+
+    with pytest.raises(DeadlineError):
+        await receive(receiver, late())
+
+
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        (lambda _: sequence(), "start"),
+        (lambda _: sequence(UploadChunk(offset=0, data=b"x")), "start"),
+        (lambda sent: sequence(sent.start(), sent.start()), "chunk"),
+        (lambda sent: sequence(sent.start(), UploadChunk(offset=0, data=b"")), "chunk"),
+    ],
+    ids=["nothing", "no start", "two starts", "an empty chunk"],
+)
+async def test_parts_out_of_order_are_refused(receiver, sent, parts, field):
+    with pytest.raises(InvalidRequestError) as refused:
+        await receive(receiver, parts(sent))
+    assert refused.value.metadata == {"field": field}
+
+
+async def test_an_adapter_above_the_tenants_limit_is_refused_before_its_bytes(receiver, sent):
+    size = len(sent.config) + len(sent.tensors)
+    with pytest.raises(QuotaExceededError) as refused:
+        await receive(receiver, sequence(sent.start()), tenant(max_adapter_bytes=size - 1))
+    assert refused.value.metadata["quota"] == "max_adapter_bytes"
+    async with aclosing(receiver.receive(sequence(sent.start()), tenant(max_adapter_bytes=size))) as events:
+        assert await anext(events) == 0
+
+
+async def test_uploads_of_a_tenant_are_counted_while_they_run(receiver, sent, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_UPLOADS_PER_TENANT", 1)
+    for _ in range(3):
+        async with aclosing(receiver.receive(sent.parts(), tenant())) as events:
+            assert await anext(events) == 0
+            with pytest.raises(TooManyCallsError):
+                await receive(receiver, sent.parts())
+            other = Tenant(name="bolt", limits=TenantLimits(), admin=True)
+            async with aclosing(receiver.receive(sent.parts(), other)) as others:
+                assert await anext(others) == 0
+    assert await receive(receiver, sent.parts()) == [0, "poet"]
+    assert receiver._num_open == {}
+
+
+async def test_an_upload_counts_as_a_load_of_its_tenant(receiver, sent):
+    who = tenant(max_concurrent_loads=1)
+    async with aclosing(receiver.receive(sent.parts(), who)) as events:
+        assert await anext(events) == 0
+        with pytest.raises(QuotaExceededError):
+            await receive(receiver, sent.parts(name="bard"), who)
+    assert await receive(receiver, sent.parts(), who) == [0, "poet"]
+
+
+@pytest.mark.parametrize("end", ["hang up", "cancel"])
+async def test_an_upload_that_ends_early_can_be_resumed_at_once(receiver, sent, end):
+    waiting = asyncio.Event()
+
+    async def stuck():
+        yield sent.start()
+        yield UploadChunk(offset=0, data=sent.tensors[:CHUNK])
+        waiting.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(receive(receiver, stuck() if end == "cancel" else _broken(sent)))
+    if end == "cancel":
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        with pytest.raises(ConnectionError):
+            await task
+    async with aclosing(receiver.receive(sent.parts(), tenant())) as events:
+        assert await anext(events) == CHUNK
+
+
+async def _broken(sent):
+    yield sent.start()
+    yield UploadChunk(offset=0, data=sent.tensors[:CHUNK])
+    raise ConnectionError
+
+
+async def test_bytes_with_another_digest_are_not_served(site, receiver, sent):
+    with pytest.raises(AdapterError, match="digest"):
+        await receive(receiver, sent.parts(digest="0" * 64))
+    assert not site.served("poet")
+    assert site.holds() == set()
