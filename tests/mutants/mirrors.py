@@ -70,8 +70,7 @@ def stages(root: Path, module: str) -> Iterator[list[str]]:
     for files in (sorted(nearest), sorted(folder.glob("test_*.py")), _named_first(root, whole, inner)):
         stage = [name for file in files if (name := file.relative_to(root).as_posix()) not in seen]
         seen.update(stage)
-        if stage:
-            yield stage
+        yield stage
 
 
 def _named_first(root: Path, tests: Sequence[str], module: Path) -> list[Path]:

@@ -56,10 +56,17 @@ def test_a_mutant_lives_only_while_its_tests_run(copy):
     assert "age > 18" in text.partition("## Survivors")[2]
 
 
-def test_a_test_that_fails_without_the_mutant_as_well_kills_none(copy):
-    (copy.root / "tests/server/test_ages_broken.py").write_text("def test_broken():\n    assert False\n")
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("def test_broken():\n    assert False\n", "tests/server/test_ages_broken.py::test_broken"),
+        ("import missing\n", "tests/server/test_ages_broken.py"),
+    ],
+)
+def test_a_test_that_fails_without_the_mutant_as_well_kills_none(copy, text, broken):
+    (copy.root / "tests/server/test_ages_broken.py").write_text(text)
     assert copy.judge(_mutant("age > 18")).killer == ""
-    assert copy.clean == {"tests/server/test_ages_broken.py::test_broken": False}
+    assert copy.clean == {broken: False}
 
 
 @pytest.mark.parametrize(
