@@ -107,3 +107,49 @@ def test_who_was_large_once_does_not_keep_its_place_for_ever(usage, clock, count
         clock.now += MINUTE
         usage.add("new", [], prompt=0, generated=10)
     assert counted("new") is not None
+
+
+def test_tokens_of_prompts_count_for_a_place_as_well(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"small-{number}", [], prompt=0, generated=10)
+    usage.add("large", [], prompt=1000, generated=0)
+    clock.now += MINUTE
+    usage.add("small-50", [], prompt=0, generated=1)
+    usage.add("large", [], prompt=3, generated=2)
+    assert (counted("large", kind="prompt"), counted("large")) == (3, 2)
+
+
+@pytest.mark.parametrize(("tokens", "replaces"), [(20, False), (21, True)])
+def test_a_place_is_taken_by_who_uses_more_than_twice_as_much(usage, clock, counted, tokens, replaces):
+    for number in range(SERIES):
+        usage.add(f"shown-{number}", [], prompt=4, generated=6)
+    usage.add("late", [], prompt=0, generated=tokens)
+    clock.now += MINUTE
+    usage.add("shown-0", [], prompt=0, generated=0)
+    usage.add("late", [], prompt=0, generated=1)
+    assert (counted("late") is not None) == replaces
+
+
+def test_places_change_once_a_minute(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"small-{number}", [], prompt=0, generated=1)
+    usage.add("large", [], prompt=0, generated=1000)
+    clock.now = 59.0
+    usage.add("large", [], prompt=0, generated=1)
+    assert counted("large") is None
+    clock.now = 60.0
+    usage.add("small-0", [], prompt=0, generated=1)
+    usage.add("large", [], prompt=0, generated=1)
+    assert counted("large") is not None
+    usage.add("next", [], prompt=0, generated=10_000)
+    clock.now = 119.0
+    usage.add("next", [], prompt=0, generated=1)
+    assert counted("next") is None
+
+
+def test_who_uses_nothing_any_more_is_forgotten(usage, clock):
+    usage.add("once", [], prompt=0, generated=3)
+    for _ in range(4):
+        clock.now += MINUTE
+        usage.add("other", [], prompt=0, generated=0)
+    assert ("once", "") not in usage._recent
