@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto clean
+.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto settings clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +74,9 @@ format: $(READY)  ## Format the code
 
 proto: $(READY)  ## Generate stubs, request fields and the blocking client from proto/ and _async.py
 	@$(BIN)/python proto/generate.py
+
+settings: $(READY)  ## Write the table of settings in deploy/README.md
+	@$(BIN)/python deploy/settings.py
 
 clean:  ## Remove the environment and what the demo and the measurements made
 	rm -rf $(VENV) .demo .bench .load .soak .chaos

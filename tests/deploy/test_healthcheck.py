@@ -76,4 +76,4 @@ def test_nobody_there():
 
 
 def test_it_asks_where_the_server_listens():
-    assert f'"{ServerConfig(model="").listen}"' in SCRIPT.read_text()
+    assert f'"{ServerConfig(model="m").listen}"' in SCRIPT.read_text()

@@ -31,7 +31,7 @@ def config(base_of, quantised_cache, source, tmp_path):
         model=str(base_of("llama")),
         lazy_source=f"{source}/{{name}}",
         # A list of its own: what is not below the source may not be loaded.
-        allow_sources=(str(tmp_path / "nothing"),),
+        allow_source=(str(tmp_path / "nothing"),),
         store=tmp_path / "store",
         dtype="float32",
         device="cpu",

@@ -85,7 +85,7 @@ def served(base_of, quantised_cache, tmp_path_factory):
         device="cpu",
         memory="2MiB",
         tenants=file,
-        allow_sources=("slow://bucket/", "/"),
+        allow_source=("slow://bucket/", "/"),
         cache=quantised_cache,
     )
     with serving(config) as served:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from turret_cli.generate import (
+from turret_cli.common import (
     connect,
     format_count,
     format_size,

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import click
 
-from turret_cli.bench_plot import check_plot, save_plot
-from turret_cli.generate import connection_options, server_option
+from turret_cli.common import connection_options, server_option
 from turret_client import Adapter, AdapterState, AsyncClient
-from turret_client.bench import Latencies, LoadGenerator, Popularity, Summary, Workload, summarise
+from turret_client.bench import Latencies, LoadGenerator, Popularity, Record, Summary, Workload, summarise
 
+_SUFFIXES = (".svg", ".png", ".pdf")
 _DEFAULT_CONCURRENCY = 8
 _DEFAULT_REQUESTS = 64
 
@@ -158,7 +160,7 @@ def bench(
         if file and not file.parent.is_dir():
             raise click.UsageError(f"There is no folder {file.parent} to write {file.name} to.")
     if plot_file:
-        check_plot(plot_file)
+        _check_plot(plot_file)
     workload = Workload(
         concurrency=None if rate else concurrency or _DEFAULT_CONCURRENCY,
         rate=rate,
@@ -176,7 +178,7 @@ def bench(
         settings = {"server": server, "workload": asdict(workload), "interrupted": interrupted}
         json_file.write_text(json.dumps(settings | summary.as_json(generator.records)) + "\n")
     if plot_file:
-        save_plot(plot_file, generator.records)
+        _save_plot(plot_file, generator.records)
     click.echo(_table(summary))
     if interrupted:
         raise KeyboardInterrupt
@@ -265,3 +267,43 @@ def _table(summary: Summary) -> str:
 def _latency_line(title: str, latencies: Latencies | None) -> str:
     values = asdict(latencies).values() if latencies else []
     return f"{title:12}" + "".join(f"{value * 1000:9,.1f} ms" for value in values)
+
+
+def _check_plot(file: Path) -> None:
+    """See before a run that its picture can be drawn after it.
+
+    Raises:
+        click.UsageError: matplotlib is missing, or cannot write such a file.
+    """
+    if file.suffix not in _SUFFIXES:
+        raise click.UsageError(f"--plot {file}: the name must end in one of {', '.join(_SUFFIXES)}.")
+    if find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def _save_plot(file: Path, records: Sequence[Record]) -> None:
+    """Draw how many requests waited no longer than so long, and throughput and running requests over time."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 -- only drawing needs it
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    first, inter, over_time = figure.subplots(1, 3)
+    waits = [record.token_seconds[0] - record.due for record in records if record.token_seconds]
+    gaps = [after - before for record in records for before, after in pairwise(record.token_seconds)]
+    for axes, title, seconds in ((first, "first token", waits), (inter, "inter token", gaps)):
+        axes.ecdf([1000 * value for value in seconds] or [0.0])
+        axes.set(title=title, xlabel="ms", ylabel="share that waited no longer", xlim=(0, None))
+    arrivals = [second for record in records for second in record.token_seconds]
+    last = max(arrivals, default=0.0)
+    bins = [float(second) for second in range(int(last) + 2)]
+    over_time.hist(arrivals, bins=bins, histtype="step", color="tab:blue")
+    over_time.set(title="over time", xlabel="s", ylabel="generated tokens/s", ylim=(0, None))
+    running = over_time.twinx()
+    running.plot(bins, [_running_at(records, second) for second in bins], color="tab:orange")
+    running.set(ylabel="requests that run or wait", ylim=(0, None))
+    over_time.yaxis.label.set_color("tab:blue")
+    running.yaxis.label.set_color("tab:orange")
+    figure.savefig(file)
+
+
+def _running_at(records: Sequence[Record], second: float) -> int:
+    return sum(record.due <= second and (record.ended is None or record.ended > second) for record in records)

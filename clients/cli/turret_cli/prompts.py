@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from turret_cli.generate import (
+from turret_cli.common import (
     adapter_option,
     connect,
     format_table,

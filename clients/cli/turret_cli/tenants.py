@@ -1,12 +1,10 @@
-"""`turret tenants`: what the operator needs for the tenants file. No server is asked."""
+"""`turret tenants`: API keys for the tenants file. It talks to no server."""
 
 from __future__ import annotations
 
 import json
 
 import click
-
-from turret_server.tenancy.keys import digest_of, new_key
 
 
 @click.group(
@@ -18,7 +16,7 @@ Examples:
 A tenants file:
   [tenants.acme]
   keys = ["sha256:..."]            # turret tenants key acme
-  use = ["acme-*", "shared-*"]     # patterns of adapters' names
+  use = ["acme-*", "shared-*"]     # patterns of adapter names
   load = ["acme-*"]
   unload = ["acme-*"]
   sources = ["/srv/adapters/acme"]
@@ -40,10 +38,10 @@ A tenants file:
 """
 )
 def tenants() -> None:
-    """Keys for the tenants of `turret serve --tenants FILE`.
+    """Create API keys for the tenants of `turret serve --tenants FILE`.
 
-    A tenant has the rights that its table names, and no others; other limits are the server's. Where no
-    tenant has keys or identities, the server is open to anybody.
+    A tenant has the permissions that its table lists, and no others; limits that it does not list are the
+    server's defaults. Without keys or identities in the file, callers need no authentication.
     """
 
 
@@ -57,11 +55,13 @@ Examples:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def key(name: str, *, as_json: bool) -> None:
-    """Make an API key for the tenant NAME, and the line for the tenants file that lets it in.
+    """Create an API key for the tenant NAME, and the line of the tenants file that accepts it.
 
-    The key is printed once and kept nowhere; the file has only its digest. A tenant may have several keys, so
-    that a new one is in use before the old one goes.
+    The key is printed once and stored nowhere; the file contains only its digest. To rotate keys, give the
+    tenant a second one before you remove the first.
     """
+    from turret_server.tenancy.keys import digest_of, new_key  # noqa: PLC0415 -- only here, see `local`
+
     made = new_key()
     if as_json:
         click.echo(json.dumps({"tenant": name, "key": made, "digest": digest_of(made)}))

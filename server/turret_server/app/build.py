@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
+import torch
 from prometheus_client import CollectorRegistry
 
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry
@@ -18,9 +21,7 @@ from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import lora_rows, slab_layout
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
-from turret_server.app.memory import arena_bytes, host_bytes, max_adapter_bytes, parse_memory
-from turret_server.app.settings import check_config
-from turret_server.config import ServerConfig
+from turret_server.config import NAME_MARK, ServerConfig, parse_size
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
@@ -29,7 +30,7 @@ from turret_server.kernels.cpu.cores import give_back_cores
 from turret_server.lifecycle.adapter_info import AdapterDescriber
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.folder_watch import FolderWatch
-from turret_server.lifecycle.lazy import NAME_MARK, LazyAdapters
+from turret_server.lifecycle.lazy import LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
 from turret_server.lifecycle.watches import AdapterWatches
 from turret_server.model.arena import Arena
@@ -48,7 +49,7 @@ from turret_server.rpc.errors import ErrorInterceptor
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.reading import ReadingInterceptor
-from turret_server.rpc.server import RpcServer, is_loopback
+from turret_server.rpc.server import RpcServer
 from turret_server.rpc.tls import TlsFiles
 from turret_server.serving.requests import ModelInfo, RequestFactory
 from turret_server.tenancy.auth import Authenticator
@@ -57,6 +58,13 @@ from turret_server.tenancy.tenants import TenantTable, check_name
 from turret_server.tenancy.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+# Of the memory that is free once the model is loaded. A GPU keeps the rest for activations; a CPU's memory
+# belongs to other processes too.
+_DEFAULT_FRACTION = {"cuda": 0.8, "cpu": 0.25}
+_DEFAULT_MAX_BYTES = {"cpu": 4 * 2**30}
+_DEFAULT_HOST_MEMORY = "0.25"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +101,6 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
         ConfigError: a setting is invalid, or does not fit this machine.
         UnsupportedModelError: the model cannot be served.
     """
-    check_config(config)
     with ExitStack() as stack:
         yield _assemble(config, sampler or Sampler(), stack)
 
@@ -105,8 +112,9 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     access = load_access(config)
     loaded, arena = _load_model(config)
     library = stack.enter_context(closing(_open_library(config, loaded)))
+    host_bytes = _budget("--host-memory", config.host_memory or _DEFAULT_HOST_MEMORY, _CPU)
     page_locked = loaded.device.type == "cuda"
-    memory = HostMemory(host_bytes(config.host_memory), library.read, page_locked=page_locked)
+    memory = HostMemory(host_bytes, library.read, page_locked=page_locked)
     registry = AdapterRegistry(memory)
     runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler)))
     runner.check()
@@ -196,8 +204,6 @@ def load_access(config: ServerConfig) -> Access:
     tls = None
     if config.tls_cert and config.tls_key:
         tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-    elif config.tls_cert or config.tls_key or config.tls_client_ca:
-        raise ConfigError("--tls-cert and --tls-key belong together, and --tls-client-ca to both")
     return Access(tenants=tenants, auth_hook=auth_hook, tls=tls)
 
 
@@ -212,7 +218,7 @@ def _check_access(config: ServerConfig, tenants: TenantTable) -> None:
             f"--tenants {config.tenants}: identities are names in client certificates; start the server with "
             "--tls-client-ca as well"
         )
-    if is_loopback(config.listen):
+    if config.is_local:
         return
     if tenants.is_open and config.tls_client_ca:
         log.warning(
@@ -234,16 +240,53 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
-    arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
+    arena = Arena(loaded.base, _arena_bytes(config.memory, device), dtype=dtype, device=device)
     if not arena.num_pages:
         raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
     return loaded, arena
 
 
+def _arena_bytes(memory: str | None, device: torch.device) -> int:
+    if memory is None:
+        wanted = int(_free_bytes(device) * _DEFAULT_FRACTION[device.type])
+        return min(wanted, _DEFAULT_MAX_BYTES.get(device.type, wanted))
+    return _budget("--memory", memory, device)
+
+
+def _budget(flag: str, memory: str, device: torch.device) -> int:
+    """Bytes for a size or a fraction of the device's free memory.
+
+    Raises:
+        ConfigError: that is more than is free.
+    """
+    size = parse_size(memory)
+    assert size, "ServerConfig has validated it"
+    free = _free_bytes(device)
+    wanted = int(free * size.number if size.is_fraction else size.number)
+    if not 0 < wanted <= free:
+        raise ConfigError(
+            f"{flag} {memory}: {wanted} bytes are more than the free memory of {device.type}, {free} bytes"
+        )
+    return wanted
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _max_adapter_bytes() -> int:
+    """Maximum size of an adapter's files: an eighth of this machine's memory, because several adapters load
+    at once and each is in memory twice while its rows are built.
+    """
+    return min(MAX_CONFIG_BYTES + MAX_TENSORS_BYTES, psutil.virtual_memory().total // 8)
+
+
 def _open_library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
     """Adapters on disk. Names belong to the base model; files are shared by all base models."""
-    size = int(parse_memory("--store-size", config.store_size)[0]) if config.store_size else None
-    store = AdapterStore(config.store, size)
+    size = parse_size(config.store_size) if config.store_size else None
+    store = AdapterStore(config.store, int(size.number) if size else None)
     identity = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     names = Names(config.store / "names.sqlite", identity)
     weights = ModelWeights(loaded.model, loaded.ops)
@@ -254,16 +297,16 @@ def _open_library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
 
 def _source_policy(config: ServerConfig) -> Policy:
     """Where adapters may be loaded from. Callers on loopback have access to this machine's files anyway."""
-    allowed = [*config.allow_sources]
+    allowed = [*config.allow_source]
     if config.lazy_source:
         allowed.append(config.lazy_source.partition(NAME_MARK)[0].rpartition("/")[0])
     urls = tuple(source for source in allowed if "://" in source)
     folders = [Path(source) for source in allowed if "://" not in source]
     if config.adapters:
         folders.append(config.adapters)
-    if not config.allow_sources and is_loopback(config.listen):
+    if not config.allow_source and config.is_local:
         folders = [Path("/")]
-    return Policy(roots=tuple(folders), urls=urls, max_bytes=max_adapter_bytes())
+    return Policy(roots=tuple(folders), urls=urls, max_bytes=_max_adapter_bytes())
 
 
 def _make_engine(

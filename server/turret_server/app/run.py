@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, start_http_server
 from turret_server.app.build import Parts, assemble, make_server
 from turret_server.app.readiness import report_ready
 from turret_server.app.signals import StopSignals
-from turret_server.config import ServerConfig
+from turret_server.config import ServerConfig, split_address
 from turret_server.errors import ConfigError, GenerationFailedError
-from turret_server.rpc.server import RpcServer, split_address
+from turret_server.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,13 @@ from functools import partial
 
 from turret_adapters.errors import AdapterError, AdapterNotFoundError
 from turret_adapters.registry import AdapterRegistry
+from turret_server.config import NAME_MARK
 from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
 
 MAX_ON_DEMAND = 1024
 MAX_MISSING = 4096
 MISSING_SECONDS = 60.0
-
-NAME_MARK = "{name}"
 
 
 class LazyAdapters:

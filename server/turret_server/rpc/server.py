@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import resource
 from collections.abc import Sequence
 from typing import Any
@@ -61,27 +60,6 @@ _SERVICES = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     prompts_pb2.DESCRIPTOR.services_by_name["PromptService"].full_name,
 )
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"expected an address as HOST:PORT, such as 127.0.0.1:50051; found {address!r}")
-    return host, int(port)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches HOST:PORT."""
-    host = split_address(address)[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _most_connections() -> int:

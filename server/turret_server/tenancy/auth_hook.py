@@ -19,8 +19,8 @@ from importlib import import_module
 from inspect import iscoroutinefunction
 from typing import TypeAlias
 
+from turret_server.config import NAME
 from turret_server.errors import AuthUnavailableError, ConfigError, UnauthenticatedError
-from turret_server.tenancy.tenants import NAME
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ table has keys or identities, the server is open: a call names its tenant itself
 from __future__ import annotations
 
 import math
-import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -38,12 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from turret_adapters.store.names import Ownership
+from turret_server.config import NAME
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError, InvalidRequestError
 from turret_server.tenancy.keys import digest_of, is_digest
-
-# Names of tenants and adapters.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:

@@ -1,50 +1,27 @@
 from __future__ import annotations
 
-import importlib.util
+import functools
 import json
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from turret.v1 import inference_pb2, prompts_pb2
-from turret_cli.main import main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 RULES = {"name": "rules", "revision": "r1", "prompt_tokens": 40}
 
 
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "python" / "scripted_server.py"
-    spec = importlib.util.spec_from_file_location("scripted_server", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def server(script) -> Iterator[Any]:
-    with script.ScriptedServer() as server:
-        yield server
+def prompts(turret) -> Callable[..., Result]:
+    return functools.partial(turret, "prompts")
 
 
-@pytest.fixture
-def turret(server) -> Callable[..., Result]:
-    def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
-        return CliRunner(env={"TURRET_SERVER": server.address}).invoke(
-            main, ["prompts", *arguments], input=stdin
-        )
-
-    return run
-
-
-def test_pin_sends_every_option(turret, server):
-    result = turret("pin", "rules", "Be brief.", "--adapter", "pirate=0.5", "--cache-salt", "pepper")
+def test_pin_sends_every_option(prompts, server):
+    result = prompts("pin", "rules", "Be brief.", "--adapter", "pirate=0.5", "--cache-salt", "pepper")
     assert (result.exit_code, result.stderr) == (0, "")
     assert server.requests == [
         prompts_pb2.PinPromptRequest(
@@ -57,55 +34,55 @@ def test_pin_sends_every_option(turret, server):
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)])
-def test_pin_reads_standard_input(turret, server, arguments):
-    turret("pin", "rules", *arguments, stdin="Be brief.\n\n")
+def test_pin_reads_standard_input(prompts, server, arguments):
+    prompts("pin", "rules", *arguments, stdin="Be brief.\n\n")
     assert [request.text for request in server.requests] == ["Be brief.\n"]
 
 
-def test_pin_reads_a_file(turret, server, tmp_path):
+def test_pin_reads_a_file(prompts, server, tmp_path):
     (tmp_path / "rules.txt").write_bytes("Sois br\N{LATIN SMALL LETTER E WITH GRAVE}f.\n".encode())
-    turret("pin", "rules", "--file", str(tmp_path / "rules.txt"))
+    prompts("pin", "rules", "--file", str(tmp_path / "rules.txt"))
     assert [request.text for request in server.requests] == ["Sois br\N{LATIN SMALL LETTER E WITH GRAVE}f."]
 
 
-def test_a_file_that_is_no_text_is_refused(turret, server, tmp_path):
+def test_a_file_that_is_no_text_is_refused(prompts, server, tmp_path):
     (tmp_path / "rules.txt").write_bytes(b"\xff")
-    result = turret("pin", "rules", "--file", str(tmp_path / "rules.txt"))
+    result = prompts("pin", "rules", "--file", str(tmp_path / "rules.txt"))
     assert result.exit_code == 2
     assert "not UTF-8" in result.stderr
     assert server.requests == []
 
 
-def test_text_and_file_together_are_refused(turret, server, tmp_path):
+def test_text_and_file_together_are_refused(prompts, server, tmp_path):
     (tmp_path / "rules.txt").write_text("Be brief.")
-    result = turret("pin", "rules", "Be brief.", "--file", str(tmp_path / "rules.txt"))
+    result = prompts("pin", "rules", "Be brief.", "--file", str(tmp_path / "rules.txt"))
     assert result.exit_code == 2
     assert server.requests == []
 
 
-def test_pin_and_list_print_what_is_pinned(turret):
+def test_pin_and_list_print_what_is_pinned(prompts):
     for arguments in (("pin", "rules", "Be brief."), ("list",)):
-        human, machine = turret(*arguments), turret(*arguments, "--json")
+        human, machine = prompts(*arguments), prompts(*arguments, "--json")
         assert human.exit_code == machine.exit_code == 0
         assert human.stdout.splitlines() == ["NAME   REVISION  TOKENS", "rules  r1            40"]
         assert json.loads(machine.stdout) == RULES
 
 
-def test_list_of_none(turret, server):
+def test_list_of_none(prompts, server):
     server.prompts = ()
-    assert turret("list").stderr == "no pinned prompts\n"
-    assert turret("list", "--json").stdout == ""
+    assert prompts("list").stderr == "no pinned prompts\n"
+    assert prompts("list", "--json").stdout == ""
 
 
-def test_unpin(turret, server):
-    assert turret("unpin", "rules").stdout == "unpinned rules\n"
-    assert json.loads(turret("unpin", "rules", "--json").stdout) == {"name": "rules"}
+def test_unpin(prompts, server):
+    assert prompts("unpin", "rules").stdout == "unpinned rules\n"
+    assert json.loads(prompts("unpin", "rules", "--json").stdout) == {"name": "rules"}
     assert server.requests == [prompts_pb2.UnpinPromptRequest(name="rules")] * 2
 
 
-def test_an_error_is_told_in_one_line(turret, server, script):
+def test_an_error_is_told_in_one_line(prompts, server, script):
     server.failure = script.failure(
         script.grpc.StatusCode.NOT_FOUND, "no prompt is pinned", reason="PROMPT_NOT_FOUND"
     )
-    result = turret("unpin", "rules")
+    result = prompts("unpin", "rules")
     assert (result.exit_code, result.stderr) == (1, "error: no prompt is pinned (PROMPT_NOT_FOUND)\n")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -28,16 +26,6 @@ def test_json():
     found = json.loads(result.stdout)
     content = f'[tenants.acme]\nkeys = ["{found["digest"]}"]'
     assert parse_tenants("FILE", content.encode(), TenantLimits()).by_key(found["key"])
-
-
-@pytest.fixture
-def server():
-    path = Path(__file__).parents[1] / "python" / "scripted_server.py"
-    spec = importlib.util.spec_from_file_location("scripted_server", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    with script.ScriptedServer() as server:
-        yield server
 
 
 @pytest.mark.parametrize(

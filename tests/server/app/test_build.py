@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
-from turret_server.app.build import _check_access
+from turret_server.app.build import _arena_bytes, _budget, _check_access, _source_policy
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
@@ -16,7 +19,7 @@ from turret_server.tenancy.tenants import Tenant, TenantTable
 LIMITS = TenantLimits()
 OPEN = TenantTable([], LIMITS)
 KEYS = TenantTable([Tenant(name="acme", limits=LIMITS, keys=("sha256:" + "0" * 64,))], LIMITS)
-PEM = Path("some.pem")
+PEM = Path(__file__)
 
 
 def config(**settings: object) -> ServerConfig:
@@ -35,11 +38,74 @@ def test_an_open_server_is_reached_from_elsewhere_only_if_that_is_asked_for() ->
 def test_certificates_of_an_authority_are_enough_and_it_is_told_what_that_means(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    certified = config(tls_cert=PEM, tls_key=PEM, tls_client_ca=Path("clients.pem"))
+    certified = config(tls_cert=PEM, tls_key=PEM, tls_client_ca=PEM)
     with caplog.at_level(logging.WARNING, "turret_server.app.build"):
         _check_access(certified, OPEN)
     [warning] = caplog.messages
-    assert "every client with a certificate signed by clients.pem has every permission" in warning
+    assert f"every client with a certificate signed by {PEM} has every permission" in warning
     caplog.clear()
     _check_access(certified, KEYS)
     assert not caplog.messages
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("memory", "wanted"),
+    [("64MiB", 64 * 2**20), ("1GB", 2**30), ("1.5 KiB", 1536), ("2048", 2048), ("3k", 3072)],
+)
+def test_memory_is_a_size(memory: str, wanted: int) -> None:
+    assert _arena_bytes(memory, CPU) == wanted
+
+
+def test_memory_is_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert _arena_bytes("0.25", CPU) == 250
+    assert _arena_bytes("1", CPU) == 1000
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(1000, 250), (2**40, 4 * 2**30)])
+def test_the_default_on_a_cpu_is_a_quarter_of_the_free_memory_and_at_most_4_gib(
+    monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert _arena_bytes(None, CPU) == wanted
+
+
+def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert _budget("--host-memory", "1000", CPU) == 1000
+    with pytest.raises(ConfigError, match=r"--host-memory 1001: .*1001 bytes.* cpu, 1000 bytes"):
+        _budget("--host-memory", "1001", CPU)
+    with pytest.raises(ConfigError, match=r"--memory 0.0001"):  # of 1000 bytes none is left
+        _arena_bytes("0.0001", CPU)
+
+
+def test_a_server_on_loopback_loads_from_any_folder_unless_sources_are_named() -> None:
+    local = {"listen": "127.0.0.1:1"}
+    assert _source_policy(config(**local)).roots == (Path("/"),)
+    policy = _source_policy(config(**local, allow_source=("/srv", "hf://owner")))
+    assert (policy.roots, policy.urls) == ((Path("/srv"),), ("hf://owner",))
+
+
+def test_other_servers_load_only_from_what_is_named(tmp_path: Path) -> None:
+    assert _source_policy(config()).roots == ()
+    named = config(adapters=tmp_path, lazy_source="s3://bucket/{name}/last", allow_source=("/srv",))
+    policy = _source_policy(named)
+    assert (policy.roots, policy.urls) == ((Path("/srv"), tmp_path), ("s3://bucket",))
+    assert _source_policy(config(lazy_source="/lazy/{name}")).roots == (Path("/lazy"),)
+
+
+def test_identities_need_client_certificates() -> None:
+    tenant = Tenant(name="acme", limits=LIMITS, identities=("acme.example.com",))
+    table = TenantTable([tenant], LIMITS)
+    with pytest.raises(ConfigError, match="--tls-client-ca"):
+        _check_access(config(listen="127.0.0.1:1"), table)
+
+
+def test_an_unencrypted_server_that_others_reach_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    _check_access(config(listen="127.0.0.1:1"), KEYS)
+    assert not caplog.messages
+    _check_access(config(), KEYS)
+    assert "unencrypted" in caplog.messages[0]

@@ -1,0 +1,62 @@
+"""What the commands share that run the server's own code in this process: `serve`, `validate` and `convert`.
+
+The server's packages are imported only inside the commands: the others, and --help, also work and start fast
+where only the client's dependencies are installed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from turret_cli.common import FailureError
+
+if TYPE_CHECKING:
+    from turret_adapters.host import HostAdapter
+    from turret_adapters.spec import BaseSpec
+
+model_option = click.option(
+    "--model", required=True, metavar="PATH_OR_HUB_ID", help="Base model of the adapter."
+)
+
+
+@contextmanager
+def server_code(extra: str) -> Iterator[None]:
+    """Turns the errors of the server's packages into errors of the command line.
+
+    Raises:
+        FailureError: an error with a reason, or a dependency is not installed; `extra` brings it.
+    """
+    from turret_adapters.errors import AdapterError  # noqa: PLC0415
+    from turret_server.errors import TurretError  # noqa: PLC0415
+
+    # Its warning that an optional kernel was not found concerns nobody here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        yield
+    except (AdapterError, TurretError) as error:
+        raise FailureError(str(error), error.reason) from error
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("turret"):
+            raise
+        raise FailureError(
+            f'{error.name} is not installed; install it with: pip install "turret[{extra}]"'
+        ) from error
+
+
+def read_adapter(path: Path, model: str, base: BaseSpec) -> HostAdapter:
+    """The adapter in the folder, validated against the base model."""
+    from turret_adapters.formats import peft  # noqa: PLC0415
+    from turret_server.model.describe import CheckpointWeights  # noqa: PLC0415
+
+    return peft.read_adapter(path, base, CheckpointWeights(model, base))
+
+
+def format_range(values: Iterable[int]) -> str:
+    numbers = sorted(values)
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import pytest
+
+from turret.v1 import inference_pb2
+from turret_client import Client
+
+HANG_S = 60
+"""Only so that a failing test ends."""
+TURRET = str(Path(sys.executable).with_name("turret"))
+
+
+def test_generate_prints_the_text(turret, server):
+    result = turret("generate", "Hello")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Ahoy, mátey\n", "")
+    assert server.requests == [inference_pb2.GenerateRequest(text="Hello")]
+
+
+def test_generate_no_stream(turret):
+    assert turret("generate", "--no-stream", "Hello").stdout == "Ahoy, mátey\n"
+
+
+def test_generate_json_is_the_chunks(turret, server):
+    lines = turret("generate", "--json", "Hello").stdout.splitlines()
+    with Client(server.address) as client:
+        assert [json.loads(line) for line in lines] == [
+            json.loads(json.dumps(asdict(chunk))) for chunk in client.stream("Hello")
+        ]
+
+
+def test_generate_no_stream_json_is_one_object(turret):
+    [line] = turret("generate", "--no-stream", "--json", "Hello").stdout.splitlines()
+    assert json.loads(line) == {
+        "text": "Ahoy, mátey",
+        "token_ids": [7, 8, 9, 2],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "cached_tokens": 2, "generated_tokens": 4},
+        "revision": "r1",
+    }
+
+
+def test_generate_sends_every_option(turret, server):
+    turret(
+        *("generate", "--adapter", "pirate", "--max-tokens", "5", "--temperature", "0.5", "--top-p", "0.25"),
+        *("--top-k", "40", "--seed", "0", "--stop", "\n", "--stop", "END"),
+        *("--tenant", "acme", "--priority", "-3", "--cache-salt", "pepper", "Hello"),
+    )
+    assert server.tenants == ["acme"]
+    assert server.requests == [
+        inference_pb2.GenerateRequest(
+            text="Hello",
+            adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
+            max_tokens=5,
+            temperature=0.5,
+            top_p=0.25,
+            top_k=40,
+            seed=0,
+            stop=["\n", "END"],
+            priority=-3,
+            cache_salt="pepper",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "ref"),
+    [
+        ("pirate", {"name": "pirate", "weight": 1}),
+        ("pirate=0.25", {"name": "pirate", "weight": 0.25}),
+        ("many#2", {"name": "many", "weight": 1, "task": 2}),
+        ("many#0=-1", {"name": "many", "weight": -1, "task": 0}),
+    ],
+)
+def test_an_adapter_may_have_a_task_and_a_weight(turret, server, value, ref):
+    turret("generate", "--adapter", "first", "--adapter", value, "Hello")
+    assert list(server.requests[0].adapters)[1:] == [inference_pb2.AdapterRef(**ref)]
+
+
+@pytest.mark.parametrize("value", ["pirate=much", "many#one"])
+def test_a_task_or_a_weight_that_is_no_number_is_a_usage_error(turret, value):
+    result = turret("generate", "--adapter", value, "Hello")
+    assert result.exit_code == 2
+    assert "NAME[#TASK][=WEIGHT]" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+@pytest.mark.parametrize(
+    ("stdin", "prompt"),
+    [("Ahoy\n", "Ahoy"), ("Ahoy", "Ahoy"), ("Ah\n\u00f6y\n\n", "Ah\n\u00f6y\n"), ("", "")],
+)
+def test_generate_reads_standard_input(turret, server, arguments, stdin, prompt):
+    turret("generate", *arguments, stdin=stdin)
+    assert [request.text for request in server.requests] == [prompt]
+
+
+def test_generate_asks_for_a_prompt_at_a_terminal(turret, server, monkeypatch):
+    monkeypatch.setattr("turret_cli.common.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = turret("generate")
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "PROMPT" in result.stderr
+
+
+def test_standard_input_that_is_no_text(turret):
+    result = turret("generate", stdin=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "UTF-8" in result.stderr
+
+
+def test_an_error_after_some_text_begins_its_own_line(turret, server, script):
+    server.failure = script.failure(grpc.StatusCode.INTERNAL, "broke", reason="GENERATION_FAILED")
+    result = turret("generate", "Hello")
+    assert result.output == "Ahoy, \nerror: broke (GENERATION_FAILED)\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-stream",), ("--json",)], ids=" ".join)
+def test_ctrl_c_cancels_the_request(server, options):
+    server.hold = True
+    # Whoever runs the tests in the background may have told them to ignore it, and so their children.
+    heeding = ("/usr/bin/env", "--default-signal=INT")
+    with subprocess.Popen(  # noqa: S603 -- our own command
+        [*heeding, TURRET, "generate", "--server", server.address, *options, "Hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert server.began.wait(HANG_S)
+        if "--no-stream" not in options:
+            # The text comes before the generation has ended, though a pipe takes it.
+            assert process.stdout.read(6) == (b'{"text' if options else b"Ahoy, ")
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=HANG_S)
+    assert server.ended.wait(HANG_S)
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_a_closed_pipe_cancels_the_request(server):
+    """As in `turret generate … | head -c1`."""
+    server.endless = True
+    with subprocess.Popen(  # noqa: S603 -- our own command
+        [TURRET, "generate", "--server", server.address, "Hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        stderr = process.stderr.read()
+    assert server.ended.wait(HANG_S)
+    assert (process.returncode, stderr) == (1, b"")
