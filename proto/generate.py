@@ -168,8 +168,9 @@ def generate(root: Path) -> dict[str, str]:
         descriptors = (Path(folder) / "descriptors.binpb").read_bytes()
     requests = read_fields(descriptors, "inference.proto", "GenerateRequest")
     adapters = read_fields(descriptors, "inference.proto", "AdapterRef")
+    pins = read_fields(descriptors, "prompts.proto", "PinPromptRequest")
     files = {
-        SERVER_FIELDS: server_fields(requests, adapters),
+        SERVER_FIELDS: server_fields(requests, adapters, pins),
         CLIENT_OPTIONS: client_options(requests, adapters),
         CLI_OPTIONS: cli_options(requests),
         SYNC_CLIENT: sync_source((root / ASYNC_CLIENT).read_text()),
@@ -248,7 +249,7 @@ def _field(field: Any, options: Any, comment: str) -> Field:
     )
 
 
-def server_fields(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
+def server_fields(requests: Sequence[Field], adapters: Sequence[Field], pins: Sequence[Field]) -> str:
     """The dataclass of the request's fields and the tables that the server validates with."""
     lines = [
         f'"""The fields of a request and their bounds. {GENERATED_BY.format("proto/turret/v1")}"""',
@@ -283,6 +284,8 @@ def server_fields(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
         *_rules_table("FIELDS", requests),
         "",
         *_rules_table("ADAPTER_FIELDS", [field for field in adapters if field.rule]),
+        "",
+        *_rules_table("PIN_FIELDS", [field for field in pins if field.rule]),
     ]
     return "\n".join(lines) + "\n"
 

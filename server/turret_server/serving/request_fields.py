@@ -82,3 +82,9 @@ ADAPTER_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "task": FieldRule(min=0),
     }
 )
+
+PIN_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
+    {
+        "cache_salt": FieldRule(max_length=128),
+    }
+)

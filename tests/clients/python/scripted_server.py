@@ -127,7 +127,8 @@ class ScriptedServer(
         self.authorizations: list[str | None] = []
         self.began = threading.Event()
         self.ended = threading.Event()
-        self._server = grpc.server(ThreadPoolExecutor(4))
+        # Servers of other tests must not share the port.
+        self._server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(self, self._server)

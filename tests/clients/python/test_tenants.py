@@ -5,8 +5,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
-from turret_client import AsyncClient, Client, InvalidArgumentError
+from turret_client import AsyncClient, Client, InvalidArgumentError, UnavailableError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,6 +109,41 @@ def test_an_api_key_that_grpc_cannot_send_is_refused_and_not_shown(client):
         client("127.0.0.1:1", api_key="secret\n")
     assert refused.value.metadata == {"field": "authorization"}
     assert "secret" not in refused.value.message
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory) -> dict[str, Path]:
+    """A certificate authority, a client's certificate and its key, as options of a client."""
+    folder, authority = tmp_path_factory.mktemp("pems"), trustme.CA()
+    issued = authority.issue_cert("client")
+    contents = {
+        "ca": authority.cert_pem,
+        "cert": issued.cert_chain_pems[0],
+        "key": issued.private_key_pem,
+    }
+    for name, content in contents.items():
+        content.write_to_path(str(folder / name))
+    return {name: folder / name for name in contents}
+
+
+@pytest.mark.parametrize("given", [("tls",), ("ca",), ("cert", "key"), ("ca", "cert", "key")], ids="+".join)
+def test_every_tls_option_encrypts_the_connection(server, pems, given):
+    """A server without TLS is not understood."""
+    options = {"tls": True, **pems}
+    encrypted = Client(server.address, **{name: options[name] for name in given})
+    with encrypted as client, pytest.raises(UnavailableError):
+        client.generate("Hello")
+    assert server.requests == []
+    with Client(server.address, tls=False, ca=None, cert=None, key=None) as client:
+        assert client.generate("Hello").text
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(("given", "missing"), [("cert", "key"), ("key", "cert")])
+def test_a_certificate_needs_its_key(client, pems, given, missing):
+    with pytest.raises(InvalidArgumentError, match=f"{missing} is missing") as refused:
+        client("127.0.0.1:1", **{given: pems[given]})
+    assert refused.value.metadata == {"field": missing}
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])
