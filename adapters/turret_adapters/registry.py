@@ -1,8 +1,7 @@
-"""Names, their revisions, and who still needs which.
+"""The names that are served, their revisions, and leases on them.
 
-A name points at one revision. Loading under a name that is in use makes it point at the new revision at
-once; requests keep the one that they began with, and a revision that no name and no request needs is gone.
-Nothing is ever changed in place.
+A name points at one revision. Publishing a new revision changes the name at once; in-flight requests finish
+on theirs. A revision that neither a name nor a request needs is dropped. Nothing is changed in place.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from turret_adapters.host import HostAdapter, join_prefixes, joined_spec
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.spec import TASK_MARK, AdapterSpec, Part, Split
 
-# What no later try to read a revision can mend.
+# Errors of reading a revision that a retry does not fix.
 _LOST = (AdapterBaseError, AdapterFormatError, RevisionCorruptError, RevisionNotFoundError)
 _LORA = {Part.LORA_A, Part.LORA_B}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStatus:
-    """What there is to say of a name. `spec` is None where `error` says why it could not be loaded;
-    `unloaded` names live on while requests run on them; `split` is what else requests go to.
+    """The state of a name. `spec` is None if it is not loaded, then `error` says why; `unloaded` names stay
+    while requests run on them; `split` is the other revision that requests use.
     """
 
     name: str
@@ -48,9 +47,9 @@ class AdapterStatus:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """An adapter as a request names it: how much its LoRA counts, which of its tasks, and which revision if
-    not the one that the name has now. `place` is where it stands among all requests of the name, from 0 to 1:
-    those before the percent of a split go to its revision.
+    """An adapter as a request names it: the weight of its LoRA, its task, and its revision (None: the name's
+    current one). `place` in [0, 1) orders the requests of the name: those below the percentage of a split use
+    its revision.
     """
 
     name: str
@@ -62,10 +61,10 @@ class Named:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """What one request runs on: `uses`, each with its weight, of which one at most has virtual tokens.
+    """The adapters of one request: `uses`, each with its weight; at most one of them has virtual tokens.
 
-    `pins` are the names with the revisions that they had then, `joined` the revision of several prefixes in
-    one. `revision` says what was named, in order.
+    `pins` are the names with their revisions, `joined` is the revision of prefixes that were joined to one.
+    `revision` lists the revisions in the order of the request.
     """
 
     pins: tuple[tuple[str, AdapterSpec], ...]
@@ -83,26 +82,26 @@ class _Name:
 
     @property
     def served(self) -> set[str]:
-        """What requests get that name no revision."""
+        """The revisions for requests that do not name one."""
         served = {self.current.revision} if self.current else set()
         return served | {self.split.revision} if self.split else served
 
 
 @dataclass(slots=True)
 class _Joined:
-    """Several prefixes in one, for `num_requests` requests that name them together."""
+    """Prefixes joined to one, for `num_requests` requests that name them together."""
 
     parts: tuple[str, ...]
     num_requests: int = 0
 
 
 class AdapterRegistry:
-    """All methods may be called from any thread. Tensors are in `memory`.
+    """Thread-safe. The tensors are in `memory`.
 
-    `on_gone` is called with each revision that nothing needs any more, on the thread that released it, and
-    `on_change` with the status of each name after a change of it. Both are called in the order of the changes
-    while the registry is locked: they must not block, and must not call the registry. `on_lost` is called
-    with each revision whose files turned out to hold something else than was recorded of them.
+    Set the callbacks before the first `publish`. `on_gone` gets each revision that is dropped, and `on_change`
+    the state of a name after each change, both in the order of the changes. They run under the registry's lock,
+    so they must not block and not call the registry. `on_lost` gets each revision whose files turned out changed
+    or unreadable, and the error.
     """
 
     def __init__(self, memory: HostMemory | None = None) -> None:
@@ -113,19 +112,19 @@ class AdapterRegistry:
         self._lock = threading.Lock()
         self._names: dict[str, _Name] = {}
         self._specs: dict[str, AdapterSpec] = {}
-        # How many names, requests and holders need a revision.
+        # The number of names, requests and holds that need a revision.
         self._needed: Counter[str] = Counter()
         self._joined: dict[str, _Joined] = {}
 
     def publish(self, name: str, adapter: HostAdapter) -> None:
-        """Make `name` point at this revision from now on."""
+        """Makes `name` point at the adapter's revision."""
         with self._lock:
             self._memory.put(adapter)
             self._point(name, adapter.spec)
 
     def publish_unread(self, name: str, spec: AdapterSpec) -> None:
-        """The same for a revision whose tensors are read once they are needed; where they are not what its
-        spec says, the name fails then.
+        """`publish` for a revision whose tensors are read when they are needed. If they contradict the spec,
+        the name fails then.
         """
         with self._lock:
             self._memory.know(spec)
@@ -141,7 +140,7 @@ class AdapterRegistry:
         self.on_change(self._status(name, entry))
 
     def add(self, adapter: HostAdapter) -> None:
-        """Hold a revision that no name needs to point at, until it is let go of."""
+        """Adds a revision without a name, and holds it until `unhold`."""
         revision = adapter.spec.revision
         with self._lock:
             self._memory.put(adapter)
@@ -149,7 +148,7 @@ class AdapterRegistry:
             self._needed[revision] += 1
 
     def hold(self, revision: str) -> bool:
-        """Hold a revision that is here until it is let go of; False if it is not here."""
+        """Holds a revision until `unhold`; False if the registry does not have it."""
         with self._lock:
             if revision not in self._specs:
                 return False
@@ -157,29 +156,29 @@ class AdapterRegistry:
             return True
 
     def unhold(self, revision: str) -> None:
-        """Let go of a revision that was added or held."""
+        """Undoes one `add` or `hold`."""
         with self._lock:
             self._let_go(revision)
 
     def serves(self, name: str, revision: str) -> bool:
-        """Whether a request that names no revision may get this one."""
+        """Whether a request that names no revision may use this one."""
         with self._lock:
             entry = self._names.get(name)
             return entry is not None and revision in entry.served
 
     def knows(self, name: str) -> bool:
-        """Whether a name has a revision, or a reason why not."""
+        """Whether a name has a revision, or an error instead."""
         with self._lock:
             entry = self._names.get(name)
             return entry is not None and (entry.current is not None or bool(entry.error))
 
     def has(self, revision: str) -> bool:
-        """Whether a revision, a task of one, or several prefixes in one are needed by anything."""
+        """Whether a revision, a task's revision or a joined one is needed."""
         with self._lock:
             return revision in self._joined or revision.partition(TASK_MARK)[0] in self._specs
 
     def split(self, name: str, split: Split | None) -> None:
-        """Make some requests of a name go to a revision that the caller holds, or none any more."""
+        """Starts a split of a name, to a revision that the caller holds, or ends it with None."""
         with self._lock:
             entry = self._entry(name)
             if split:
@@ -194,7 +193,7 @@ class AdapterRegistry:
             self._let_go(split.revision)
 
     def fail(self, name: str, error: str) -> None:
-        """Record why there is no adapter of this name; a name that has one keeps it."""
+        """Sets the error of a name; a name with a revision keeps it instead."""
         with self._lock:
             entry = self._names.setdefault(name, _Name())
             if entry.current is None:
@@ -202,7 +201,7 @@ class AdapterRegistry:
                 self.on_change(self._status(name, entry))
 
     def remove(self, name: str) -> AdapterStatus:
-        """Take the name away from new requests, and say what it was.
+        """Removes a name for new requests, and returns its last state.
 
         Raises:
             AdapterNotFoundError: there is no such name.
@@ -227,13 +226,13 @@ class AdapterRegistry:
         return status
 
     def acquire(self, named: Sequence[Named]) -> Lease:
-        """What a request that names these adapters runs on; it stays until the lease is released. Whoever
-        names a revision holds it meanwhile.
+        """Leases the adapters of a request until `release`. A revision that `named` contains must be held by
+        the caller.
 
         Raises:
             AdapterNotFoundError: there is no such name, or it could not be loaded.
-            AdapterTaskError: a task is missing, or not one of the adapter's.
-            AdapterCompositionError: they cannot be in one request.
+            AdapterTaskError: a task is missing or out of range.
+            AdapterCompositionError: the adapters do not work together in one request.
         """
         with self._lock:
             wholes = [self._whole(each) for each in named]
@@ -257,7 +256,7 @@ class AdapterRegistry:
         )
 
     def release(self, lease: Lease) -> None:
-        """End a request's use of its revisions. Changes memory only."""
+        """Ends a lease, once. Changes memory only."""
         with self._lock:
             for name, spec in lease.pins:
                 self._unpin(name, spec)
@@ -297,11 +296,11 @@ class AdapterRegistry:
         return entry.current
 
     def tensors(self, revision: str) -> HostAdapter:
-        """The tensors of a revision, or of a task of one, that a name or a request needs; they may have to be
-        read first.
+        """The tensors of a needed revision, of a task's or of a joined one; reads them if they are not in
+        memory.
 
         Raises:
-            AdapterError: they cannot be read again.
+            AdapterError: they are not readable.
         """
         with self._lock:
             joined = self._joined.get(revision)
@@ -319,7 +318,7 @@ class AdapterRegistry:
         return adapter.tasks[int(task)] if task else adapter
 
     def _lose(self, revision: str, error: AdapterError) -> None:
-        """Nobody gets this revision any more; names that serve it fail."""
+        """Removes a revision that is not readable from all names; those whose current one it is fail."""
         with self._lock:
             for name, entry in self._names.items():
                 if revision not in entry.served:
@@ -333,7 +332,7 @@ class AdapterRegistry:
         self.on_lost(revision, error)
 
     def status(self, name: str) -> AdapterStatus:
-        """What there is to say of one name.
+        """The state of one name.
 
         Raises:
             AdapterNotFoundError: there is no such name.
@@ -342,17 +341,19 @@ class AdapterRegistry:
             return self._status(name, self._entry(name))
 
     def statuses(self) -> list[AdapterStatus]:
-        """Every name in order, those that only drain included."""
+        """The states of all names, sorted, including unloaded ones with requests."""
         with self._lock:
             return [self._status(name, entry) for name, entry in sorted(self._names.items())]
 
     def look(self, seen: Callable[[list[AdapterStatus]], None]) -> None:
-        """Hand over what `statuses` says; nothing changes before `seen` returns; it calls nothing here."""
+        """Passes `statuses` to `seen` under the registry's lock, so no change comes between it and
+        `on_change`. `seen` must not block and not call the registry.
+        """
         with self._lock:
             seen([self._status(name, entry) for name, entry in sorted(self._names.items())])
 
     def tell(self, name: str) -> None:
-        """Tell `on_change` how a name stands, if there is one."""
+        """Calls `on_change` with the state of a name, if it exists."""
         with self._lock:
             entry = self._names.get(name)
             if entry is not None:
@@ -384,7 +385,7 @@ class AdapterRegistry:
         return AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
 
     def _let_go(self, revision: str) -> None:
-        """One name or request needs a revision no longer; with the last one it is gone."""
+        """Counts one need of a revision less, and drops it with the last."""
         self._needed[revision] -= 1
         if self._needed[revision]:
             return
@@ -394,7 +395,7 @@ class AdapterRegistry:
             self.on_gone(gone)
 
     def _tidy(self, name: str) -> None:
-        """Forget a name without revision, error and requests."""
+        """Deletes a name without revision, error and requests."""
         entry = self._names[name]
         if entry.current is None and not entry.error and not entry.requests:
             del self._names[name]
@@ -404,11 +405,14 @@ def _of_task(named: Named, spec: AdapterSpec) -> AdapterSpec:
     if not spec.num_tasks and named.task is None:
         return spec
     if not spec.num_tasks:
-        raise AdapterTaskError(f"adapter {named.name!r} has no tasks; name it without one")
+        raise AdapterTaskError(
+            f"adapter {named.name!r}: expected no task, since it is not a multitask adapter, found "
+            f"{named.task}"
+        )
     if named.task is None or not 0 <= named.task < spec.num_tasks:
         found = "none" if named.task is None else named.task
         raise AdapterTaskError(
-            f"adapter {named.name!r} has the tasks 0 to {spec.num_tasks - 1}; found {found}"
+            f"adapter {named.name!r}: expected a task from 0 to {spec.num_tasks - 1}, found {found}"
         )
     return spec.of_task(named.task)
 

@@ -1,4 +1,4 @@
-"""From adapters that are not served to LORA ones that are, by peft's own conversion."""
+"""Converts adapters of unsupported methods to LORA, with peft's own conversion."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.kinds.lora import MAX_RANK
 from turret_adapters.formats.tensors import MODULE_PREFIX
 
-# What of ΔW's energy the least rank keeps that loses nothing: all but the rounding of peft's sum of it.
-_WHOLE = 1 - 2.0**-22
+# The part of ΔW's energy that the smallest lossless rank keeps: all but the rounding of peft's sum of it.
+_LOSSLESS = 1 - 2.0**-22
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleConversion:
-    """`error` is ‖ΔW − BA‖ / ‖ΔW‖, Frobenius, in the numbers that were written."""
+    """The rank of a module, and ‖ΔW − BA‖ / ‖ΔW‖ (Frobenius) of the numbers that were written."""
 
     rank: int
     error: float
@@ -35,27 +35,28 @@ class ModuleConversion:
 def convert_adapter(
     adapter: Path, out: Path, *, model: str, rank: int | None = None, progress: bool = False
 ) -> Mapping[str, ModuleConversion]:
-    """Write the LORA adapter that is nearest to another one.
+    """Writes the LORA adapter that is nearest to another adapter.
 
     Args:
         adapter: a folder with an adapter that peft saved.
-        out: an empty folder, to be filled.
-        model: the base model, a folder or an id on the hub; it is loaded as it is.
-        rank: of every module; without it each has the least that loses nothing but roundings (an error below
-            5e-4).
-        progress: tell it on standard error.
+        out: an empty folder for the result.
+        model: the base model, a folder or an id on the hub, loaded without quantisation.
+        rank: the rank of every module; by default the smallest one of each that loses only roundings (an
+            error
+            below 5e-4).
+        progress: show a progress bar on standard error.
 
     Returns:
-        What became of each module.
+        The rank and the error of each module.
 
     Raises:
         AdapterSourceError: there is no adapter at `adapter`.
-        AdapterFormatError: peft cannot read or convert it, or it would take ranks that are not served.
+        AdapterFormatError: peft does not read or convert it, or it needs a rank that is not supported.
     """
     folder = resolve(str(adapter))
     _check_type(folder)
     if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise AdapterFormatError(f"rank: expected one from 1 to {MAX_RANK}, which are served, found {rank}")
+        raise AdapterFormatError(f"rank: expected 1 to {MAX_RANK}, found {rank}")
     with warnings.catch_warnings(), torch.inference_mode():
         # peft 0.21 calls what transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
@@ -63,9 +64,9 @@ def convert_adapter(
             base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
             adapted = peft.PeftModel.from_pretrained(base, str(folder))
             config, tensors = peft.convert_to_lora(
-                adapted, _WHOLE if rank is None else rank, progressbar=progress
+                adapted, _LOSSLESS if rank is None else rank, progressbar=progress
             )
-        # What peft finds wrong with an adapter, it raises as any of these.
+        # peft raises any of these for a broken adapter.
         except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise AdapterFormatError(f"peft does not convert {str(adapter)!r}: {error}") from error
         modules = _measure(adapted, tensors)
@@ -84,8 +85,8 @@ def _check_type(folder: Path) -> None:
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         peft_type = parse_object(file.read(size), CONFIG_NAME).get("peft_type")
     if not isinstance(peft_type, str) or peft_type in KINDS:
-        raise refusal("peft_type", peft_type, "a method that is not served as it is")
-    if not (folder / TENSORS_NAME).exists():  # peft would read a pickle instead
+        raise refusal("peft_type", peft_type, "a method that is not served directly")
+    if not (folder / TENSORS_NAME).exists():  # peft would load a pickle instead
         raise AdapterSourceError(f"{str(folder)!r}: expected a folder with {TENSORS_NAME}, found none")
 
 
@@ -108,6 +109,6 @@ def _check_ranks(modules: Mapping[str, ModuleConversion]) -> None:
     name, largest = max(modules.items(), key=lambda item: item[1].rank)
     if largest.rank > MAX_RANK:
         raise AdapterFormatError(
-            f"module {show(name)}: expected a rank of at most {MAX_RANK} to lose nothing, "
-            f"found {largest.rank} (give a rank)"
+            f"module {show(name)}: expected a rank of at most {MAX_RANK} for a lossless conversion, "
+            f"found {largest.rank} (choose a lower rank with --rank)"
         )

@@ -1,7 +1,7 @@
-"""`adapter_config.json`: a JSON object whose every field has a policy.
+"""`adapter_config.json`: a JSON object with a policy for every field.
 
-A field that changes the mathematics and is not served, and a field that we do not know, must be empty;
-otherwise the adapter is refused, naming the field.
+A field that changes the result and is not supported, or that is unknown, must be empty; otherwise the adapter
+is refused, naming the field.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_PATTERNS = 4096
 
 
 class Use(Enum):
-    """What is done with a field; a tuple instead lists the values, besides empty ones, that are served."""
+    """How a field is used. A policy can also be a tuple of the values that are allowed besides empty ones."""
 
     READ = "read"
     INERT = "inert"
@@ -47,9 +47,9 @@ _HINTS: Mapping[str, str] = {
 
 
 class Fields:
-    """The fields of a config, read with the types that peft gives them.
+    """The fields of a config, with the types that peft gives them.
 
-    Every method raises AdapterFormatError where a field says something else.
+    Every method raises AdapterFormatError for a field with another type or value.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Fields:
         return self._values.get(name)
 
     def check(self, policy: Mapping[str, Policy]) -> None:
-        """Compares every field with its policy."""
+        """Checks every field against its policy."""
         for name, value in self._values.items():
             served = policy.get(name, REFUSED)
             if isinstance(served, Use) or value is None or value is False or value in ([], {}):
@@ -67,7 +67,7 @@ class Fields:
             # JSON's true and 1 are different values, Python's are not.
             if not any(type(value) is type(other) and value == other for other in served):
                 values = (
-                    f"empty, {', '.join(map(repr, served))}" if served else "empty, since it is not served"
+                    f"empty, {', '.join(map(repr, served))}" if served else "empty, since it is not supported"
                 )
                 raise self.refusal(name, values + _HINTS.get(name, ""))
 
@@ -90,7 +90,7 @@ class Fields:
         return value
 
     def names(self, name: str) -> frozenset[str] | None:
-        """A list of names; None if there is none."""
+        """A list of names; None if the field is absent."""
         value = self.get(name)
         if value is None:
             return None
@@ -99,7 +99,7 @@ class Fields:
         return frozenset(value)
 
     def patterns(self, name: str) -> list[tuple[str, object]]:
-        """An object's items, in its order."""
+        """The items of an object, in their order."""
         value = {} if self.get(name) is None else self.get(name)
         if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
             raise self.refusal(name, f"an object of at most {MAX_PATTERNS} patterns")
@@ -110,10 +110,14 @@ class Fields:
 
 
 def parse_object(data: bytes, file_name: str) -> dict[str, Any]:
-    """Parses JSON that must be one object in UTF-8 without repeated keys.
+    """Parses a JSON object in UTF-8 without repeated keys.
+
+    Args:
+        data: the JSON.
+        file_name: for messages.
 
     Raises:
-        AdapterFormatError: it is not, in the file of that name.
+        AdapterFormatError: it is something else.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -123,7 +127,7 @@ def parse_object(data: bytes, file_name: str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise AdapterFormatError(
-            f"{file_name}: expected a JSON object, found broken JSON ({error})"
+            f"{file_name}: expected a JSON object, found invalid JSON ({error})"
         ) from error
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{file_name}: expected a JSON object, found {show(value)}")
@@ -131,10 +135,10 @@ def parse_object(data: bytes, file_name: str) -> dict[str, Any]:
 
 
 def integer(field: str, value: object, most: int | None) -> int:
-    """A positive integer.
+    """Returns a positive integer.
 
     Raises:
-        AdapterFormatError: the value is none, or larger than `most`.
+        AdapterFormatError: the value is something else, or larger than `most`.
     """
     if type(value) is not int or value < 1 or (most is not None and value > most):
         raise refusal(field, value, "a positive integer" if most is None else f"an integer from 1 to {most}")
@@ -142,10 +146,10 @@ def integer(field: str, value: object, most: int | None) -> int:
 
 
 def number(field: str, value: object) -> float:
-    """A number of sensible size.
+    """Returns a number.
 
     Raises:
-        AdapterFormatError: the value is none.
+        AdapterFormatError: the value is something else, or above `MAX_NUMBER` in size.
     """
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MAX_NUMBER:
         raise refusal(field, value, f"a number of at most {MAX_NUMBER:.0f}")
@@ -153,11 +157,12 @@ def number(field: str, value: object) -> float:
 
 
 def refusal(field: str, value: object, expected: str) -> AdapterFormatError:
+    """The error for a config field with another value than expected."""
     return AdapterFormatError(f"{CONFIG_NAME}: expected {show(field)} to be {expected}, found {show(value)}")
 
 
 def show(value: object) -> str:
-    """A value out of a file, printable and short whatever it is."""
+    """A value from a file, printable and short."""
     return _SHORT.repr(value)
 
 
@@ -169,10 +174,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     for key, item in pairs:
         if key in value:
-            raise ValueError(f"the key {show(key)} stands twice")
+            raise ValueError(f"the key {show(key)} is repeated")
         value[key] = item
     return value
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

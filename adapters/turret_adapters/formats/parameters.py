@@ -1,8 +1,9 @@
-"""`target_parameters`: low-rank pairs of stacked experts and of routers, as peft's `ParamWrapper`.
+"""`target_parameters`: low-rank pairs of stacked experts and of routers, as in peft's `ParamWrapper`.
 
-peft wraps the module that holds the parameters once for each of them, one wrapper in the other, and keeps
-the pairs of all experts in one: A is [experts · rank, in], expert by expert, and B [out, rank · experts],
-rank by rank. A router is one expert.
+peft wraps the module that has the parameters once per parameter, one wrapper inside the other, and stacks the
+pairs
+of all experts: A is [experts · rank, in], ordered by expert, and B is [out, rank · experts], ordered by rank.
+A router counts as one expert.
 
 Shape suffixes: R rank, X experts, I in_features, O out_features.
 """
@@ -23,11 +24,11 @@ FIELD = "target_parameters"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackedPair:
-    """The pair of one parameter, made of the modules `experts`; its keys begin with `place`."""
+    """The pair of one parameter, which consists of the modules `experts`; its keys begin with `key`."""
 
     experts: Sequence[str]
     shape: ModuleShape
-    place: str
+    key: str
     rank: int
     scaling: float
 
@@ -35,14 +36,14 @@ class StackedPair:
     def expected(self) -> Mapping[str, Expected]:
         rows = self.rank * len(self.experts)
         return {
-            f"{self.place}.lora_A.weight": Expected((rows, self.shape.in_features), (None, WIDTH)),
-            f"{self.place}.lora_B.weight": Expected((self.shape.out_features, rows), (WIDTH, None)),
+            f"{self.key}.lora_A.weight": Expected((rows, self.shape.in_features), (None, WIDTH)),
+            f"{self.key}.lora_B.weight": Expected((self.shape.out_features, rows), (WIDTH, None)),
         }
 
     def add_to(self, rows: Rows, tensors: Tensors) -> None:
         num_experts = len(self.experts)
-        a_XRI = tensors[f"{self.place}.lora_A.weight"].view(num_experts, self.rank, -1)
-        b_ORX = tensors[f"{self.place}.lora_B.weight"].view(-1, self.rank, num_experts)
+        a_XRI = tensors[f"{self.key}.lora_A.weight"].view(num_experts, self.rank, -1)
+        b_ORX = tensors[f"{self.key}.lora_B.weight"].view(-1, self.rank, num_experts)
         for index, expert in enumerate(self.experts):
             rows.add_lora(expert, a_XRI[index], b_ORX[:, :, index], self.scaling)
 
@@ -51,7 +52,7 @@ def find_parameters(fields: Fields, base: BaseSpec) -> dict[str, list[str]]:
     """The targeted parameters by path, each with the modules of its experts, in the base's order.
 
     Raises:
-        AdapterFormatError: something else than experts or a router is named.
+        AdapterFormatError: something other than experts or a router is named.
     """
     names = fields.names(FIELD) or frozenset()
     stacked: dict[str, list[str]] = defaultdict(list)
@@ -61,7 +62,7 @@ def find_parameters(fields: Fields, base: BaseSpec) -> dict[str, list[str]]:
     for name in sorted(names):
         if not any(_is(path, name) for path in stacked):
             raise fields.refusal(
-                FIELD, f"without {show(name)}, since only stacked experts and routers are served"
+                FIELD, f"without {show(name)}, since only stacked experts and routers are supported"
             )
     return {path: experts for path, experts in stacked.items() if any(_is(path, name) for name in names)}
 
@@ -69,19 +70,19 @@ def find_parameters(fields: Fields, base: BaseSpec) -> dict[str, list[str]]:
 def stacked_pairs(
     parameters: Mapping[str, Sequence[str]], base: BaseSpec, ranks: Iterable[tuple[int, float]]
 ) -> tuple[StackedPair, ...]:
-    """The pairs of parameters as `find_parameters` gives them, with the rank and the scaling of each."""
+    """The pairs of the parameters of `find_parameters`, with the rank and the scaling of each."""
     by_holder: dict[str, list[str]] = defaultdict(list)
     for path in parameters:
         by_holder[path.rpartition(".")[0]].append(path)
-    # The wrapper of the last parameter is the outermost.
-    places = {
+    # The wrapper of the last parameter is the outermost one.
+    keys = {
         path: MODULE_PREFIX + holder + ".base_layer" * depth
         for holder, paths in by_holder.items()
         for depth, path in enumerate(reversed(paths))
     }
     return tuple(
         StackedPair(
-            experts=experts, shape=base.modules[experts[0]], place=places[path], rank=rank, scaling=scaling
+            experts=experts, shape=base.modules[experts[0]], key=keys[path], rank=rank, scaling=scaling
         )
         for (path, experts), (rank, scaling) in zip(parameters.items(), ranks, strict=True)
     )

@@ -1,7 +1,7 @@
-"""From the two files that peft writes to an adapter in host memory.
+"""Reads the two files that peft writes into host memory.
 
-The format is peft 0.21's `save_pretrained` with safetensors; peft itself is not needed. `kinds` says what
-each kind of adapter holds.
+The format is that of peft 0.21's `save_pretrained` with safetensors; peft itself is not needed. `kinds`
+defines each kind of adapter.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def read_adapter(
 
     Args:
         path: a folder with `adapter_config.json` and `adapter_model.safetensors`.
-        base: the model that it must fit.
-        weights: the model's weights, which are asked for only once everything else is sound.
-        progress: told bytes read and in all before each tensor; what it raises ends the reading.
+        base: the base model that it must match.
+        weights: the model's weights; used only after everything else is checked.
+        progress: called before each tensor with the bytes read and in total.
 
     Raises:
-        AdapterSourceError: there is no adapter at `path`, or it cannot be read.
-        AdapterFormatError: the files are broken, or hold something that is not served.
+        AdapterSourceError: there is no readable adapter at `path`.
+        AdapterFormatError: the files are broken, or contain something that is not supported.
         AdapterBaseError: the files were made for another base model.
     """
     try:
         return _read_folder(resolve(str(path)), base, weights, progress)
     except OSError as error:
         raise AdapterSourceError(
-            f"{str(error.filename or path)!r}: expected a file that can be read, found {describe(error)}"
+            f"{str(error.filename or path)!r}: expected a readable file, found {describe(error)}"
         ) from error
 
 
@@ -103,7 +103,7 @@ def _parse_config(data: bytes) -> tuple[Kind, Fields]:
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         hint = (
-            " (`turret adapters convert` makes a LORA of it)"
+            " (`turret adapters convert` converts it to LORA)"
             if isinstance(peft_type, str) and peft_type in CONVERTIBLE
             else ""
         )

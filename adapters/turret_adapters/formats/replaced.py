@@ -1,9 +1,9 @@
-"""What an adapter of any kind puts in the place of the base's own weights.
+"""Base weights that an adapter of any kind replaces.
 
-Whole modules (`modules_to_save`), biases (`bias`) and rows of the embedding or the head
-(`trainable_token_indices`), as peft's `utils/other.py` (set_additional_trainable_modules) and
-`tuners/tuners_utils.py` (_get_learnable_bias_state_dict). Beside them peft's `utils/save_and_load.py` saves
-copies of the embedding and the head that nobody trained; they must be the base's own, and are dropped.
+These are whole modules (`modules_to_save`), biases (`bias`) and rows of the embedding or the head
+(`trainable_token_indices`), as in peft's `utils/other.py` (set_additional_trainable_modules) and
+`tuners/tuners_utils.py` (_get_learnable_bias_state_dict). peft's `utils/save_and_load.py` also saves
+untrained copies of the embedding and the head; they must equal the base's own, and are dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Ex
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
-# A number and its roundings to bfloat16 and float16 lie as near as this.
+# A number and its roundings to bfloat16 and float16 are within these tolerances.
 COPY_RTOL = 5 * 2.0**-10
 COPY_ATOL = 2.0**-24
 ROWS_COMPARED = 8192
@@ -34,9 +34,9 @@ Place = tuple[str, Part]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """Which tensors of a file replace what (`places`), or repeat the base's own (`copies`), by key.
+    """The tensors of a file, by key, that replace base weights (`places`) or copy them (`copies`).
 
-    `token_ids` are in the order of the rows in the file; a head in `tied_tokens` has those of an embedding.
+    `token_ids` are in the order of the rows in the file; a head in `tied_tokens` uses those of an embedding.
     """
 
     base: BaseSpec
@@ -47,10 +47,10 @@ class Replaced:
     expected: Mapping[str, Expected]
 
     def rows(self, tensors: Tensors, weights: BaseWeights) -> Rows:
-        """The rows of the replacements, once the copies are known to be the base's own.
+        """Checks the copies, and returns the rows of the replacements.
 
         Raises:
-            AdapterBaseError: a copy is not.
+            AdapterBaseError: a copy differs from the base's weight.
         """
         for key, (module, part) in self.copies.items():
             if key in tensors:
@@ -58,7 +58,8 @@ class Replaced:
                 if of_base is None or not _same(tensors[key], of_base):
                     raise AdapterBaseError(
                         f"tensor {show(key)}: expected a copy of the weights of the base model "
-                        f"{self.base.name_or_path!r}, since {CONFIG_NAME} does not train them, found others"
+                        f"{self.base.name_or_path!r}, since {CONFIG_NAME} does not train them, found others "
+                        "(name the module in 'modules_to_save' if it was trained)"
                     )
         rows = Rows(self.base)
         for key, (module, part) in self.places.items():
@@ -79,7 +80,7 @@ class Replaced:
 
 
 def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias_only: str = "") -> Replaced:
-    """What the config replaces beside what its kind does to the `adapted` modules.
+    """Plans the base weights that the config replaces, besides the changes of the `adapted` modules.
 
     Args:
         fields: the config.
@@ -88,7 +89,7 @@ def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias
         bias_only: the value of `bias` that means the adapted modules' biases, if the kind has the field.
 
     Raises:
-        AdapterFormatError: the config replaces what is not served.
+        AdapterFormatError: replacing one of them is not supported.
     """
     saved = _saved_modules(fields, base)
     token_ids, tied_tokens = _token_ids(fields, base)
@@ -149,7 +150,7 @@ def _own_places(base: BaseSpec, adapted: Collection[str]) -> dict[str, Place]:
 
 
 def _own_key(module: str, adapted: Collection[str], name: str) -> str:
-    """The key of a parameter of the base itself, which peft moves one down in a module that it wraps."""
+    """The key of a base parameter, which peft moves into `base_layer` in a module that it wraps."""
     return f"{MODULE_PREFIX}{module}.{'base_layer.' if module in adapted else ''}{name}"
 
 
@@ -167,7 +168,7 @@ def _saved_modules(fields: Fields, base: BaseSpec) -> dict[str, ModuleShape]:
 
 
 def _token_ids(fields: Fields, base: BaseSpec) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The token ids by module, and which head's tokens are those of which embedding."""
+    """The token ids by module, and the embedding of each head that shares its token ids."""
     by_module = _lists_of_tokens(fields, base)
     tied = _tied_tokens(base, by_module)
     by_module.update({head: by_module[embedding] for head, embedding in tied.items()})
@@ -187,7 +188,7 @@ def _token_ids(fields: Fields, base: BaseSpec) -> tuple[dict[str, tuple[int, ...
 
 
 def _tied_tokens(base: BaseSpec, by_module: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """In a tied base the head takes the embedding's rows, unless it has a list of its own."""
+    """In a tied base the head uses the embedding's rows, unless it has its own list."""
     embedding = next((module for module in base.of_kind(ModuleKind.EMBEDDING) if module in by_module), None)
     if not base.tied or embedding is None:
         return {}
@@ -196,7 +197,7 @@ def _tied_tokens(base: BaseSpec, by_module: Mapping[str, tuple[int, ...]]) -> di
 
 
 def _lists_of_tokens(fields: Fields, base: BaseSpec) -> dict[str, tuple[int, ...]]:
-    """By module, whatever stands in the lists."""
+    """The unchecked lists of token ids, by module."""
     value = fields.get(_TOKENS_FIELD)
     if not value:
         return {}

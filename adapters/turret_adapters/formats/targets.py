@@ -1,4 +1,4 @@
-"""Which modules of a base model a config means, as peft 0.21 finds them.
+"""The modules of a base model that a config targets, as peft 0.21 finds them.
 
 The semantics are those of `tuners/tuners_utils.py` (check_target_module_exists), `utils/other.py`
 (get_pattern_key, _set_trainable) and, for `all-linear`, _maybe_include_all_linear_layers.
@@ -20,11 +20,11 @@ from turret_adapters.formats.fields import Fields, Policy, Use, show
 from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 
-# Of a core, so that a busy machine refuses nothing that a quiet one takes; and of the clock, for all that.
+# Seconds of CPU time, so that a busy machine accepts what an idle one accepts, and of wall-clock time.
 MAX_MATCH_SECONDS = 5
 _MAX_WAIT_SECONDS = 60.0
 ALL_LINEAR = "all-linear"
-# What peft takes for the embedding or the head, whatever the model calls them.
+# The names that peft assumes for the embedding and the head of any model.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 TARGETED: Mapping[str, Policy] = {
@@ -42,7 +42,7 @@ Value = TypeVar("Value", int, float)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What a config says of its targets: a regular expression (str), or names and suffixes (frozenset)."""
+    """The targets of a config. Modules are a regular expression (str), or names and suffixes (frozenset)."""
 
     target_modules: str | frozenset[str]
     exclude_modules: str | frozenset[str]
@@ -56,7 +56,7 @@ class Targets:
         """Reads the fields of BY_LAYER and `exclude_modules`, as far as the kind has them.
 
         Raises:
-            AdapterFormatError: one of them says what peft would not understand.
+            AdapterFormatError: peft would not accept one of them.
         """
         target_modules = read_modules(fields, "target_modules")
         if not target_modules:
@@ -77,11 +77,11 @@ class Targets:
         )
 
     def find(self, base: BaseSpec, *kinds: ModuleKind) -> dict[str, ModuleShape]:
-        """The targeted modules of `base`, in its order, all of which must be of `kinds`.
+        """The targeted modules of `base`, in its order; all must be of `kinds`.
 
         Raises:
             AdapterBaseError: there are none.
-            AdapterFormatError: one is of another kind, or a pattern is no regular expression, or takes too
+            AdapterFormatError: one is of another kind, or a pattern is not a regular expression or takes too
                 long to match.
         """
         names = self._targeted(base)
@@ -95,25 +95,25 @@ class Targets:
         for name, shape in modules.items():
             if shape.kind not in kinds:
                 raise AdapterFormatError(
-                    f"{CONFIG_NAME}: expected 'target_modules' to name each a {served}, "
+                    f"{CONFIG_NAME}: expected every module in 'target_modules' to be a {served}, "
                     f"found {show(name)}, which is a {shape.kind.value}"
                 )
         return modules
 
     def _targeted(self, base: BaseSpec) -> set[str]:
-        # An expert is no module to peft, but part of a parameter.
+        # For peft an expert is not a module but a part of a parameter.
         paths = [path for path, shape in base.modules.items() if shape.kind is not ModuleKind.EXPERT]
         if self.target_modules == ALL_LINEAR:
             targeted = set(base.of_kind(ModuleKind.LINEAR))
         else:
             targeted = match_modules("target_modules", self.target_modules, paths)
         if self.layers_to_transform:
-            # A module whose whole path is named is targeted whatever its layer.
+            # A module that is named by its whole path is targeted in any layer.
             targeted = {path for path in targeted if path in self.target_modules or self._in_layers(path)}
         for name in self.modules_to_save:
             targeted -= {path for path in paths if re.match(rf"(^|.*\.){name}($|\..*)", path)}
         targeted -= match_modules("exclude_modules", self.exclude_modules, paths)
-        # peft ties what is trained whole rather than what is adapted.
+        # peft ties the modules that are trained as a whole rather than the adapted ones.
         return targeted if set(self.tied) <= set(self.modules_to_save) else targeted.union(self.tied)
 
     def _in_layers(self, path: str) -> bool:
@@ -126,20 +126,20 @@ class Targets:
 
 
 def modules_to_save(fields: Fields, base: BaseSpec) -> tuple[str, ...]:
-    """The names of the field; peft takes any module whose path ends with one.
+    """The names in the field; peft saves every module whose path ends with one.
 
     Raises:
-        AdapterFormatError: the field does not hold names.
+        AdapterFormatError: the field is not a list of names.
     """
     names = fields.names("modules_to_save") or frozenset()
-    # peft uses them in regular expressions, too.
+    # peft also uses them in regular expressions.
     if not all(re.fullmatch(r"[\w.]+", name) for name in names):
         raise fields.refusal("modules_to_save", "a list of names")
     return tuple(sorted(names.union(_tied(fields, base, names))))
 
 
 def read_modules(fields: Fields, name: str) -> str | frozenset[str]:
-    """A field of names (frozenset) or a regular expression (str); empty if there is nothing."""
+    """A field of names (frozenset) or a regular expression (str); empty if the field is."""
     value = fields.get(name)
     if isinstance(value, str):
         return ALL_LINEAR if value.lower() == ALL_LINEAR else value
@@ -150,7 +150,7 @@ def read_modules(fields: Fields, name: str) -> str | frozenset[str]:
 
 
 def match_modules(field: str, modules: str | frozenset[str], paths: Sequence[str]) -> set[str]:
-    """The paths that a regular expression matches as a whole, or that are named or end with `.name`."""
+    """The paths that a regular expression matches completely, or that equal a name or end with `.name`."""
     if isinstance(modules, str):
         matches = _first_matches(field, "fullmatch", [modules], paths) if modules else [None] * len(paths)
         return {path for path, match in zip(paths, matches, strict=True) if match is not None}
@@ -158,12 +158,12 @@ def match_modules(field: str, modules: str | frozenset[str], paths: Sequence[str
 
 
 def ending_with(names: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The paths that end with a name, were it in the middle of a word."""
+    """The paths that end with a name, even in the middle of a word."""
     return [path for path in paths if path.endswith(tuple(names))]
 
 
 def resolve(field: str, pattern: Mapping[str, Value], default: Value, paths: Sequence[str]) -> list[Value]:
-    """For each path the value of the first key that matches it, `rank_pattern`'s way."""
+    """For each path the value of the first key that matches it, as peft resolves `rank_pattern`."""
     if not pattern:
         return [default] * len(paths)
     keys = list(pattern)
@@ -172,7 +172,7 @@ def resolve(field: str, pattern: Mapping[str, Value], default: Value, paths: Seq
 
 
 def _tied(fields: Fields, base: BaseSpec, modules: str | frozenset[str]) -> tuple[str, ...]:
-    """What `ensure_weight_tying` adds to modules that name the embedding or the head: both."""
+    """The embedding and the head, if `ensure_weight_tying` adds them to modules that name one of them."""
     if not (fields.flag("ensure_weight_tying") and base.tied and _names_embedding(modules)):
         return ()
     return tuple(base.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD))
@@ -221,7 +221,7 @@ json.dump(found, sys.stdout)
 
 
 def _first_matches(field: str, how: str, regexes: Sequence[str], paths: Sequence[str]) -> list[int | None]:
-    """Matches in a process of its own: a hostile expression would hold the interpreter's lock for years."""
+    """Matches in a separate process: a hostile expression would hold the interpreter's lock for years."""
     too_long = AdapterFormatError(
         f"{CONFIG_NAME}: expected {field!r} to match the base model's modules within {MAX_MATCH_SECONDS} s, "
         "found a pattern that takes longer"
@@ -241,7 +241,7 @@ def _first_matches(field: str, how: str, regexes: Sequence[str], paths: Sequence
             raise too_long from error
         reason = error.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise AdapterFormatError(
-            f"{CONFIG_NAME}: expected {field!r} to hold regular expressions, found a failure: {show(reason)}"
+            f"{CONFIG_NAME}: expected {field!r} to hold regular expressions, found an error: {show(reason)}"
         ) from error
     found: list[int | None] = json.loads(done.stdout)
     return found

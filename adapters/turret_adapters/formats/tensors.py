@@ -1,7 +1,7 @@
-"""`adapter_model.safetensors`: its header, what is expected in it, and its bytes.
+"""Reads `adapter_model.safetensors`: its header, the check of it, and its tensors.
 
-The format: https://github.com/huggingface/safetensors#format. Everything is checked before a tensor's bytes
-are read, and each byte is read once, so what is digested is what is served.
+The format: https://github.com/huggingface/safetensors#format. Everything else is checked before a tensor is
+read, and each byte is read once, so the digest is that of the bytes that are served.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 MODULE_PREFIX = "base_model.model."
 LENGTH_BYTES = 8
 
-# What of the base model a dimension is; None where the config says its size.
+# The dimension of the base model that a dimension of a tensor must equal; None if the config gives its size.
 WIDTH = "a width"
-VOCABULARY = "the vocabulary (a resized one is not served)"
+VOCABULARY = "the vocabulary (a resized one is not supported)"
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A tensor that must be in the file or, if `optional`, may be."""
+    """A tensor that must be (or, if `optional`, may be) in the file."""
 
     shape: tuple[int, ...]
     of_base: tuple[str | None, ...]
@@ -51,10 +51,10 @@ class Entry:
 
 
 def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entry]]:
-    """The header's bytes with its length before it, and its tensors in the order of their bytes.
+    """Returns the header's bytes, with the length before it, and its tensors in the order of their bytes.
 
     Raises:
-        AdapterFormatError: it is broken, or its tensors do not fill the file without gap and overlap.
+        AdapterFormatError: it is broken, or its tensors have gaps or overlaps.
     """
     length_bytes = file.read(LENGTH_BYTES)
     length = int.from_bytes(length_bytes, "little")
@@ -87,11 +87,11 @@ def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entr
 
 
 def check_entries(entries: list[Entry], expected: Mapping[str, Expected], base: BaseSpec) -> None:
-    """Compares the tensors of a header with those that the config and the base model let expect.
+    """Compares the tensors of a header with those to expect from the config and the base model.
 
     Raises:
-        AdapterFormatError: one is missing, one more is there, or a shape is not what the config says.
-        AdapterBaseError: a shape or a path is not what the base model has.
+        AdapterFormatError: a tensor is missing or unexpected, or its shape contradicts the config.
+        AdapterBaseError: a shape or a path contradicts the base model.
     """
     for entry in entries:
         if entry.key not in expected:
@@ -108,16 +108,17 @@ def check_entries(entries: list[Entry], expected: Mapping[str, Expected], base: 
 
 
 def read_tensor(file: BufferedReader, entry: Entry, digest: hashlib._Hash) -> torch.Tensor:
-    """Reads the bytes that come next, which must be those of `entry`, into a tensor that owns them.
+    """Reads the next bytes of the file, those of `entry`, into a tensor that owns them.
 
     Raises:
-        AdapterFormatError: the file ends before, or a number is not finite.
+        AdapterFormatError: the file is too short, or a number is not finite.
     """
     data = bytearray(entry.num_bytes)
     found = file.readinto(data)
     if found != entry.num_bytes:
         raise AdapterFormatError(
-            f"tensor {show(entry.key)}: expected {entry.num_bytes} bytes, found {found} when reading"
+            f"tensor {show(entry.key)}: expected {entry.num_bytes} bytes, found the end of the file after "
+            f"{found}"
         )
     digest.update(data)
     if not data:
@@ -173,20 +174,20 @@ def _check_shape(entry: Entry, expected: Expected, base: BaseSpec) -> None:
 
 
 def _unexpected(key: str, base: BaseSpec) -> AdapterError:
-    """The refusal of a tensor that nothing needs, which says so if the base lacks the module of its key."""
+    """The error for an unexpected tensor; another one if the base has no module at its key."""
     names = key.removeprefix(MODULE_PREFIX).split(".")
     module = next((".".join(names[:end]) for end, name in enumerate(names) if name in _OF_MODULES), None)
     if key.startswith(MODULE_PREFIX) and module is not None and module not in base.modules:
         return AdapterBaseError(
             f"module {show(module)}: expected a module of the base model {base.name_or_path!r}, "
-            "found none of that path"
+            "found none of this path (load it on the base that it was trained on)"
         )
     return AdapterFormatError(
-        f"tensor {show(key)}: expected only tensors of what {CONFIG_NAME} targets, found one more"
+        f"tensor {show(key)}: expected only tensors of the modules that {CONFIG_NAME} targets, found another"
     )
 
 
-# What stands right behind a module's path in keys of any kind.
+# The names that follow a module's path in the keys of any kind.
 _OF_MODULES = frozenset(
     {
         "base_layer",

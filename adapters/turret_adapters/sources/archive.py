@@ -1,8 +1,8 @@
-"""An adapter's two files out of an archive that anybody may have made.
+"""Reads an adapter's two files from an archive of unknown origin.
 
-Nothing is extracted by the path that an archive says: the two files are found by their name, and written
-under it. An archive that holds a path out of itself, a link or a device is refused as a whole. How much is
-read, in all and at once, is bounded whatever the archive says of itself: neither disk nor memory fills.
+The two files are found by their names and written under them, never under a path from the archive. An archive
+with a path out of itself, a link or a device is refused as a whole. Limits on what is read, in total and at
+once, hold whatever the archive announces, so neither disk nor memory fills.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from turret_adapters.sources.intake import Intake
 MAX_MEMBERS = 1000
 SUFFIXES = (".zip", ".tar.gz", ".tgz")
 
-# The libraries read directories and long names whole; no sound archive of two files has more of them.
+# The libraries read directories and long names at once; a valid archive of two files has less of them.
 _MAX_READ = 4 << 20
 _BROKEN = (
     EOFError, NotImplementedError, ValueError, gzip.BadGzipFile, struct.error, tarfile.TarError,
@@ -40,7 +40,7 @@ _BROKEN = (
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file or folder in an archive. `is_plain` is false for links, devices and what cannot be read."""
+    """A file or folder in an archive. `is_plain` is false for links, devices and unreadable files."""
 
     path: str
     is_plain: bool
@@ -50,21 +50,21 @@ class Member:
 
 
 def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> None:
-    """Takes the two files out of an archive.
+    """Reads the two files from an archive.
 
     Args:
-        archive: can be sought in.
-        name: how it is called, which ends in one of `SUFFIXES`.
-        intake: where they go.
-        max_bytes: how much may be read of it once decompressed.
+        archive: a seekable file.
+        name: the archive's name, which ends with one of `SUFFIXES`.
+        intake: writes the files.
+        max_bytes: the limit of decompressed bytes.
 
     Raises:
-        AdapterSourceError: it is broken or hostile, or does not hold one adapter.
-        SourceTooLargeError: it holds more than is taken.
-        OSError: a file cannot be written.
+        AdapterSourceError: it is broken or hostile, or does not contain exactly one adapter.
+        SourceTooLargeError: it exceeds a limit.
+        OSError: a file is not writable.
     """
     members = _zip_members if name.endswith(".zip") else _tar_members
-    with _told(name), members(archive, intake.folder, max_bytes) as found:
+    with _translated(name), members(archive, intake.folder, max_bytes) as found:
         for wanted, member in _choose(name, found).items():
             intake.take(wanted, _chunks(name, member), member.size)
 
@@ -76,7 +76,9 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
             raise SourceTooLargeError(f"{name}: expected at most {MAX_MEMBERS} members, found more")
         path = PurePosixPath(member.path)
         if path.is_absolute() or ".." in path.parts or "\\" in member.path or "\0" in member.path:
-            raise AdapterSourceError(f"{name}: expected paths in the archive, found {member.path[:200]!r}")
+            raise AdapterSourceError(
+                f"{name}: expected paths inside the archive, found {member.path[:200]!r}"
+            )
         if not member.is_plain:
             raise AdapterSourceError(
                 f"{name}: expected files and folders, found a link, device or encrypted file "
@@ -112,14 +114,14 @@ def _zip_members(archive: IO[bytes], _folder: Path, _max_bytes: int) -> Iterator
 
 def _is_plain(info: zipfile.ZipInfo) -> bool:
     kind = stat.S_IFMT(info.external_attr >> 16)
-    # The other methods may turn a megabyte into many gigabytes before the size is looked at.
+    # The other methods can turn a megabyte into many gigabytes before the size is checked.
     method = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     return kind in (0, stat.S_IFREG, stat.S_IFDIR) and method and not info.flag_bits & 1
 
 
 @contextmanager
 def _tar_members(archive: IO[bytes], folder: Path, max_bytes: int) -> Iterator[Iterable[Member]]:
-    # Decompressed first: a library that seeks in a compressed stream reads it over and over.
+    # Decompressed first: seeking in a compressed stream reads it again each time.
     with (
         tempfile.TemporaryFile(buffering=0, dir=folder) as plain,
         gzip.GzipFile(fileobj=archive) as compressed,
@@ -145,7 +147,7 @@ def _tar_members(archive: IO[bytes], folder: Path, max_bytes: int) -> Iterator[I
 
 
 def _chunks(name: str, member: Member) -> Iterator[bytes]:
-    with _told(name):
+    with _translated(name):
         file = member.open()
         assert file is not None, "it is a regular file"
         with file:
@@ -154,17 +156,19 @@ def _chunks(name: str, member: Member) -> Iterator[bytes]:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _translated(name: str) -> Iterator[None]:
     try:
         yield
     except AdapterError:
         raise
     except _BROKEN as error:
-        raise AdapterSourceError(f"{name}: expected a sound archive, found: {error}") from error
+        raise AdapterSourceError(
+            f"{name}: expected a valid archive, found: {error} (make it again with zip or tar -czf)"
+        ) from error
 
 
 class _Bounded(io.RawIOBase):
-    """A file of which only a little is read at once, as zipfile and tarfile use one."""
+    """A file that refuses to read much at once, for zipfile and tarfile."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -184,5 +188,7 @@ class _Bounded(io.RawIOBase):
             size = self._file.seek(0, os.SEEK_END) - here
             self._file.seek(here)
             if size > _MAX_READ:
-                raise AdapterSourceError("expected short headers in the archive, found very long ones")
+                raise AdapterSourceError(
+                    f"expected headers of at most {_MAX_READ} bytes in the archive, found longer ones"
+                )
         return self._file.read(size)

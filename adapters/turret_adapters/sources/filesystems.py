@@ -1,7 +1,7 @@
-"""Files of an object store or a model hub, through fsspec: `s3://…`, `gs://…`, `hf://…`, what is installed.
+"""Files of an object store or a model hub through fsspec: `s3://…`, `gs://…`, `hf://…`, as installed.
 
-These libraries open their own connections, to hosts that the server's operator configures (or names in
-`Policy.urls`), with the server's own credentials; addresses are not checked here.
+The libraries open their own connections, to hosts that the operator configures (or allows in `Policy.urls`),
+with the server's credentials; addresses are not checked here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"(?:hf://)?(?P<owner>[\w.-]+)/(?P<name>[\w.-]+)(?:@(?P<rev
 
 
 def hub_url(source: str) -> str | None:
-    """`owner/name` or `owner/name@revision` as a URL; None if it is no hub id."""
+    """The URL of `owner/name` or `owner/name@revision`; None if it is not a hub id."""
     found = _HUB_ID.fullmatch(source)
     if not found or found["owner"].strip(".") == "":
         return None
@@ -33,25 +33,25 @@ def hub_url(source: str) -> str | None:
 
 
 def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
-    """Takes the two files out of a folder.
+    """Reads the two files from a folder.
 
     Args:
         url: of the folder; the policy allows it.
-        intake: where they go.
-        deadline: looked at after each chunk; a wait within the library is cut off by its own time-outs alone.
+        intake: writes the files.
+        deadline: checked at each chunk; inside a chunk only the library's own time-outs apply.
 
     Raises:
-        AdapterSourceError: they are not there, or not for us, or the protocol's package is not installed.
+        AdapterSourceError: they do not exist, access is denied, or the protocol's package is not installed.
         SourceTooLargeError, SourceUnavailableError
-        OSError: a file cannot be written.
+        OSError: a file is not writable.
     """
     files, folder = _open(_pinned(url) if url.startswith("hf://") else url)
     for name in (CONFIG_NAME, TENSORS_NAME):
-        place = f"{folder}/{name}"
+        path = f"{folder}/{name}"
         try:
-            size = files.info(place)["size"]
-            # A block size of 0 streams; other file systems than the hub's take it as none of their own.
-            file = files.open(place, "rb", **({"block_size": 0} if url.startswith("hf://") else {}))
+            size = files.info(path)["size"]
+            # For the hub a block size of 0 means streaming; other file systems would not accept it.
+            file = files.open(path, "rb", **({"block_size": 0} if url.startswith("hf://") else {}))
         except Exception as error:  # the libraries have no common class
             raise _refusal(url, error) from error
         with file:
@@ -62,12 +62,13 @@ def _open(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     protocol = urlsplit(url).scheme
     try:
-        # A cached one would answer from listings of before.
+        # A cached instance would use old listings.
         files, folder = fsspec.url_to_fs(url, skip_instance_cache=True)
     except ImportError as error:
         package = known_implementations.get(protocol, {}).get("err", str(error))
         raise AdapterSourceError(
-            f"{public(url)!r}: expected a protocol whose package the server has, found none ({package})"
+            f"{public(url)!r}: the package of the protocol {protocol!r} is not installed on the server "
+            f"({package})"
         ) from error
     except ValueError as error:
         raise AdapterSourceError(
@@ -79,7 +80,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _pinned(url: str) -> str:
-    """A hub's URL with the commit that its revision names now, so that both files are of one."""
+    """A hub URL with the commit that its revision is now, so that both files are from one commit."""
     found = _HUB_ID.fullmatch(url)
     if not found:
         raise AdapterSourceError(f"{public(url)!r}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION")

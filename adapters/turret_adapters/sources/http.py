@@ -1,8 +1,8 @@
-"""Files over HTTP, from a host whose address was checked on the very connection that is used.
+"""Files over HTTP, with the address check on the connection that is used.
 
-httpcore lets one open its connections: there the name is looked up once, the address that it gives is checked
-and connected to, and each wait is cut to what is left of the fetch's time, so that a host cannot stretch it
-by sending a byte now and then. Certificates are still checked against the name.
+httpcore takes a network backend: it resolves the host name once, checks the address and connects to it, and
+limits each wait to the time that is left, so a host that sends a byte now and then does not extend it.
+Certificates are still checked against the name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from turret_adapters.errors import AdapterSourceError, SourceUnavailableError
 from turret_adapters.sources.policy import Deadline, Policy, public
 
 MAX_REDIRECTS = 5
-# A host that says nothing for as long is given up before the fetch's time is over.
+# A host that sends nothing for this long has failed, even if time is left.
 SILENCE_SECONDS = 30.0
 
 _MOVED = {
@@ -38,18 +38,18 @@ _LATER = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What a host answers; `size` is None where it does not say."""
+    """The body of a response; `size` is None if the host does not announce it."""
 
     size: int | None
     chunks: Iterator[bytes]
 
 
 class HttpSource:
-    """A few files from hosts that a policy allows, over as few connections."""
+    """Reads files from hosts that a policy allows, and reuses connections."""
 
     def __init__(self, policy: Policy, deadline: Deadline) -> None:
         self._policy = policy
-        self._pool = httpcore2.ConnectionPool(network_backend=_Checked(policy, deadline))
+        self._pool = httpcore2.ConnectionPool(network_backend=_CheckedBackend(policy, deadline))
 
     def __enter__(self) -> Self:
         return self
@@ -67,17 +67,17 @@ class HttpSource:
         """Opens a file.
 
         Raises:
-            AdapterSourceError: it is not there, or not for us.
-            SourceForbiddenError: the policy does not allow it, or what it redirects to.
+            AdapterSourceError: it does not exist, or the host denies access.
+            SourceForbiddenError: the policy does not allow it, or the target of a redirect.
             SourceUnavailableError: the host fails, or does not answer in time.
         """
-        with _told(url), ExitStack() as stack:
-            place = url
+        with _translated(url), ExitStack() as stack:
+            target = url
             for _ in range(MAX_REDIRECTS + 1):
-                response = stack.enter_context(self._request(self._policy.url(place)))
+                response = stack.enter_context(self._request(self._policy.url(target)))
                 if response.status not in _MOVED:
                     break
-                place = urljoin(place, _header(response, b"location"))
+                target = urljoin(target, _header(response, b"location"))
                 stack.close()
             yield _body(response, url)
 
@@ -106,7 +106,7 @@ def _body(response: httpcore2.Response, url: str) -> Body:
     encoding = _header(response, b"content-encoding") or "identity"
     if encoding != "identity":
         raise AdapterSourceError(
-            f"{public(url)!r}: expected a file as it is, found it encoded as {encoding!r}"
+            f"{public(url)!r}: expected a file without content encoding, found {encoding!r}"
         )
     length = _header(response, b"content-length")
     return Body(int(length) if length.isdecimal() else None, response.iter_stream())
@@ -119,8 +119,8 @@ def _header(response: httpcore2.Response, wanted: bytes) -> str:
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
-    """Tells the network's errors as an `AdapterError`."""
+def _translated(url: str) -> Iterator[None]:
+    """Turns the network's errors into AdapterErrors."""
     try:
         yield
     except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException) as error:
@@ -132,8 +132,8 @@ def _told(url: str) -> Iterator[None]:
         raise AdapterSourceError(f"{public(url)!r}: expected http or https, found {error}") from error
 
 
-class _Checked(httpcore2.NetworkBackend):
-    """Connects to addresses that the policy allows."""
+class _CheckedBackend(httpcore2.NetworkBackend):
+    """Connects only to addresses that the policy allows."""
 
     def __init__(self, policy: Policy, deadline: Deadline) -> None:
         self._policy = policy
@@ -144,14 +144,14 @@ class _Checked(httpcore2.NetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ARG002 -- the deadline says it
+        timeout: float | None = None,  # noqa: ARG002 -- the deadline counts
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.NetworkStream:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise httpcore2.ConnectError(f"no address of {host!r} ({error.strerror})") from error
+            raise httpcore2.ConnectError(f"host {host!r} does not resolve ({error.strerror})") from error
         addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
         for address in addresses:
             self._policy.check_address(host, address)
@@ -164,12 +164,12 @@ class _Checked(httpcore2.NetworkBackend):
                 if address == addresses[-1]:
                     raise
             else:
-                return _Timed(stream, self._deadline)
-        raise httpcore2.ConnectError(f"no address of {host!r}")
+                return _TimedStream(stream, self._deadline)
+        raise httpcore2.ConnectError(f"host {host!r} does not resolve")
 
 
-class _Timed(httpcore2.NetworkStream):
-    """A connection on which no wait goes beyond the deadline."""
+class _TimedStream(httpcore2.NetworkStream):
+    """A connection on which no wait exceeds the deadline."""
 
     def __init__(self, stream: httpcore2.NetworkStream, deadline: Deadline) -> None:
         self._stream = stream
@@ -191,7 +191,7 @@ class _Timed(httpcore2.NetworkStream):
         timeout: float | None = None,  # noqa: ARG002
     ) -> httpcore2.NetworkStream:
         secure = self._stream.start_tls(ssl_context, server_hostname, _wait(self._deadline))
-        return _Timed(secure, self._deadline)
+        return _TimedStream(secure, self._deadline)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

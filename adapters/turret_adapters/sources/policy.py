@@ -1,8 +1,8 @@
-"""From where adapters may be fetched.
+"""The policy of sources: from where adapters may be fetched.
 
-Everything is refused that is not allowed: a folder must really lie below a root, a URL must begin like an
-allowed one, and the address behind a host's name must be a public one or in an allowed network. The address
-is checked when it is connected to (`http_source`): a name may point elsewhere a moment after a look.
+Only allowed sources may be fetched: the real path of a folder must be below a root, a URL must begin with an
+allowed one, and the address of a host must be public or in an allowed network. `http` checks the address when
+it connects, since a host name may resolve to another address a moment later.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 class Policy:
     """What may be fetched; by default nothing.
 
-    `roots` are folders below which adapters may lie. `urls` say how allowed URLs begin, up to a whole part of
-    the path: `https://models.example.com/adapters`, `https://` for any host, `hf://owner`, `s3://bucket`;
-    what a URL redirects to must be allowed as well. A host may be in `networks` besides the public internet.
-    `max_bytes` is the most that the two files may hold, or an archive of them; `timeout` counts seconds from
-    the first look to the last byte, and once more while the adapter is read from the store.
+    `roots` are folders that may contain adapters. `urls` are the beginnings of allowed URLs, up to a whole
+    part
+    of the path: `https://models.example.com/adapters`, `https://` for any host, `hf://owner`, `s3://bucket`;
+    the target of a redirect must be allowed too. Addresses in `networks` are allowed besides public ones.
+    `max_bytes` limits the two files together, or an archive of them. `timeout` is in seconds, for fetching an
+    adapter, and again for reading it from the store.
     """
 
     roots: tuple[Path, ...] = ()
@@ -42,43 +43,47 @@ class Policy:
     timeout: float = 600.0
 
     def folder(self, path: str) -> Path:
-        """The real place of a folder that may be read.
+        """The path, without symbolic links, of a folder that is allowed.
 
         Raises:
-            SourceForbiddenError: it does not lie below a root; what is there is not told.
-            AdapterSourceError: there is no adapter.
+            SourceForbiddenError: it is not below a root; the message does not reveal whether it exists.
+            AdapterSourceError: it is not a folder with an adapter.
         """
         try:
             real = Path(os.path.realpath(path))
         except ValueError as error:
-            raise AdapterSourceError(f"{path!r}: expected a path that can exist, found {error}") from error
+            raise AdapterSourceError(f"{path!r}: expected a valid path, found {error}") from error
         if not any(real.is_relative_to(os.path.realpath(root)) for root in self.roots):
             raise SourceForbiddenError(
-                f"{path!r}: expected a folder below {_list(self.roots)}, found one elsewhere"
+                f"{path!r}: expected a folder below {_list(self.roots)} (the server's --allow-source adds "
+                "one)"
             )
         if resolve(str(real)) != real:
-            raise SourceForbiddenError(f"{path!r}: expected a folder that stays, found that it became a link")
+            raise SourceForbiddenError(
+                f"{path!r}: expected a folder that does not change, found that it became a symbolic link"
+            )
         return real
 
     def url(self, url: str) -> SplitResult:
-        """The parts of a URL that may be fetched.
+        """The parts of a URL that is allowed.
 
         Raises:
-            AdapterSourceError: it is none.
-            SourceForbiddenError: it does not begin like an allowed one.
+            AdapterSourceError: it is not a valid URL.
+            SourceForbiddenError: it does not begin with an allowed one.
         """
         parts = split(url)
         if not parts.netloc or not any(_begins(parts, split(allowed)) for allowed in self.urls):
             raise SourceForbiddenError(
-                f"{public(url)!r}: expected a URL that begins with {_list(self.urls)}, found another"
+                f"{public(url)!r}: expected a URL that begins with {_list(self.urls)} (the server's "
+                "--allow-source adds one)"
             )
         return parts
 
     def check_address(self, host: str, address: str) -> None:
-        """Refuses to connect to an address that is neither public nor in an allowed network.
+        """Checks an address before a connection to it.
 
         Raises:
-            SourceForbiddenError
+            SourceForbiddenError: it is neither public nor in an allowed network.
         """
         found = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
@@ -90,35 +95,37 @@ class Policy:
 
 
 class Deadline:
-    """The end of a fetch's time."""
+    """The time at which a fetch must be complete."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds until then.
+        """Seconds that are left.
 
         Raises:
-            SourceUnavailableError: there are none.
+            SourceUnavailableError: none are.
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise SourceUnavailableError(f"expected the adapter within {self._seconds:g} s, found it slower")
+            raise SourceUnavailableError(
+                f"expected the adapter within {self._seconds:g} s, found it slower (try again later)"
+            )
         return left
 
 
 def split(url: str) -> SplitResult:
-    """The parts of a URL, of which host and path mean the same to whoever reads them.
+    """The parts of a URL whose host and path every parser reads alike.
 
     Raises:
-        AdapterSourceError: it is none, or one that readers read differently.
+        AdapterSourceError: it is not a valid URL, or parsers could differ.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise AdapterSourceError(f"expected a URL, found {error}") from error
+        raise AdapterSourceError(f"expected a valid URL, found {error}") from error
     sound = (
         parts.scheme
         and url.isascii()
@@ -133,14 +140,14 @@ def split(url: str) -> SplitResult:
     )
     if not sound:
         raise AdapterSourceError(
-            f"{public(url)!r}: expected a URL of ASCII letters without user, password, fragment, chained "
-            "protocols and dots for folders, found another"
+            f"{public(url)!r}: expected a URL in printable ASCII, without spaces, user, password, fragment, "
+            "chained protocols, and the folders . and .."
         )
     return parts
 
 
 def public(url: str) -> str:
-    """A URL without what may be secret in it, for messages and records."""
+    """A URL without user, password and query, which may be secret, for messages and records."""
     beginning, _, _ = url.partition("?")
     scheme, mark, rest = beginning.partition("://")
     authority, slash, path = rest.partition("/")
@@ -164,9 +171,9 @@ def _is_public(address: Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and (
         address.sixtofour or address.teredo or address in _NAT64
     ):
-        return False  # these lead to an address of version 4 that is not looked at
+        return False  # these contain an IPv4 address, which is not checked
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _list(items: tuple[object, ...]) -> str:
-    return ", ".join(str(item) for item in items) or "nowhere (nothing is allowed)"
+    return ", ".join(str(item) for item in items) or "nothing (no source is allowed)"

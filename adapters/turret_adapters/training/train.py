@@ -35,8 +35,8 @@ _MAX_GRADIENT_NORM = 1.0
 class Recipe:
     """How to train one adapter: peft's type with the fields of its config, and the optimisation.
 
-    `nf4_base` asks for a base in NF4 with double quantisation (`load_base`), which makes LoRA QLoRA, and for
-    an optimiser whose state is paged where the device has one.
+    `nf4_base` requires a base in NF4 with double quantisation (`load_base`), which turns LoRA into QLoRA, and
+    an optimiser with paged state on devices that have one.
     """
 
     peft_type: Literal["LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]
@@ -50,9 +50,9 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What a training took. `seconds` and memory are the optimisation's alone, without loading the base.
+    """The result of a training. `seconds` and memory are those of the optimisation, without loading the base.
 
-    `peak_memory_bytes` is the growth over what was held just before: the device's memory on CUDA, the
+    `peak_memory_bytes` is the growth during the optimisation: of the device's memory on CUDA, of the
     process's resident memory on Linux, None elsewhere.
     """
 
@@ -63,7 +63,7 @@ class TrainReport:
 
 
 def load_base(folder: Path, *, nf4: bool) -> PreTrainedModel:
-    """A saved model on CUDA if there is one; with `nf4` every linear but `lm_head` is quantised."""
+    """Loads a saved model, on CUDA if available; with `nf4` every linear but `lm_head` is quantised."""
     has_cuda = torch.cuda.is_available()
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -89,16 +89,16 @@ def train_adapter(
     early: Mapping[int, Path] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainReport:
-    """Train a new adapter over `base` and save it to `out_dir` in peft's format.
+    """Trains a new adapter on `base` and saves it to `out_dir` in peft's format.
 
-    `base` is altered: it is of use for this adapter only. `early` maps numbers of steps to folders in which
-    to save the adapter as it is then; `on_step` is told each step, from 1, and its loss.
+    `base` is changed and not usable for another adapter. `early` maps numbers of steps to folders in which to
+    save the adapter after that step; `on_step` is called with the number of each step, from 1, and its loss.
 
     Raises:
-        ValueError: `recipe.nf4_base` does not say what `base` is, or peft refuses the recipe's config.
+        ValueError: `recipe.nf4_base` contradicts `base`, or peft refuses the recipe's config.
     """
     if recipe.nf4_base != getattr(base, "is_loaded_in_4bit", False):
-        raise ValueError(f"the recipe has nf4_base={recipe.nf4_base}, the base was loaded otherwise")
+        raise ValueError(f"nf4_base: expected a base loaded with nf4={recipe.nf4_base}, found the other kind")
     torch.manual_seed(recipe.seed)
     model = _with_new_adapter(base, recipe)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -158,7 +158,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
 def _with_new_adapter(base: PreTrainedModel, recipe: Recipe) -> peft.PeftModel:
     config = {"peft_type": recipe.peft_type, "task_type": "CAUSAL_LM", **recipe.config}
     with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5 by an old name whether activations are checkpointed
+        # peft 0.21 uses a name that transformers 5 deprecates
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         if recipe.nf4_base:
             base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
@@ -184,7 +184,7 @@ def _batches(
 
 
 class _PeakMemory:
-    """How far memory has grown at its highest since this was made."""
+    """Measures the largest growth of memory since its creation."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -204,7 +204,7 @@ class _PeakMemory:
 
 
 def _reset_peak_resident_bytes() -> int | None:
-    """Let the peak count from now; the resident bytes of now, None where there is no such reset."""
+    """Resets the peak and returns the resident bytes; None if the system has no such reset."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: the peak becomes the current value
     except OSError:

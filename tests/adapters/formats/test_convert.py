@@ -106,7 +106,7 @@ def test_the_error_of_a_smaller_rank_is_measured(original, convert, base_of):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix"])
 def test_what_is_served_as_it_is_is_refused(kind, adapter_of, convert, tmp_path):
-    with pytest.raises(AdapterFormatError, match="'peft_type' to be a method that is not served as it is"):
+    with pytest.raises(AdapterFormatError, match="'peft_type' to be a method that is not served directly"):
         convert(adapter_of("llama", kind))
     assert not list(tmp_path.iterdir())
 
@@ -129,7 +129,7 @@ def test_a_pickle_is_not_read(original, convert):
 
 @pytest.mark.parametrize("rank", [0, MAX_RANK + 1])
 def test_a_rank_that_is_not_served_is_refused(rank, original, convert):
-    with pytest.raises(AdapterFormatError, match=f"from 1 to {MAX_RANK}, .* found {rank}"):
+    with pytest.raises(AdapterFormatError, match=f"rank: expected 1 to {MAX_RANK}, found {rank}"):
         convert(original("loha"), rank=rank)
 
 

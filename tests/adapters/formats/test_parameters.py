@@ -59,7 +59,7 @@ def test_others_are_refused_by_name(name):
 def test_the_last_parameter_of_a_module_has_the_outermost_wrapper():
     parameters = find("down_proj", "layers.0.experts.gate_up_proj", "layers.0.gate.weight")
     pairs = stacked_pairs(parameters, BASE, [(1, 1.0)] * 4)
-    assert {pair.experts[0]: pair.place for pair in pairs} == {
+    assert {pair.experts[0]: pair.key for pair in pairs} == {
         "layers.0.gate": "base_model.model.layers.0.gate",
         "layers.0.experts.gate_up_proj.0": "base_model.model.layers.0.experts.base_layer",
         "layers.0.experts.down_proj.0": "base_model.model.layers.0.experts",

@@ -80,7 +80,7 @@ def test_the_two_files_come_out(kind: str, folder: str) -> None:
     ],
 )  # fmt: skip
 def test_a_path_out_of_the_archive_is_refused(kind: str, hostile: str) -> None:
-    with pytest.raises(AdapterSourceError, match="expected paths in the archive"):
+    with pytest.raises(AdapterSourceError, match="expected paths inside the archive"):
         unpacked(kind, KINDS[kind]([*ADAPTER, (hostile, b"x")]))
 
 
@@ -130,7 +130,7 @@ def test_a_zip_that_lies_about_its_sizes_is_no_bomb() -> None:
     data = make_zip([(CONFIG_NAME, CONFIG), (TENSORS_NAME, bytes(8 * MOST))])
     lied = data.replace(struct.pack("<L", 8 * MOST), struct.pack("<L", 100))
     assert lied != data
-    with pytest.raises(AdapterSourceError, match="sound archive"):
+    with pytest.raises(AdapterSourceError, match="valid archive"):
         unpacked("poet.zip", lied)
 
 
@@ -180,13 +180,13 @@ def test_a_tar_with_a_huge_header_is_not_read_into_memory() -> None:
     info = tarfile.TarInfo("header")
     info.type, info.size = tarfile.XHDTYPE, 6 << 20
     data = gzip.compress(info.tobuf() + bytes(6 << 20) + bytes(1024))
-    with pytest.raises(AdapterSourceError, match="very long ones"):
+    with pytest.raises(AdapterSourceError, match="found longer ones"):
         unpacked("poet.tar.gz", data, 8 << 20)
 
 
 def test_a_zip_with_a_huge_directory_is_not_read_into_memory() -> None:
     members = [("x" * 60000 + str(index), b"") for index in range(80)]
-    with pytest.raises(AdapterSourceError, match="very long ones"):
+    with pytest.raises(AdapterSourceError, match="found longer ones"):
         unpacked("poet.zip", make_zip(members))
 
 

@@ -96,7 +96,7 @@ def test_an_archive_on_the_web(web: Web, policy: Policy, store: AdapterStore) ->
 
 def test_by_default_nothing_is_fetched(web: Web, store: AdapterStore, tmp_path: Path) -> None:
     for source in (f"{web.url}/poet", "hf://owner/name", "owner/name", "s3://bucket/poet", str(tmp_path)):
-        with pytest.raises(SourceForbiddenError, match="nothing is allowed"):
+        with pytest.raises(SourceForbiddenError, match="no source is allowed"):
             fetch_into(store, source, Policy())
     assert web.asked == []
 
@@ -202,7 +202,7 @@ def test_answers_without_a_file(
 
 def test_an_encoded_answer_is_refused(web: Web, policy: Policy, store: AdapterStore) -> None:
     web.pages["/poet/adapter_model.safetensors"] = lambda it: it.answer(200, b"x", Content_Encoding="gzip")
-    with pytest.raises(AdapterSourceError, match="encoded as 'gzip'"):
+    with pytest.raises(AdapterSourceError, match="without content encoding, found 'gzip'"):
         fetch_into(store, f"{web.url}/poet", policy)
 
 
@@ -272,7 +272,7 @@ def test_nobody_at_home(store: AdapterStore) -> None:
 
 
 def test_a_host_without_address(store: AdapterStore) -> None:
-    with pytest.raises(SourceUnavailableError, match="no address of"):
+    with pytest.raises(SourceUnavailableError, match="does not resolve"):
         fetch_into(store, "https://absent.invalid/poet", Policy(urls=("https://",)))
 
 

@@ -60,7 +60,7 @@ def test_urls_that_begin_like_an_allowed_one(url: str) -> None:
 def test_urls_that_do_not(url: str) -> None:
     with pytest.raises(SourceForbiddenError, match="expected a URL that begins with"):
         ALLOWED.url(url)
-    with pytest.raises(SourceForbiddenError, match="nothing is allowed"):
+    with pytest.raises(SourceForbiddenError, match="no source is allowed"):
         Policy().url(url)
 
 
@@ -87,7 +87,7 @@ def test_urls_that_do_not(url: str) -> None:
     ],
 )
 def test_urls_that_readers_read_differently(url: str) -> None:
-    with pytest.raises(AdapterError, match="expected a URL"):
+    with pytest.raises(AdapterError, match=r"expected a (valid )?URL"):
         ALLOWED.url(url)
 
 
@@ -153,7 +153,7 @@ def test_folders_elsewhere(tmp_path: Path) -> None:
         policy.folder(f"{tmp_path}/root/absent")
     with pytest.raises(AdapterError):
         policy.folder("zero\0")
-    with pytest.raises(SourceForbiddenError, match="nothing is allowed"):
+    with pytest.raises(SourceForbiddenError, match="no source is allowed"):
         Policy().folder(str(tmp_path))
 
 

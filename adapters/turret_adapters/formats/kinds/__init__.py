@@ -1,4 +1,4 @@
-"""The kinds of adapter that are served, by `peft_type`. A new one is a module here and a line in `KINDS`."""
+"""The supported kinds of adapter, by `peft_type`. A new kind is a module here and a line in `KINDS`."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ KINDS: Mapping[str, Kind] = {
     "LN_TUNING": ln_tuning.KIND,
 }
 
-# What peft turns into LORA.
+# peft converts these to LORA.
 CONVERTIBLE = frozenset({"LOHA", "LOKR"})

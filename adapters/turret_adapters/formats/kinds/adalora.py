@@ -1,4 +1,4 @@
-"""ADALORA: low-rank triples whose ranks were pruned while training (arXiv 2303.10512), folded to pairs.
+"""ADALORA: low-rank triples whose ranks are pruned in training (arXiv 2303.10512), converted to pairs.
 
 As peft's `tuners/adalora`: ΔW = B(A ⊙ E) · alpha / (ranknum + 1e-5), where ranknum stays the initial rank
 when loading prunes a module. Shape suffixes: R rank, I in_features, O out_features.
@@ -42,7 +42,7 @@ _EPSILON = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaLoraPlan:
-    """Tensors of an ADALORA file, and what is made of them."""
+    """The plan of an ADALORA file."""
 
     modules: Mapping[str, ModuleShape]
     ranks: Mapping[str, int]
@@ -68,7 +68,7 @@ class AdaLoraPlan:
             if not rank:
                 continue
             a_RI, b_OR, e_R1 = (tensors[_key(name, part)] for part in "ABE")
-            # peft scales by the rank where there is no alpha, by what pruning left of it.
+            # Without an alpha, peft scales by the rank that pruning left.
             scaling = (self.alpha if self.alpha > 0 else rank) / (self.initial_rank + _EPSILON)
             rows.add_lora(name, check_finite(name, a_RI.float() * e_R1.float()), b_OR, scaling)
         return Content(deltas=rows.deltas(), max_rank=max(self.ranks.values()))
@@ -87,7 +87,7 @@ def _plan(fields: Fields, base: BaseSpec) -> AdaLoraPlan:
             or len(kept) != initial_rank
             or not all(isinstance(one, bool) for one in kept)
         ):
-            raise refusal(f"rank_pattern[{show(key)}]", kept, f"a list of {initial_rank} times true or false")
+            raise refusal(f"rank_pattern[{show(key)}]", kept, f"a list of {initial_rank} booleans")
         ranks[name] = sum(kept)
     return AdaLoraPlan(
         modules=modules,

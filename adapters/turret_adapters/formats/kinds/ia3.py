@@ -28,7 +28,7 @@ FIELDS: Mapping[str, Policy] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ia3Plan:
-    """Tensors of an IA3 file, and what is made of them."""
+    """The plan of an IA3 file."""
 
     modules: Mapping[str, ModuleShape]
     feedforward: Collection[str]

@@ -18,7 +18,7 @@ FIELDS: Mapping[str, Policy] = {**COMMON, **TARGETED, "exclude_modules": Use.REA
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LnTuningPlan:
-    """Tensors of an LN_TUNING file, and what is made of them."""
+    """The plan of an LN_TUNING file."""
 
     modules: Mapping[str, ModuleShape]
     replaced: Replaced

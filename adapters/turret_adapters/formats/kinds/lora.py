@@ -36,7 +36,7 @@ FIELDS: Mapping[str, Policy] = {
     "eva_config": Use.INERT,
     "exclude_modules": Use.READ,
     "fan_in_fan_out": Use.INERT,
-    # pissa, olora, corda, loftq and lora_ga take something out of the base's weights.
+    # pissa, olora, corda, loftq and lora_ga change the base's weights.
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
     "kasa_config": REFUSED,
     "layer_replication": REFUSED,
@@ -82,7 +82,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraPlan:
-    """Tensors of a LORA file, and what is made of them."""
+    """The plan of a LORA file."""
 
     modules: tuple[_Module, ...]
     stacked: tuple[StackedPair, ...]
@@ -204,7 +204,7 @@ def _invocation_tokens(fields: Fields) -> tuple[int, ...]:
 
 
 def _check_combination(fields: Fields, plan: LoraPlan) -> None:
-    """Refuses what peft itself refuses, or cannot be told in rows."""
+    """Refuses combinations that peft refuses, or that rows do not express."""
     if plan.use_dora and plan.lora_bias:
         raise fields.refusal("lora_bias", "false beside use_dora")
     embedding = next((m.name for m in plan.modules if m.shape.kind is ModuleKind.EMBEDDING), None)
@@ -212,11 +212,11 @@ def _check_combination(fields: Fields, plan: LoraPlan) -> None:
         for name in ("use_dora", "lora_bias", "alora_invocation_tokens"):
             if fields.get(name):
                 raise fields.refusal(
-                    name, f"empty, since it is not served on the embedding {show(embedding)}"
+                    name, f"empty, since it is not supported on the embedding {show(embedding)}"
                 )
     if not plan.invocation_tokens:
         return
-    # Rows apply from the invocation on, but peft's replacements apply to every token.
+    # Rows apply from the invocation on, but peft applies its replacements to every token.
     if plan.use_dora:
         raise fields.refusal("use_dora", "false beside alora_invocation_tokens")
     if plan.replaced.places:
@@ -227,7 +227,7 @@ def _check_combination(fields: Fields, plan: LoraPlan) -> None:
 
 
 def _dimensions(kind: ModuleKind) -> tuple[str, str]:
-    """What of the base in_features and out_features are."""
+    """The dimensions of the base that in_features and out_features equal."""
     match kind:
         case ModuleKind.EMBEDDING:
             return VOCABULARY, WIDTH
@@ -238,7 +238,7 @@ def _dimensions(kind: ModuleKind) -> tuple[str, str]:
 
 
 def _norms(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
-    """‖W + BA‖ of each output, some rows at a time: a head's weight is large."""
+    """‖W + BA‖ of each output, computed for some rows at a time, since a head's weight is large."""
     return torch.cat(
         [
             torch.linalg.vector_norm(torch.addmm(some_OI, some_OR, a_RI), dim=1)

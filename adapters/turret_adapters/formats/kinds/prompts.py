@@ -141,7 +141,9 @@ def _plan_multitask(fields: Fields, base: BaseSpec) -> MultitaskPlan:
     rank = fields.integer("num_ranks", most=MAX_TASK_RANK, default=1)
     num_bytes = num_tasks * prompt.num_virtual_tokens * base.hidden_size * _FLOAT_BYTES
     if num_bytes > MAX_TENSORS_BYTES:
-        raise refusal("num_tasks", num_tasks, f"of prompts that take at most {MAX_TENSORS_BYTES} bytes")
+        raise refusal(
+            "num_tasks", num_tasks, f"a number of tasks whose prompts take at most {MAX_TENSORS_BYTES} bytes"
+        )
     return MultitaskPlan(
         base=base, num_virtual_tokens=prompt.num_virtual_tokens, num_tasks=num_tasks, rank=rank
     )

@@ -1,7 +1,7 @@
 """VERA: one random low-rank pair for all modules, and two trained vectors for each (arXiv 2310.11454).
 
-As peft's `tuners/vera/layer.py`: ΔW = diag(b) B diag(d) A with the first rows and columns of the shared
-pair that the module has outputs and inputs; folded to LoRA. Shape suffixes: R rank, I in_features, O
+As in peft's `tuners/vera/layer.py`: ΔW = diag(b) B diag(d) A, with as many rows and columns of the shared
+pair as the module has outputs and inputs; converted to LoRA. Shape suffixes: R rank, I in_features, O
 out_features.
 """
 
@@ -39,7 +39,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VeraPlan:
-    """Tensors of a VERA file, and what is made of them."""
+    """The plan of a VERA file."""
 
     modules: Mapping[str, ModuleShape]
     rank: int
@@ -80,7 +80,7 @@ def _plan(fields: Fields, base: BaseSpec) -> VeraPlan:
     rank = fields.integer("r", most=MAX_RANK, default=256)
     if not fields.flag("save_projection", default=True):
         raise fields.refusal(
-            "save_projection", "true, since otherwise the file lacks the shared matrices, which are random"
+            "save_projection", "true, since the file has no shared matrices otherwise, and they are random"
         )
     num_bytes = (
         sum(shape.in_features + shape.out_features for shape in modules.values()) * rank * _FLOAT_BYTES
