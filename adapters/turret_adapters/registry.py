@@ -98,10 +98,10 @@ class _Joined:
 class AdapterRegistry:
     """Thread-safe. The tensors are in `memory`.
 
-    Set the callbacks before the first `publish`. `on_gone` gets each revision that is dropped, and `on_change`
-    the state of a name after each change, both in the order of the changes. They run under the registry's lock,
-    so they must not block and not call the registry. `on_lost` gets each revision whose files turned out changed
-    or unreadable, and the error.
+    Set the callbacks before the first `publish`. `on_gone` gets each revision that is dropped, and
+    `on_change` the state of a name after each change, both in the order of the changes. They run under the
+    registry's lock, so they must not block and not call the registry. `on_lost` gets each revision whose
+    files turned out changed or unreadable, and the error.
     """
 
     def __init__(self, memory: HostMemory | None = None) -> None:
