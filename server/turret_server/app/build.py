@@ -54,7 +54,7 @@ from turret_server.rpc.tls import TlsFiles
 from turret_server.serving.requests import ModelInfo, RequestFactory
 from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
-from turret_server.tenancy.tenants import TenantTable, check_name
+from turret_server.tenancy.tenants import TenantTable
 from turret_server.tenancy.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     describer = AdapterDescriber(engine, arena.page_bytes)
     watches = AdapterWatches(registry, describer)
     administration = AdapterAdministration(
-        registry=registry, lifecycle=lifecycle, describer=describer, watches=watches
+        registry=registry, library=library, lifecycle=lifecycle, describer=describer, watches=watches
     )
     AdapterMetrics(administration.states, memory, library.downloads, metrics)
     requests = _make_requests(config, loaded, lifecycle, registry, metrics)
@@ -359,9 +359,9 @@ def _load_adapters(config: ServerConfig, lifecycle: AdapterLifecycle, stack: Exi
     """The watch is made before the folders are loaded, so that it sees what changes meanwhile."""
     watch = None
     if config.watch and config.adapters:
-        watch = FolderWatch(config.adapters, lifecycle, check_name)
+        watch = FolderWatch(config.adapters, lifecycle)
         stack.callback(watch.stop)
-    lifecycle.start(config.adapters, check_name)
+    lifecycle.start(config.adapters)
     if watch:
         watch.start()
 

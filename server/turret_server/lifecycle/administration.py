@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.sources.fetch import Download
 from turret_server.errors import InvalidRequestError
@@ -56,16 +57,18 @@ class AdapterAdministration:
         self,
         *,
         registry: AdapterRegistry,
+        library: AdapterLibrary,
         lifecycle: AdapterLifecycle,
         describer: AdapterDescriber,
         watches: AdapterWatches,
     ) -> None:
         self._registry = registry
+        self._library = library
         self._lifecycle = lifecycle
         self._describer = describer
         self._watches = watches
         self._loads = LoadQueue()
-        self._uploads = AdapterUploads(lifecycle, self._loads)
+        self._uploads = AdapterUploads(lifecycle, library.store, self._loads)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "turret-admin")
 
     async def load(self, name: str, path: str, caller: Caller) -> AdapterInfo:
@@ -180,7 +183,7 @@ class AdapterAdministration:
 
     def downloads(self, caller: Caller) -> Sequence[Download]:
         """Running fetches of the adapters that the tenant may load, in the order of their names."""
-        return [each for each in self._lifecycle.downloads() if caller.tenant.may_load(each.name)]
+        return [each for each in self._library.downloads.running if caller.tenant.may_load(each.name)]
 
     def states(self) -> Sequence[str]:
         """The state of every adapter, for the metrics."""
@@ -192,7 +195,7 @@ class AdapterAdministration:
 
     async def _describe(self, statuses: Sequence[AdapterStatus], caller: Caller) -> Sequence[AdapterInfo]:
         names = [status.name for status in statuses]
-        histories = await self._in_thread(partial(self._lifecycle.histories, names))
+        histories = await self._in_thread(partial(self._library.names.histories, names))
         return [
             self._describer.describe(status, histories[status.name]).visible_to(caller.tenant)
             for status in statuses

@@ -1,4 +1,6 @@
-"""Folders of adapters that come, change and go while the server runs."""
+"""A folder of adapters that is watched: subfolders are loaded, replaced and unloaded while the server
+runs.
+"""
 
 from __future__ import annotations
 
@@ -17,33 +19,29 @@ log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 1.0
 
-# Not every file system tells of its changes, and none of those before one listens.
-_LOOK_EVERY_SECONDS = 10.0
+# Not every file system reports changes, and none reports those before the watch began.
+_SCAN_SECONDS = 10.0
 
-# Of each of the two files: inode, size, and when it was last written; None where it is not there.
+# For each of an adapter's two files: inode, size and time of the last change; None where there is no file.
 Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class FolderWatch:
-    """Serves every folder in `folder` under its name, as it is once it has stayed alike for `SETTLE_SECONDS`.
+    """Serves every subfolder of `folder` under its name once its files have not changed for `SETTLE_SECONDS`.
 
-    What its folders are like when it is made is taken for served. A folder that cannot be served is listed
-    as FAILED, or its name keeps what it has, and it is tried again when it changes. While `folder` itself is
-    away, everything stays.
+    The subfolders at construction count as served. One that cannot be served is listed as FAILED, or its
+    name keeps its revision, and it is tried again after its next change. While `folder` itself is missing,
+    nothing changes.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        lifecycle: AdapterLifecycle,
-        check_name: Callable[[str], str],
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: Path, lifecycle: AdapterLifecycle, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder = folder.resolve()
         self._lifecycle = lifecycle
-        self._check_name = check_name
         self._clock = clock
         self._served = self._signatures() or {}
+        # The last signature that differs from the served one, and since when; None for a deleted folder.
         self._unsettled: dict[str, tuple[Signature | None, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="turret-watch", daemon=True)
@@ -56,8 +54,8 @@ class FolderWatch:
         if self._thread.ident:
             self._thread.join()
 
-    def look(self) -> None:
-        """Load what has changed and settled since, and unload what is gone."""
+    def scan(self) -> None:
+        """Load what has changed and settled, and unload what was deleted."""
         found = self._signatures()
         if found is None:
             log.warning("%s cannot be listed; its adapters stay as they are", self._folder)
@@ -68,7 +66,7 @@ class FolderWatch:
                 self._apply(name, signature)
 
     def _has_settled(self, name: str, signature: Signature | None) -> bool:
-        """Whether a folder is not what is served, and stayed alike for long enough."""
+        """Whether a subfolder differs from what is served, and has not changed for long enough."""
         if signature == self._served.get(name):
             self._unsettled.pop(name, None)
             return False
@@ -80,13 +78,13 @@ class FolderWatch:
         return now - since >= SETTLE_SECONDS
 
     def _apply(self, name: str, signature: Signature | None) -> None:
-        del self._unsettled[name]
         if signature is None:
-            self._served.pop(name, None)
             self._lifecycle.forget_folder(self._folder / name)
+            self._served.pop(name, None)
         else:
             self._served[name] = signature
-            self._lifecycle.load_folder(self._folder / name, self._check_name)
+            self._lifecycle.load_folder(self._folder / name)
+        del self._unsettled[name]
 
     def _signatures(self) -> dict[str, Signature] | None:
         try:
@@ -95,7 +93,15 @@ class FolderWatch:
             return None
 
     def _run(self) -> None:
-        looked = -_LOOK_EVERY_SECONDS
+        while not self._stop.is_set():
+            try:
+                self._watch()
+            except Exception:
+                log.exception("%s: watching failed; retrying in %g s", self._folder, _SCAN_SECONDS)
+                self._stop.wait(_SCAN_SECONDS)
+
+    def _watch(self) -> None:
+        scanned = self._clock() - _SCAN_SECONDS
         for changes in watch(
             self._folder,
             watch_filter=None,
@@ -105,21 +111,18 @@ class FolderWatch:
             stop_event=self._stop,
             raise_interrupt=False,
         ):
-            if changes or self._unsettled or self._clock() - looked >= _LOOK_EVERY_SECONDS:
-                looked = self._clock()
-                try:
-                    self.look()
-                except Exception:
-                    log.exception("%s: a look at its adapters failed", self._folder)
+            if changes or self._unsettled or self._clock() - scanned >= _SCAN_SECONDS:
+                scanned = self._clock()
+                self.scan()
 
 
 def _signature(folder: Path) -> Signature:
-    return tuple(_of_file(folder / name) for name in (CONFIG_NAME, TENSORS_NAME))
+    return tuple(_file_signature(folder / name) for name in (CONFIG_NAME, TENSORS_NAME))
 
 
-def _of_file(place: Path) -> tuple[int, int, int] | None:
+def _file_signature(path: Path) -> tuple[int, int, int] | None:
     try:
-        status = place.stat()
+        status = path.stat()
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,6 @@ from turret_adapters.errors import AdapterError, AdapterNotFoundError, OwnerLimi
 from turret_adapters.host import HostAdapter
 from turret_adapters.library import AdapterLibrary, without_secrets
 from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
-from turret_adapters.sources.fetch import Download
 from turret_adapters.spec import AdapterSpec, Split
 from turret_adapters.store.names import NO_OWNER, Ownership, Published
 from turret_adapters.store.records import settled_marks_of
@@ -30,6 +29,7 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.errors import InvalidRequestError, QuotaExceededError, TurretError
 from turret_server.lifecycle.cleanup import CleanupWorker
+from turret_server.tenancy.tenants import check_name
 
 log = logging.getLogger(__name__)
 
@@ -153,14 +153,6 @@ class AdapterLifecycle:
                     self._unload(name)
             log.info("unloaded adapter %s, the least recently used of those that were loaded on demand", name)
 
-    def receive(self, digest: str, config: bytes, size: int, owner: str) -> Upload:
-        """Begin or continue an upload, see `AdapterStore.receive`.
-
-        Raises:
-            AdapterError: an argument is invalid, or the upload is busy.
-        """
-        return self._library.store.receive(digest, config, size, owner)
-
     def load_upload(self, name: str, upload: Upload, owner: Ownership = NO_OWNER) -> None:
         """Serve an upload under `name` from now on.
 
@@ -256,14 +248,6 @@ class AdapterLifecycle:
         with ExitStack() as held:
             return self._registry.acquire([self._resolve(each, held) for each in named])
 
-    def histories(self, names: Iterable[str]) -> dict[str, list[Published]]:
-        """What each name serves and served, newest first; empty for an unknown name."""
-        return self._library.names.histories(names)
-
-    def downloads(self) -> list[Download]:
-        """Running fetches in the order of their names. Reads memory only."""
-        return self._library.downloads.running
-
     def _resolve(self, named: Named, held: ExitStack) -> Named:
         """The same with its whole revision, which is held."""
         if named.revision is None:
@@ -321,7 +305,7 @@ class AdapterLifecycle:
         self._engine.check_adapter(adapter.spec)
         return adapter
 
-    def start(self, folder: Path | None, check_name: Callable[[str], str]) -> None:
+    def start(self, folder: Path | None) -> None:
         """Serve what was served before, and every folder in `folder` under its name. An adapter that fails
         is listed as FAILED and stops no other; a name whose folder was deleted is forgotten.
         """
@@ -341,7 +325,7 @@ class AdapterLifecycle:
             if current and spec and _is_unchanged(path, current):
                 self._try(path.name, partial(self._restore, current, spec))
             else:
-                self.load_folder(path, check_name)
+                self.load_folder(path)
             if number % _PROGRESS_EVERY == 0 and number < len(sources):
                 log.info("loaded %d of %d adapters in %s", number, len(sources), folder)
         for name, split in self._library.names.splits().items():
@@ -357,7 +341,7 @@ class AdapterLifecycle:
                 "the traffic split of adapter %s to revision %s has ended: %s", name, split.revision, error
             )
 
-    def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
+    def load_folder(self, folder: Path) -> None:
         """Serve a folder under its name. A folder that fails is listed as FAILED."""
         marks = settled_marks_of(folder)
         self._try(folder.name, lambda: self.load(check_name(folder.name), str(folder), source_marks=marks))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from turret_adapters.errors import UploadError
+from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
 from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
 from turret_server.lifecycle.loads import LoadQueue
@@ -51,9 +52,14 @@ class AdapterUploads:
     """Receives uploads. Used on one event loop."""
 
     def __init__(
-        self, lifecycle: AdapterLifecycle, loads: LoadQueue, clock: Callable[[], float] = time.monotonic
+        self,
+        lifecycle: AdapterLifecycle,
+        store: AdapterStore,
+        loads: LoadQueue,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lifecycle = lifecycle
+        self._store = store
         self._loads = loads
         self._clock = clock
         self._num_open: Counter[str] = Counter()
@@ -78,7 +84,7 @@ class AdapterUploads:
             _check_size(start, tenant)
             with self._loads.place(tenant):
                 upload = await to_its_end(
-                    partial(self._lifecycle.receive, start.digest, start.config, start.size, tenant.name),
+                    partial(self._store.receive, start.digest, start.config, start.size, tenant.name),
                     undo=Upload.close,
                 )
                 with upload:

@@ -86,7 +86,11 @@ class Site:
         describer = AdapterDescriber(self.engine, PAGE_BYTES)
         self.watches = AdapterWatches(self.registry, describer)
         self.administration = AdapterAdministration(
-            registry=self.registry, lifecycle=self.lifecycle, describer=describer, watches=self.watches
+            registry=self.registry,
+            library=self.library,
+            lifecycle=self.lifecycle,
+            describer=describer,
+            watches=self.watches,
         )
         self.engine.start()
 
@@ -124,7 +128,7 @@ class Site:
         folder = Path(self.source(seed))
         tensors = (folder / "adapter_model.safetensors").read_bytes()
         config = (folder / "adapter_config.json").read_bytes()
-        with self.lifecycle.receive(digest(tensors, config), config, len(tensors), "") as upload:
+        with self.store.receive(digest(tensors, config), config, len(tensors), "") as upload:
             upload.write(0, tensors)
             self.lifecycle.load_upload(name, upload)
         return self.served(name)

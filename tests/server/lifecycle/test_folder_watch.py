@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import threading
 from pathlib import Path
 
 import pytest
 
 from support.adapter_files import write_folder
+from turret_adapters.errors import StoreBusyError
+from turret_server.lifecycle import folder_watch
 from turret_server.lifecycle.folder_watch import SETTLE_SECONDS, FolderWatch
 
 
@@ -18,9 +20,9 @@ class Recorder:
     def __init__(self) -> None:
         self.done: list[tuple[str, bytes | None]] = []
 
-    def load_folder(self, folder: Path, check_name: Callable[[str], str]) -> None:
+    def load_folder(self, folder: Path) -> None:
         tensors = folder / "adapter_model.safetensors"
-        self.done.append((check_name(folder.name), tensors.read_bytes() if tensors.exists() else None))
+        self.done.append((folder.name, tensors.read_bytes() if tensors.exists() else None))
 
     def forget_folder(self, folder: Path) -> None:
         self.done.append((folder.name, b"gone"))
@@ -52,15 +54,15 @@ def clock():
 
 @pytest.fixture
 def watch(folder, recorder, clock):
-    return FolderWatch(folder, recorder, lambda name: name, clock)
+    return FolderWatch(folder, recorder, clock)
 
 
 @pytest.fixture
 def settle(watch, clock):
     def settle() -> None:
-        watch.look()
+        watch.scan()
         clock.now += SETTLE_SECONDS
-        watch.look()
+        watch.scan()
 
     return settle
 
@@ -80,21 +82,21 @@ def test_a_folder_that_appears_is_loaded_once(settle, recorder, folder):
 def test_a_folder_that_is_still_written_is_not_loaded(watch, clock, recorder, folder):
     new = write_folder(folder / "new", b"te")
     for number in range(20):
-        watch.look()
+        watch.scan()
         clock.now += SETTLE_SECONDS * 0.9
         (new / "adapter_model.safetensors").write_bytes(b"te" + b"n" * number)
     assert recorder.done == []
-    watch.look()
+    watch.scan()
     clock.now += SETTLE_SECONDS
-    watch.look()
+    watch.scan()
     assert recorder.done == [("new", b"te" + b"n" * 19)]
 
 
 def test_a_folder_that_has_not_been_alike_for_long_is_not_loaded(watch, clock, recorder, folder):
     write_folder(folder / "new", b"tensors")
-    watch.look()
+    watch.scan()
     clock.now += SETTLE_SECONDS * 0.9
-    watch.look()
+    watch.scan()
     assert recorder.done == []
 
 
@@ -106,7 +108,7 @@ def test_a_folder_that_changes_is_loaded_again(settle, recorder, folder):
 
 def test_a_folder_that_is_replaced_as_a_whole_is_loaded_and_never_forgotten(watch, settle, recorder, folder):
     shutil.rmtree(folder / "there")
-    watch.look()
+    watch.scan()
     write_folder(folder / "there", b"after")
     settle()
     assert recorder.done == [("there", b"after")]
@@ -131,7 +133,7 @@ def test_a_folder_that_fails_is_tried_again_when_it_changes_and_not_before(settl
 
 def test_a_folder_that_appears_and_goes_at_once_is_nothing(watch, settle, recorder, folder):
     write_folder(folder / "new", b"tensors")
-    watch.look()
+    watch.scan()
     shutil.rmtree(folder / "new")
     settle()
     assert recorder.done == []
@@ -142,4 +144,41 @@ def test_while_the_folder_of_all_is_away_everything_stays(settle, recorder, fold
     settle()
     folder.with_name("away").rename(folder)
     settle()
+    assert recorder.done == []
+
+
+def test_a_deleted_folder_that_cannot_be_unloaded_is_tried_again(
+    watch, settle, recorder, folder, monkeypatch
+):
+    forget = recorder.forget_folder
+
+    def busy(_: Path) -> None:
+        raise StoreBusyError("the database is locked")
+
+    shutil.rmtree(folder / "there")
+    monkeypatch.setattr(recorder, "forget_folder", busy)
+    with pytest.raises(StoreBusyError):
+        settle()
+    monkeypatch.setattr(recorder, "forget_folder", forget)
+    watch.scan()
+    watch.scan()
+    assert recorder.done == [("there", b"gone")]
+
+
+def test_a_watch_that_fails_starts_again(watch, recorder, monkeypatch, caplog):
+    monkeypatch.setattr(folder_watch, "_SCAN_SECONDS", 0.0)
+    fails, started = [OSError("no inotify instances are left")], threading.Event()
+
+    def fail_once(*arguments, **options):
+        if fails:
+            raise fails.pop()
+        started.set()
+        return original(*arguments, **options)
+
+    original = folder_watch.watch
+    monkeypatch.setattr(folder_watch, "watch", fail_once)
+    watch.start()
+    assert started.wait(60)
+    watch.stop()
+    assert "no inotify instances are left" in caplog.text
     assert recorder.done == []

@@ -174,7 +174,7 @@ async def test_after_a_restart_names_count_that_were_loaded_on_demand(open_site,
     site.lifecycle.load("other", str(site.folder / "hub" / "seer"))
     after = open_site()
     adapters = lazy_of(after)
-    after.lifecycle.start(None, str)
+    after.lifecycle.start(None)
     assert names(after) == ["bard", "other", "poet"]
     await adapters.ensure_loaded(["seer"])
     assert names(after) == ["bard", "other", "poet", "seer"]

@@ -132,7 +132,7 @@ def test_a_change_that_cannot_be_written_down_is_not_served(site, poet, open_sit
     site.settle()
     assert site.holds() == {poet[1]}
     after = open_site()
-    after.lifecycle.start(None, str)
+    after.lifecycle.start(None)
     assert (after.served("poet"), after.served("bard")) == (poet[1], "")
 
 
@@ -150,7 +150,7 @@ def test_a_rollback_whose_files_cannot_be_held_changes_nothing(site, poet, open_
     site.settle()
     assert site.holds() == {poet[1]}
     after = open_site()
-    after.lifecycle.start(None, str)
+    after.lifecycle.start(None)
     assert after.served("poet") == poet[1]
     after.lifecycle.rollback("poet")
     assert after.served("poet") == poet[0]
@@ -280,3 +280,44 @@ def test_files_that_turn_out_to_be_lost_are_not_known_at_the_next_start(open_sit
     site.settle()
     assert revision not in site.names.records()
     assert site.registry.status("poet").error
+
+
+def test_a_folder_whose_name_is_invalid_is_listed_as_failed(site):
+    folder = site.folder / "-bad"
+    shutil.copytree(site.source(1), folder)
+    site.lifecycle.load_folder(folder)
+    assert "name" in site.registry.status("-bad").error
+
+
+def test_the_name_of_a_deleted_folder_stays_if_something_else_was_loaded_since(site):
+    folder = site.folder / "poet"
+    shutil.copytree(site.source(1), folder)
+    site.lifecycle.load_folder(folder)
+    assert site.served("poet")
+    site.load("poet", 2)
+    site.lifecycle.forget_folder(folder)
+    assert site.served("poet") == site.written("poet")[0]
+    site.lifecycle.rollback("poet")
+    site.lifecycle.forget_folder(folder)
+    assert site.served("poet") == ""
+    assert site.written("poet") == []
+
+
+def test_a_start_serves_what_was_served_and_forgets_deleted_folders(open_site):
+    site = open_site()
+    adapters = site.folder / "adapters"
+    for seed, name in ((1, "stays"), (2, "goes")):
+        shutil.copytree(site.source(seed), adapters / name)
+    site.lifecycle.start(adapters)
+    other = [site.load("other", seed) for seed in (3, 4)]
+    site.lifecycle.split("other", other[0][:8], 25)
+    stays = site.served("stays")
+    shutil.rmtree(adapters / "goes")
+    shutil.copytree(site.source(5), adapters / "comes")
+    after = open_site()
+    after.lifecycle.start(adapters)
+    assert sorted(status.name for status in after.registry.statuses()) == ["comes", "other", "stays"]
+    assert (after.served("stays"), after.served("other")) == (stays, other[1])
+    assert after.registry.status("other").split.revision == other[0]
+    assert after.written("goes") == []
+    assert after.holds() == {stays, after.served("comes"), *other}

@@ -39,7 +39,7 @@ def clock():
 
 @pytest.fixture
 def receiver(site, clock):
-    return AdapterUploads(site.lifecycle, LoadQueue(), clock)
+    return AdapterUploads(site.lifecycle, site.store, LoadQueue(), clock)
 
 
 class Sent:
