@@ -39,19 +39,20 @@ from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
 from turret_server.model.weights import ModelWeights
 from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, EngineMetrics, RequestMetrics
-from turret_server.observability.request_log import RequestRecords
+from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_log import UsageLog
 from turret_server.observability.usage_metrics import UsageMetrics
 from turret_server.rpc.adapters import AdapterServicer
-from turret_server.rpc.auth import AuthInterceptor
+from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.drain import RunningCalls
-from turret_server.rpc.errors import ErrorInterceptor
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
-from turret_server.rpc.reading import ReadingInterceptor
 from turret_server.rpc.server import RpcServer
 from turret_server.rpc.tls import TlsFiles
-from turret_server.serving.requests import ModelInfo, RequestFactory
+from turret_server.serving.generation import GenerationService
+from turret_server.serving.jobs import Jobs
+from turret_server.serving.prompts import PromptService
+from turret_server.serving.request import ModelInfo
 from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
 from turret_server.tenancy.tenants import TenantTable
@@ -74,9 +75,9 @@ class Parts:
     engine: Engine
     registry: AdapterRegistry
     lifecycle: AdapterLifecycle
-    inference: InferenceServicer
+    generation: GenerationService
+    prompts: PromptService
     adapters: AdapterServicer
-    prompts: PromptServicer
     watches: AdapterWatches
     access: Access
     metrics: CollectorRegistry
@@ -108,7 +109,7 @@ def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[P
 def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts:
     """Everything that must be closed goes on `stack`, in the order in which it is constructed."""
     metrics = CollectorRegistry()
-    records = stack.enter_context(request_records(config, metrics))
+    request_log = stack.enter_context(open_request_log(config, metrics))
     access = load_access(config)
     loaded, arena = _load_model(config)
     library = stack.enter_context(closing(_open_library(config, loaded)))
@@ -128,7 +129,21 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         registry=registry, library=library, lifecycle=lifecycle, describer=describer, watches=watches
     )
     AdapterMetrics(administration.states, memory, library.downloads, metrics)
-    requests = _make_requests(config, loaded, lifecycle, registry, metrics)
+    model = ModelInfo(
+        vocab_size=loaded.vocab_size,
+        max_context=loaded.max_context,
+        block_size=arena.block_size,
+        stop_token_ids=loaded.stop_token_ids,
+    )
+    jobs = Jobs(
+        engine=engine,
+        registry=registry,
+        lifecycle=lifecycle,
+        codec=loaded.tokenizer,
+        model=model,
+        usage=UsageMetrics(metrics),
+        lazy=LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None,
+    )
     _log_capacity(config, loaded, arena)
     give_back_cores()
     stack.callback(engine.stop)
@@ -139,13 +154,13 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         engine=engine,
         registry=registry,
         lifecycle=lifecycle,
-        inference=InferenceServicer(
-            engine=engine, requests=requests, codec=loaded.tokenizer, records=records
+        generation=GenerationService(
+            engine=engine, jobs=jobs, codec=loaded.tokenizer, model=model, request_log=request_log
+        ),
+        prompts=PromptService(
+            engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log
         ),
         adapters=AdapterServicer(administration),
-        prompts=PromptServicer(
-            engine=engine, requests=requests, records=records, block_size=arena.block_size
-        ),
         watches=watches,
         access=access,
         metrics=metrics,
@@ -155,22 +170,22 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
 
 
 def make_server(parts: Parts) -> RpcServer:
-    """The gRPC server. The error interceptor comes first, so that a refused authentication is also answered
-    as a typed error; the body of a request is read last, after authentication.
-    """
-    calls = RunningCalls()
-    access = parts.access
+    """The gRPC door to the services."""
+    calls, access = RunningCalls(), parts.access
     authenticator = Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
-    auth = AuthInterceptor(authenticator)
-    interceptors = [ErrorInterceptor(), calls, auth, ReadingInterceptor()]
-    tls = parts.access.tls
-    credentials = tls.credentials() if tls else None
-    return RpcServer(parts.inference, parts.adapters, parts.prompts, interceptors, calls, credentials)
+    return RpcServer(
+        InferenceServicer(parts.generation),
+        parts.adapters,
+        PromptServicer(parts.prompts),
+        interceptors=[CallInterceptor(authenticator, calls)],
+        calls=calls,
+        credentials=access.tls.credentials() if access.tls else None,
+    )
 
 
 @contextmanager
-def request_records(config: ServerConfig, registry: CollectorRegistry) -> Iterator[RequestRecords]:
-    """Records of requests; when the block ends, the usage log is closed and pending traces are sent.
+def open_request_log(config: ServerConfig, registry: CollectorRegistry) -> Iterator[RequestLog]:
+    """Log of requests; when the block ends, the usage log is closed and pending traces are sent.
 
     Raises:
         ConfigError: the usage log cannot be written, or OpenTelemetry is not installed.
@@ -188,7 +203,7 @@ def request_records(config: ServerConfig, registry: CollectorRegistry) -> Iterat
                     '--otel: OpenTelemetry is not installed; install it with: pip install "turret[otel]"'
                 ) from error
             on_end = stack.enter_context(tracing(config.model))
-        yield RequestRecords(RequestMetrics(registry), usage_log, on_end)
+        yield RequestLog(RequestMetrics(registry), usage_log, on_end)
 
 
 def load_access(config: ServerConfig) -> Access:
@@ -332,27 +347,6 @@ def _make_engine(
 def _max_adapter_pages(tenants: TenantsFile, page_bytes: int, tenant: str) -> int | None:
     most = tenants.max_device_bytes(tenant)
     return None if most is None else most // page_bytes
-
-
-def _make_requests(
-    config: ServerConfig,
-    loaded: LoadedModel,
-    lifecycle: AdapterLifecycle,
-    registry: AdapterRegistry,
-    metrics: CollectorRegistry,
-) -> RequestFactory:
-    return RequestFactory(
-        registry=registry,
-        lifecycle=lifecycle,
-        codec=loaded.tokenizer,
-        model=ModelInfo(
-            vocab_size=loaded.vocab_size,
-            max_context=loaded.max_context,
-            stop_token_ids=loaded.stop_token_ids,
-        ),
-        usage=UsageMetrics(metrics),
-        lazy=LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None,
-    )
 
 
 def _load_adapters(config: ServerConfig, lifecycle: AdapterLifecycle, stack: ExitStack) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of every request: at its end it is counted, logged, written to the usage log, and traced."""
+"""The request log: at its end every request is counted, logged, written to the usage log and traced."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from turret_adapters.errors import AdapterError
+from turret_adapters.spec import AdapterSpec
 from turret_server import logs
 from turret_server.engine.request import Job
 from turret_server.errors import TurretError, UsageLogFailedError
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.usage_log import UsageLog
-from turret_server.rpc.calls import request_id
-from turret_server.serving.requests import Prepared
+from turret_server.tenancy.auth import Caller
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
 class RequestRecord:
-    """Follows one request from its arrival to its end. Times are those of `time.monotonic`."""
+    """One request from its arrival to its end. Times are of `time.monotonic`; None is not reached."""
 
-    request_id: str
-    metadata: tuple[tuple[str, str | bytes], ...]
+    caller: Caller
     metrics: RequestMetrics
     about: Mapping[str, object]
     arrived: float = field(default_factory=time.monotonic)
-    request: Job | None = None
+    job: Job | None = None
     adapters: tuple[str, ...] = ()
     revisions: tuple[str, ...] = ()
     submitted: float | None = None
@@ -45,17 +43,19 @@ class RequestRecord:
     finish_reason: str = ""
     error: Exception | None = None
 
-    def begin(self, prepared: Prepared) -> None:
-        """The engine has it now, and it goes to the usage log, however it ends."""
-        self.request = prepared.request
-        self.adapters = tuple(name for name, _ in prepared.lease.pins)
-        self.revisions = tuple(spec.revision for _, spec in prepared.lease.pins)
-        self.about = prepared.request.about
+    def begin(self, job: Job, pins: Sequence[tuple[str, AdapterSpec]]) -> None:
+        """The engine has accepted the job with these adapters: from now on the request has a line in the
+        usage log, however it ends.
+        """
+        self.job = job
+        self.adapters = tuple(name for name, _ in pins)
+        self.revisions = tuple(spec.revision for _, spec in pins)
+        self.about = job.about
         self.submitted = time.monotonic()
         self.metrics.prompt_tokens.inc(self.prompt_tokens)
 
     def token(self, num_cached_tokens: int) -> None:
-        """One token goes out now. So many were found in memory when the request started."""
+        """A token is sent. `num_cached_tokens` were found in the prefix cache when the request started."""
         now = time.monotonic()
         if self.last_token is None:
             self.first_token = now
@@ -69,23 +69,23 @@ class RequestRecord:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) if self.request else 0
+        return len(self.job.prompt_token_ids) if self.job else 0
 
     @property
     def queue_seconds(self) -> float | None:
-        """How long it waited in the engine before its first step; None where it never came there."""
-        if self.request is None or self.submitted is None:
+        """Time between submission and first step, or the end without one."""
+        if self.job is None or self.submitted is None:
             return None
-        return max((self.request.times.started or self.ended or time.monotonic()) - self.submitted, 0.0)
+        return max((self.job.times.started or self.ended or time.monotonic()) - self.submitted, 0.0)
 
     def usage(self) -> dict[str, object]:
-        """An entry of the usage log. `id` is the server's own: who sends request ids may send one twice."""
-        assert self.request
+        """The entry of the usage log. `id` is the server's own: clients may repeat a request id."""
+        assert self.job
         return {
             "time": logs.timestamp(time.time()),
             "id": uuid.uuid4().hex,
-            "request_id": self.request_id,
-            "tenant": self.request.tenant,
+            "request_id": self.caller.request_id,
+            "tenant": self.job.tenant,
             "adapters": self.adapters,
             "revisions": self.revisions,
             "prompt_tokens": self.prompt_tokens,
@@ -94,12 +94,12 @@ class RequestRecord:
             "finish_reason": self.finish_reason,
         }
 
-    def numbers(self) -> dict[str, object]:
-        """What the log says of its end; of what it never came to, nothing. Times are in seconds."""
+    def log_fields(self) -> dict[str, object]:
+        """Fields of the log line at the end, without those that were not reached. Times are in seconds."""
         assert self.ended is not None
         first = None if self.first_token is None else self.first_token - self.arrived
         found: dict[str, object] = {"finish_reason": self.finish_reason}
-        if self.request:
+        if self.job:
             found["prompt_tokens"] = self.prompt_tokens
             found["cached_tokens"] = self.cached_tokens
             found["generated_tokens"] = self.generated_tokens
@@ -108,12 +108,12 @@ class RequestRecord:
             "first_token_seconds": first,
             "seconds": self.ended - self.arrived,
         }
-        return found | {what: round(each, 6) for what, each in seconds.items() if each is not None}
+        return found | {name: round(value, 6) for name, value in seconds.items() if value is not None}
 
 
-class RequestRecords:
-    """Keeps the records of requests and tells who wants to know of them: of each request's end the usage log,
-    before the client is told, and `on_end` afterwards.
+class RequestLog:
+    """Follows requests. The usage log has a request's line before its client gets the end of the answer;
+    `on_end` is called after that.
     """
 
     def __init__(
@@ -127,26 +127,21 @@ class RequestRecords:
         self._on_end = on_end
 
     @asynccontextmanager
-    async def follow(self, context: Any) -> AsyncIterator[RequestRecord]:
-        """The record of a request that lives in the block.
+    async def follow(self, caller: Caller) -> AsyncIterator[RequestRecord]:
+        """The record of a request that is served in the block.
 
         Raises:
-            UsageLogFailedError: what is used cannot be written down.
+            UsageLogFailedError: the usage log cannot be written.
         """
-        record = RequestRecord(
-            request_id=request_id(),
-            metadata=tuple(context.invocation_metadata() or ()),
-            metrics=self._metrics,
-            about=logs.bound(),
-        )
+        record = RequestRecord(caller=caller, metrics=self._metrics, about=logs.bound())
         outcome = "ok"
         try:
             if self._usage_log:
                 self._usage_log.check()
             yield record
         except GeneratorExit:
-            # Nobody listens, and nothing can be waited for.
-            outcome = "cancelled"
+            # The client has gone, or does not want the rest.
+            outcome = "cancelled" if record.ended is None else outcome
             self._end(record, outcome)
             raise
         except asyncio.CancelledError:
@@ -167,22 +162,22 @@ class RequestRecords:
                 self._on_end(record)
 
     async def finish(self, record: RequestRecord, reason: str) -> None:
-        """Note how the request ended; its client may be told when this returns.
+        """Record how the request ended; after that its client may get the end of the answer.
 
         Raises:
-            UsageLogFailedError: what it used could not be written down.
+            UsageLogFailedError: the usage log cannot be written.
         """
         written = self._end(record, reason)
         if written:
             await asyncio.wrap_future(written)
 
     def _end(self, record: RequestRecord, reason: str) -> Future[None] | None:
-        """The first end counts: what goes wrong while it is told is no other."""
+        """The first end counts: an error while it is sent is not another."""
         if record.ended is not None:
             return None
         record.ended = time.monotonic()
         record.finish_reason = reason
-        return self._usage_log.append(record.usage()) if self._usage_log and record.request else None
+        return self._usage_log.append(record.usage()) if self._usage_log and record.job else None
 
 
 def _reason(error: Exception) -> str:
@@ -190,7 +185,7 @@ def _reason(error: Exception) -> str:
 
 
 def _log(record: RequestRecord, outcome: str) -> None:
-    extra = {"fields": record.numbers()}
+    extra = {"fields": record.log_fields()}
     if record.error is None:
         log.info("request %s", "finished" if outcome == "ok" else outcome, extra=extra)
         return

@@ -1,8 +1,7 @@
-"""Spans of requests for OpenTelemetry, made of their records when they have ended.
+"""OpenTelemetry spans of requests, built from their records after they have ended.
 
-What serves a request knows nothing of this, for its record has the times: nothing is done for traces while
-requests run, and nothing at all without `--otel`, without which this module is not imported. The names of
-attributes are those of OpenTelemetry's semantic conventions for generative AI, as far as they have any.
+Nothing is done for traces while a request runs; without `--otel` this module is not imported. Attribute names
+are those of OpenTelemetry's semantic conventions for generative AI where these have one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _NO_SERVICE_NAME = "unknown_service"
 
 @contextmanager
 def tracing(model: str) -> Iterator[RequestSpans]:
-    """Send spans over OTLP to where the standard variables OTEL_* say, until the block ends."""
+    """Export spans over OTLP, as the standard variables OTEL_* configure it, until the block ends."""
     resource = Resource.create()
     if str(resource.attributes[SERVICE_NAME]).startswith(_NO_SERVICE_NAME):
         resource = resource.merge(Resource({SERVICE_NAME: "turret"}))
@@ -43,8 +42,8 @@ def tracing(model: str) -> Iterator[RequestSpans]:
 
 
 class RequestSpans:
-    """Makes a span of each request, and one of each part of its life: queue, adapter_load (within the queue,
-    where it had to wait for its adapters), prefill, decode.
+    """Exports a span for each request, with child spans for its phases: queue, adapter_load (within the
+    queue, if the request waited for its adapters), prefill, decode.
     """
 
     def __init__(self, tracer: Tracer, model: str) -> None:
@@ -52,10 +51,12 @@ class RequestSpans:
         self._model = model
 
     def __call__(self, record: RequestRecord) -> None:
-        """Of a request that has ended; its parent is the caller's span, if the call names one."""
+        """Export the spans of a request that has ended. The parent is the caller's span, if the call names "
+        "one.
+        """
         assert record.ended is not None
-        operation = "pin_prompt" if isinstance(record.request, PromptPin) else "text_completion"
-        # The wall clock is looked at once: however it jumps, what comes after begins after.
+        operation = "pin_prompt" if isinstance(record.job, PromptPin) else "text_completion"
+        # The wall clock is read once, so that phases keep their order when it jumps.
         offset = time.time() - time.monotonic()
         span = self._tracer.start_span(
             f"{operation} {self._model}",
@@ -79,7 +80,7 @@ class RequestSpans:
 
 
 def _parent(record: RequestRecord) -> contexts.Context:
-    carrier = {key: str(value) for key, value in record.metadata if key in _FROM_CALLER}
+    carrier = {key: str(value) for key, value in record.caller.metadata if key in _FROM_CALLER}
     return _PROPAGATOR.extract(carrier, contexts.Context())
 
 
@@ -90,15 +91,15 @@ def _attributes(record: RequestRecord) -> Mapping[str, AttributeValue]:
     }
     if record.error is not None:
         found["error.type"] = record.finish_reason
-    if isinstance(record.request, Request):
-        sampling = record.request.sampling
+    if isinstance(record.job, Request):
+        sampling = record.job.sampling
         found |= {
             "gen_ai.request.max_tokens": sampling.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
             "gen_ai.request.top_k": float(sampling.top_k),
         }
-    if record.request:
+    if record.job:
         found |= {
             "gen_ai.usage.input_tokens": record.prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
@@ -108,10 +109,10 @@ def _attributes(record: RequestRecord) -> Mapping[str, AttributeValue]:
 
 
 def _parts(record: RequestRecord) -> dict[str, tuple[float, float]]:
-    """Begin and end of each part that the request came to."""
-    if record.request is None or record.submitted is None or record.ended is None:
+    """Begin and end of each phase that the request reached."""
+    if record.job is None or record.submitted is None or record.ended is None:
         return {}
-    times, ended = record.request.times, record.ended
+    times, ended = record.job.times, record.ended
     parts = {"queue": (record.submitted, times.started or ended)}
     if times.awaited is not None:
         parts["adapter_load"] = (times.awaited, times.ready or ended)

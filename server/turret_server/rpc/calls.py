@@ -1,43 +1,130 @@
-"""What every call has: an id, by which its caller and the server's log mean the same one."""
+"""The way of every call through the gRPC door, in this order: it gets an id, it is counted (while the server
+drains it is refused), its caller is authenticated, its request is read, its method runs, its error becomes a
+status.
+"""
 
 from __future__ import annotations
 
-import re
-import uuid
-from contextvars import ContextVar
-from typing import Any
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias
 
-from turret_server import logs
-from turret_server.errors import InvalidRequestError
+import grpc
 
-REQUEST_ID = "x-request-id"
+from turret_server.errors import TooManyCallsError
+from turret_server.rpc.auth import CallAuthentication
+from turret_server.rpc.drain import RunningCalls
+from turret_server.rpc.errors import end_with
+from turret_server.rpc.reading import RequestReader
+from turret_server.rpc.request_id import bind_request_id
+from turret_server.tenancy.auth import Authenticator
 
-_ID = re.compile(r"[A-Za-z0-9._:/=+@-]{1,128}")
+# Health and reflection answer without authentication; a stream of theirs keeps its request in memory.
+MAX_OPEN_BYTES = 4096
+MAX_OPEN_STREAMS = 2048
 
-_request_id: ContextVar[str] = ContextVar("turret_request_id")
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+_Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+_Requests: TypeAlias = AsyncIterator[bytes]
 
 
-def request_id() -> str:
-    """Of the call that runs now."""
-    return _request_id.get()
-
-
-def begin(context: Any) -> None:
-    """Give the call its id: the one that it brings, or one of the server's. Its answer tells it in the
-    trailing metadata, and its log lines carry it.
-
-    Raises:
-        InvalidRequestError: it brings none that can be; the call has one of the server's.
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """The only interceptor. Each call runs as one coroutine of one task, so that a cancellation closes all
+    that the call has open before the task ends.
     """
-    sent = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID]
-    valid = len(sent) == 1 and _ID.fullmatch(sent[0])
-    found = sent[0] if valid else uuid.uuid4().hex
-    _request_id.set(found)
-    logs.bind(request_id=found)
-    context.set_trailing_metadata(((REQUEST_ID, found),))
-    if sent and not valid:
-        raise InvalidRequestError(
-            f"a request's id is one metadata {REQUEST_ID} of 1 to 128 of the characters a-z A-Z 0-9 and "
-            "._:/=+@-; found another",
-            field=REQUEST_ID,
-        )
+
+    def __init__(self, authenticator: Authenticator, running: RunningCalls) -> None:
+        self._authenticator = authenticator
+        self._running = running
+        self._num_open_streams = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        if handler_call_details.method.startswith("/turret."):
+            return _replaced(handler, self._authenticated(handler))
+        return _replaced(handler, self._open(handler))
+
+    def _authenticated(self, handler: _Handler) -> Callable[..., Any]:
+        method, reader = _method(handler), _reader(handler)
+
+        async def answer(requests: _Requests, context: _Context) -> Any:
+            try:
+                request_id = bind_request_id(context)
+                with self._running.counted():
+                    authentication = CallAuthentication(self._authenticator, context, request_id)
+                    await authentication.renew()
+                    request = await _read(handler, reader, requests)
+                    if not handler.response_streaming:
+                        return await method(request, context)
+                    async with aclosing(method(request, context)) as responses:
+                        async for response in responses:
+                            # The key, or a permission, may be taken away meanwhile.
+                            await authentication.renew()
+                            await context.write(response)
+            except Exception as error:  # noqa: BLE001 (the edge: every error becomes a status)
+                end_with(context, error)
+
+        return answer
+
+    def _open(self, handler: _Handler) -> Callable[..., Any]:
+        method, reader = _method(handler), _reader(handler, MAX_OPEN_BYTES)
+
+        async def answer(requests: _Requests, context: _Context) -> Any:
+            try:
+                bind_request_id(context)
+                request = await _read(handler, reader, requests)
+                if not handler.response_streaming:
+                    return await method(request, context)
+                with self._open_stream():
+                    if not inspect.isasyncgenfunction(method):
+                        await method(request, context)  # the health service writes its answers itself
+                        return None
+                    async with aclosing(method(request, context)) as responses:
+                        async for response in responses:
+                            await context.write(response)
+            except Exception as error:  # noqa: BLE001 (the edge: every error becomes a status)
+                end_with(context, error)
+
+        return answer
+
+    @contextmanager
+    def _open_stream(self) -> Iterator[None]:
+        if self._num_open_streams >= MAX_OPEN_STREAMS:
+            raise TooManyCallsError(
+                f"at most {MAX_OPEN_STREAMS} calls watch the server's health or use reflection at once; use "
+                "health's Check instead",
+                limit=MAX_OPEN_STREAMS,
+            )
+        self._num_open_streams += 1
+        try:
+            yield
+        finally:
+            self._num_open_streams -= 1
+
+
+def _method(handler: _Handler) -> Callable[..., Any]:
+    methods = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    return next(filter(None, methods))
+
+
+def _reader(handler: _Handler, max_bytes: int | None = None) -> RequestReader:
+    assert handler.request_deserializer, "the stubs have one for every method"
+    return RequestReader(handler.request_deserializer, max_bytes)
+
+
+async def _read(handler: _Handler, reader: RequestReader, requests: _Requests) -> Any:
+    return reader.many(requests) if handler.request_streaming else await reader.one(requests)
+
+
+def _replaced(handler: _Handler, answer: Callable[..., Any]) -> _Handler:
+    """A handler that gets bytes as a stream, and writes its responses if there are several."""
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
+    return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)

@@ -1,9 +1,8 @@
-"""Errors become gRPC statuses with google.rpc.ErrorInfo, RetryInfo and RequestInfo, here and nowhere else."""
+"""Errors as gRPC statuses with google.rpc.ErrorInfo, RetryInfo and RequestInfo."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,16 +14,17 @@ from grpc_status import rpc_status
 
 from turret_adapters.errors import AdapterError
 from turret_server.errors import TurretError
-from turret_server.rpc.calls import REQUEST_ID, begin, request_id
+from turret_server.rpc.request_id import REQUEST_ID, request_id
 
 log = logging.getLogger(__name__)
 
 _DOMAIN = "turret"
-# Twice in a header of at most 8 KiB, once of them with up to three bytes for one.
+# The message stands twice in a header of at most 8 KiB, once with up to three bytes for one.
 _MAX_MESSAGE_BYTES = 1024
 
 
 def to_status(error: TurretError | AdapterError) -> status_pb2.Status:
+    """The status of an error, without the id of its call."""
     metadata = error.metadata if isinstance(error, TurretError) else {}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))]
     if isinstance(error, TurretError) and error.retry_after is not None:
@@ -43,21 +43,20 @@ def _packed(message: Message) -> any_pb2.Any:
 
 
 def _shorten(message: str) -> str:
-    """A status travels in a header, which is lost whole if it is too long. Names of files may be no UTF-8."""
+    """A header that is too long is lost as a whole. File names may be invalid UTF-8."""
     encoded = message.encode(errors="backslashreplace")
     cut = encoded[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
     return cut if len(encoded) <= _MAX_MESSAGE_BYTES else f"{cut} …"
 
 
-def _end(context: Any, error: Exception) -> None:
-    """Makes the call end with the error's status once its handler returns.
+def end_with(context: Any, error: Exception) -> None:
+    """End the call with the error's status when its handler returns.
 
-    `context.abort` is not for that: gRPC keeps the exception that it raises with the call, and the frames of
-    its traceback keep the call: nothing ever frees the two, nor the request, and strangers could fill the
-    memory.
+    Not with `context.abort`: gRPC keeps the exception that this raises with the call, and the frames of its
+    traceback keep the call, so that neither is ever freed, nor the request.
     """
     if isinstance(error, grpc.aio.AbortError):
-        # Health has told it already.
+        # Raised by the health service, which has set the status.
         error.__traceback__ = error.__context__ = None
         return
     if isinstance(error, TurretError | AdapterError):
@@ -68,53 +67,7 @@ def _end(context: Any, error: Exception) -> None:
             code=code_pb2.INTERNAL, message="internal error; the server's log says more"
         )
     status.details.append(_packed(error_details_pb2.RequestInfo(request_id=request_id())))
-    told = rpc_status.to_status(status)
-    context.set_trailing_metadata((*told.trailing_metadata, (REQUEST_ID, request_id())))
-    context.set_code(told.code)
-    context.set_details(told.details)
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """The first interceptor. To it every method takes a stream (`reading`)."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        if handler.stream_stream:
-            return grpc.stream_stream_rpc_method_handler(
-                _guard_stream(handler.stream_stream),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        assert handler.stream_unary
-        return grpc.stream_unary_rpc_method_handler(
-            _guard_unary(handler.stream_unary), handler.request_deserializer, handler.response_serializer
-        )
-
-
-def _guard_unary(method: Callable[..., Any]) -> Callable[..., Any]:
-    async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            begin(context)
-            return await method(requests, context)
-        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
-            _end(context, error)
-
-    return guarded
-
-
-def _guard_stream(method: Callable[..., Any]) -> Callable[..., Any]:
-    async def guarded(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            begin(context)
-            async for response in method(requests, context):
-                yield response
-        except Exception as error:  # noqa: BLE001 (the edge: whatever it is becomes a status)
-            _end(context, error)
-
-    return guarded
+    answer = rpc_status.to_status(status)
+    context.set_trailing_metadata((*answer.trailing_metadata, (REQUEST_ID, request_id())))
+    context.set_code(answer.code)
+    context.set_details(answer.details)

@@ -1,21 +1,21 @@
-"""InferenceService: from a call to the engine and back."""
+"""InferenceService over gRPC."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from functools import partial
+from dataclasses import fields
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
-from turret_server.engine.loop import Engine
-from turret_server.engine.request import FinishReason, Request
-from turret_server.observability.request_log import RequestRecord, RequestRecords
-from turret_server.serving.requests import Prepared, RequestFactory, when_over
-from turret_server.serving.text import TextCodec, TextStream
-from turret_server.serving.validation import check_stop
+from turret_server.rpc.auth import caller
+from turret_server.serving.generation import GenerationService
+from turret_server.serving.request import AdapterRef, Chunk, FinishReason, GenerationRequest, Usage
+from turret_server.serving.request_fields import RequestFields
 
 _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -24,77 +24,102 @@ _FINISH_REASONS = {
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(
-        self, *, engine: Engine, requests: RequestFactory, codec: TextCodec, records: RequestRecords
-    ) -> None:
-        self._engine = engine
-        self._requests = requests
-        self._codec = codec
-        self._records = records
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.GenerateResponse:
         response = inference_pb2.GenerateResponse()
-        async with aclosing(self._generate(request, context)) as pieces:
-            async for piece in pieces:
-                response.text += piece.text
-                response.token_ids.extend(piece.token_ids)
-                last = piece
-        response.finish_reason = last.finish_reason
-        response.usage.CopyFrom(last.usage)
+        async with aclosing(self._service.generate(_request_of(request, context), caller())) as chunks:
+            async for chunk in chunks:
+                response.text += chunk.text
+                response.token_ids.extend(chunk.token_ids)
+                last = chunk
+        assert last.finish_reason
+        assert last.usage
+        response.finish_reason = _FINISH_REASONS[last.finish_reason]
+        response.usage.CopyFrom(_usage(last.usage))
         response.revision = last.revision
         return response
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
-        async with aclosing(self._generate(request, context)) as pieces:
-            async for piece in pieces:
-                yield piece
+        async with aclosing(self._service.generate(_request_of(request, context), caller())) as chunks:
+            async for chunk in chunks:
+                yield _message_of(chunk)
 
-    async def _generate(
-        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
-        """Every answer ends here in one of three ways: finished, failed, or cancelled from outside."""
-        async with self._records.follow(context) as record:
-            stop = check_stop(request)
-            prepared = await self._requests.prepare(request, context)
-            running = prepared.request
-            assert isinstance(running, Request)
-            self._engine.submit(running)
-            record.begin(prepared)
-            prepared.charge.begun = True
-            when_over(context, partial(self._engine.cancel, running.request_id))
-            async for piece in self._pieces(prepared, stop, record):
-                yield piece
 
-    async def _pieces(
-        self, prepared: Prepared, stop: list[str], record: RequestRecord
-    ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse]:
-        text = TextStream(self._codec, stop)
-        while True:
-            output = await prepared.outputs.get()
-            if output.error:
-                raise output.error
-            assert output.token_id is not None, "only an error or a cancellation ends without a token"
-            record.token(output.cached_tokens)
-            piece = inference_pb2.GenerateStreamResponse(
-                text=text.push(output.token_id),
-                token_ids=[output.token_id],
-                revision=prepared.lease.revision,
-            )
-            reason = output.finish_reason
-            if reason:
-                piece.text += text.finish()
-            if text.stopped:
-                reason = FinishReason.STOP
-            if reason:
-                piece.finish_reason = _FINISH_REASONS[reason]
-                piece.usage.prompt_tokens = record.prompt_tokens
-                piece.usage.cached_tokens = record.cached_tokens
-                piece.usage.generated_tokens = record.generated_tokens
-                await self._records.finish(record, reason.value)
-            yield piece
-            if reason:
-                return
+def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """The deadline of a call, as a time of `time.monotonic`."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def prompt_of(message: Any) -> str | list[int] | None:
+    """The prompt of a message with the oneof `prompt`."""
+    match message.WhichOneof("prompt"):
+        case "text":
+            return str(message.text)
+        case "token_ids":
+            return list(message.token_ids.ids)
+        case _:
+            return None
+
+
+def adapters_of(refs: Iterable[inference_pb2.AdapterRef]) -> tuple[AdapterRef, ...]:
+    return tuple(
+        AdapterRef(
+            name=ref.name,
+            weight=ref.weight if ref.HasField("weight") else 1.0,
+            task=ref.task if ref.HasField("task") else None,
+        )
+        for ref in refs
+    )
+
+
+def _request_of(
+    message: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+) -> GenerationRequest:
+    # A field that is not set keeps its default; all others have the same name on both sides.
+    scalars = {
+        field.name: _value(message, field.name)
+        for field in fields(RequestFields)
+        if _is_set(message, field.name)
+    }
+    return GenerationRequest(
+        **scalars,
+        prompt=prompt_of(message),
+        adapters=adapters_of(message.adapters),
+        deadline=deadline_of(context),
+    )
+
+
+def _is_set(message: Message, name: str) -> bool:
+    return not message.DESCRIPTOR.fields_by_name[name].has_presence or message.HasField(name)
+
+
+def _value(message: Message, name: str) -> Any:
+    value = getattr(message, name)
+    return tuple(value) if message.DESCRIPTOR.fields_by_name[name].is_repeated else value
+
+
+def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
+    return inference_pb2.GenerateStreamResponse(
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        revision=chunk.revision,
+        finish_reason=_FINISH_REASONS[chunk.finish_reason]
+        if chunk.finish_reason
+        else inference_pb2.FINISH_REASON_UNSPECIFIED,
+        usage=_usage(chunk.usage) if chunk.usage else None,
+    )
+
+
+def _usage(usage: Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        generated_tokens=usage.generated_tokens,
+    )

@@ -1,196 +1,130 @@
-"""What a stranger sends, checked field by field before anything is done with it."""
+"""Validation of requests, field by field, before anything is done with them.
+
+The bounds of the fields are in `request_fields`, which is generated from the protocol.
+"""
 
 from __future__ import annotations
 
 import math
-import secrets
+from collections.abc import Mapping, Sequence
 
-from turret.v1 import inference_pb2
 from turret_adapters.registry import Named
-from turret_server.engine.request import SamplingParams
 from turret_server.errors import InvalidRequestError, PromptTooLongError
 from turret_server.lifecycle.publishing import check_revision
+from turret_server.serving.request import AdapterRef
+from turret_server.serving.request_fields import ADAPTER_FIELDS, FieldRule
 from turret_server.tenancy.tenants import check_name
 
 _DEFAULT_MAX_TOKENS = 256
-_MAX_STOP_STRINGS = 16
 _MAX_ADAPTERS = 8
-_MAX_WEIGHT = 100.0
-_MAX_STOP_LENGTH = 256
-_MAX_TEMPERATURE = 100.0
-_MAX_PRIORITY = 10
-_MAX_CACHE_SALT_LENGTH = 128
-_MAX_ROUTING_KEY_LENGTH = 128
 
 
-def check_length(num_tokens: int, max_context: int) -> None:
-    """See that there is room for so many tokens and one more, before anything is done with them.
+def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:
+    """Check the fields of a request that have a rule; a field that is None is not set.
 
     Raises:
-        PromptTooLongError: there is not.
+        InvalidRequestError: a value is outside of its bounds.
     """
-    _check_room(num_tokens, 1, max_context)
+    for field, rule in rules.items():
+        value = getattr(request, field)
+        if isinstance(value, list | tuple):
+            _check_items(field, value, rule)
+        elif isinstance(value, str):
+            _check_length(field, value, rule)
+        elif value is not None:
+            _check_number(field, value, rule)
 
 
-def _check_room(num_context: int, wanted: int, max_context: int) -> None:
-    if num_context + wanted > max_context:
-        raise PromptTooLongError(
-            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_context} and "
-            f"{wanted} are to be generated",
-            max_context=max_context,
-            prompt_tokens=num_context,
-            max_tokens=wanted,
-        )
-
-
-def check_token_ids(token_ids: list[int], vocab_size: int) -> list[int]:
-    """Hand a prompt's tokens on if the model knows them.
-
-    Raises:
-        InvalidRequestError: there are none, or one is not in the vocabulary.
-    """
-    if not token_ids:
-        raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
-    largest = max(token_ids)
-    if largest >= vocab_size:
+def _check_items(field: str, values: Sequence[str], rule: FieldRule) -> None:
+    if rule.max_items is not None and len(values) > rule.max_items:
         raise InvalidRequestError(
-            f"token ids go up to {vocab_size - 1} in this model; found {largest}", field="token_ids"
+            f"{field} has at most {rule.max_items} items; found {len(values)}", field=field
         )
-    return token_ids
+    for value in values:
+        _check_length(field, value, rule)
 
 
-def check_adapters(request: inference_pb2.GenerateRequest) -> list[Named]:
-    """Names, weights and tasks of the request's adapters.
+def _check_length(field: str, value: str, rule: FieldRule) -> None:
+    low, high = rule.min_length or 0, math.inf if rule.max_length is None else rule.max_length
+    if not low <= len(value) <= high:
+        allowed = f"{low} to {high:g}" if low else f"at most {high:g}"
+        raise InvalidRequestError(f"{field} has {allowed} characters; found {len(value)}", field=field)
+
+
+def _check_number(field: str, value: float, rule: FieldRule) -> None:
+    low = -math.inf if rule.min is None else rule.min
+    high = math.inf if rule.max is None else rule.max
+    above = value > low if rule.exclusive_min else value >= low
+    if math.isfinite(value) and above and value <= high:
+        return
+    if rule.exclusive_min:
+        allowed = f"above {low:g} and at most {high:g}"
+    elif math.isfinite(high):
+        allowed = f"from {low:g} to {high:g}"
+    else:
+        allowed = f"at least {low:g}"
+    raise InvalidRequestError(f"{field} is {allowed}; found {value}", field=field)
+
+
+def check_adapters(adapters: Sequence[AdapterRef]) -> list[Named]:
+    """Names, weights, tasks and revisions of a request's adapters, for the registry.
 
     Raises:
-        InvalidRequestError: too many, one named twice, or a name, a revision or a weight that cannot be.
+        InvalidRequestError: there are too many, one is named twice, or a name, revision or weight is invalid.
     """
-    if len(request.adapters) > _MAX_ADAPTERS:
+    if len(adapters) > _MAX_ADAPTERS:
         raise InvalidRequestError(
-            f"at most {_MAX_ADAPTERS} adapters in one request; found {len(request.adapters)}",
-            field="adapters",
+            f"a request names at most {_MAX_ADAPTERS} adapters; found {len(adapters)}", field="adapters"
         )
     named = []
-    for ref in request.adapters:
-        weight = ref.weight if ref.HasField("weight") else 1.0
-        if not (math.isfinite(weight) and abs(weight) <= _MAX_WEIGHT):
-            raise InvalidRequestError(
-                f"an adapter's weight is from -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}; found {weight}",
-                field="weight",
-            )
-        task = ref.task if ref.HasField("task") else None
+    for ref in adapters:
         name, mark, beginning = ref.name.partition("@")
         revision = check_revision(beginning, "adapters") if mark else None
-        named.append(Named(check_name(name, "adapters"), weight, task, revision))
+        check_name(name, "adapters")
+        check_fields(ref, ADAPTER_FIELDS)
+        named.append(Named(name, ref.weight, ref.task, revision))
     if len({(each.name, each.task) for each in named}) < len(named):
-        raise InvalidRequestError("an adapter is named twice", field="adapters")
+        raise InvalidRequestError("an adapter is named twice; name each once", field="adapters")
     return named
 
 
-def check_stop(request: inference_pb2.GenerateRequest) -> list[str]:
-    """The request's stop strings.
+def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+    """Check that a prompt has tokens, all of the vocabulary.
 
     Raises:
-        InvalidRequestError: too many stop strings, or one that is empty or too long.
+        InvalidRequestError: it has none, or one is not in the vocabulary.
     """
-    if len(request.stop) > _MAX_STOP_STRINGS:
+    if not token_ids:
+        raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
+    if max(token_ids) >= vocab_size:
         raise InvalidRequestError(
-            f"at most {_MAX_STOP_STRINGS} stop strings; found {len(request.stop)}", field="stop"
+            f"token_ids are below {vocab_size}, the size of the vocabulary; found {max(token_ids)}",
+            field="token_ids",
         )
-    for stop in request.stop:
-        if not 0 < len(stop) <= _MAX_STOP_LENGTH:
-            raise InvalidRequestError(
-                f"a stop string has 1 to {_MAX_STOP_LENGTH} characters; found {len(stop)}", field="stop"
-            )
-    return list(request.stop)
 
 
-def check_priority(request: inference_pb2.GenerateRequest) -> int:
-    """The request's priority within its tenant.
+def check_context(num_tokens: int, num_generated: int, max_context: int) -> None:
+    """Check that prompt, virtual tokens and tokens to generate fit into the context.
 
     Raises:
-        InvalidRequestError: it is out of its range.
+        PromptTooLongError: they do not.
     """
-    if abs(request.priority) > _MAX_PRIORITY:
-        raise InvalidRequestError(
-            f"priority is from -{_MAX_PRIORITY} to {_MAX_PRIORITY}; found {request.priority}",
-            field="priority",
+    if num_tokens + num_generated > max_context:
+        raise PromptTooLongError(
+            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_tokens}, and "
+            f"{num_generated} are to be generated; shorten the prompt or lower max_tokens",
+            max_context=max_context,
+            prompt_tokens=num_tokens,
+            max_tokens=num_generated,
         )
-    return request.priority
 
 
-def check_cache_salt(request: inference_pb2.GenerateRequest) -> str:
-    """With whom the request shares cached blocks.
+def max_tokens_within(wanted: int | None, num_tokens: int, max_context: int) -> int:
+    """The most tokens to generate after `num_tokens` of the context: what the request wants, or a default
+    that fits.
 
     Raises:
-        InvalidRequestError: it is too long.
+        PromptTooLongError: the context has no room for what the request wants, or for one token.
     """
-    if len(request.cache_salt) > _MAX_CACHE_SALT_LENGTH:
-        raise InvalidRequestError(
-            f"cache_salt has at most {_MAX_CACHE_SALT_LENGTH} characters; found {len(request.cache_salt)}",
-            field="cache_salt",
-        )
-    return request.cache_salt
-
-
-def check_routing_key(request: inference_pb2.GenerateRequest) -> str:
-    """With which requests it goes to the same revision of an adapter.
-
-    Raises:
-        InvalidRequestError: it is too long.
-    """
-    if len(request.routing_key) > _MAX_ROUTING_KEY_LENGTH:
-        raise InvalidRequestError(
-            f"routing_key has at most {_MAX_ROUTING_KEY_LENGTH} characters; found {len(request.routing_key)}",
-            field="routing_key",
-        )
-    return request.routing_key
-
-
-def sampling_params(
-    request: inference_pb2.GenerateRequest, *, num_context: int, max_context: int
-) -> SamplingParams:
-    """Check the sampling fields. `num_context` counts the prompt's tokens and the adapter's virtual ones.
-
-    Raises:
-        InvalidRequestError: a value out of its range.
-        PromptTooLongError: the tokens to generate do not fit into what the context leaves.
-    """
-    return SamplingParams(
-        max_tokens=_max_tokens(request, num_context, max_context),
-        temperature=_in_range(request, "temperature", 0.0, _MAX_TEMPERATURE),
-        top_p=_top_p(request),
-        top_k=_top_k(request),
-        seed=request.seed if request.HasField("seed") else secrets.randbits(64),
-    )
-
-
-def _max_tokens(request: inference_pb2.GenerateRequest, num_context: int, max_context: int) -> int:
-    room = max_context - num_context
-    if request.HasField("max_tokens") and request.max_tokens < 1:
-        raise InvalidRequestError(f"max_tokens is at least 1; found {request.max_tokens}", field="max_tokens")
-    wanted = request.max_tokens if request.HasField("max_tokens") else 1
-    _check_room(num_context, wanted, max_context)
-    return request.max_tokens if request.HasField("max_tokens") else min(_DEFAULT_MAX_TOKENS, room)
-
-
-def _in_range(request: inference_pb2.GenerateRequest, field: str, low: float, high: float) -> float:
-    value: float = getattr(request, field)
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidRequestError(f"{field} is a number from {low:g} to {high:g}; found {value}", field=field)
-    return value
-
-
-def _top_p(request: inference_pb2.GenerateRequest) -> float:
-    if not request.HasField("top_p"):
-        return 1.0
-    value = _in_range(request, "top_p", 0.0, 1.0)
-    if value == 0.0:
-        raise InvalidRequestError("top_p is above 0; for greedy set temperature to 0", field="top_p")
-    return value
-
-
-def _top_k(request: inference_pb2.GenerateRequest) -> int:
-    if request.top_k < 0:
-        raise InvalidRequestError(f"top_k is 0 (all) or more; found {request.top_k}", field="top_k")
-    return request.top_k
+    check_context(num_tokens, wanted or 1, max_context)
+    return wanted or min(_DEFAULT_MAX_TOKENS, max_context - num_tokens)

@@ -1,22 +1,23 @@
-"""What a tenant may have at once, and how much in a minute, whatever the server could do beyond."""
+"""Quotas: how many requests and tokens a tenant may use at once and in a minute."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from turret_server.errors import QuotaExceededError
 from turret_server.tenancy.tenants import Tenant
 
-# Nobody knows when a request ends; this is about as long as a short one takes.
+# The end of a request is unknown; a short one takes about this long.
 _RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
 class _Account:
-    """A tenant's requests that wait or run, and the tokens that it has left, as of `time`."""
+    """A tenant's requests that wait or run, and its remaining tokens at `time`."""
 
     tokens: float
     time: float
@@ -25,17 +26,21 @@ class _Account:
 
 @dataclass(slots=True)
 class Charge:
-    """What one request takes of its tenant's tokens.
+    """Tokens that one request takes from its tenant's quota.
 
-    All that it may generate is taken at once, and given back at its end as far as it was not generated. So a
-    tenant never has more than its tokens, however many requests run at a time. One that never began is free;
-    one that began pays for its prompt, whatever of it was found in the cache.
+    Prompt and maximum answer are taken at once; at the end, what was not generated is given back. So a tenant
+    never exceeds its quota, however many requests run. A request that did not begin is free; one that began
+    pays for its whole prompt, cached or not.
     """
 
     num_prompt: int
     max_tokens: int
     num_generated: int = 0
     begun: bool = False
+
+    def begin(self) -> None:
+        """The engine has accepted the request."""
+        self.begun = True
 
     @property
     def num_most(self) -> int:
@@ -47,23 +52,26 @@ class Charge:
 
 
 class Quotas:
-    """Keeps the tenants' accounts. Tokens come back evenly, up to those of a minute (a token bucket).
+    """The tenants' accounts. Tokens return evenly, up to those of a minute (a token bucket).
 
-    All methods are called from one event loop.
+    All methods are called on one event loop.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
-    def enter(self, tenant: Tenant, charge: Charge) -> Callable[[], None]:
-        """Take what a request may use; who has it gives back the rest by calling the result, once.
+    @contextmanager
+    def charge(self, tenant: Tenant, num_prompt: int, max_tokens: int) -> Iterator[Charge]:
+        """Take the tokens of a request, and give back at the end of the block those that it did not use.
 
         Raises:
-            QuotaExceededError: the tenant has that much no more, or not yet again.
+            QuotaExceededError: the tenant has too many requests, or too few tokens left.
         """
+        charge = Charge(num_prompt, max_tokens)
         if tenant.max_concurrent_requests is None and tenant.tokens_per_minute is None:
-            return _nothing
+            yield charge
+            return
         account = self._account(tenant)
         if tenant.max_concurrent_requests is not None:
             self._check_requests(tenant, account, tenant.max_concurrent_requests)
@@ -71,15 +79,14 @@ class Quotas:
             self._check_tokens(tenant, account, charge, tenant.tokens_per_minute)
         account.num_requests += 1
         account.tokens -= charge.num_most
-
-        def leave() -> None:
+        try:
+            yield charge
+        finally:
             account.num_requests -= 1
             account.tokens += charge.num_most - charge.num_used
 
-        return leave
-
     def _account(self, tenant: Tenant) -> _Account:
-        """With the tokens that came back since it was last looked at."""
+        """With the tokens that have returned since it was last used."""
         now, per_minute = self._clock(), tenant.tokens_per_minute or 0
         account = self._accounts.setdefault(tenant.name, _Account(per_minute, now))
         account.tokens = min(account.tokens + (now - account.time) * per_minute / 60, per_minute)
@@ -89,15 +96,15 @@ class Quotas:
     def _check_requests(self, tenant: Tenant, account: _Account, most: int) -> None:
         if account.num_requests >= most:
             raise QuotaExceededError(
-                f"{account.num_requests} requests of tenant {tenant.name!r} wait or run, as many as may; try "
-                f"again when one has ended",
+                f"tenant {tenant.name!r} may have {most} requests at once, and {account.num_requests} wait "
+                "or run; try again when one has ended",
                 retry_after=_RETRY_SECONDS,
                 tenant=tenant.name,
                 quota="max_concurrent_requests",
             )
 
     def _check_tokens(self, tenant: Tenant, account: _Account, charge: Charge, per_minute: int) -> None:
-        # One that needs more than there ever is gets all of it, and the tenant waits the longer for the next.
+        # A request larger than the quota takes all of it; the tenant's next request waits the longer.
         missing = min(charge.num_most, per_minute) - account.tokens
         if missing > 0:
             seconds = missing * 60 / per_minute
@@ -112,7 +119,7 @@ class Quotas:
 
 
 class Places:
-    """How many of a kind each tenant has at once; `quota` is the setting that says how many may be.
+    """Counts what each tenant has of a kind at once, such as loads; `quota` is the name of the limit.
 
     All methods are called from one event loop.
     """
@@ -124,15 +131,15 @@ class Places:
         self._taken: Counter[str] = Counter()
 
     def take(self, tenant: Tenant) -> Callable[[], None]:
-        """Take a place; who has it gives it back by calling the result, once.
+        """Count one more; call the result once to count one less.
 
         Raises:
-            QuotaExceededError: the tenant has as many as may be.
+            QuotaExceededError: the tenant is at its limit.
         """
         most: int | None = getattr(tenant, self._quota)
         if most is not None and self._taken[tenant.name] >= most:
             raise QuotaExceededError(
-                f"{most} {self._kind} of tenant {tenant.name!r} are under way, as many as may; try again "
+                f"tenant {tenant.name!r} may have {most} {self._kind} at once, and that many run; try again "
                 "when one has ended",
                 retry_after=self._retry_after,
                 tenant=tenant.name,
@@ -146,7 +153,3 @@ class Places:
                 del self._taken[tenant.name]
 
         return leave
-
-
-def _nothing() -> None:
-    """To give back for who has no quota."""

@@ -1,0 +1,103 @@
+"""Generation: one request in, chunks of its answer out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import fields
+
+from turret_server import logs
+from turret_server.engine.loop import Engine
+from turret_server.engine.request import Request, SamplingParams
+from turret_server.observability.request_log import RequestLog, RequestRecord
+from turret_server.serving.jobs import Jobs, Prepared
+from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, ModelInfo, Usage
+from turret_server.serving.request_fields import FIELDS
+from turret_server.serving.text import TextCodec, TextStream
+from turret_server.serving.validation import check_fields, max_tokens_within
+from turret_server.tenancy.auth import Caller
+
+_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
+
+
+class GenerationService:
+    """What every door calls to generate. Used on one event loop."""
+
+    def __init__(
+        self, *, engine: Engine, jobs: Jobs, codec: TextCodec, model: ModelInfo, request_log: RequestLog
+    ) -> None:
+        self._engine = engine
+        self._jobs = jobs
+        self._codec = codec
+        self._model = model
+        self._request_log = request_log
+
+    async def generate(self, request: GenerationRequest, caller: Caller) -> AsyncGenerator[Chunk]:
+        """Generate, and yield the answer as it comes. Closing the generator cancels the request.
+
+        The texts and token ids of all chunks make the whole answer; the last chunk has `finish_reason` and
+        `usage`. When it comes, the request is in the usage log.
+
+        Raises:
+            InvalidRequestError: a field is invalid.
+            PromptTooLongError: prompt and tokens to generate do not fit into the context.
+            AdapterError: an adapter does not exist, or its use is invalid.
+            QuotaExceededError: the tenant has used its quota.
+            TurretError: the engine refuses the request, or the request fails.
+        """
+        async with self._request_log.follow(caller) as record:
+            check_fields(request, FIELDS)
+            async with self._jobs.prepare(request, caller, request.routing_key) as prepared:
+                job = self._job(request, prepared)
+                with self._jobs.submit(prepared, job, record, self._engine.submit):
+                    async for chunk in self._chunks(request, prepared, record):
+                        yield chunk
+
+    def _job(self, request: GenerationRequest, prepared: Prepared) -> Request:
+        # A sampling field of the protocol reaches the sampler under the same name.
+        sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+        if request.seed is None:
+            sampling["seed"] = secrets.randbits(64)
+        sampling["max_tokens"] = max_tokens_within(
+            request.max_tokens, prepared.num_context, self._model.max_context
+        )
+        return Request(
+            **prepared.fields,
+            sampling=SamplingParams(**sampling),
+            stop_token_ids=self._model.stop_token_ids,
+            priority=request.priority,
+            about=logs.bound(),
+        )
+
+    async def _chunks(
+        self, request: GenerationRequest, prepared: Prepared, record: RequestRecord
+    ) -> AsyncGenerator[Chunk]:
+        text = TextStream(self._codec, request.stop)
+        reason = None
+        while reason is None:
+            output = await prepared.outputs.get()
+            assert output.token_id is not None, "only an error or a cancellation ends without a token"
+            record.token(output.cached_tokens)
+            piece = text.push(output.token_id)
+            if output.finish_reason:
+                piece += text.finish()
+                reason = FinishReason(output.finish_reason.value)
+            if text.stopped:
+                reason = FinishReason.STOP
+            if reason:
+                await self._request_log.finish(record, reason.value)
+            yield Chunk(
+                text=piece,
+                token_ids=(output.token_id,),
+                revision=prepared.lease.revision,
+                finish_reason=reason,
+                usage=_usage(record) if reason else None,
+            )
+
+
+def _usage(record: RequestRecord) -> Usage:
+    return Usage(
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        generated_tokens=record.generated_tokens,
+    )

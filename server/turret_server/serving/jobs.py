@@ -1,0 +1,212 @@
+"""The way of a request into the engine, the same for generations and for prompt pins: adapters are leased,
+the prompt is tokenised, the quota is charged, the job is submitted. Leaving the blocks gives all of it back,
+however the request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypedDict, TypeVar
+
+from turret_adapters.registry import AdapterRegistry, Lease, Named
+from turret_server import logs
+from turret_server.engine.loop import Engine
+from turret_server.engine.request import AdapterUse, Job, Output
+from turret_server.errors import InvalidRequestError
+from turret_server.lifecycle.lazy import LazyAdapters
+from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.threads import to_its_end
+from turret_server.observability.request_log import RequestRecord
+from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.serving.request import GenerationRequest, ModelInfo, PinRequest
+from turret_server.serving.text import TextCodec
+from turret_server.serving.validation import check_adapters, check_context, check_token_ids
+from turret_server.tenancy.access import check_use, errors_visible_to
+from turret_server.tenancy.auth import Caller
+from turret_server.tenancy.quotas import Quotas
+
+# Earlier revisions that are read from the store at once for requests that name them.
+_MAX_READERS = 2
+
+_POSITION_BYTES = 6
+
+_Job = TypeVar("_Job", bound=Job)
+
+
+class JobFields(TypedDict):
+    """The fields of an engine job that a request determines."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    adapters: tuple[AdapterUse, ...]
+    deadline: float | None
+    sink: Callable[[Output], None]
+    tenant: str
+    cache_salt: str
+
+
+class Outputs:
+    """Outputs of a job, on their way from the engine's thread to the event loop."""
+
+    def __init__(self) -> None:
+        self.num_generated = 0
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+
+    def put(self, output: Output) -> None:
+        """Called by the engine. A loop that is closed has no reader."""
+        self.num_generated += output.token_id is not None
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+
+    async def get(self) -> Output:
+        """The next output.
+
+        Raises:
+            TurretError: the job failed.
+        """
+        output = await self._queue.get()
+        if output.error:
+            raise output.error
+        return output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request whose adapters are leased and whose prompt is tokenised. `fields` are those of its job."""
+
+    caller: Caller
+    lease: Lease
+    fields: JobFields
+    outputs: Outputs
+
+    @property
+    def num_context(self) -> int:
+        """Tokens of the prompt, and virtual tokens of the adapters."""
+        virtual = sum(use.spec.num_virtual_tokens for use in self.fields["adapters"])
+        return len(self.fields["prompt_token_ids"]) + virtual
+
+
+class Jobs:
+    """Prepares and submits jobs. Used on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        registry: AdapterRegistry,
+        lifecycle: AdapterLifecycle,
+        codec: TextCodec,
+        model: ModelInfo,
+        usage: UsageMetrics,
+        lazy: LazyAdapters | None = None,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._lifecycle = lifecycle
+        self._lazy = lazy
+        self._codec = codec
+        self._model = model
+        self._quotas = Quotas()
+        self._usage = usage
+        self._readers = ThreadPoolExecutor(_MAX_READERS, "turret-revision")
+        self._request_ids = itertools.count(1)
+
+    @asynccontextmanager
+    async def prepare(
+        self, request: GenerationRequest | PinRequest, caller: Caller, routing_key: str | None
+    ) -> AsyncIterator[Prepared]:
+        """Lease the adapters and tokenise the prompt. Requests with the same `routing_key` use the same
+        revision of an adapter whose traffic is split, those with "" a random one, and with None the current
+        one.
+
+        Raises:
+            InvalidRequestError: a field is invalid.
+            PromptTooLongError: the prompt does not fit into the context.
+            AdapterError: an adapter does not exist, or its use is invalid.
+        """
+        tenant, named = caller.tenant, check_adapters(request.adapters)
+        if routing_key is not None:
+            named = [_positioned(each, routing_key) for each in named]
+        check_use(tenant, [each.name for each in named])
+        token_ids = await self._tokenise(request.prompt)
+        with errors_visible_to(tenant):
+            lease = await self._lease(named)
+        try:
+            if named:
+                logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
+            outputs = Outputs()
+            fields = JobFields(
+                request_id=next(self._request_ids),
+                prompt_token_ids=token_ids,
+                adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
+                deadline=request.deadline,
+                sink=outputs.put,
+                tenant=tenant.name,
+                # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
+                cache_salt=f"{tenant.cache_domain}/{request.cache_salt}",
+            )
+            yield Prepared(caller=caller, lease=lease, fields=fields, outputs=outputs)
+        finally:
+            self._registry.release(lease)
+
+    @contextmanager
+    def submit(
+        self, prepared: Prepared, job: _Job, record: RequestRecord, begin: Callable[[_Job], None]
+    ) -> Iterator[None]:
+        """Charge the quota and hand the job to the engine with `begin`; the job is cancelled at the end of
+        the block unless it has ended.
+
+        Raises:
+            QuotaExceededError: the tenant has used its quota.
+            TurretError: the engine refuses the job.
+        """
+        tenant, pins = prepared.caller.tenant, prepared.lease.pins
+        with self._quotas.charge(tenant, len(job.prompt_token_ids), job.max_tokens) as charge:
+            begin(job)
+            charge.begin()
+            record.begin(job, pins)
+            try:
+                yield
+            finally:
+                self._engine.cancel(job.request_id)
+                charge.num_generated = prepared.outputs.num_generated
+                names = [name for name, _ in pins]
+                self._usage.add(tenant.name, names, prompt=charge.num_prompt, generated=charge.num_generated)
+
+    async def _lease(self, named: list[Named]) -> Lease:
+        if self._lazy:
+            await self._lazy.ensure_loaded(each.name for each in named)
+        if all(each.revision is None for each in named):
+            return self._registry.acquire(named)
+        acquire = partial(self._lifecycle.acquire, named)
+        return await to_its_end(acquire, undo=self._registry.release, executor=self._readers)
+
+    async def _tokenise(self, prompt: str | Sequence[int] | None) -> tuple[int, ...]:
+        if prompt is None:
+            raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
+        if isinstance(prompt, str):
+            # In a thread: a long text takes a while, and other streams go on meanwhile.
+            token_ids = tuple(await asyncio.to_thread(self._codec.encode, prompt))
+        else:
+            check_context(len(prompt), 1, self._model.max_context)
+            token_ids = tuple(prompt)
+        check_token_ids(token_ids, self._model.vocab_size)
+        return token_ids
+
+
+def _positioned(named: Named, routing_key: str) -> Named:
+    """With its position among the requests for the adapter, from 0 to 1, which decides in a traffic split."""
+    if not routing_key:
+        return replace(named, place=random.random())  # noqa: S311 (no secret)
+    key = f"{named.name}\0{routing_key}".encode()
+    digest = hashlib.blake2b(key, digest_size=_POSITION_BYTES).digest()
+    return replace(named, place=int.from_bytes(digest, "big") / 256**_POSITION_BYTES)

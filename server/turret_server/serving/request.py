@@ -1,0 +1,88 @@
+"""Requests and answers of the service as plain data. Every door translates its own messages to and from "
+"these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from turret_server.serving.request_fields import RequestFields
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"  # an end-of-sequence token or a stop string
+    LENGTH = "length"  # max_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """An adapter that a request names: NAME, or NAME@REVISION with at least 8 digits of the revision."""
+
+    name: str
+    weight: float = 1.0
+    task: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest(RequestFields):
+    """A generation. `prompt` is text or token ids; `deadline` is a time of `time.monotonic`."""
+
+    prompt: str | Sequence[int] | None
+    adapters: Sequence[AdapterRef] = ()
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinRequest:
+    """A prompt to compute and to keep under `name`; the other fields are as in `GenerationRequest`."""
+
+    name: str
+    prompt: str | Sequence[int] | None
+    adapters: Sequence[AdapterRef] = ()
+    cache_salt: str = ""
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of a request: of its prompt without virtual tokens, found in the prefix cache (virtual ones
+    included), and generated.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What is new of an answer. `finish_reason` and `usage` are set in the last chunk only."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    revision: str
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedPrompt:
+    """A prompt whose whole blocks stay in the prefix cache. `revision` is that of its adapters."""
+
+    name: str
+    revision: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What requests are checked against. `block_size` is the number of tokens in a cached block."""
+
+    vocab_size: int
+    max_context: int
+    block_size: int
+    stop_token_ids: frozenset[int]
