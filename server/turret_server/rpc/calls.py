@@ -24,8 +24,8 @@ from turret_server.tenancy.auth import Authenticator
 MAX_OPEN_BYTES = 4096
 MAX_OPEN_STREAMS = 2048
 
-_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-_Handler: TypeAlias = grpc.RpcMethodHandler[Any, Any]
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Requests: TypeAlias = AsyncIterator[bytes]
 
 

@@ -1,30 +1,131 @@
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 
-from turret.v1 import inference_pb2
-from turret_server.errors import InvalidRequestError
-from turret_server.serving.validation import check_cache_salt, check_priority
+from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.serving.request import AdapterRef, GenerationRequest
+from turret_server.serving.request_fields import FIELDS, RequestFields
+from turret_server.serving.validation import check_adapters, check_fields, check_token_ids, max_tokens_within
+
+REQUEST = GenerationRequest(prompt="Hello")
 
 
-@pytest.mark.parametrize("priority", [-10, 0, 10])
-def test_priorities_in_their_range_are_handed_on(priority):
-    assert check_priority(inference_pb2.GenerateRequest(priority=priority)) == priority
+def refusal(**values: object) -> InvalidRequestError:
+    with pytest.raises(InvalidRequestError) as refused:
+        check_fields(replace(REQUEST, **values), FIELDS)
+    return refused.value
 
 
-@pytest.mark.parametrize("priority", [-11, 11, 2**31 - 1, -(2**31)])
-def test_a_priority_out_of_its_range_is_refused(priority):
-    with pytest.raises(InvalidRequestError, match=rf"from -10 to 10; found {priority}") as refused:
-        check_priority(inference_pb2.GenerateRequest(priority=priority))
-    assert refused.value.metadata == {"field": "priority"}
+def test_every_field_has_a_rule_and_a_default_that_keeps_it():
+    assert {field.name for field in fields(RequestFields)} == set(FIELDS)
+    check_fields(REQUEST, FIELDS)
 
 
-@pytest.mark.parametrize("salt", ["", "pepper", "ü" * 128])
-def test_a_salt_is_counted_in_characters(salt):
-    assert check_cache_salt(inference_pb2.GenerateRequest(cache_salt=salt)) == salt
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("max_tokens", [1, 2**31 - 1]),
+        ("temperature", [0.0, 1e-9, 100.0]),
+        ("top_p", [1e-9, 1.0]),
+        ("top_k", [0, 1]),
+        ("seed", [0, 2**64 - 1]),
+        ("stop", [(), ("x",) * 16, ("x" * 256,), ["as", "a", "list"]]),
+        ("priority", [-10, 0, 10]),
+        ("cache_salt", ["", "ü" * 128]),
+        ("routing_key", ["", "ü" * 128]),
+    ],
+)
+def test_values_within_their_bounds_are_valid(field, values):
+    for value in values:
+        check_fields(replace(REQUEST, **{field: value}), FIELDS)
 
 
-def test_a_salt_that_is_too_long_is_refused():
-    with pytest.raises(InvalidRequestError, match="128 characters; found 129") as refused:
-        check_cache_salt(inference_pb2.GenerateRequest(cache_salt="x" * 129))
-    assert refused.value.metadata == {"field": "cache_salt"}
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_tokens", 0, "max_tokens is at least 1; found 0"),
+        ("max_tokens", -(2**31), "max_tokens is at least 1; found -2147483648"),
+        ("temperature", -0.001, "temperature is from 0 to 100; found -0.001"),
+        ("temperature", 100.1, "temperature is from 0 to 100; found 100.1"),
+        ("temperature", float("nan"), "temperature is from 0 to 100; found nan"),
+        ("temperature", float("inf"), "temperature is from 0 to 100; found inf"),
+        ("top_p", 0.0, "top_p is above 0 and at most 1; found 0.0"),
+        ("top_p", 1.001, "top_p is above 0 and at most 1; found 1.001"),
+        ("top_p", float("nan"), "top_p is above 0 and at most 1; found nan"),
+        ("top_k", -1, "top_k is at least 0; found -1"),
+        ("stop", ("x",) * 17, "stop has at most 16 items; found 17"),
+        ("stop", ("x", ""), "stop has 1 to 256 characters; found 0"),
+        ("stop", ("x" * 257,), "stop has 1 to 256 characters; found 257"),
+        ("priority", -11, "priority is from -10 to 10; found -11"),
+        ("priority", 11, "priority is from -10 to 10; found 11"),
+        ("cache_salt", "x" * 129, "cache_salt has at most 128 characters; found 129"),
+        ("routing_key", "x" * 129, "routing_key has at most 128 characters; found 129"),
+    ],
+)
+def test_a_value_outside_of_its_bounds_is_refused_by_name(field, value, message):
+    refused = refusal(**{field: value})
+    assert (str(refused), refused.metadata) == (message, {"field": field})
+
+
+def test_an_adapter_is_named_with_weight_task_and_revision():
+    [named] = check_adapters([AdapterRef(name="pirate@3f9a1c07", weight=-0.5, task=2)])
+    assert (named.name, named.weight, named.task, named.revision) == ("pirate", -0.5, 2, "3f9a1c07")
+    [plain] = check_adapters([AdapterRef(name="pirate")])
+    assert (plain.weight, plain.task, plain.revision) == (1.0, None, None)
+
+
+@pytest.mark.parametrize("weight", [-100.5, 100.5, -1e30, 1e30, float("nan"), float("-inf")])
+def test_a_weight_outside_of_its_bounds_is_refused(weight):
+    with pytest.raises(InvalidRequestError, match="weight is from -100 to 100") as refused:
+        check_adapters([AdapterRef(name="pirate", weight=weight)])
+    assert refused.value.metadata == {"field": "weight"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a b"], "an adapter's name has"),
+        ([""], "an adapter's name has"),
+        (["pirate@"], "first 8 to 32 digits"),
+        (["pirate@3f9a1c0"], "first 8 to 32 digits"),
+        (["pirate@" + "3" * 33], "first 8 to 32 digits"),
+        (["pirate@3F9A1C07"], "first 8 to 32 digits"),
+        (["pirate", "pirate"], "named twice"),
+        (["pirate", "pirate@3f9a1c07"], "named twice"),
+        ([f"a{number}" for number in range(9)], "at most 8 adapters; found 9"),
+    ],
+)
+def test_adapters_that_cannot_be_named_so_are_refused(names, message):
+    with pytest.raises(InvalidRequestError, match=message) as refused:
+        check_adapters([AdapterRef(name=name) for name in names])
+    assert refused.value.metadata == {"field": "adapters"}
+
+
+def test_two_tasks_of_one_adapter_are_two_adapters():
+    assert len(check_adapters([AdapterRef(name="multi", task=0), AdapterRef(name="multi", task=1)])) == 2
+    assert len(check_adapters([AdapterRef(name=f"a{number}") for number in range(8)])) == 8
+
+
+def test_without_max_tokens_the_answer_has_a_default_length_that_fits_into_the_context():
+    assert max_tokens_within(None, 100, 1000) == 256
+    assert max_tokens_within(None, 900, 1000) == 100
+    assert max_tokens_within(None, 999, 1000) == 1
+    with pytest.raises(PromptTooLongError):
+        max_tokens_within(None, 1000, 1000)
+
+
+def test_max_tokens_beyond_the_context_are_refused():
+    assert max_tokens_within(100, 900, 1000) == 100
+    with pytest.raises(PromptTooLongError) as refused:
+        max_tokens_within(101, 900, 1000)
+    assert refused.value.metadata == {"max_context": "1000", "prompt_tokens": "900", "max_tokens": "101"}
+
+
+def test_token_ids_are_of_the_vocabulary():
+    check_token_ids([0, 99], 100)
+    with pytest.raises(InvalidRequestError, match="below 100, the size of the vocabulary; found 100"):
+        check_token_ids([0, 100, 5], 100)
+    with pytest.raises(InvalidRequestError, match="has no tokens"):
+        check_token_ids([], 100)
