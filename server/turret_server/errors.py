@@ -1,4 +1,4 @@
-"""Everything a user can cause, each with a stable reason and a gRPC code.
+"""Errors that a user can cause, each with a stable reason and a gRPC code.
 
 TurretError
 ├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
@@ -23,7 +23,7 @@ TurretError
 ├── UnsupportedModelError     FAILED_PRECONDITION  UNSUPPORTED_MODEL
 └── ConfigError               INVALID_ARGUMENT     INVALID_CONFIG
 
-What is wrong with an adapter's files is `turret_adapters.errors.AdapterError`.
+Errors of adapters and their files are `turret_adapters.errors.AdapterError`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import ClassVar
 
 
 class TurretError(Exception):
-    """Something a user can cause. `metadata` travels as the metadata of google.rpc.ErrorInfo, `retry_after`,
-    in seconds, as google.rpc.RetryInfo.
+    """An error that a user can cause. `metadata` becomes that of google.rpc.ErrorInfo, `retry_after`, in
+    seconds, google.rpc.RetryInfo.
     """
 
     reason: ClassVar[str]
@@ -47,21 +47,21 @@ class TurretError(Exception):
 
 
 class InvalidRequestError(TurretError):
-    """A field of the request has a value that it cannot have."""
+    """A field of the request has an invalid value."""
 
     reason = "INVALID_REQUEST"
     code = "INVALID_ARGUMENT"
 
 
 class UnauthenticatedError(TurretError):
-    """Nobody knows whose call it is."""
+    """The credentials of the call are missing or wrong."""
 
     reason = "UNAUTHENTICATED"
     code = "UNAUTHENTICATED"
 
 
 class AuthUnavailableError(TurretError):
-    """Whose call it is cannot be found out now."""
+    """The authentication hook failed."""
 
     reason = "AUTH_UNAVAILABLE"
     code = "UNAVAILABLE"
@@ -69,14 +69,14 @@ class AuthUnavailableError(TurretError):
 
 
 class PermissionDeniedError(TurretError):
-    """The tenant may see the adapter, but not do that with it."""
+    """The tenant may use the adapter, but lacks the permission for this operation."""
 
     reason = "PERMISSION_DENIED"
     code = "PERMISSION_DENIED"
 
 
 class PromptTooLongError(TurretError):
-    """Prompt and tokens to generate do not fit into the model's context."""
+    """Prompt and tokens to generate exceed the model's context."""
 
     reason = "PROMPT_TOO_LONG"
     code = "INVALID_ARGUMENT"
@@ -104,7 +104,7 @@ class RequestTooLargeError(TurretError):
 
 
 class QueueFullError(TurretError):
-    """As much of the tenant waits as may. `retry_after` is in seconds."""
+    """The tenant's queue is full. `retry_after` is in seconds."""
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
@@ -115,7 +115,7 @@ class QueueFullError(TurretError):
 
 
 class QuotaExceededError(TurretError):
-    """The tenant has as much as it may. `retry_after` is in seconds; None where waiting does not help."""
+    """The tenant has reached a limit. `retry_after` is in seconds; None if waiting does not help."""
 
     reason = "QUOTA_EXCEEDED"
     code = "RESOURCE_EXHAUSTED"
@@ -126,14 +126,14 @@ class QuotaExceededError(TurretError):
 
 
 class TooManyCallsError(TurretError):
-    """As many calls of this kind run, or wait, as may."""
+    """The server has reached its limit of calls of this kind."""
 
     reason = "TOO_MANY_CALLS"
     code = "RESOURCE_EXHAUSTED"
 
 
 class SlowWatcherError(TurretError):
-    """Who watches takes changes slower than they come, and would miss some."""
+    """A watcher reads changes slower than they come, and would miss some."""
 
     reason = "SLOW_WATCHER"
     code = "RESOURCE_EXHAUSTED"
@@ -147,16 +147,16 @@ class DeadlineError(TurretError):
 
 
 class ShuttingDownError(TurretError):
-    """The server is about to stop."""
+    """The server is shutting down."""
 
     reason = "SHUTTING_DOWN"
     code = "UNAVAILABLE"
-    # Elsewhere it can be tried at once. Where there is no other server, this one may be back by then.
+    # Another server can be tried at once; without one, this one may be back by then.
     retry_after = 1.0
 
 
 class UsageLogFailedError(TurretError):
-    """What is used cannot be written down now, and nothing is given away."""
+    """The usage log cannot be written; requests are refused until it can."""
 
     reason = "USAGE_LOG_FAILED"
     code = "UNAVAILABLE"
@@ -164,42 +164,42 @@ class UsageLogFailedError(TurretError):
 
 
 class GenerationFailedError(TurretError):
-    """A step failed for this request; the others went on."""
+    """A step failed for this request only."""
 
     reason = "GENERATION_FAILED"
     code = "INTERNAL"
 
 
 class NonFiniteLogitsError(TurretError):
-    """Numbers of the request grew beyond the dtype: with these adapters it cannot be answered."""
+    """Logits are not finite with these adapters."""
 
     reason = "NON_FINITE_LOGITS"
     code = "FAILED_PRECONDITION"
 
 
 class OutOfMemoryError(TurretError):
-    """The device has no memory to compute the request, even alone."""
+    """The device has too little memory for the request, even alone."""
 
     reason = "OUT_OF_MEMORY"
     code = "RESOURCE_EXHAUSTED"
 
 
 class AdapterUnavailableError(TurretError):
-    """The adapter was loaded, but cannot be brought into the arena now."""
+    """The adapter is loaded, but copying it to the device failed."""
 
     reason = "ADAPTER_UNAVAILABLE"
     code = "FAILED_PRECONDITION"
 
 
 class UnsupportedModelError(TurretError):
-    """The base model would not be computed exactly, or not at all."""
+    """The base model would be computed inexactly, or not at all."""
 
     reason = "UNSUPPORTED_MODEL"
     code = "FAILED_PRECONDITION"
 
 
 class ConfigError(TurretError):
-    """A setting of the server has a value that it cannot have."""
+    """A setting of the server is invalid."""
 
     reason = "INVALID_CONFIG"
     code = "INVALID_ARGUMENT"

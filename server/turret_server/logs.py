@@ -1,7 +1,7 @@
-"""Log lines, for people or as JSON, that say which request they are about.
+"""Log lines, for people or as JSON, with the fields of the request that they are about.
 
-What a stranger chose may stand in a message, a field or an exception: whatever it holds, it makes no line of
-its own, and moves no cursor.
+Messages, fields and exceptions may hold text of a client: it is escaped, so that it neither begins a line of
+its own nor moves the terminal's cursor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _about: ContextVar[Mapping[str, object]] = ContextVar("turret_log_about", defaul
 
 
 def bind(**fields: object) -> None:
-    """Say these with every line of the task or thread that runs, and of those that begin with its context."""
+    """Add fields to every log line of this task or thread, and of those that are started with its context."""
     _about.set({**_about.get(), **fields})
 
 
@@ -33,7 +33,7 @@ def bound() -> Mapping[str, object]:
 
 @contextmanager
 def about(fields: Mapping[str, object]) -> Iterator[None]:
-    """Lines of the block are about a request that was bound elsewhere."""
+    """Use these fields for the log lines of the block."""
     token = _about.set(fields)
     try:
         yield
@@ -42,18 +42,18 @@ def about(fields: Mapping[str, object]) -> Iterator[None]:
 
 
 def set_up(level: str, form: Format) -> None:
-    """Log to standard error from now on, what is at least as severe as `level`, warnings too."""
+    """Log to standard error, from `level` on, Python's warnings included."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(capture=True)
     if form == "json":
-        # Bars are no lines. It is read when the library is first imported.
+        # Progress bars are not JSON. The variable is read when the library is imported.
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def take_over(*loggers: str) -> None:
-    """Log as all others what libraries, now that they are imported, would log in a way of their own."""
+    """Route the logs of libraries, after they are imported, through the root logger."""
     for name in loggers:
         logger = logging.getLogger(name)
         logger.handlers.clear()
@@ -66,7 +66,7 @@ def timestamp(seconds: float) -> str:
 
 
 class HumanFormatter(logging.Formatter):
-    """Time, level, logger and message, then `key=value` of what it is about; tracebacks on indented lines."""
+    """Time, level, logger, message, and the fields as `key=value`; tracebacks on indented lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = (
@@ -94,7 +94,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
-    """What the line is about, and what was given to the logger as `extra={"fields": …}`."""
+    """Bound fields, and those given to the logger as `extra={"fields": …}`."""
     return {**_about.get(), **getattr(record, "fields", _NOTHING)}
 
 

@@ -143,7 +143,7 @@ def test_a_key_that_is_not_its_certificates_changes_nothing_and_is_told_once(
         finally:
             (folder / "server-cert.pem").write_bytes(cert)
     [told] = caplog.messages
-    assert "the certificates from before are used on" in told
+    assert "the last valid certificates stay in use" in told
 
 
 def test_a_certificate_names_its_tenant(mutual, authority):

@@ -1,4 +1,4 @@
-"""What Prometheus is told. The engine hands out data; it is recorded here, at the edge."""
+"""Prometheus metrics. The engine emits statistics as data; they are recorded here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RequestMetrics:
 
 
 class EngineMetrics:
-    """Records the engine's statistics; `record` is called on its thread."""
+    """Records the engine's statistics; `record` is called on the engine's thread."""
 
     def __init__(self, registry: CollectorRegistry, page_bytes: int) -> None:
         self._step_seconds = Histogram(
@@ -97,16 +97,16 @@ class EngineMetrics:
 
 
 class AuthMetrics:
-    """Calls that were refused because nobody knew whose they were."""
+    """Calls whose authentication failed."""
 
     _REASONS = ("no_key", "unknown_key", "malformed", "mismatch")
-    # A hook says what it likes, and every word would be a series.
+    # A hook may give any cause, and each would be a series.
     _OTHER = "hook"
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._failures = Counter(
             "turret_failed_authentications",
-            f"Calls of nobody that is known, by reason: {', '.join((*self._REASONS, self._OTHER))}.",
+            f"Calls whose authentication failed, by reason: {', '.join((*self._REASONS, self._OTHER))}.",
             ["reason"],
             registry=registry,
         )
@@ -119,9 +119,7 @@ class AuthMetrics:
 
 
 class AdapterMetrics(Collector):
-    """Counts adapters by state, what is in host memory, and what is being brought, when it is asked, so that
-    there is nothing to keep in step.
-    """
+    """Adapters by state, host memory and downloads, collected at each scrape."""
 
     def __init__(
         self,

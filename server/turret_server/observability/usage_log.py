@@ -1,17 +1,17 @@
-"""The usage log: who used how much, one JSON object a line, for whoever writes the bills.
+"""The usage log for billing: one JSON object a line for each request.
 
-What it promises: an entry is on the disk, written and fsynced, before `append`'s future is done, and who
-tells a client how its request ended tells it after that. So
+An entry is written and fsynced before `append`'s future is done, and the client gets the end of its answer
+after that. So
 
-- of every request whose end a client was told, exactly one line is there, whatever kills the process, or the
-  machine, as far as its disk keeps what it said that it had synced;
-- no request is there twice;
-- of one whose end nobody was told, because its client went, the disk failed, or the server was killed just
-  then, one line or none is there. One that a crash cut off before its end has none: those tokens are lost.
+- a request whose end its client received has exactly one line, whatever kills the process or the machine, as
+far as the disk keeps what it has acknowledged;
+- no request has two lines;
+- a request whose end its client did not receive, because the client disconnected, the disk failed or the
+server was killed, has one line or none. One that a crash ended has none: its tokens are not billed.
 
-A line that a crash left unfinished was told to nobody, and is cut off at the next start. While the disk takes
-nothing (it is full, it fails), `check` raises, so that nothing is begun that could not be billed. What runs
-goes on and fails at its end; its entries are kept, and are written as soon as the disk takes them.
+A line that a crash left unfinished is cut off at the next start. While the file cannot be written (the disk
+is full or fails), `check` raises, so that no request begins that could not be billed. Requests that run
+finish and fail at their end; their entries are kept, and are written as soon as that is possible.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ class _Entry:
     written: Future[None] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
-        # It is written whoever stops waiting for that.
+        # It is written even if nobody waits for it any more.
         self.written.set_running_or_notify_cancel()
 
 
 class UsageLog:
-    """Appends to a file from a thread of its own: all that has come while one fsync ran goes with the next.
+    """Appends to a file from a thread of its own: entries that arrive during one fsync share the next.
 
-    One process writes a file at a time. Where the file is renamed, as logrotate does it, a new one is begun
-    with the next entry; an entry that comes just then may still go to the old one.
+    One process writes a file at a time. After the file was renamed, as by logrotate, the next entry begins a
+    new one; an entry that arrives just then may still go to the old one.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, makes it if need be, and cuts off a line that a crash left unfinished.
+        """Open or create the file, and cut off a line that a crash left unfinished.
 
         Raises:
-            ConfigError: it cannot be written, is written by another process, or is something else.
+            ConfigError: it cannot be written, another process writes it, or it is no usage log.
         """
         self._path = path
         try:
             self._handle = _open(path)
         except OSError as error:
             raise ConfigError(f"--usage-log {path}: {_reason(error)}") from error
-        # Where what a failed attempt left behind begins, until it is cut off.
+        # Offset of what a failed attempt left behind, until it is cut off.
         self._torn_at: int | None = None
         self._error: str | None = None
         self._entries: deque[_Entry] = deque()
@@ -76,17 +76,17 @@ class UsageLog:
         self._thread.start()
 
     def check(self) -> None:
-        """See that entries can be written.
+        """Check that entries can be written.
 
         Raises:
-            UsageLogFailedError: the last ones could not.
+            UsageLogFailedError: the last attempt failed.
         """
         if self._error is not None:
             raise _failure(self._error)
 
     def append(self, entry: Mapping[str, object]) -> Future[None]:
-        """Write an entry. The future is done when it is safe, or fails with `UsageLogFailedError` when an
-        attempt has failed; the entry is kept all the same.
+        """Write an entry. The future is done when the entry is on the disk, or fails with
+        `UsageLogFailedError` when an attempt has failed; the entry is kept all the same.
         """
         added = _Entry(json.dumps(entry).encode() + b"\n")
         with self._changed:
@@ -96,7 +96,7 @@ class UsageLog:
         return added.written
 
     def close(self) -> None:
-        """Write what is left. What the disk does not take goes to the log, so that somebody can add it."""
+        """Write the remaining entries. Those that cannot be written go to the log, to be added by hand."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -122,7 +122,7 @@ class UsageLog:
         except OSError as error:
             if self._error is None:
                 log.critical(
-                    "%s cannot be written (%s): no request is begun until it can", self._path, _reason(error)
+                    "%s cannot be written (%s); requests are refused until it can", self._path, _reason(error)
                 )
             self._error = _reason(error)
             for entry in batch:
@@ -143,7 +143,8 @@ class UsageLog:
     def _write(self, lines: bytes) -> None:
         size = os.fstat(self._handle).st_size
         if self._torn_at is not None:
-            # Also where only fsync failed: the kernel may have given those pages up and call the next fsync a
+            # Also if only fsync failed: the kernel may have dropped those pages and report the next fsync as
+            # a
             # success, so they are written again.
             size = min(size, self._torn_at)
             os.ftruncate(self._handle, size)
@@ -181,9 +182,9 @@ def _cut_torn_line(path: Path, handle: int) -> None:
     whole = _end_of_last_line(handle, size)
     if whole == size:
         return
-    # What did not reach the disk may be zeros. Anything else is nothing that was begun here.
+    # Bytes that did not reach the disk may be zeros. Anything else was not written here.
     if os.pread(handle, 1, whole) not in (b"{", b"\0"):
-        raise OSError("expected a usage log, found a file of something else")
+        raise OSError("expected a usage log, found another kind of file")
     os.ftruncate(handle, whole)
     log.warning("%s: cut off %d bytes of a line that a crash left unfinished", path, size - whole)
 
@@ -208,9 +209,9 @@ def _is_moved(path: Path, handle: int) -> bool:
 
 def _reason(error: OSError) -> str:
     if isinstance(error, BlockingIOError):
-        return "another process writes it; give each server a file of its own"
+        return "another process writes it; give each server its own file"
     return error.strerror or str(error)
 
 
 def _failure(reason: str) -> UsageLogFailedError:
-    return UsageLogFailedError(f"the server cannot write down what is used ({reason}); try again later")
+    return UsageLogFailedError(f"the usage log cannot be written ({reason}); try again later")

@@ -1,5 +1,5 @@
-"""Who uses how much. Tenants and adapters may be many, and on an open server anybody names new ones, but
-Prometheus keeps every series it ever saw: those that use most have series of their own, all else is "other".
+"""Usage by tenant and adapter. Both may be many, and on an open server calls invent tenants, but Prometheus
+keeps every series it ever saw: the heaviest users have series of their own, all others share "other".
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _SHOWN = 100
 _TRACKED = 16 * _SHOWN
 _REVIEW_SECONDS = 60.0
 _MOST_CHANGES = 10
-# How many times as much one must use to take another's place: two that use the same do not take turns.
+# A series is replaced only by a user with this many times its usage, so that equal users do not alternate.
 _AHEAD = 2.0
 
-# A tenant's name, and those of the adapters of a request.
+# Names of a tenant and of the adapters of a request.
 _Who = tuple[str, str]
 
 
@@ -39,13 +39,11 @@ class _Used:
 
 
 class UsageMetrics(Collector):
-    """Counts requests and tokens by tenant and adapter.
+    """Counts requests and tokens by tenant and adapter. All methods may be called from any thread.
 
-    Once a minute, those without a series that lately used much more than those with one take their places, a
-    few at a time. What was counted as "other" stays there, and whoever loses a series and gets one again
-    begins at 0, so that no series ever goes down while it is there.
-
-    All methods may be called from any thread.
+    Once a minute, users without a series whose recent usage is much higher replace those with one, a few at a
+    time. What was counted as "other" stays there, and a series that comes back begins at 0, so that no series
+    ever decreases while it exists.
     """
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,13 +51,13 @@ class UsageMetrics(Collector):
         self._lock = threading.Lock()
         self._shown: dict[_Who, _Used] = {}
         self._other = _Used()
-        # Tokens of late, of whoever has a series or might get one.
+        # Recent tokens of users that have a series or may get one.
         self._recent: dict[_Who, float] = {}
         self._review_at = clock() + _REVIEW_SECONDS
         registry.register(self)
 
     def add(self, tenant: str, adapters: Iterable[str], *, prompt: int, generated: int) -> None:
-        """Count a request that has ended, of so many tokens."""
+        """Count a request that has ended, with its tokens."""
         who = (tenant, "+".join(adapters))
         with self._lock:
             if who not in self._shown and len(self._shown) < _SHOWN:
@@ -93,12 +91,12 @@ class UsageMetrics(Collector):
     def _families(used: Iterable[tuple[_Who, _Used]]) -> list[Metric]:
         requests = CounterMetricFamily(
             "turret_usage_requests",
-            'Requests that have ended, by tenant and adapters; those who use little are "other".',
+            'Requests that have ended, by tenant and adapters; light users are "other".',
             labels=["tenant", "adapter"],
         )
         tokens = CounterMetricFamily(
             "turret_usage_tokens",
-            "Tokens of those requests, of prompts and generated.",
+            "Tokens of those requests, by kind: prompt or generated.",
             labels=["tenant", "adapter", "kind"],
         )
         for who, each in used:

@@ -21,38 +21,37 @@ from turret.v1 import (
 from turret_server.errors import ConfigError
 from turret_server.rpc.drain import RunningCalls
 
-# What a stranger may do to the transport, known or not; every value is a bound that no honest client meets.
+# Bounds on what any client, authenticated or not, may do to the transport.
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    # Two servers on one port would share its calls between them, in silence.
+    # Otherwise two servers could share one port in silence.
     ("grpc.so_reuseport", 0),
-    # More than any prompt or part of an upload has. It is in memory before anybody knows whose it is.
+    # Larger than any prompt or chunk of an upload. A message is in memory before its caller is known.
     ("grpc.max_receive_message_length", 4 * 2**20),
-    # A key, a tenant and what tracing adds. Beyond the first some calls are refused, beyond the second all.
+    # A key, a tenant and trace headers. Beyond the first some calls are refused, beyond the second all.
     ("grpc.max_metadata_size", 8 * 2**10),
     ("grpc.absolute_max_metadata_size", 16 * 2**10),
-    # Every stream has a task and buffers. A client with more calls than that waits, or connects again.
+    # Every stream has a task and buffers. A client with more calls waits, or opens another connection.
     ("grpc.max_concurrent_streams", 1024),
-    # Calls that have come and were not looked at yet wait. Beyond the first number gRPC cancels some of them
-    # by chance, whoever makes them, and so one who opens many at once would end others' calls.
+    # Calls that have arrived and are not handled yet. Beyond the first number gRPC cancels some of them at
+    # random, so that one client could end the calls of others.
     ("grpc.server.max_pending_requests", 2**16),
     ("grpc.server.max_pending_requests_hard_limit", 2**17),
-    # Who connects and says nothing, or too slowly, is let go: TLS and the first settings must be through.
+    # A connection must finish TLS and its first settings within this time.
     ("grpc.server_handshake_timeout_ms", 20_000),
-    # A peer that went without a word is found out, and its streams end, within about two minutes.
+    # The streams of a peer that vanished end within about two minutes.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Pings cost an answer each. With data every one is welcome; without, one in 30 s, and the third too many
-    # ends the connection.
+    # Pings without data are allowed every 30 s; the third violation ends the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
     ("grpc.http2.max_ping_strikes", 2),
-    # A connection without calls costs a file descriptor; clients connect again by themselves.
+    # An idle connection costs a file descriptor; clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 15 * 60_000),
 )
 
 _MOST_FILES = 2**16
 _OWN_FILES = 512
 
-# The name under which health tells no more than that the process answers, also while it starts and drains.
+# The health service name that reports only that the process answers, also while it starts and drains.
 LIVENESS = "liveness"
 
 _SERVICES = (
@@ -63,9 +62,7 @@ _SERVICES = (
 
 
 def _most_connections() -> int:
-    """How many may be open at once: strangers may not take the file descriptors that the server itself needs,
-    for adapters, for its store and for its logs.
-    """
+    """Maximum number of connections. It leaves file descriptors for adapters, the store and logs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
@@ -97,8 +94,8 @@ class RpcServer:
         )
 
     async def start(self, address: str) -> int:
-        """Open the port, where health tells that the process is alive; returns the port, which the system
-        chose if it was 0.
+        """Open the port; returns its number, which the system chooses if it is 0. Health reports that the
+        process is alive, and no service ready.
 
         Raises:
             ConfigError: the port cannot be opened.
@@ -110,7 +107,8 @@ class RpcServer:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(
-                f"--listen {address}: the port cannot be opened; is another server on it?"
+                f"--listen {address}: the port cannot be opened; stop the server that uses it, or name "
+                "another"
             ) from error
         await self._report(ready=False)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -118,16 +116,16 @@ class RpcServer:
         return port
 
     async def ready(self) -> None:
-        """Report that every service serves."""
+        """Report every service as SERVING."""
         await self._report(ready=True)
 
     async def drain(self) -> None:
-        """Report that none serves any more, and refuse new calls."""
+        """Report every service as NOT_SERVING, and refuse new calls."""
         self.calls.refuse()
         await self._report(ready=False)
 
     async def stop(self, grace: float) -> None:
-        """Close the port, and let running calls finish for `grace` seconds."""
+        """Close the port, and give running calls `grace` seconds to finish."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
 

@@ -1,4 +1,4 @@
-"""Certificates, looked at for every new connection: a renewed one needs no restart."""
+"""TLS certificates, checked at every new connection: renewing them needs no restart."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class TlsFiles:
-    """PEM files of the server's certificate with its chain, of its key, and of the authority that signed the
-    certificates of clients; without the latter, clients need none.
+    """PEM files of the server's certificate chain, of its key, and of the authority that signs client
+    certificates; without the latter, clients need none.
     """
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
         """Read the files.
 
         Raises:
-            ConfigError: one cannot be read, or key and certificate do not belong together.
+            ConfigError: one cannot be read, or key and certificate do not match.
         """
         self._cert = cert
         self._key = key
@@ -34,26 +34,28 @@ class TlsFiles:
     def credentials(self) -> grpc.ServerCredentials:
         return grpc.dynamic_ssl_server_credentials(
             _configuration(self._taken),
-            self._renewed,  # type: ignore[arg-type]  # the stubs do not know that it may return None
+            self._renewed,  # type: ignore[arg-type]  # the stubs do not allow None
             require_client_authentication=bool(self._client_ca),
         )
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What holds from this connection on; None where nothing changed. Called before each handshake."""
+        """The configuration from this connection on; None if it has not changed. Called before each "
+        "handshake.
+        """
         try:
             contents = self._contents()
             if contents == self._taken:
                 return None
             self._check()
             if contents != self._contents():
-                return None  # somebody writes them at this moment; the next connection looks again
+                return None  # they are being written; the next connection checks again
         except ConfigError as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                log.error("the certificates from before are used on: %s", error)  # noqa: TRY400
+                log.error("the last valid certificates stay in use: %s", error)  # noqa: TRY400
             return None
         self._taken, self._complaint = contents, ""
-        log.info("the certificates changed, and hold from now on")
+        log.info("reloaded the certificates")
         return _configuration(contents)
 
     def _contents(self) -> tuple[bytes, bytes, bytes | None]:
@@ -64,10 +66,10 @@ class TlsFiles:
             raise ConfigError(f"{error.filename}: expected a PEM file; {error.strerror}") from error
 
     def _check(self) -> None:
-        """What is not right here would only show in handshakes, none of which would succeed."""
+        """Find errors here that would otherwise make every handshake fail."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            context.load_cert_chain(self._cert, self._key, password="")  # or it would ask the terminal
+            context.load_cert_chain(self._cert, self._key, password="")  # or it would prompt for one
             if self._client_ca:
                 context.load_verify_locations(self._client_ca)
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Between text and tokens: encoding prompts, decoding tokens as they come, stopping at strings."""
+"""Text and tokens: encoding prompts, decoding tokens as they come, stop strings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 
 class TextCodec(Protocol):
-    """What of a Hugging Face tokenizer is used here."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     backend_tokenizer: Tokenizer
 
@@ -20,10 +20,10 @@ class TextCodec(Protocol):
 
 
 class TextStream:
-    """Decodes the tokens of one request; text comes out when it is certain.
+    """Decodes the tokens of one request incrementally.
 
-    A character whose bytes are not all there, and a text that may become a stop string, are held back.
-    After a stop string nothing comes any more, and `stopped` is True.
+    Incomplete characters, and text that may be the beginning of a stop string, are held back. After a stop
+    string no more text is returned, and `stopped` is True.
     """
 
     def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
@@ -36,14 +36,14 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token."""
+        """Add a token; returns the new text."""
         self._token_ids.append(token_id)
         piece = self._decoder.step(self._codec.backend_tokenizer, token_id) or ""
         self._decoded += piece
         return self._advance(piece)
 
     def finish(self) -> str:
-        """The text that was held back, when no more tokens come."""
+        """The text that was held back, after the last token."""
         if self.stopped:
             return ""
         whole = self._codec.decode(self._token_ids, skip_special_tokens=True)
@@ -66,7 +66,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

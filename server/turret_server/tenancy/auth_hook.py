@@ -1,10 +1,11 @@
-"""Whose a call is, asked of the operator's own function: `--auth-hook MODULE:FUNCTION`.
+"""Authentication by a function of the operator: `--auth-hook MODULE:FUNCTION`.
 
-The function takes the call's metadata, pairs of a lower-case name and a value, and the names in the client's
-certificate, which is verified. It returns the name of a tenant, whose rights and limits are those of the
-tenants file (without a table there it may use the base model alone), or None where keys and certificates are
-to decide. To refuse a call it raises `turret_server.errors.UnauthenticatedError`, whose message the client is
-told. It may be `async`; a plain function runs in a thread of its own. `deploy/introspection_hook.py` is one.
+The function gets the call's metadata, pairs of a lower-case name and a value, and the names in the verified
+client certificate. It returns the name of a tenant, whose permissions and limits are those of the tenants
+file (a tenant without a table there may use the base model only), or None to let keys and certificates
+decide. To refuse a call it raises `turret_server.errors.UnauthenticatedError`, whose message goes to the
+client. It may be `async`; a plain function runs in a thread of its own. `deploy/introspection_hook.py` is an
+example.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 HOOK_SECONDS = 5.0
 
-# How many plain functions run at once. One that hangs holds its place; no thread holds up the server's end.
+# Plain functions that run at once. One that hangs keeps its slot; daemon threads do not block the shutdown.
 MAX_THREADS = 32
 
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
@@ -43,11 +44,11 @@ class AuthHook:
         self._places = asyncio.Semaphore(MAX_THREADS)
 
     async def ask(self, metadata: Metadata, identities: Sequence[str]) -> Answer:
-        """The name of the tenant whose call it is; None if the hook does not know.
+        """The name of the tenant that makes the call; None if the hook does not decide.
 
         Raises:
-            UnauthenticatedError: nobody's, as the hook says.
-            AuthUnavailableError: the hook failed, took too long, or answered what cannot be a tenant's name.
+            UnauthenticatedError: the hook refuses the call.
+            AuthUnavailableError: the hook failed, took too long, or returned an invalid name.
         """
         try:
             async with asyncio.timeout(HOOK_SECONDS):
@@ -76,10 +77,10 @@ class AuthHook:
         def run() -> None:
             try:
                 answer.set_result(self._function(metadata, identities))
-            except BaseException as error:  # noqa: BLE001 (told to whoever waits)
+            except BaseException as error:  # noqa: BLE001 (raised where the answer is awaited)
                 answer.set_exception(error)
             finally:
-                # A loop that has closed asks no more.
+                # The loop may be closed by now.
                 with suppress(RuntimeError):
                     loop.call_soon_threadsafe(self._places.release)
 
@@ -88,10 +89,10 @@ class AuthHook:
 
 
 def load_hook(path: str) -> AuthHook:
-    """The function that MODULE:FUNCTION names; the module is installed, or on PYTHONPATH.
+    """Import the function that MODULE:FUNCTION names.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it does not exist.
     """
     module, _, name = path.partition(":")
     if not module or not name:
@@ -109,4 +110,4 @@ def load_hook(path: str) -> AuthHook:
 
 
 def _unavailable() -> AuthUnavailableError:
-    return AuthUnavailableError("whose call this is could not be found out; try again later")
+    return AuthUnavailableError("the authentication hook failed; try again later")

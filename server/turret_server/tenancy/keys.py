@@ -1,7 +1,7 @@
-"""API keys: made here, and kept nowhere but with the tenant.
+"""API keys. The server stores their digests only.
 
-A key holds 256 bits from the system's random source. Nobody guesses one, however fast guesses are hashed, so
-a single SHA-256 is enough at rest: hashes that are slow and salted are for secrets that people choose.
+A key has 256 random bits, which cannot be guessed, so a single SHA-256 is enough at rest: slow and salted
+hashes are for secrets that people choose.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import re
 import secrets
 
-_PREFIX = "turret_"  # for people and scanners that find one where it should not be
+_PREFIX = "turret_"  # lets people and secret scanners recognise a leaked key
 _BYTES = 32
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -20,7 +20,7 @@ def new_key() -> str:
 
 
 def digest_of(key: str) -> str:
-    """What the tenants file says of a key."""
+    """The digest of a key, as the tenants file has it."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 

@@ -1,29 +1,30 @@
-"""The tenants file: who may do what, gets which share of the server, and how much of it.
+"""The tenants file: permissions, shares and limits of every tenant.
 
     [tenants.acme]
-    keys = ["sha256:…"]                     # of API keys that `turret tenants key acme` makes
-    identities = ["acme.example.com"]       # common or alternative names of certificates (mutual TLS)
+    keys = ["sha256:…"]                     # digests of API keys; `turret tenants key acme` makes one
+    identities = ["acme.example.com"]       # common or alternative names of client certificates
     use = ["acme-*", "shared-*"]            # patterns of adapters' names
     load = ["acme-*"]
     unload = ["acme-*"]
-    sources = ["/srv/adapters/acme", "hf://acme"]   # where what it loads may come from
-    admin = false                           # true: may do all of that with any adapter
-    share_cache = false                     # true: shares cached prompts with all others that say so
+    sources = ["/srv/adapters/acme", "hf://acme"]   # folders and URL prefixes that it may load from
+    admin = false                           # true: every permission for every adapter
+    share_cache = false                     # true: shares cached prompts with other tenants that set it
     weight = 2.0
     max_queued_requests = 100
     max_queued_tokens = 200_000
-    max_concurrent_requests = 20            # that wait or run
+    max_concurrent_requests = 20            # waiting or running
     tokens_per_minute = 100_000             # of prompts and answers
-    max_adapters = 50                       # names that serve what it loaded
-    max_adapter_bytes = 20_000_000_000      # what it loaded takes on the disk, or in memory if that is more
-    max_device_bytes = 2_000_000_000        # of the arena, adapters that it uses or was the last to use
-    max_concurrent_loads = 2                # that wait or run
-    max_pinned_tokens = 50_000              # of prompts that it has pinned
-    max_watches = 4                         # of adapters
+    max_adapters = 50                       # adapters that it has loaded
+    max_adapter_bytes = 20_000_000_000      # of its adapters, on disk or in memory, whichever is more
+    max_device_bytes = 2_000_000_000        # of the arena, by adapters that it uses or used last
+    max_concurrent_loads = 2                # waiting or running
+    max_pinned_tokens = 50_000              # of its pinned prompts
+    max_watches = 4                         # concurrent WatchAdapters calls
 
-Earlier revisions of its adapters count as well; to stay within `max_adapter_bytes` the oldest of them go.
-What a tenant's table leaves out of rights it does not have; of limits, it has the server's defaults. Where no
-table has keys or identities, the server is open: a call names its tenant itself and may do everything.
+Earlier revisions of its adapters count as well; the oldest of them are deleted to stay within
+`max_adapter_bytes`. A permission that a table leaves out is not granted; a limit that it leaves out has the
+server's default. If no table has keys or identities, the server is open: a call names its tenant itself and
+has every permission.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def check_name(name: str, field: str = "name", of: str = "an adapter") -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Who calls. `keys` are digests; `use`, `load` and `unload` are patterns of adapters' names. It is
-    `proven` where a key or a certificate says so, not where the server is open.
+    """A tenant with its permissions and limits. `keys` are digests; `use`, `load` and `unload` are patterns
+    of adapters' names. It is `proven` if a key or a certificate authenticated it, not on an open server.
 
-    Tenants with the same `cache_domain` find each other's cached prompts.
+    Tenants with the same `cache_domain` share cached prompts.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Tenant:
 
     @property
     def ownership(self) -> Ownership:
-        """Of what it loads."""
+        """The owner of adapters that it loads, with its limits."""
         return Ownership(owner=self.name, max_names=self.max_adapters, max_bytes=self.max_adapter_bytes)
 
     def may_use(self, adapter: str) -> bool:
@@ -106,7 +107,7 @@ class Tenant:
 
 
 class TenantTable:
-    """What one version of the file says. Where it is `hooked`, somebody else says whose a call is."""
+    """One version of the file. If it is `hooked`, an authentication hook decides first."""
 
     def __init__(self, tenants: Iterable[Tenant], default: TenantLimits, *, hooked: bool = False) -> None:
         self._default = default
@@ -117,7 +118,7 @@ class TenantTable:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody has to show who it is."""
+        """Whether calls need no authentication."""
         return not self._hooked and not self._by_key and not self._by_identity
 
     @property
@@ -133,30 +134,30 @@ class TenantTable:
         return found.max_device_bytes if found else None
 
     def by_name(self, name: str) -> Tenant:
-        """Who is called so by somebody who knows; without a table of its own, it has no rights."""
+        """The tenant of a trusted name; without a table it has no permissions."""
         return self._tenants.get(name) or Tenant(name=name, limits=self._default)
 
     def by_key(self, key: str) -> Tenant | None:
-        """Whose key it is. It is found by its digest: what the time of a look-up could tell is about the
-        digest of a guess, from which nobody comes to another guess, let alone to a name.
+        """The tenant of a key. The lookup is by digest, so that its time tells nothing of use about other "
+        "keys.
         """
         return self._by_key.get(digest_of(key))
 
     def by_identities(self, identities: Iterable[str]) -> Tenant | None:
-        """Whose certificate it is, by the first of its names that is somebody's."""
+        """The tenant of a certificate, by the first of its names that a tenant has."""
         found = (self._by_identity.get(identity) for identity in identities)
         return next(filter(None, found), None)
 
     def unproven(self, name: str) -> Tenant:
-        """Somebody who says so, which is enough where the server is open."""
+        """The tenant that a call on an open server names: it has every permission."""
         return replace(self.by_name(name), admin=True, share_cache=True, proven=False)
 
 
 def parse_tenants(where: str, content: bytes, default: TenantLimits, *, hooked: bool = False) -> TenantTable:
-    """What a tenants file of this content says. `hooked` is as for the table.
+    """Parse a tenants file. `hooked` is as for `TenantTable`.
 
     Raises:
-        ConfigError: it holds something that is not known or cannot be.
+        ConfigError: it has an unknown or invalid setting.
     """
     try:
         parsed = tomllib.loads(content.decode())
@@ -172,8 +173,8 @@ def parse_tenants(where: str, content: bytes, default: TenantLimits, *, hooked: 
         raise ConfigError(f"{where}: {error}") from error
     if table.is_open and (unproven := [name for name, entry in tables.items() if entry.keys() & _RIGHTS]):
         raise ConfigError(
-            f"{where}: {unproven[0]}: rights protect nothing where anybody may say that they are "
-            f"{unproven[0]}; give tenants keys (`turret tenants key {unproven[0]}`) or identities"
+            f"{where}: {unproven[0]}: permissions have no effect on an open server, where any call may name "
+            f"any tenant; give tenants keys (`turret tenants key {unproven[0]}`) or identities"
         )
     return table
 
@@ -194,7 +195,7 @@ def _flag(value: Any) -> str | None:
 
 def _texts(value: Any) -> str | None:
     ok = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
-    return None if ok else "a list of texts that are not empty"
+    return None if ok else "a list of non-empty strings"
 
 
 def _digests(value: Any) -> str | None:
@@ -204,10 +205,10 @@ def _digests(value: Any) -> str | None:
 
 def _places(value: Any) -> str | None:
     ok = _texts(value) is None and all("://" in each or Path(each).is_absolute() for each in value)
-    return None if ok else "a list of absolute folders and beginnings of URLs"
+    return None if ok else "a list of absolute folders and URL prefixes"
 
 
-# What a value must be, or None where it is.
+# Each returns what the value must be, or None if it is valid.
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "keys": _digests,
     "identities": _texts,
@@ -242,7 +243,7 @@ def _tenant(name: str, table: object, default: TenantLimits) -> Tenant:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{name}: expected a table [tenants.NAME], found {table!r}")
     if unknown := sorted(table.keys() - _CHECKS.keys()):
-        raise ConfigError(f"{name}: {unknown[0]!r} is not known; there are {', '.join(sorted(_CHECKS))}")
+        raise ConfigError(f"{name}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(_CHECKS))}")
     for setting, value in table.items():
         if expected := _CHECKS[setting](value):
             raise ConfigError(f"{name}: {setting} is {expected}; found {value!r}")
@@ -261,7 +262,8 @@ def _index(
         for mark in marks(tenant):
             if found.setdefault(mark, tenant) is not tenant:
                 raise ConfigError(
-                    f"{tenant.name}: {kind} {mark!r} is also that of {found[mark].name}; give each its own"
+                    f"{tenant.name}: {kind} {mark!r} also belongs to {found[mark].name}; give each tenant "
+                    "its own"
                 )
     return found
 

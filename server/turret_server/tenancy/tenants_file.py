@@ -1,4 +1,4 @@
-"""The tenants file while the server runs: what it says now, read again whenever it changes."""
+"""The tenants file of a running server, reloaded when it changes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _LOOK_SECONDS = 1.0
 
 
 class TenantsFile:
-    """Holds the last table of the file that was sound. Every method may be called from any thread.
+    """The last valid table of the file. All methods may be called from any thread.
 
-    The file is small and is read each time it is looked at: times of files do not tell every change, and a
-    link, as in a mounted volume of Kubernetes, may come to point elsewhere.
+    The file is small and is read at every check: modification times miss changes, and a symbolic link, as in
+    a Kubernetes volume, may be pointed elsewhere.
     """
 
     def __init__(self, path: Path | None, default: TenantLimits, *, hooked: bool = False) -> None:
         """Read the file. `hooked` is as for `TenantTable`.
 
         Raises:
-            ConfigError: it cannot be read, or holds something that is not known or cannot be.
+            ConfigError: it cannot be read, or has an unknown or invalid setting.
         """
         self._path = path
         self._default = default
@@ -58,7 +58,9 @@ class TenantsFile:
         return self.table.max_device_bytes(tenant)
 
     def look(self) -> None:
-        """Take over what changed in the file; where it is not sound, keep what was and log why, once."""
+        """Reload the file if it has changed. If it is invalid, keep the last valid table and log why, "
+        "once.
+        """
         assert self._path
         try:
             content = self._read(self._path)
@@ -68,18 +70,18 @@ class TenantsFile:
         except ConfigError as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                log.error("what the tenants file said before holds on: %s", error)  # noqa: TRY400
+                log.error("the last valid version of the tenants file stays in force: %s", error)  # noqa: TRY400
 
     def _take(self, content: bytes) -> None:
         table = self._parse(content)
         if table.is_open and not self.table.is_open:
-            # As when the file is found cut off while somebody writes it.
+            # Such as a file that is read while it is being written.
             raise ConfigError(
                 f"{self._where}: no tenant has keys or identities any more, which would open the server to "
-                "anybody; restart it to do that"
+                "everybody; restart the server to allow that"
             )
         self._content, self._complaint, self.table = content, "", table
-        log.info("the tenants file changed, and holds from now on")
+        log.info("reloaded the tenants file")
 
     def _parse(self, content: bytes) -> TenantTable:
         return parse_tenants(self._where, content, self._default, hooked=self._hooked)

@@ -138,7 +138,7 @@ def test_tenants_share_cached_prompts_only_where_both_say_so():
         ("[tenants]\nacme = 3", r"acme: expected a table \[tenants.NAME\], found 3"),
         ('[tenants."a/b"]', "'a/b': a tenant's name has"),
         ('[tenants."a\\u0000b"]', "a tenant's name has"),
-        ("[tenants.acme]\nwait = 1", "acme: 'wait' is not known; there are admin, "),
+        ("[tenants.acme]\nwait = 1", "acme: unknown setting 'wait'; known are admin, "),
         ("[tenants.acme]\nweight = 0", "acme: weight is a number above 0; found 0"),
         ("[tenants.acme]\nweight = -1.0", "weight is a number above 0"),
         ("[tenants.acme]\nweight = nan", "weight is a number above 0"),
@@ -183,8 +183,8 @@ def test_tenants_share_cached_prompts_only_where_both_say_so():
             '[tenants.a]\nidentities = ["x"]\n[tenants.b]\nidentities = ["x"]',
             "identity 'x' is also that of a",
         ),
-        ('[tenants.acme]\nuse = ["*"]', "acme: rights protect nothing where anybody"),
-        ("[tenants.acme]\nadmin = false", "acme: rights protect nothing where anybody"),
+        ('[tenants.acme]\nuse = ["*"]', "acme: permissions have no effect on an open server"),
+        ("[tenants.acme]\nadmin = false", "acme: permissions have no effect on an open server"),
     ],
 )
 def test_what_a_tenants_file_cannot_say_is_named(content, said):
