@@ -174,7 +174,7 @@ def test_a_name_that_is_pinned_anew_lets_the_old_prompt_go(client, served):
 def test_the_old_prompt_stays_where_the_new_one_is_refused(client):
     old = prompt_of(200)
     client.pin_prompt("rules", old)
-    with pytest.raises(FailedPreconditionError, match="unpin one") as refused:
+    with pytest.raises(FailedPreconditionError, match="unpin a prompt") as refused:
         client.pin_prompt("rules", prompt_of(220))
     assert refused.value.reason == "REQUEST_TOO_LARGE"
     assert client.list_pinned_prompts() == [PinnedPrompt("rules", "", 200)]

@@ -105,7 +105,7 @@ def test_a_tenant_may_queue_as_many_tokens_as_its_table_says(queue):
         refused = add("short", max_tokens=90).exception(timeout=HANG_S)
         other = add("other", max_tokens=2)
     assert isinstance(refused, ResourceExhaustedError)
-    assert "100 may wait" in refused.message
+    assert "(limit 100 tokens)" in refused.message
     assert refused.retry_after > 0
     assert not any(future.exception() for future in [waiting, other])
 

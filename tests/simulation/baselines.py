@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 from turret_server.engine.fairness import FairQueue
-from turret_server.engine.residency.eviction import EvictionOrder
-from turret_server.engine.residency.resident import Resident
+from turret_server.engine.residency.resident import EvictionOrder, Resident
 from turret_server.engine.sequence import Sequence
 
 
@@ -26,12 +25,15 @@ def first_come_first_served() -> AbstractContextManager[object]:
 def least_recently_used() -> Iterator[None]:
     """Of adapters and cached blocks alike, what was used longest ago goes first."""
 
-    def worst(_order: EvictionOrder, residents: Iterable[Resident], clock: int) -> Resident | None:
+    def next_victim(_order: EvictionOrder, residents: Iterable[Resident], clock: int) -> Resident | None:
         idle = [one for one in residents if one.num_pages and one.is_idle(clock)]
         return min(idle, key=lambda resident: resident.last_used, default=None)
 
-    def age(resident: Resident, clock: int) -> float:
+    def staleness(resident: Resident, clock: int) -> float:
         return clock - resident.last_used
 
-    with patch.object(EvictionOrder, "worst", worst), patch.object(Resident, "age", age):
+    with (
+        patch.object(EvictionOrder, "next_victim", next_victim),
+        patch.object(Resident, "staleness", staleness),
+    ):
         yield

@@ -61,7 +61,7 @@ class Device(AdapterMemory, Protocol):
 class CheapDevice:
     """Computes nothing: for loads that are too large for `FakeDevice`."""
 
-    def place(
+    def copy_to_device(
         self,
         spec: AdapterSpec,  # noqa: ARG002 (the signature is the engine's)
         slab_pages: tuple[int, ...],  # noqa: ARG002
@@ -175,7 +175,7 @@ class Simulator:
         for _ in range(_MOST_TURNS):
             if self.now >= end or not (self._events or self._alive):
                 break
-            worked = self.engine.turn()
+            worked = self.engine.step()
             if self._checks:
                 self.check()
             if not worked:
@@ -251,7 +251,7 @@ class Simulator:
         self._advance(self.now + self._costs.of_step(step))
         return result
 
-    def place(
+    def copy_to_device(
         self,
         spec: AdapterSpec,
         slab_pages: tuple[int, ...],
@@ -262,7 +262,7 @@ class Simulator:
 
         def end() -> None:
             self._loading.remove(spec.revision)
-            self._device.place(spec, slab_pages, prefix_pages, done)
+            self._device.copy_to_device(spec, slab_pages, prefix_pages, done)
 
         start = max(self.now, heapq.heappop(self._loaders))
         end_at = start + self._load_seconds(spec.revision, len(slab_pages) + len(prefix_pages))
@@ -304,7 +304,7 @@ class Simulator:
         known = [*self.engine._arriving, *self.engine._scheduler.sequences]
         ids = {sequence.job.request_id for sequence in known}
         assert ids == self._alive.keys(), "a request is lost, or lives after its end"
-        queued = sum(not sequence.started for sequence in known)
+        queued = sum(not sequence.dequeued for sequence in known)
         assert self.engine._admission.num_queued == queued
 
     def check_nothing_is_left(self) -> None:
@@ -315,7 +315,7 @@ class Simulator:
             self.engine.unpin_prompt(sequence.job.request_id)
         for resident in list(scheduler.residency):
             self.engine.drop(resident.spec.revision)
-        self.engine.turn()
+        self.engine.step()
         self.engine._scheduler.check_integrity()
         assert not list(scheduler.residency)
         assert scheduler.pool.num_free + scheduler.cache.num_idle == scheduler.pool.num_pages

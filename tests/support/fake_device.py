@@ -157,7 +157,7 @@ class FakeDevice:
         self.placed: dict[str, Placement] = {}
         self.pending: list[Placement] = []
 
-    def place(
+    def copy_to_device(
         self,
         spec: AdapterSpec,
         slab_pages: tuple[int, ...],
@@ -335,10 +335,10 @@ class Simulation:
             limits=self.limits,
             block_size=block_size,
             weight=weight,
-            on_start=lambda job: self.started.append(job.request_id),
+            on_dequeue=lambda job: self.started.append(job.request_id),
         )
         # As if prompts took no time, so that steps are as large as the limits let them be.
-        self.scheduler.pacing.measured(0, 1, 0.0)
+        self.scheduler.pacing.record(0, 1, 0.0)
         self.now = 0.0
         self.runs: list[Run] = []
 
@@ -367,7 +367,7 @@ class Simulation:
 
     def step(self, faults: Callable[[Step], dict[int, str]] = lambda _: {}) -> Step | None:
         """Plan and run one step. `faults` are the sequences for which it fails, and why."""
-        self.take_in()
+        self.drain_inbox()
         step = self.scheduler.schedule(self.now)
         if step is not None:
             self._check_step(step)
@@ -379,7 +379,7 @@ class Simulation:
         self.check()
         return step
 
-    def take_in(self) -> None:
+    def drain_inbox(self) -> None:
         while self.inbox:
             self.inbox.popleft()()
 
@@ -403,7 +403,7 @@ class Simulation:
         """With all ended and every adapter dropped, only the cache has pages, and gives them up."""
         while self.device.pending:
             self.device.complete()
-        self.take_in()
+        self.drain_inbox()
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         for sequence in list(self.scheduler.allocation.pinned_prompts):

@@ -1,4 +1,4 @@
-"""How much every tenant may have in the queue, and when one that is refused should come back."""
+"""How much each tenant may queue, and after how long a refused request should be retried."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from turret_server.engine.request import Job
 from turret_server.errors import QueueFullError
 
-_LEAST_RETRY_SECONDS = 0.1
-_MOST_RETRY_SECONDS = 60.0
+_MIN_RETRY_SECONDS = 0.1
+_MAX_RETRY_SECONDS = 60.0
 
-# How much a step counts against all before it when the speed of the engine is estimated.
+# The weight of the last step in the moving average of the engine's speed.
 _SMOOTHING = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantLimits:
-    """What a tenant is given: its share against others' weights, and how much of it may wait.
+    """A tenant's share of the engine relative to other weights, and its limits in the queue.
 
-    The tokens of a request are those of its prompt and those that it may generate.
+    The tokens of a job are those of its prompt and the most that it may generate.
     """
 
     weight: float = 1.0
@@ -35,7 +35,7 @@ class _Queued:
 
 
 class Admission:
-    """Counts what waits. Every method may be called from any thread."""
+    """Counts queued jobs and their tokens by tenant. All methods are thread-safe."""
 
     def __init__(self, limits: Callable[[str], TenantLimits]) -> None:
         self._limits = limits
@@ -49,10 +49,10 @@ class Admission:
             return sum(queued.requests for queued in self._queued.values())
 
     def enter(self, job: Job) -> None:
-        """Count a request that is about to wait.
+        """Count a job that is about to be queued. A job larger than the token limit may wait alone.
 
         Raises:
-            QueueFullError: its tenant has as much waiting as may; says when to try again.
+            QueueFullError: the tenant's queue is full; it says after how long to retry.
         """
         limits = self._limits(job.tenant)
         with self._lock:
@@ -60,16 +60,12 @@ class Admission:
             excess = queued.tokens + job.num_tokens - limits.max_queued_tokens
             if queued.requests >= limits.max_queued_requests:
                 excess = max(excess, queued.tokens // queued.requests)
-                self._refuse(
-                    f"{queued.requests} requests of tenant {job.tenant!r} are waiting already, as many "
-                    "as may",
-                    job,
-                    excess,
-                )
+                limit = f"{limits.max_queued_requests} requests"
+                self._refuse(f"the queue of tenant {job.tenant!r} is full (limit {limit})", job, excess)
             if queued.requests and excess > 0:
                 self._refuse(
-                    f"requests of {queued.tokens} tokens of tenant {job.tenant!r} are waiting already, "
-                    f"and this one has {job.num_tokens}; {limits.max_queued_tokens} may wait",
+                    f"the queue of tenant {job.tenant!r} is full (limit {limits.max_queued_tokens} tokens): "
+                    f"{queued.tokens} are queued and this request has {job.num_tokens}",
                     job,
                     excess,
                 )
@@ -78,7 +74,7 @@ class Admission:
             self._queued[job.tenant] = queued
 
     def leave(self, job: Job) -> None:
-        """It waits no longer: it runs, or has ended."""
+        """Count a job that leaves the queue: it starts, or has ended."""
         with self._lock:
             queued = self._queued[job.tenant]
             queued.requests -= 1
@@ -86,18 +82,16 @@ class Admission:
             if not queued.requests:
                 del self._queued[job.tenant]
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+    def record_step(self, num_tokens: int, seconds: float) -> None:
+        """Take a step into the average speed."""
         speed = num_tokens / max(seconds, 1e-6)
         with self._lock:
             known = self._tokens_per_second or speed
             self._tokens_per_second = known + _SMOOTHING * (speed - known)
 
     def _refuse(self, message: str, job: Job, excess: int) -> None:
-        """`excess` tokens must leave the queue first; every tenant that waits is served as fast."""
+        """`excess` tokens must leave the queue first. Tenants with queued jobs share the engine equally."""
         speed = self._tokens_per_second / len(self._queued)
         seconds = excess / speed if speed else 1.0
-        seconds = min(max(seconds, _LEAST_RETRY_SECONDS), _MOST_RETRY_SECONDS)
-        raise QueueFullError(
-            f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=job.tenant
-        )
+        seconds = min(max(seconds, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+        raise QueueFullError(f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=job.tenant)

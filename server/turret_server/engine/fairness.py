@@ -1,14 +1,15 @@
-"""Who is served next: the tenant that was given least so far, and of a tenant's requests the earliest.
+"""The order of service: of tenants, the one that received the least so far is first; of a tenant's sequences,
+the earliest.
 
-Every tenant has a virtual token counter (VTC, Sheng et al., arXiv 2401.00588): what was computed for it,
-divided by its weight. Tenants that keep asking are given service in proportion to their weights, whatever
-they ask for; one that asks for little is served at once; nothing is left undone while anybody waits.
+Every tenant has a virtual token counter (VTC, Sheng et al., arXiv 2401.00588): the cost of what was computed
+for it, divided by its weight. Tenants with a backlog receive service in proportion to their weights, a tenant
+with few requests is served at once, and the engine is never idle while a sequence waits.
 
-While two tenants wait, the one that was given more starts nothing, so it gets ahead by no more than what its
-running requests are still owed: B · C / w, if B requests run at once, the largest costs C, and its weight is
-w. So a request with others of its tenant before it that cost Q starts after the engine has done at most
-(Q + B · C) · W / w + B · C of work, where W is the weight of all who wait, and its adapter was loaded. One of
-a tenant that has nothing else there waits for no more than B · C, which is what runs already.
+While two tenants wait, the one with the higher counter starts nothing. So it gets ahead by no more than the
+remaining cost of its running requests: B · C / w, if B requests run at once, the largest costs C, and its
+weight is w. A request behind others of its tenant that cost Q starts after the engine has done at most
+(Q + B · C) · W / w + B · C of work, where W is the sum of the weights of waiting tenants, and its adapter is
+loaded. A tenant's only request waits for at most B · C, the cost of what runs already.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from heapq import heapify, heappop, heappush, nsmallest
 
 from turret_server.engine.sequence import Sequence
 
-# What a token costs. One that is generated takes a step, whose weights are read for it; the paper's ratio.
+# The cost of a token. A generated one takes a step, which reads all weights; the ratio is the paper's.
 PROMPT_COST = 1.0
 GENERATED_COST = 2.0
 
+# Tenants without a job whose counters are remembered.
 MAX_IDLE_TENANTS = 1000
 
 
@@ -32,13 +34,13 @@ def _order(sequence: Sequence) -> tuple[float, int]:
 
 
 class FairQueue:
-    """The sequences that wait, and what every tenant was given. `weight` is a tenant's, above 0."""
+    """The waiting sequences and the tenants' counters. `weight` is a tenant's, above 0."""
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
         self._waiting: dict[str, list[Sequence]] = {}
         self._counters: dict[str, float] = {}
-        # The least counter of those who wait; without any, that of the last who did.
+        # The lowest counter of the waiting tenants when one of them last had its queue emptied.
         self._floor = 0.0
 
     def __len__(self) -> int:
@@ -49,14 +51,16 @@ class FairQueue:
             yield from sequences
 
     def counter(self, tenant: str) -> float:
-        """What the tenant was given, in prompt tokens at weight 1."""
+        """The service that the tenant received, in prompt tokens at weight 1."""
         return self._counters.get(tenant, self._floor)
 
     def charge(self, tenant: str, cost: float) -> None:
         self._counters[tenant] = self.counter(tenant) + cost / self._weight(tenant)
 
     def add(self, sequence: Sequence) -> None:
-        """Let it wait. A tenant that comes back has not saved up what it did not ask for."""
+        """Queue a sequence. A tenant without any starts at least from the lowest counter of those that wait:
+        service that it did not use is not saved up.
+        """
         tenant = sequence.tenant
         if tenant not in self._waiting:
             self._counters[tenant] = max(self.counter(tenant), self._least())
@@ -73,24 +77,25 @@ class FairQueue:
             del self._waiting[sequence.tenant]
 
     def reset(self) -> None:
-        """Start from zero. Nobody waits or runs, so nobody is owed anything."""
+        """Set all counters to zero. To be called when no job is left: no tenant is owed anything then."""
         assert not self._waiting
         self._counters.clear()
         self._floor = 0.0
 
     def forget_idle(self, active: Container[str]) -> None:
-        """Bound the tenants that are remembered without a job (those with one are `active`): callers may
-        name any number. Those who were given least go, as they would start with about the same anew.
+        """Remember at most `MAX_IDLE_TENANTS` tenants besides the `active` ones, which have jobs: the number
+        of names is unbounded. Those with the lowest counters are forgotten, as they would restart close to
+        them.
         """
         idle = [tenant for tenant in self._counters if tenant not in active]
         for tenant in nsmallest(len(idle) - MAX_IDLE_TENANTS, idle, key=self.counter):
             del self._counters[tenant]
 
     def in_order(self, started: Iterable[Sequence]) -> Iterator[Sequence]:
-        """`started`, whose prompts are not computed yet, and all that wait, as they are to be served.
+        """`started`, whose prompts are not computed yet, and all waiting sequences, in the order of service.
 
-        Who comes after whom follows from each being served in whole, whether it is or not: a tenant whose
-        requests cannot start yet does not hold up the others. The caller may remove what it is given.
+        The order assumes that each is served completely when it is yielded: a tenant whose sequences cannot
+        start yet does not delay the others. The caller may remove a sequence once it was yielded.
         """
         ready: dict[str, list[Sequence]] = {}
         for sequence in sorted(started, key=_order):
@@ -98,24 +103,24 @@ class FairQueue:
         tenants = self._waiting.keys() | ready.keys()
         heap = [(self.counter(tenant), tenant) for tenant in tenants]
         heapify(heap)
-        lines = {tenant: self._line(ready.get(tenant, []), tenant) for tenant in tenants}
+        orders = {tenant: self._tenant_order(ready.get(tenant, []), tenant) for tenant in tenants}
         while heap:
             counter, tenant = heappop(heap)
-            following = next(lines[tenant], None)
+            following = next(orders[tenant], None)
             if following is not None:
                 cost = max(PROMPT_COST * following.num_remaining, GENERATED_COST) / self._weight(tenant)
                 yield following
                 heappush(heap, (counter + cost, tenant))
 
-    def _line(self, ready: list[Sequence], tenant: str) -> Iterator[Sequence]:
+    def _tenant_order(self, ready: list[Sequence], tenant: str) -> Iterator[Sequence]:
         yield from ready
-        place = (-math.inf, 0)
+        last = (-math.inf, 0)
         while queue := self._waiting.get(tenant):
-            # Found anew each time, since what was given out may have been removed.
-            index = bisect_right(queue, place, key=_order)
+            # Searched again each time: the caller may have removed the last one.
+            index = bisect_right(queue, last, key=_order)
             if index == len(queue):
                 return
-            place = queue[index].order
+            last = queue[index].order
             yield queue[index]
 
     def _least(self) -> float:

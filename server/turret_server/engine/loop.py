@@ -1,4 +1,4 @@
-"""The engine's thread: take in what arrived, plan a step, run it, hand out what came of it."""
+"""The engine's thread: drain the inbox, schedule a step, run it, emit the outputs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ from turret_server.errors import (
 
 log = logging.getLogger(__name__)
 
-# How long the thread sleeps at most while requests wait for their adapters: deadlines are looked at then.
+# The longest sleep while jobs wait for their adapters: their deadlines are checked after it.
 _IDLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """How the engine stands after a step, and what the step was; None where nothing was computed."""
+    """The engine's state after a step. `step` is None, and `seconds` 0, if nothing was computed. `pages` are
+    the arena's by owner.
+    """
 
     step: Step | None
     seconds: float
@@ -44,17 +46,17 @@ class EngineStats:
     num_waiting: int
     num_preempted: int
     num_evicted: int
-    num_filling: int
+    num_loading: int
     num_failures: int
     pages: dict[str, int]
 
 
 class Engine:
-    """Owns scheduler and pages. Every public method may be called from any thread.
+    """Owns the scheduler and the pages. All public methods but `step` are thread-safe.
 
-    A step that fails ends the requests at fault (see `recovery`), and the engine goes on. If the engine
-    itself fails, its books may be wrong, and a wrong answer is worse than none; if the device does, there is
-    no answer. Then it ends every request, computes no more, sets `failed` and calls `on_failure`.
+    A step that fails ends the requests at fault (see `recovery`), and the engine continues. If the engine
+    itself fails, its state may be wrong, and a wrong answer is worse than none; if the device is lost,
+    nothing can be computed. Then it fails every request, stops, sets `failed` and calls `on_failure`.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Engine:
             limits=limits,
             block_size=block_size,
             weight=weight,
-            on_start=self._admission.leave,
+            on_dequeue=self._admission.leave,
         )
         self._runner = RecoveringRunner(runner)
         self._on_stats = on_stats
@@ -110,7 +112,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the requests that are left with UNAVAILABLE, then the thread."""
+        """Fail the remaining requests with UNAVAILABLE, and end the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -118,23 +120,23 @@ class Engine:
             self._thread.join()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its sink gets every token and exactly one end.
+        """Queue a request. Its sink gets every token and exactly one end.
 
         Raises:
-            QueueFullError: its tenant has as much waiting as may.
-            QuotaExceededError: its adapters take more pages than its tenant may have for them.
-            RequestTooLargeError: it could never fit, even alone.
+            QueueFullError: the tenant's queue is full.
+            QuotaExceededError: its adapters need more pages than its tenant may have.
+            RequestTooLargeError: it needs more pages than the arena has for requests.
             ShuttingDownError: the engine stops.
         """
         self._enqueue(Sequence.of(request, self._clock()))
 
     def pin_prompt(self, pin: PromptPin) -> None:
-        """Queue a prompt that is to be computed and kept; its sink gets exactly one output.
+        """Queue a prompt to be computed and kept in the prefix cache. Its sink gets exactly one output.
 
         Raises:
-            QueueFullError: its tenant has as much waiting as may.
-            QuotaExceededError: its adapters take more pages than its tenant may have for them.
-            RequestTooLargeError: it would leave too little for requests.
+            QueueFullError: the tenant's queue is full.
+            QuotaExceededError: its adapters need more pages than its tenant may have.
+            RequestTooLargeError: pinned prompts and adapters would take more than their share of the arena.
             ShuttingDownError: the engine stops.
         """
         sequence = Sequence.of(pin, self._clock())
@@ -142,61 +144,61 @@ class Engine:
         self._enqueue(sequence)
 
     def unpin_prompt(self, request_id: int) -> None:
-        """Let a pinned prompt be evicted like any other; one that is not pinned is left alone."""
+        """Make a pinned prompt evictable; nothing happens if it is not pinned."""
         self._post(lambda: self._scheduler.allocation.unpin_prompt(request_id))
 
     def is_prompt_pinned(self, request_id: int) -> bool:
-        """Whether the prompt is pinned; False again once the revision of one of its adapters is dropped."""
+        """Whether the prompt is pinned. Dropping the revision of one of its adapters unpins it."""
         return self._scheduler.allocation.is_prompt_pinned(request_id)
 
     def cancel(self, request_id: int) -> None:
-        """End a request or a pin before the next step; its sink gets CANCELLED unless it has ended."""
+        """End a request or a pin before the next step. Its sink gets CANCELLED unless it has ended."""
         self._post(lambda: self._scheduler.cancel(request_id))
 
     def check_adapter(self, spec: AdapterSpec, tenant: str = DEFAULT_TENANT) -> None:
-        """See that an adapter can be resident for a tenant.
+        """Check that an adapter can be resident for a tenant.
 
         Raises:
-            AdapterTooLargeError: it takes as many pages as there are, or more.
-            QuotaExceededError: it takes more than the tenant may have.
+            AdapterTooLargeError: it leaves no page of the arena for requests.
+            QuotaExceededError: it needs more pages than the tenant's adapters may take.
         """
         needed, pool = self.num_pages(spec), self._scheduler.pool
         if needed >= pool.num_pages:
             raise AdapterTooLargeError(
-                f"the adapter takes {needed} pages and leaves none of the arena's {pool.num_pages} "
-                "for requests; start the server with more --memory",
+                f"the adapter needs {needed} pages and leaves none of the arena's {pool.num_pages} for "
+                "requests; load one of a lower rank or start the server with more --memory",
                 adapter_pages=needed,
                 arena_pages=pool.num_pages,
             )
         most = self._scheduler.residency.max_pages(tenant)
         if most is not None and needed > most:
             raise QuotaExceededError(
-                f"the adapter takes {needed} pages of the arena, and those of tenant {tenant!r} may have "
-                f"{most}; load one of a lower rank",
+                f"the adapters of tenant {tenant!r} may take {most} pages of the arena, and this one needs "
+                f"{needed}; load one of a lower rank",
                 tenant=tenant,
                 quota="max_device_bytes",
             )
 
     def prefetch(self, spec: AdapterSpec, tenant: str = DEFAULT_TENANT) -> None:
-        """Make an adapter resident if there is free room, before a request of the tenant asks for it."""
+        """Load an adapter before a request of the tenant names it, if there are enough free pages."""
         self._post(lambda: self._scheduler.residency.prefetch(spec, tenant))
 
     def check_pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
-        """See that adapters can be pinned under a name, in place of what is now.
+        """Check that adapters can be pinned under a name, instead of those that are pinned under it.
 
         Raises:
-            AdapterTooLargeError: they would leave too little for requests.
+            AdapterTooLargeError: pinned prompts and adapters would take more than their share of the arena.
         """
         self._scheduler.allocation.check_pin_adapters(name, specs)
 
     def pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
-        """Make adapters resident and keep them so, in place of what is pinned under the name; none of them
-        ends that.
+        """Load adapters and keep them resident, instead of those that are pinned under the name. With no
+        `specs`, nothing stays pinned under it.
         """
         self._post(lambda: self._scheduler.pin_adapters(name, specs))
 
     def drop(self, revision: str) -> None:
-        """Free a revision that no request will name again, and unpin its prompts."""
+        """Free a revision that no new request names, and unpin its prompts."""
         self._post(lambda: self._scheduler.drop(revision))
 
     def is_resident(self, revision: str) -> bool:
@@ -208,10 +210,10 @@ class Engine:
         return self._scheduler.residency.num_pages(spec)
 
     def check_integrity(self) -> None:
-        """Prove between two steps that no page is lost.
+        """Check between two steps that no page is lost.
 
         Raises:
-            AssertionError: the books do not add up.
+            AssertionError: the page counts do not match.
         """
         failures: list[AssertionError] = []
         done = threading.Event()
@@ -236,7 +238,7 @@ class Engine:
         self._scheduler.allocation.check_fits(sequence)
         with self._wake:
             if self._stopping:
-                raise ShuttingDownError("the server is shutting down; send the request to another")
+                raise ShuttingDownError("the server is shutting down; send the request to another server")
             self._admission.enter(sequence.job)
             self._arriving.append(sequence)
             self._wake.notify()
@@ -249,9 +251,11 @@ class Engine:
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                if not self.turn():
+                if not self.step():
                     self._sleep()
-            error: TurretError = ShuttingDownError("the server stopped before the request finished")
+            error: TurretError = ShuttingDownError(
+                "the server stopped before the request finished; send it to another server"
+            )
         except Exception as failure:
             log.critical("the engine failed, and serves no more", exc_info=True)
             error = GenerationFailedError(f"the engine failed: {type(failure).__name__}: {failure}")
@@ -260,19 +264,19 @@ class Engine:
         if self.failed:
             self.on_failure()
 
-    def turn(self) -> bool:
-        """Take in what was asked, compute one step, hand out what came of it; False where there was none.
+    def step(self) -> bool:
+        """Drain the inbox, run one step and emit its outputs; False if there was nothing to compute.
 
-        The engine's thread does nothing else, and whoever has not started it may call it instead.
+        The engine's thread calls it in a loop. Without the thread, tests and simulations call it themselves.
         """
-        self._take_in()
+        self._drain_inbox()
         step = self._scheduler.schedule(self._clock())
         seconds = self._run(step) if step is not None else 0.0
         self._on_stats(self._stats(step, seconds))
         return step is not None
 
-    def _take_in(self) -> None:
-        # At one moment: a request that is cancelled at once must be there before its cancellation.
+    def _drain_inbox(self) -> None:
+        # Both under one lock, arrivals first: the cancellation of a job must find it.
         with self._wake:
             while self._arriving:
                 self._scheduler.add(self._arriving.popleft())
@@ -284,7 +288,7 @@ class Engine:
         with self._wake:
             self._stopping = True
         for sequence in (*self._arriving, *self._scheduler.sequences):
-            sequence.job.tell(Output(finish_reason=FinishReason.FAILED, error=error))
+            sequence.job.emit(Output(finish_reason=FinishReason.FAILED, error=error))
 
     def _run(self, step: Step) -> float:
         started = self._clock()
@@ -294,7 +298,7 @@ class Engine:
             with logs.about(self._scheduler.about(sequence_id)):
                 log.warning("request %d failed: %s (%s)", sequence_id, error, error.reason)
         seconds = self._clock() - started
-        self._admission.computed(step.num_tokens, seconds)
+        self._admission.record_step(step.num_tokens, seconds)
         self._scheduler.update(step, result, seconds)
         return seconds
 
@@ -321,7 +325,7 @@ class Engine:
             num_waiting=len(scheduler.waiting),
             num_preempted=scheduler.num_preempted,
             num_evicted=scheduler.residency.num_evicted,
-            num_filling=scheduler.residency.num_filling,
+            num_loading=scheduler.residency.num_loading,
             num_failures=self._runner.num_failures if step is not None else 0,
             pages=pages,
         )

@@ -1,8 +1,8 @@
-"""A step that fails as a whole is computed again in parts, until only what fails alone is left.
+"""Recovery from failed steps: a step that raises is computed again in halves, down to the sequences that fail
+alone.
 
-That is safe at any point of a step: every sequence writes only to pages of its own, what it writes depends
-on nothing that the same step writes for another, and a draw depends on its seed and position alone. So what
-was done of it already is done again with the same outcome.
+A step can be repeated wherever it failed: every sequence writes only to its own pages, does not depend on
+what the step writes for others, and draws depend on seed and position alone.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """The device's side of a step."""
+    """Computes steps on the device."""
 
     def run(self, step: Step) -> StepResult:
         """Compute a step.
 
         Raises:
             DeviceLostError: no step can be computed any more.
-            MemoryError: this one takes more than there is.
+            MemoryError: the device has too little memory for this one.
         """
 
 
 class RecoveringRunner:
-    """Runs steps so that one sequence fails no other. `num_failures` counts the runs that failed."""
+    """Runs steps so that a sequence that fails does not fail others. `num_failures` counts failed runs."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.num_failures = 0
 
     def run(self, step: Step) -> StepResult:
-        """Compute a step, in halves and halves of these where it fails: one that is at fault among n
-        sequences is found in 2 log n runs. A step that was too large for the memory may go through in halves.
+        """Compute a step, and if it fails its halves, recursively: one sequence at fault among n is found in
+        2 log n runs. The halves of a step that was too large for the memory may succeed.
 
         Raises:
             DeviceLostError: no step can be computed any more.
@@ -53,11 +53,13 @@ class RecoveringRunner:
             if len(sequences) == 1:
                 [sequence] = sequences
                 log.exception("the step of request %d failed alone", sequence.sequence_id)
-                return StepResult(token_ids={}, errors={sequence.sequence_id: _told(error)})
+                return StepResult(token_ids={}, errors={sequence.sequence_id: _typed(error)})
             log.warning(
-                "a step of %d sequences failed, and is computed in halves: %s", len(sequences), _shown(error)
+                "a step of %d sequences failed, and is retried in halves: %s",
+                len(sequences),
+                _describe(error),
             )
-        # Not in the block above: the error keeps alive what the step had allocated.
+        # Outside of the `except` block, as the error keeps the failed step's tensors alive.
         middle = len(sequences) // 2
         first, second = (self.run(_part(step, half)) for half in (sequences[:middle], sequences[middle:]))
         return StepResult(
@@ -66,21 +68,21 @@ class RecoveringRunner:
 
 
 def _part(step: Step, sequences: tuple[SequenceStep, ...]) -> Step:
-    """The step for some of its sequences, with the copies of pages that these write to."""
+    """The step for some of its sequences, with the page copies that they need."""
     pages = {page for sequence in sequences for page in sequence.block_table}
     return replace(
         step, sequences=sequences, copies=tuple(copy for copy in step.copies if copy.target in pages)
     )
 
 
-def _told(error: Exception) -> TurretError:
+def _typed(error: Exception) -> TurretError:
     if isinstance(error, MemoryError):
         return OutOfMemoryError(
-            "the device has too little memory to compute the request; ask for less, or start the server with "
+            "the device has too little memory to compute the request; shorten it, or start the server with "
             "less --memory for the arena or fewer --max-batch-tokens"
         )
-    return GenerationFailedError(f"the step failed for this request: {_shown(error)}")
+    return GenerationFailedError(f"the step failed for this request: {_describe(error)}")
 
 
-def _shown(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

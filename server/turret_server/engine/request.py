@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it answers."""
+"""The engine's input, requests and prompt pins, and its output."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ log = logging.getLogger(__name__)
 class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
-    PINNED = "pinned"  # the only good end of a prompt pin
+    PINNED = "pinned"  # of a prompt pin
     CANCELLED = "cancelled"
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """`temperature` 0 is greedy; `top_k` 0 means all. The token at position n depends on (seed, n) alone."""
+    """`temperature` 0 is greedy; `top_k` 0 means all tokens. The draw of a request's nth token depends on
+    `seed` and n alone.
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -35,9 +37,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One event of a request: a token, its end, or both.
+    """One event of a job: a token, its end, or both.
 
-    `cached_tokens` counts the tokens whose keys and values were found in memory when the request started.
+    `cached_tokens` is the number of tokens whose keys and values were resident when the job started.
     """
 
     token_id: int | None = None
@@ -48,7 +50,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """An adapter that a request names, and how much its LoRA counts."""
+    """An adapter that a job names, and the weight of its LoRA."""
 
     spec: AdapterSpec
     weight: float = 1.0
@@ -56,8 +58,8 @@ class AdapterUse:
 
 @dataclass(slots=True)
 class Times:
-    """When a request left the queue, and from when to when it waited there for its adapters to be resident,
-    in seconds of the engine's clock; None where it has not, or had not to.
+    """Times of a job in seconds of the engine's clock: from `awaited` to `ready` it waited for its adapters
+    to be resident, at `started` it left the queue to run. None if that has not happened.
     """
 
     awaited: float | None = None
@@ -65,7 +67,7 @@ class Times:
     started: float | None = None
 
     def await_adapters(self, now: float) -> None:
-        """Its turn has come, but its adapters are not there, or are gone again."""
+        """It is next to start, but its adapters are not resident, or were evicted again."""
         self.awaited = now if self.awaited is None else self.awaited
         self.ready = None
 
@@ -73,7 +75,7 @@ class Times:
         self.ready = now if self.ready is None else self.ready
 
     def start(self, now: float) -> None:
-        """It has pages; when it gets pages again, it had started before."""
+        """It has pages. A job that was preempted keeps the time of its first start."""
         self.started = now if self.started is None else self.started
 
 
@@ -83,11 +85,11 @@ DEFAULT_TENANT = "default"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a generation and a prompt pin have in common: a prompt whose keys and values are computed.
+    """What requests and prompt pins have in common: a prompt that is computed.
 
-    At most one of the adapters has virtual tokens. `deadline` is in seconds of the engine's clock; `sink` is
+    At most one of the adapters has virtual tokens. `deadline` is in seconds of the engine's clock. `sink` is
     called on the engine's thread. Cached blocks are shared only between jobs with the same `cache_salt`.
-    `about` is added to every log line of the job.
+    `about` is added to the job's log lines.
     """
 
     request_id: int
@@ -103,7 +105,7 @@ class Job:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens that it generates."""
+        """The most tokens that it may generate."""
         return 0
 
     @property
@@ -112,16 +114,16 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt and of the longest answer, without virtual tokens."""
+        """Tokens of the prompt and the most that may be generated, without virtual tokens."""
         return len(self.prompt_token_ids) + self.max_tokens
 
-    def tell(self, output: Output) -> bool:
-        """Hand an event to the sink; False where it raises, and so nobody listens any more."""
+    def emit(self, output: Output) -> bool:
+        """Pass an event to the sink; False if the sink raises, as its caller is gone then."""
         try:
             self.sink(output)
         except Exception:
             with logs.about(self.about):
-                log.exception("request %d: its sink failed", self.request_id)
+                log.exception("the sink of request %d failed", self.request_id)
             return False
         return True
 
@@ -140,7 +142,7 @@ class Request(Job):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPin(Job):
-    """A prompt whose whole blocks stay in the prefix cache until it is unpinned by its id.
+    """A prompt whose whole blocks stay in the prefix cache until it is unpinned by its `request_id`.
 
-    Its sink gets exactly one output: PINNED, or how it failed.
+    Its sink gets exactly one output, with PINNED, CANCELLED, or FAILED and an error.
     """

@@ -1,10 +1,10 @@
 """Which tokens of which sequences the next step computes.
 
-There is no prefill phase and no decode phase: a sequence has tokens that are not computed yet, many at
-its start and one later, and a step gives some sequences some tokens within a budget (the scheduler of
-vLLM V1; chunked prefill as in Sarathi-Serve, arXiv 2403.02310). Sequences that wait for one token come
-first, so that a long prompt does not hold up a running stream; the rest of the budget goes to prompts in
-the order of `fairness`.
+There is no prefill phase and no decode phase: a sequence has tokens that are not computed yet, many at its
+start and one later, and a step computes some tokens of some sequences within a budget (the scheduler of vLLM
+V1; chunked prefill as in Sarathi-Serve, arXiv 2403.02310). Sequences with one token left, the running
+streams, come first, so that a long prompt does not delay them; the rest of the budget goes to prompts in the
+order of `fairness`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, FairQueue
 from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
-from turret_server.engine.pacing import Pacing
 from turret_server.engine.request import FinishReason, Job, Output, PromptPin, Request
 from turret_server.engine.residency.residency import Absence, Residency
 from turret_server.engine.residency.resident import Resident
@@ -31,19 +30,27 @@ from turret_server.errors import (
     TurretError,
 )
 
-# Of how many requests that cannot start yet the adapters are fetched ahead, and how many, for each that may
-# run, are looked at to find some whose adapters are there.
-_PREFETCHED = 8
-_LOOKED_AT = 4
+# When no sequence can start, the adapters of so many that come next are loaded ahead.
+_MAX_PREFETCHED = 8
 
-# After how many steps tenants that are gone are forgotten.
+# To find waiting sequences whose adapters are resident, so many are examined for each that may run.
+_EXAMINED_PER_SLOT = 4
+
+# Every so many steps, tenants without a job are forgotten.
 _FORGET_EVERY = 1000
+
+# Prompt tokens in a step until the first prompt was timed, and at least beside streams that take all of the
+# step's time: prompts must advance.
+_PROBE_TOKENS = 16
+
+# The weight of the last step in the moving averages of step times.
+_SMOOTHING = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Most tokens in one step, how long it should last at most, and most requests that run at once: no more
-    than tokens, so that all go on.
+    """Limits of a step: tokens, the time that it should take, and requests that run at once. These are no
+    more than the tokens, so that every stream advances in every step.
     """
 
     max_batch_tokens: int
@@ -52,8 +59,41 @@ class Limits:
 
 
 @dataclass(slots=True)
+class Pacing:
+    """How many tokens the next step computes so that it takes about `max_seconds`, and `max_tokens` at most.
+
+    How long a token takes depends on model and device, and is measured.
+    """
+
+    max_tokens: int
+    max_seconds: float
+    _stream_seconds: float = 0.0
+    _prompt_token_seconds: float | None = None
+
+    def budget(self, num_streams: int) -> int:
+        """Tokens of the next step, including one for each stream."""
+        if self._prompt_token_seconds is None:
+            prompt = _PROBE_TOKENS
+        else:
+            left = self.max_seconds - self._stream_seconds * bool(num_streams)
+            prompt = int(left / max(self._prompt_token_seconds, 1e-9))
+        return min(self.max_tokens, num_streams + max(prompt, num_streams, _PROBE_TOKENS))
+
+    def record(self, num_streams: int, num_prompt_tokens: int, seconds: float) -> None:
+        """Take a step into the averages, unless its prompt is so short that its time says little."""
+        if not num_prompt_tokens:
+            self._stream_seconds += _SMOOTHING * (seconds - self._stream_seconds)
+        elif num_prompt_tokens >= _PROBE_TOKENS or self._prompt_token_seconds is None:
+            measured = max(seconds - self._stream_seconds * bool(num_streams), 0.0) / num_prompt_tokens
+            known = measured if self._prompt_token_seconds is None else self._prompt_token_seconds
+            self._prompt_token_seconds = known + _SMOOTHING * (measured - known)
+
+
+@dataclass(slots=True)
 class _Plan:
-    """A step in the making. Virtual tokens to compute get negative ids, the others their request's."""
+    """A step that is being planned. `prompts` are the residents whose virtual tokens it computes: these get
+    negative sequence ids, jobs their own.
+    """
 
     budget: int
     now: float = 0.0
@@ -68,7 +108,9 @@ class _Plan:
 
 
 class Scheduler:
-    """`weight` is a tenant's; `on_start` is told each request that leaves the queue, once."""
+    """Plans steps and applies their results. `weight` is a tenant's share; `on_dequeue` is called once with
+    each job that leaves the queue, because it starts or ends.
+    """
 
     def __init__(
         self,
@@ -79,7 +121,7 @@ class Scheduler:
         limits: Limits,
         block_size: int,
         weight: Callable[[str], float] = lambda _: 1.0,
-        on_start: Callable[[Job], None] = lambda _: None,
+        on_dequeue: Callable[[Job], None] = lambda _: None,
     ) -> None:
         self.pool = pool
         self.cache = cache
@@ -90,7 +132,7 @@ class Scheduler:
         self.allocation = Allocation(pool, cache, residency, block_size)
         self.pacing = Pacing(limits.max_batch_tokens, limits.max_step_seconds)
         self.num_preempted = 0
-        self._on_start = on_start
+        self._on_start = on_dequeue
         self._by_id: dict[int, Sequence] = {}
         self._plan = _Plan(budget=0)
 
@@ -99,18 +141,18 @@ class Scheduler:
         yield from self._by_id.values()
 
     def about(self, request_id: int) -> Mapping[str, object]:
-        """What log lines of a request say; nothing for one that has ended, or that is none."""
+        """The log fields of a job; none if it has ended or there is none with this id."""
         sequence = self._by_id.get(request_id)
         return sequence.job.about if sequence else {}
 
     def add(self, sequence: Sequence) -> None:
         self._by_id[sequence.job.request_id] = sequence
         self.waiting.add(sequence)
-        # Once more, for a prompt may have been pinned since.
+        # Checked again: since the job was submitted, pages may have been pinned.
         self._fail_where_too_large(sequence)
 
     def schedule(self, now: float) -> Step | None:
-        """Plan the next step; None when nothing can be computed now. `now` is compared with deadlines."""
+        """Plan the next step; None if nothing can be computed. `now` is compared with deadlines."""
         self.pool.tick()
         self.num_preempted = self.residency.num_evicted = 0
         if not self._by_id:
@@ -123,38 +165,38 @@ class Scheduler:
         self._plan = plan = _Plan(self.pacing.budget(len(streams)), now, len(streams))
         for sequence in streams:
             self._compute(sequence, plan)
-        has_room = self.residency.fill_pinned()
-        self._compute_prompts(plan)
-        self._compute_or_start(plan, passing=has_room)
+        has_room = self.residency.load_pinned()
+        self._compute_virtual_tokens(plan)
+        self._compute_or_start(plan, may_start=has_room)
         if not plan.sequences:
             return None
         return Step(sequences=tuple(plan.sequences), copies=tuple(plan.copies))
 
     def update(self, step: Step, result: StepResult, seconds: float) -> None:
-        """Take in what a step computed: keep whole blocks, hand tokens on, end what has ended. It took so
-        many seconds.
+        """Apply the result of a step, which took `seconds`: cache whole blocks, emit tokens, end what has
+        ended.
         """
         plan = self._plan
-        self.pacing.measured(plan.num_streams, step.num_tokens - plan.num_streams, seconds)
+        self.pacing.record(plan.num_streams, step.num_tokens - plan.num_streams, seconds)
         for part in step.sequences:
             if part.sequence_id in plan.prompts:
-                self._update_prompt(plan.prompts[part.sequence_id], part, result)
+                self._update_virtual_tokens(plan.prompts[part.sequence_id], part, result)
             else:
                 self._update_sequence(self._by_id[part.sequence_id], part, result)
 
     def cancel(self, request_id: int) -> None:
-        """End a request without another word; one that has ended already is left alone."""
+        """End a job with CANCELLED; nothing happens if it has ended."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
             self._end(sequence, Output(finish_reason=FinishReason.CANCELLED))
 
     def drop(self, revision: str) -> None:
-        """No request will name this revision again, and no prompt stays pinned for it."""
+        """Free a revision that no new request names, and unpin its prompts."""
         self.allocation.drop(revision)
         self.residency.drop(revision)
 
     def pin_adapters(self, name: str, specs: tuple[AdapterSpec, ...]) -> None:
-        """Keep adapters in the arena, see `Residency.pin`. Who finds no room beside them any more is told."""
+        """Keep adapters in the arena, see `Residency.pin`. Jobs that no longer fit beside them fail."""
         self.residency.pin(name, specs)
         for sequence in list(self._by_id.values()):
             self._fail_where_too_large(sequence)
@@ -163,7 +205,7 @@ class Scheduler:
         self._end(sequence, Output(finish_reason=FinishReason.FAILED, error=error))
 
     def check_integrity(self) -> None:
-        """Prove that every page is where the books say; see `PagePool.check_integrity`."""
+        """Check the page counts, see `PagePool.check_integrity`, and who uses which adapter."""
         holders = [*self.running, *self.allocation.pinned_prompts]
         held = [page for sequence in holders for page in sequence.block_table]
         held += [page for resident in self.residency for page in resident.pages]
@@ -190,15 +232,15 @@ class Scheduler:
                 self.fail(sequence, DeadlineError("the deadline passed before the request finished"))
 
     def _grow(self) -> None:
-        """Give every running sequence the page of its next token, at the cost of others if need be."""
+        """Allocate the page of every running sequence's next token, and preempt others if pages run out."""
         for sequence in list(self.running):
             while self.allocation.needs_page(sequence) and not self.allocation.grow(sequence):
                 self._preempt(self._victim())
 
     def _victim(self) -> Sequence:
-        """Who gives way: whoever did so least often, of those the tenant that was given most, and of its
-        requests the one with the least to compute again. As every page that is taken from somebody stands
-        for a token that somebody generated, requests do not take pages from each other for ever.
+        """The sequence to preempt: of those that were preempted least often, of the tenant with the highest
+        counter, the one with the fewest tokens to compute again. Every preemption pays for a token that is
+        generated, so sequences do not preempt each other for ever.
         """
         return min(
             self.running,
@@ -211,7 +253,9 @@ class Scheduler:
         )
 
     def _compute(self, sequence: Sequence, plan: _Plan) -> None:
-        """Let the sequence have what is left of the budget, and its tenant pay for what is new."""
+        """Add as many of the sequence's tokens as the budget allows, and charge its tenant for those that it
+        was not charged for before.
+        """
         part = sequence.step(min(sequence.num_remaining, plan.budget))
         plan.add(part)
         end = part.start + len(part.token_ids)
@@ -220,13 +264,13 @@ class Scheduler:
         sequence.num_charged = max(sequence.num_charged, end)
         self.waiting.charge(sequence.tenant, cost)
 
-    def _compute_prompts(self, plan: _Plan) -> None:
-        """Compute the virtual tokens of adapters that bring embeddings, into the adapter's own pages."""
+    def _compute_virtual_tokens(self, plan: _Plan) -> None:
+        """Add virtual tokens that are embeddings: their keys and values go to the adapter's own pages."""
         for resident in self.residency.to_compute():
             count = min(resident.spec.num_virtual_tokens - resident.num_virtual_computed, plan.budget)
             if not count:
                 break
-            resident.needed = resident.last_used = self.pool.clock
+            resident.last_requested = resident.last_used = self.pool.clock
             sequence_id = -1 - len(plan.prompts)
             plan.prompts[sequence_id] = resident
             plan.add(
@@ -239,9 +283,10 @@ class Scheduler:
                 )
             )
 
-    def _compute_or_start(self, plan: _Plan, *, passing: bool) -> None:
-        """Go on with prompts and start requests, in the fair order of both, until one that cannot start may
-        not be passed. Once nobody can start, fetch the adapters of those who will be next.
+    def _compute_or_start(self, plan: _Plan, *, may_start: bool) -> None:
+        """Continue prompts and start waiting sequences, in the fair order of both. `may_start` becomes False
+        at a sequence that others must not overtake. If none can start because the step or the batch is full,
+        load the adapters of the next ones.
         """
         prompts = [sequence for sequence in self.running if sequence.num_remaining > 1]
         num_prompts, num_seen, num_ahead = len(prompts), 0, 0
@@ -250,29 +295,30 @@ class Scheduler:
                 num_prompts -= 1
                 if plan.budget:
                     self._compute(sequence, plan)
-            elif passing:
+            elif may_start:
                 full = not plan.budget or len(self.running) >= self.limits.max_batch_requests
-                passing = self._start(sequence, plan, first=not num_seen, full=full)
+                may_start = self._start(sequence, plan, first=not num_seen, full=full)
                 num_seen, num_ahead = num_seen + 1, num_ahead + full
-                passing &= num_ahead < _PREFETCHED
-                passing &= num_seen < _LOOKED_AT * self.limits.max_batch_requests
-            if not passing and not num_prompts:
+                may_start &= num_ahead < _MAX_PREFETCHED
+                may_start &= num_seen < _EXAMINED_PER_SLOT * self.limits.max_batch_requests
+            if not may_start and not num_prompts:
                 break
 
     def _start(self, sequence: Sequence, plan: _Plan, *, first: bool, full: bool) -> bool:
-        """Start a sequence if it can be, or have its adapter brought. False where nobody may pass it: where
-        there are no pages for it, or a long prompt would wait for ever; and where the first of all loses its
-        adapter again while it waits, or it would wait as long.
+        """Start a sequence, or load its adapters. False if no other sequence may overtake it.
+
+        That is so if there are too few pages for it, or long prompts would starve; and if the `first` of all
+        lost its adapters again while it waited, or it would starve for the same reason.
         """
         lost = next((resident.error for resident in sequence.awaited if resident.error), None)
         if lost:
-            self.fail(sequence, AdapterUnavailableError(f"the adapter could not be made resident: {lost}"))
+            self.fail(sequence, AdapterUnavailableError(f"the adapter failed to load: {lost}; try again"))
             return True
         specs = [use.spec for use in sequence.job.adapters]
         residents = self.residency.ensure_all(specs, sequence.tenant)
         if isinstance(residents, Absence):
             if residents is Absence.QUOTA:
-                # It may have become less than it was.
+                # The quota may have been lowered since the request was checked.
                 self._fail_where_too_large(sequence)
             return residents is not Absence.NO_ROOM
         times = sequence.job.times
@@ -284,7 +330,7 @@ class Scheduler:
         times.found_adapters(plan.now)
         if full:
             return True
-        copies = self.allocation.take(sequence, residents)
+        copies = self.allocation.allocate(sequence, residents)
         if copies is None:
             return False
         plan.copies += copies
@@ -296,11 +342,11 @@ class Scheduler:
         return True
 
     def _leave_queue(self, sequence: Sequence) -> None:
-        if not sequence.started:
-            sequence.started = True
+        if not sequence.dequeued:
+            sequence.dequeued = True
             self._on_start(sequence.job)
 
-    def _update_prompt(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
+    def _update_virtual_tokens(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
         if error is not None:
             self.residency.fail(resident, str(error))
@@ -310,10 +356,10 @@ class Scheduler:
     def _update_sequence(self, sequence: Sequence, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)
         if error is not None:
-            self.allocation.forget(sequence)
+            self.allocation.invalidate(sequence)
             self.fail(sequence, error)
             return
-        self.allocation.keep(sequence, len(part.token_ids))
+        self.allocation.commit(sequence, len(part.token_ids))
         if sequence.num_remaining:
             return
         match sequence.job:
@@ -332,7 +378,7 @@ class Scheduler:
         output = Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
         if reason:
             self._end(sequence, output)
-        elif not request.tell(output):
+        elif not request.emit(output):
             self._remove(sequence)
 
     def _pin_prompt(self, sequence: Sequence) -> None:
@@ -343,10 +389,10 @@ class Scheduler:
             return
         del self._by_id[sequence.job.request_id]
         self.running.remove(sequence)
-        sequence.job.tell(Output(finish_reason=FinishReason.PINNED, cached_tokens=sequence.num_cached or 0))
+        sequence.job.emit(Output(finish_reason=FinishReason.PINNED, cached_tokens=sequence.num_cached or 0))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's pages; its tokens stay, and are computed again when there is room."""
+        """Release a running sequence's pages. Its tokens are computed again when there is room."""
         self.num_preempted += 1
         sequence.num_preempted += 1
         self.allocation.release(sequence)
@@ -360,7 +406,7 @@ class Scheduler:
         try:
             self._remove(sequence)
         finally:
-            sequence.job.tell(output)
+            sequence.job.emit(output)
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.job.request_id]

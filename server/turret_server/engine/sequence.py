@@ -11,26 +11,27 @@ from turret_server.engine.request import PromptPin, Request, SamplingParams
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
-# How the token after a prompt pin is sampled. Nobody gets it, but the sampler fails where logits are not
+# For the token after a pinned prompt. The token is not used, but the sampler fails if the logits are not
 # finite, and such keys and values must not be pinned.
 _PROBE = SamplingParams(max_tokens=1)
 
-# A position that no context reaches.
+# Beyond every position.
 NEVER = 2**62
 
-# A request stands in its tenant's queue as if it had come so much earlier for each step of priority. So a
-# more important one passes those that came a while before it, and nobody is passed for ever.
+# In its tenant's queue, a job counts as having arrived so much earlier for each unit of priority: it
+# overtakes those that arrived shortly before it, and none is overtaken for ever.
 HEAD_START_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` are an adapter's virtual tokens, the prompt and what was generated.
+    """`tokens` are an adapter's virtual tokens, the prompt, and the generated tokens.
 
-    The keys and values of the first `num_computed` of them are in the pages of `block_table`. The adapters'
-    rows apply from position `active_from` on. `awaited` are the residences that it last waited for. `order`
-    is its place among its tenant's: the lowest is served first. The tenant was charged for the first
-    `num_charged` tokens.
+    The keys and values of the first `num_computed` tokens are in the pages of `block_table`. The adapters'
+    rows apply from position `active_from` on. `residents` are its adapters while it runs, `awaited` those
+    that it last waited for. Of a tenant's sequences, the one with the lowest `order` is served first. The
+    tenant was charged for the first `num_charged` tokens. `dequeued` is True once the job has left the queue
+    for the first time; a preempted sequence does not count as queued.
     """
 
     job: Request | PromptPin
@@ -44,7 +45,7 @@ class Sequence:
     num_cached: int | None = None
     num_charged: int = 0
     num_preempted: int = 0
-    started: bool = False
+    dequeued: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
@@ -69,7 +70,7 @@ class Sequence:
 
     @property
     def num_prompt(self) -> int:
-        """Virtual tokens and those of the prompt."""
+        """Virtual tokens and tokens of the prompt."""
         return self.num_virtual + len(self.job.prompt_token_ids)
 
     @property
@@ -84,8 +85,8 @@ class Sequence:
     def keys(self, count: int, block_size: int) -> list[bytes]:
         """Prefix-cache keys of the first `count` blocks, all of which must be whole.
 
-        The chain begins as the base's; the block in which the adapters' rows begin to apply, or their
-        prefix stands, and all after it are theirs alone.
+        Blocks before the one in which the adapters begin to apply have the keys of the base model, so that
+        they are shared with it; with virtual tokens, there are none.
         """
         for index in range(len(self._keys), count):
             parent = self._keys[-1] if index else self._root
@@ -97,14 +98,14 @@ class Sequence:
 
     @property
     def _root(self) -> bytes:
-        """Where the chain begins. A salt is hashed, so that it cannot be chosen to look like a revision."""
+        """The start of the chain. The salt is hashed: a client could choose one that equals a revision."""
         salt = self.job.cache_salt.encode()
         return hashlib.blake2b(salt, digest_size=16).digest() if salt else b""
 
     @property
     def _salt(self) -> bytes:
-        """What sets blocks apart that adapters change. Where the rows begin to apply is part of it: the same
-        tokens may be a prompt, which activates, or an answer, which does not.
+        """Tells blocks apart that adapters change. It includes the position from which the rows apply: the
+        same tokens activate a LoRA in a prompt, but not if they were generated.
         """
         if not self.job.adapters:
             return b""
@@ -128,8 +129,8 @@ class Sequence:
 
 
 def _active_from(spec: AdapterSpec, tokens: list[int]) -> int:
-    """Where an adapter's rows begin to apply: at the last place where its invocation tokens stand, beyond
-    every position without them, and at 0 where it needs none (activated LoRA, arXiv 2504.12397).
+    """The position from which an adapter's rows apply: that of the last occurrence of its invocation tokens,
+    `NEVER` if there is none, and 0 if the adapter has no such tokens (activated LoRA, arXiv 2504.12397).
     """
     wanted = list(spec.invocation_tokens)
     if not wanted:

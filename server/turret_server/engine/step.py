@@ -1,4 +1,4 @@
-"""What crosses between the engine and the model: a step goes down, its result comes back."""
+"""The interface between engine and model: steps and their results, as plain data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from turret_server.engine.request import SamplingParams
 from turret_server.errors import TurretError
 
-# Stands for a virtual token of the sequence's adapter; its index is its position.
+# Placeholder for a virtual token of the sequence's adapter; its index there is its position.
 VIRTUAL_TOKEN = -1
 
 
@@ -16,10 +16,10 @@ VIRTUAL_TOKEN = -1
 class SequenceStep:
     """The tokens that one sequence computes in one step.
 
-    `start` is the position of the first. Position p lies in page `block_table[p // block_size]`.
-    `adapters` are the revisions whose rows apply from position `active_from` on, each with its weight.
-    `prompt` is the revision whose embeddings virtual tokens take.
-    `sampling` is None where no token is sampled after the last one.
+    `start` is the position of the first. Position p is in page `block_table[p // block_size]`.
+    `adapters` are the revisions whose rows apply from position `active_from` on, and their weights.
+    `prompt` is the revision whose embeddings replace virtual tokens.
+    `sampling` is None if no token is sampled after the last one.
     """
 
     sequence_id: int
@@ -41,7 +41,7 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """`copies` come first: pages that several sequences share are copied before one of them writes."""
+    """The page copies are made before the sequences are computed, since these write to the copies."""
 
     sequences: tuple[SequenceStep, ...]
     copies: tuple[PageCopy, ...] = ()
@@ -53,11 +53,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """The sampled token of every sequence that asked for one, or why it has none."""
+    """The token of every sequence that samples one, or its error."""
 
     token_ids: Mapping[int, int]
     errors: Mapping[int, TurretError] = field(default_factory=dict)
 
 
 class DeviceLostError(Exception):
-    """The device computes nothing any more, whatever it is asked; a new process may do better."""
+    """The device fails every step from now on; only a new process can use it again."""

@@ -131,7 +131,7 @@ class ModelRunner:
             return StepResult(token_ids={})
         return self._sampler.sample(logits_SV, batch.sampled)
 
-    def place(
+    def copy_to_device(
         self,
         spec: AdapterSpec,
         slab_pages: tuple[int, ...],

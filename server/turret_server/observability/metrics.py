@@ -75,7 +75,7 @@ class EngineMetrics:
             "Steps that failed as a whole, and parts of them that failed when computed again.",
             registry=registry,
         )
-        self._filling = Gauge(
+        self._loading = Gauge(
             "turret_filling_adapters", "Adapters on their way into the arena.", registry=registry
         )
         self._pages = Gauge("turret_arena_pages", "Pages by owner.", ["owner"], registry=registry)
@@ -90,7 +90,7 @@ class EngineMetrics:
         self._waiting.set(stats.num_waiting)
         self._preemptions.inc(stats.num_preempted)
         self._evictions.inc(stats.num_evicted)
-        self._filling.set(stats.num_filling)
+        self._loading.set(stats.num_loading)
         self._failures.inc(stats.num_failures)
         for owner, count in stats.pages.items():
             self._pages.labels(owner).set(count)

@@ -54,7 +54,7 @@ class World:
 
     def steps(self, count: int = 12) -> None:
         for _ in range(count):
-            self.engine.turn()
+            self.engine.step()
 
 
 def finishes(world: World) -> None:

@@ -301,7 +301,7 @@ def test_a_sink_that_raises_ends_its_own_request_only(served, caplog):
     served.wait(run)
     assert run.end is FinishReason.LENGTH
     assert len(deaf.outputs) == 1
-    assert "its sink failed" in caplog.text
+    assert f"the sink of request {deaf.job.request_id} failed" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["stats", "schedule", "update", "command"])
@@ -318,7 +318,7 @@ def test_an_engine_that_fails_ends_every_request_and_refuses_more(served, where,
         case "stats":
             served.on_stats = fail
         case "command":
-            monkeypatch.setattr(scheduler.residency.memory, "place", fail)
+            monkeypatch.setattr(scheduler.residency.memory, "copy_to_device", fail)
             served.engine.prefetch(LORA)
         case _:
             # The scheduler has slots.

@@ -349,7 +349,7 @@ def test_a_copy_that_fails_fails_those_who_wait_for_it_and_nobody_else():
     others = [simulation.submit([1]), simulation.submit([1], OTHER)]
     simulation.step()
     simulation.device.complete(error="no memory")
-    simulation.take_in()
+    simulation.drain_inbox()
     later = simulation.submit([3], LORA)
     simulation.finish()
     for run in waiting:
@@ -541,7 +541,7 @@ def test_a_sink_that_raises_ends_its_request_and_nobody_elses(good, caplog):
     steps_until_idle(simulation)
     assert len(told) == good + 1
     assert finished(other)
-    assert "its sink failed" in caplog.text
+    assert f"the sink of request {run.job.request_id} failed" in caplog.text
     simulation.check_nothing_is_left()
 
 
@@ -556,7 +556,7 @@ def test_a_sink_that_raises_at_the_end_holds_nothing_up(caplog):
     simulation.add(run)
     for sequence in list(simulation.scheduler.sequences):
         simulation.scheduler.fail(sequence, ShuttingDownError("stop"))
-    assert "its sink failed" in caplog.text
+    assert f"the sink of request {run.job.request_id} failed" in caplog.text
     simulation.check_nothing_is_left()
 
 

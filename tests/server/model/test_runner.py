@@ -32,6 +32,6 @@ def test_one_that_was_replaced_before_its_copy_began_is_no_error(parts, caplog):
     parts.lifecycle.unload("poet")
     told: queue.Queue[str | None] = queue.Queue()
     with caplog.at_level(logging.WARNING):
-        parts.engine._scheduler.residency.memory.place(spec, (), (), told.put)
+        parts.engine._scheduler.residency.memory.copy_to_device(spec, (), (), told.put)
         assert told.get(timeout=60) == "nobody needs it any more"
     assert caplog.records == []

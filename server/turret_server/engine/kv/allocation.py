@@ -1,4 +1,4 @@
-"""Pages of sequences: what one takes to start and to grow, what is kept of it, what is pinned."""
+"""The pages of sequences: how many they need, what they share, what stays pinned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import PageCopy
 from turret_server.errors import AdapterTooLargeError, QuotaExceededError, RequestTooLargeError
 
-# Prompts and adapters that are pinned must leave room for requests.
-_MOST_PINNED = 0.5
+# The share of the arena that pinned prompts and adapters may take; the rest is for requests.
+_MAX_PINNED_SHARE = 0.5
 
 
 class Allocation:
-    """Gives sequences the pages of their keys and values, sharing those that are there already.
+    """Gives sequences the pages of their keys and values, and shares blocks that are computed already.
 
     A pinned prompt is a sequence that has ended and keeps its whole blocks and its adapters.
     """
@@ -28,6 +28,7 @@ class Allocation:
         self._cache = cache
         self._residency = residency
         self._block_size = block_size
+        # By request id.
         self._pinned: dict[int, Sequence] = {}
 
     @property
@@ -49,81 +50,83 @@ class Allocation:
         return request_id in self._pinned
 
     def num_pages(self, sequence: Sequence) -> int:
-        """Pages that the sequence and its adapters take when its last token is generated.
+        """The most pages that the sequence and its adapters take: when its last token is sampled.
 
-        That token is computed no more, and whole pages of the adapter's prefix are the sequence's as well.
+        That token is not computed. Whole pages of a prefix are shared, and count once, as the adapter's.
         """
         num_tokens = sequence.num_prompt + max(sequence.job.max_tokens - 1, 0)
         num_pages = -(-num_tokens // self._block_size) - sequence.num_virtual // self._block_size
         return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.job.adapters)
 
     def check_fits(self, sequence: Sequence) -> None:
-        """See that the sequence could run, were it alone.
+        """Check that the sequence could run if it were alone.
 
         Raises:
-            RequestTooLargeError: it takes more pages than there are beside pinned prompts and adapters.
-            QuotaExceededError: its adapters take more pages than its tenant may have for them.
+            RequestTooLargeError: it needs more pages than the arena has beside pinned prompts and adapters.
+            QuotaExceededError: its adapters need more pages than its tenant may have.
         """
         self._check_quota(sequence)
         needed, pinned, available = self._room(sequence)
         if needed + pinned > available:
             beside = f", of which pinned prompts and adapters take {pinned}" if pinned else ""
             raise RequestTooLargeError(
-                f"prompt, tokens to generate and adapter take {needed} pages, but the arena has {available}"
-                f"{beside}; ask for fewer tokens{', unpin a prompt' * bool(pinned)} or start the server with "
-                "more --memory",
+                f"the request needs {needed} pages for its prompt, max_tokens and adapters, and the arena "
+                f"has {available}{beside}; lower max_tokens, shorten the prompt"
+                f"{', unpin a prompt' * bool(pinned)} or start the server with more --memory",
                 needed_pages=needed,
                 arena_pages=available,
                 pinned_pages=pinned,
             )
 
     def check_pin_prompt(self, sequence: Sequence) -> None:
-        """See that the prompt could be pinned, were nobody else there.
+        """Check that the prompt could be pinned if no request ran.
 
         Raises:
-            RequestTooLargeError: it would leave too little for requests.
-            QuotaExceededError: its adapters take more pages than its tenant may have for them.
+            RequestTooLargeError: pinned prompts and adapters would take more than their share of the arena.
+            QuotaExceededError: its adapters need more pages than its tenant may have.
         """
         self._check_quota(sequence)
         needed, pinned, available = self._room(sequence)
-        if needed + pinned > available * _MOST_PINNED:
+        most = int(available * _MAX_PINNED_SHARE)
+        if needed + pinned > most:
             raise RequestTooLargeError(
-                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
-                f"{available} pages; this one takes {needed} with its adapters and others take {pinned}; "
-                "unpin one or start the server with more --memory",
+                f"pinned prompts and adapters may take {most} of the arena's {available} pages; this prompt "
+                f"and its adapters need {needed} and others take {pinned}; unpin a prompt or start the "
+                "server with more --memory",
                 needed_pages=needed,
                 arena_pages=available,
                 pinned_pages=pinned,
             )
 
     def check_pin_adapters(self, name: str, specs: Iterable[AdapterSpec]) -> None:
-        """See that adapters can be pinned under a name, in place of what is now.
+        """Check that adapters can be pinned under a name, instead of those that are pinned under it.
 
         Raises:
-            AdapterTooLargeError: they would leave too little for requests.
+            AdapterTooLargeError: pinned prompts and adapters would take more than their share of the arena.
         """
         needed, available = sum(map(self._residency.num_pages, specs)), self._pool.num_pages
         own = {spec.revision for spec in specs}
         pinned = self._num_pinned_beside(own, self._residency.pinned(but=name))
-        if needed + pinned > available * _MOST_PINNED:
+        most = int(available * _MAX_PINNED_SHARE)
+        if needed + pinned > most:
             raise AdapterTooLargeError(
-                f"pinned prompts and adapters may take {int(available * _MOST_PINNED)} of the arena's "
-                f"{available} pages; {name!r} takes {needed} and others take {pinned}; pin fewer or start "
-                "the server with more --memory",
+                f"pinned prompts and adapters may take {most} of the arena's {available} pages; adapter "
+                f"{name!r} needs {needed} and others take {pinned}; pin fewer or start the server with more "
+                "--memory",
                 adapter_pages=needed,
                 arena_pages=available,
                 pinned_pages=pinned,
             )
 
-    def take(self, sequence: Sequence, residents: tuple[Resident, ...]) -> list[PageCopy] | None:
-        """Share the adapters' prefix and cached blocks, and take pages for the rest of the tokens.
+    def allocate(self, sequence: Sequence, residents: tuple[Resident, ...]) -> list[PageCopy] | None:
+        """Share the adapters' prefix and cached blocks, and allocate pages for the other tokens.
 
         Returns:
-            The copies that have to be made first; None when there are too few pages.
+            The page copies that the next step must make first; None if there are too few pages.
         """
         num_virtual = sequence.num_virtual
         whole = num_virtual // self._block_size
-        # The last token is always computed, for its logits.
+        # The last token is computed in any case: its logits are needed.
         keys = sequence.keys((len(sequence.tokens) - 1) // self._block_size, self._block_size)
         cached = self._cache.match(keys[whole:])
         prefix = [page for resident in residents for page in resident.prefix_pages]
@@ -132,7 +135,7 @@ class Allocation:
         pages = self._pool.allocate(missing)
         if pages is None:
             self._pool.release(cached)
-            self._cache.given_back(keys[whole : whole + len(cached)])
+            self._cache.mark_released(keys[whole : whole + len(cached)])
             return None
         self._pool.share(shared)
         sequence.block_table = [*shared, *cached, *pages]
@@ -147,18 +150,18 @@ class Allocation:
         return []
 
     def needs_page(self, sequence: Sequence) -> bool:
-        """Whether the next token of a sequence that runs has no place."""
+        """Whether a running sequence has no page for its next token."""
         table = sequence.block_table
         return bool(table) and len(table) * self._block_size < len(sequence.tokens)
 
     def grow(self, sequence: Sequence) -> bool:
-        """Give it one page more; False when there is none."""
+        """Allocate one more page; False if there is none."""
         pages = self._pool.allocate(1)
         sequence.block_table += pages or []
         return pages is not None
 
-    def keep(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count `num_tokens` as computed and offer the blocks that became whole to the cache."""
+    def commit(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count `num_tokens` more as computed, and put the blocks that became whole into the cache."""
         before = max(sequence.num_computed, sequence.num_virtual) // self._block_size
         sequence.num_computed += num_tokens
         after = sequence.num_computed // self._block_size
@@ -166,15 +169,17 @@ class Allocation:
         for index in range(before, after):
             self._cache.insert(keys[index], sequence.block_table[index])
 
-    def forget(self, sequence: Sequence) -> None:
-        """What was computed of it may be wrong: nobody is to find it in the cache from now on."""
+    def invalidate(self, sequence: Sequence) -> None:
+        """Remove the sequence's blocks from the cache, as they may be wrong."""
         whole = sequence.num_virtual // self._block_size
-        self._cache.forget(sequence.keys(sequence.num_computed // self._block_size, self._block_size)[whole:])
+        self._cache.invalidate(
+            sequence.keys(sequence.num_computed // self._block_size, self._block_size)[whole:]
+        )
 
     def release(self, sequence: Sequence) -> None:
-        """Give pages and adapters back; what the prefix cache keeps of them can be found again."""
+        """Release pages and adapters. Cached blocks can be found again until they are evicted."""
         self._pool.release(sequence.block_table)
-        self._cache.given_back(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
+        self._cache.mark_released(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
         sequence.block_table = []
         sequence.num_computed = 0
         for resident in sequence.residents:
@@ -182,11 +187,12 @@ class Allocation:
         sequence.residents = ()
 
     def pin_prompt(self, sequence: Sequence, beside: Iterable[Sequence]) -> None:
-        """Keep the whole blocks of a prompt that was computed, and its adapters, until it is unpinned.
+        """Keep the whole blocks of a computed prompt, and its adapters, until it is unpinned.
 
         Raises:
-            RequestTooLargeError: there is no room for it, or none left for those `beside` it.
-            QuotaExceededError: the same of what its tenant may have.
+            RequestTooLargeError: there is too little room for it, or it leaves too little for one of the
+                sequences `beside` it.
+            QuotaExceededError: the same, for the pages that a tenant's adapters may take.
         """
         self.check_pin_prompt(sequence)
         request_id = sequence.job.request_id
@@ -201,7 +207,8 @@ class Allocation:
         whole = sequence.num_virtual // self._block_size
         count = sequence.num_prompt // self._block_size
         keys = sequence.keys(count, self._block_size)[whole:]
-        # Those of the cache, where others computed the same at the same time; its own where those are gone.
+        # If another sequence computed the same blocks at the same time, the cache may have its pages: those
+        # are kept. If they were evicted since, the sequence's own are inserted.
         for key, page in zip(keys, sequence.block_table[whole:count], strict=True):
             self._cache.insert(key, page)
         cached = self._cache.match(keys)
@@ -210,13 +217,13 @@ class Allocation:
         sequence.num_computed = count * self._block_size
 
     def unpin_prompt(self, request_id: int) -> None:
-        """Let a prompt go like any other; one that is not pinned is left alone."""
+        """Make a pinned prompt evictable; nothing happens if it is not pinned."""
         sequence = self._pinned.pop(request_id, None)
         if sequence is not None:
             self.release(sequence)
 
     def drop(self, revision: str) -> None:
-        """Unpin the prompts of an adapter's revision that nobody will name again."""
+        """Unpin the prompts of a revision that no new request names."""
         for request_id, sequence in list(self._pinned.items()):
             if any(use.spec.revision == revision for use in sequence.job.adapters):
                 self.unpin_prompt(request_id)
@@ -231,34 +238,35 @@ class Allocation:
         most = self._residency.max_pages(sequence.tenant)
         if most is None:
             return
-        everybodys = {spec.revision for spec in self._residency.pinned()}
+        # Pinned adapters count against no tenant.
+        shared = {spec.revision for spec in self._residency.pinned()}
         specs = {use.spec.revision: use.spec for use in sequence.job.adapters}
         own = {
             revision: self._residency.num_pages(spec)
             for revision, spec in specs.items()
-            if revision not in everybodys
+            if revision not in shared
         }
         pinned = {
             resident.spec.revision: resident.num_pages
             for other in list(self._pinned.values())
             if other.tenant == sequence.tenant
             for resident in other.residents
-            if resident.spec.revision not in specs.keys() | everybodys
+            if resident.spec.revision not in specs.keys() | shared
         }
         if own and sum(own.values()) + sum(pinned.values()) > most:
             raise QuotaExceededError(
-                f"the request's adapters take {sum(own.values())} pages of the arena and those of pinned "
-                f"prompts {sum(pinned.values())}, and adapters of tenant {sequence.tenant!r} may have "
-                f"{most}; name fewer or smaller ones, or unpin a prompt",
+                f"the adapters of tenant {sequence.tenant!r} may take {most} pages of the arena; those of "
+                f"this request need {sum(own.values())}, and those of its pinned prompts take "
+                f"{sum(pinned.values())}; use fewer or smaller adapters, or unpin a prompt",
                 tenant=sequence.tenant,
                 quota="max_device_bytes",
             )
 
     def _num_pinned_beside(self, own: Collection[str], adapters: Iterable[AdapterSpec]) -> int:
-        """Pages of these pinned adapters, and of pinned prompts with theirs, without those of own revisions.
-
-        Other threads ask as well, while the engine's pins and unpins.
+        """Pages of these pinned adapters, and of pinned prompts with their adapters, without the adapters of
+        `own` revisions. No page counts twice.
         """
+        # A copy, as other threads check requests while the engine's thread pins and unpins.
         pinned = list(self._pinned.values())
         pages = {page for sequence in pinned for page in sequence.block_table}
         for sequence in pinned:

@@ -1,7 +1,7 @@
-"""The arena's pages: who holds which, and proof that none is lost.
+"""The arena's pages: how many holders each has, and a check that none is lost.
 
-A page is free or has holders; a holder is whoever has it in a list (a sequence's block table, the prefix
-cache, an adapter). The pool counts holders and knows nothing else of them.
+A page is free or has holders. A holder is a list that has it: a sequence's block table, the prefix cache, an
+adapter. The pool counts holders and does not know them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Reclaimer(Protocol):
-    """Keeps pages that nobody needs now, and gives them up when pages run out."""
+    """Keeps pages that are not in use, and frees them when pages run out."""
 
     @property
     def num_idle(self) -> int:
@@ -20,16 +20,14 @@ class Reclaimer(Protocol):
 
     @property
     def oldest(self) -> float:
-        """When that which it would evict next was last used, in ticks of the pool, or as if it were; infinity
-        where nothing is idle.
-        """
+        """The tick at which the pages that it evicts next were last used; infinity if none is idle."""
 
     def evict(self) -> int:
-        """Free the pages of what is to go first, and say how many they were."""
+        """Free the pages that are evicted next, and return their number."""
 
 
 class PagePool:
-    """`num_pages` pages of the arena, handed out by number. `clock` counts the engine's steps."""
+    """`num_pages` pages of the arena, identified by number. `clock` counts the engine's steps."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -43,15 +41,14 @@ class PagePool:
         return len(self._free)
 
     def tick(self) -> None:
-        """A step begins: what is used from here on is newer than all before."""
+        """Begin a step: what is used from here on is newer than everything before."""
         self.clock += 1
 
     def add_reclaimer(self, reclaimer: Reclaimer) -> None:
-        """Ask it for pages when they run out."""
         self._reclaimers.append(reclaimer)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Take `count` free pages, or None (and take none) when even reclaiming would not free so many."""
+        """Take `count` pages, evicting if needed; None, and nothing is evicted, if that frees too few."""
         if not self._reclaim(count - len(self._free)):
             return None
         pages = [self._free.pop() for _ in range(count)]
@@ -77,7 +74,7 @@ class PagePool:
         return self._holders[page]
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Prove that `held`, the pages in every holder's lists, is what the pool counts.
+        """Check that `held`, the pages in all holders' lists, matches the pool's counts.
 
         Raises:
             AssertionError: a page leaked, was freed while held, or is free twice.
@@ -90,9 +87,7 @@ class PagePool:
         assert len(self._free) + len(counted) == self.num_pages, "free and held pages do not add up"
 
     def _reclaim(self, missing: int) -> bool:
-        """Free so many pages more, what was used longest ago first, or none if there are not so many: what
-        is kept is worth something.
-        """
+        """Evict the least recently used until `missing` more pages are free; nothing if there are too few."""
         num_idle = 0
         for reclaimer in self._reclaimers:
             if num_idle < missing:

@@ -1,7 +1,7 @@
-"""Blocks of keys and values that outlive their request, found again by what they were computed from.
+"""The prefix cache: blocks of keys and values that outlive their sequence, found again by their content.
 
-A block's key chains the key of the block before it with its own tokens, and the chain starts from the
-adapter's revision: equal keys mean equal keys and values (vLLM's automatic prefix caching, salted).
+A block's key hashes the key of the previous block and the block's own tokens; the chain is salted with the
+adapters' revisions. Equal keys mean equal keys and values (vLLM's automatic prefix caching).
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from turret_server.engine.kv.pages import PagePool
 
 
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a whole block of `token_ids` that follows the block with the key `parent`."""
+    """The key of a whole block of `token_ids` after the block with the key `parent`."""
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
 class PrefixCache:
-    """Holds one count of every page in it; gives up the least recently used that nobody else holds.
+    """Holds one count of each of its pages, and evicts the least recently used that has no other holder.
 
-    Users give a chain back from its end, so the end of a chain is always older than its start and
-    goes first.
+    Sequences release a chain from its end, so that the end is evicted before the start.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._pages: dict[bytes, int] = {}
-        # When the pages that only the cache holds were given back, by key, the earliest first.
+        # Keys of the pages without another holder, and the tick of their release, the earliest first.
         self._idle: dict[bytes, int] = {}
         pool.add_reclaimer(self)
 
@@ -39,7 +38,7 @@ class PrefixCache:
 
     @property
     def num_idle(self) -> int:
-        """Pages that only the cache holds."""
+        """Pages without another holder."""
         return len(self._idle)
 
     @property
@@ -47,7 +46,7 @@ class PrefixCache:
         return next(iter(self._idle.values()), math.inf)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest cached run of `keys` from its start, now also held by the caller."""
+        """The pages of the longest cached run of `keys` from its start. The caller holds them, too, now."""
         pages = []
         for key in keys:
             page = self._pages.get(key)
@@ -59,21 +58,23 @@ class PrefixCache:
         return pages
 
     def insert(self, key: bytes, page: int) -> None:
-        """Keep a computed block that the caller holds; a key that is there already keeps its page."""
+        """Keep a computed block that the caller holds. A key that is cached already keeps its page."""
         if key not in self._pages:
             self._pool.share([page])
             self._pages[key] = page
 
-    def forget(self, keys: Sequence[bytes]) -> None:
-        """Find these blocks no more. Who holds their pages keeps them."""
+    def invalidate(self, keys: Sequence[bytes]) -> None:
+        """Remove blocks from the cache; other holders keep their pages."""
         for key in keys:
             page = self._pages.pop(key, None)
             if page is not None:
                 self._idle.pop(key, None)
                 self._pool.release([page])
 
-    def given_back(self, keys: Sequence[bytes]) -> None:
-        """A holder has released its pages of a chain: what nobody else holds was just used, its end first."""
+    def mark_released(self, keys: Sequence[bytes]) -> None:
+        """A holder of this chain has released its pages: those without another holder become idle, the end of
+        the chain first.
+        """
         for key in reversed(keys):
             page = self._pages.get(key)
             if page is not None and self._pool.num_holders(page) == 1:
@@ -81,17 +82,17 @@ class PrefixCache:
                 self._idle[key] = self._pool.clock
 
     def evict(self) -> int:
-        """Give the page back that was used longest ago of those that nobody else holds."""
+        """Free the least recently used idle page."""
         key = next(iter(self._idle))
         del self._idle[key]
         self._pool.release([self._pages.pop(key)])
         return 1
 
     def check_integrity(self) -> None:
-        """Prove that exactly the pages that nobody else holds count as idle.
+        """Check that exactly the pages without another holder are idle.
 
         Raises:
-            AssertionError: one could never be evicted, or could be while somebody reads it.
+            AssertionError: a page could never be evicted, or could be while it is read.
         """
         alone = {key for key, page in self._pages.items() if self._pool.num_holders(page) == 1}
         assert self._idle.keys() == alone, "the cache is wrong about which of its pages others hold"

@@ -42,7 +42,7 @@ class World:
         residents = self.residency.ensure_all(specs, sequence.tenant)
         while self.posted:
             self.posted.pop()()
-        copies = self.allocation.take(sequence, residents)
+        copies = self.allocation.allocate(sequence, residents)
         if copies is not None:
             self.sequences.append(sequence)
         return copies
@@ -54,7 +54,7 @@ class World:
 
     def computed(self, prompt, adapter=None, **options) -> Sequence:
         sequence = self.started(prompt, adapter, **options)
-        self.allocation.keep(sequence, sequence.num_remaining)
+        self.allocation.commit(sequence, sequence.num_remaining)
         return sequence
 
     def pinned(self, prompt, adapter=None, **options) -> Sequence:
@@ -129,7 +129,7 @@ def test_only_whole_blocks_are_kept():
     world = World()
     sequence = world.started(range(10))
     for num_tokens, kept in [(3, 0), (1, 1), (5, 2), (1, 2)]:
-        world.allocation.keep(sequence, num_tokens)
+        world.allocation.commit(sequence, num_tokens)
         assert len(world.cache.pages) == kept
     world.release(sequence)
     assert world.cache.num_idle == 2
@@ -208,7 +208,7 @@ def test_pinned_prompts_that_were_computed_at_the_same_time_share_one_copy():
     first = world.started(range(8), pinned=True)
     second = world.started(range(8), pinned=True)
     for sequence in (first, second):
-        world.allocation.keep(sequence, 8)
+        world.allocation.commit(sequence, 8)
     for sequence in (first, second):
         world.allocation.pin_prompt(sequence, beside=[])
         world.sequences.remove(sequence)
@@ -221,7 +221,7 @@ def test_a_prompt_is_pinned_in_whole_although_the_copy_that_the_cache_knew_was_e
     world = World()
     first, second = world.started(range(8)), world.started(range(8), pinned=True)
     for sequence in (first, second):
-        world.allocation.keep(sequence, 8)
+        world.allocation.commit(sequence, 8)
     world.release(first)
     while world.cache.num_idle:
         world.cache.evict()
@@ -237,7 +237,7 @@ def test_half_of_the_arena_may_be_pinned():
     world.pinned(range(8))
     world.allocation.check_pin_prompt(make_sequence(range(50, 58), pinned=True))
     with pytest.raises(
-        RequestTooLargeError, match="may take 4 of the arena's 8 pages; this one takes 3"
+        RequestTooLargeError, match="may take 4 of the arena's 8 pages; this prompt and its adapters need 3"
     ) as refused:
         world.allocation.check_pin_prompt(make_sequence(range(50, 59), pinned=True))
     assert refused.value.metadata == {"needed_pages": "3", "arena_pages": "8", "pinned_pages": "2"}
@@ -312,7 +312,7 @@ def start(world: World, sequence: Sequence) -> None:
     specs = [use.spec for use in sequence.job.adapters]
     if isinstance(world.residency.ensure_all(specs, "a"), Absence) or world.take(sequence) is None:
         return
-    world.allocation.keep(sequence, sequence.num_remaining)
+    world.allocation.commit(sequence, sequence.num_remaining)
     if pins:
         world.allocation.pin_prompt(sequence, beside=[])
         world.sequences.remove(sequence)
@@ -321,7 +321,7 @@ def start(world: World, sequence: Sequence) -> None:
 def grow(world: World, sequence: Sequence) -> None:
     sequence.tokens.append(7)
     if not world.allocation.needs_page(sequence) or world.allocation.grow(sequence):
-        world.allocation.keep(sequence, 1)
+        world.allocation.commit(sequence, 1)
     else:
         world.release(sequence)
 
@@ -381,7 +381,7 @@ def test_pinned_adapters_leave_half_of_the_arena():
     first, second = make_spec("first", slab_pages=3), make_spec("second", slab_pages=2)
     world.allocation.check_pin_adapters("poet", [first])
     world.residency.pin("poet", (first,))
-    said = r"may take 4 of the arena's 8 pages; 'bard' takes 2 and others take 3; pin fewer"
+    said = r"may take 4 of the arena's 8 pages; adapter 'bard' needs 2 and others take 3; pin fewer"
     with pytest.raises(AdapterTooLargeError, match=said):
         world.allocation.check_pin_adapters("bard", [second])
     # In its place it may be, and under two names it counts once.

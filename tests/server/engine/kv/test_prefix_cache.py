@@ -27,7 +27,7 @@ def keep(pool: PagePool, cache: PrefixCache, keys: list[bytes]) -> list[int]:
     for key, page in zip(keys, pages, strict=True):
         cache.insert(key, page)
     pool.release(pages)
-    cache.given_back(keys)
+    cache.mark_released(keys)
     return pages
 
 
@@ -102,7 +102,7 @@ def test_the_chain_that_was_used_last_goes_last(pool, cache):
     keep(pool, cache, [b"a1", b"a2"])
     keep(pool, cache, [b"b1", b"b2"])
     pool.release(cache.match([b"a1", b"a2"]))
-    cache.given_back([b"a1", b"a2"])
+    cache.mark_released([b"a1", b"a2"])
     evict(cache, 2)
     assert len(cache.match([b"a1", b"a2"])) == 2
     assert cache.match([b"b1"]) == []
@@ -114,7 +114,7 @@ def test_a_beginning_that_two_chains_share_outlives_their_ends(pool, cache):
     [page] = pool.allocate(1)
     cache.insert(b"b2", page)
     pool.release([*found, page])
-    cache.given_back([b"a", b"b2"])
+    cache.mark_released([b"a", b"b2"])
     evict(cache, 2)
     assert len(cache.match([b"a"])) == 1
 
@@ -145,7 +145,7 @@ def test_chains_that_come_and_go_leave_nothing_behind(chains, data):
         fresh = pool.allocate(length - len(pages))
         if fresh is None:
             pool.release(pages)
-            cache.given_back(keys[: len(pages)])
+            cache.mark_released(keys[: len(pages)])
         else:
             pages += fresh
             for key, page in zip(keys, pages, strict=True):
@@ -154,11 +154,11 @@ def test_chains_that_come_and_go_leave_nothing_behind(chains, data):
         if held and ends:
             keys, pages = held.pop(data.draw(st.integers(0, len(held) - 1)))
             pool.release(pages)
-            cache.given_back(keys)
+            cache.mark_released(keys)
         cache.check_integrity()
         pool.check_integrity([*cache.pages, *(page for _, pages in held for page in pages)])
     for keys, pages in held:
         pool.release(pages)
-        cache.given_back(keys)
+        cache.mark_released(keys)
     evict(cache, 12)
     assert pool.num_free == 12

@@ -141,7 +141,7 @@ def test_what_is_pinned_for_everybody_is_none_of_its_pages(world):
 
 
 def test_a_request_that_could_never_be_is_refused(world):
-    with pytest.raises(QuotaExceededError, match=r"take 7 pages .*'acme' may have 6") as refused:
+    with pytest.raises(QuotaExceededError, match=r"'acme' may take 6 .* need 7") as refused:
         world.allocation.check_fits(world.sequence(LARGE))
     assert refused.value.metadata == {"tenant": "acme", "quota": "max_device_bytes"}
     assert refused.value.retry_after is None
@@ -152,11 +152,11 @@ def test_a_request_beside_its_own_pinned_prompts_is_refused_and_beside_others_no
     for tenant, refused in (("bolt", False), ("acme", True)):
         sequence = world.sequence(make_spec(f"of {tenant}", slab_pages=4), pinned=True, tenant=tenant)
         residents = world.bring(sequence.job.adapters[0].spec, tenant=tenant)
-        assert world.allocation.take(sequence, residents) is not None
-        world.allocation.keep(sequence, sequence.num_remaining)
+        assert world.allocation.allocate(sequence, residents) is not None
+        world.allocation.commit(sequence, sequence.num_remaining)
         world.allocation.pin_prompt(sequence, beside=[])
         if refused:
-            with pytest.raises(QuotaExceededError, match="pinned prompts 4"):
+            with pytest.raises(QuotaExceededError, match="pinned prompts take 4"):
                 world.allocation.check_fits(world.sequence(A))
         else:
             world.allocation.check_fits(world.sequence(A))

@@ -8,7 +8,7 @@ from support.fake_device import PAGE_ELEMENTS, FakeDevice, make_spec
 from turret_adapters.spec import PrefixKind
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
-from turret_server.engine.residency.residency import MAX_FILLING, Absence, Residency
+from turret_server.engine.residency.residency import MAX_LOADING, Absence, Residency
 from turret_server.engine.residency.resident import Resident
 
 BLOCK_SIZE = 4
@@ -224,11 +224,11 @@ def test_users_that_are_let_go_too_often_are_noticed():
 
 
 def test_no_more_are_filled_at_once_than_may():
-    world = World(2 * MAX_FILLING)
-    specs = [make_spec(f"r{index}", slab_pages=1) for index in range(MAX_FILLING + 1)]
+    world = World(2 * MAX_LOADING)
+    specs = [make_spec(f"r{index}", slab_pages=1) for index in range(MAX_LOADING + 1)]
     assert all(world.ensure(spec).pages for spec in specs[:-1])
     assert world.ensure(specs[-1]) is Absence.BUSY
-    assert world.pool.num_free == MAX_FILLING
+    assert world.pool.num_free == MAX_LOADING
     world.complete(error="no")
     assert world.ensure(specs[-1]).pages
 
@@ -274,8 +274,8 @@ def test_uses_long_ago_count_for_little(world):
     world.pool.clock += 100_000
     begin(world, new)
     begin(world, old)
-    assert new.num_begun == 1
-    assert 1 < old.num_begun < 1.001
+    assert new.num_uses == 1
+    assert 1 < old.num_uses < 1.001
 
 
 def test_of_equals_the_large_one_goes():
@@ -329,7 +329,7 @@ def test_one_that_is_used_often_outlives_cached_blocks_that_were_used_later():
         key = bytes([stayed])
         cache.insert(key, page)
         world.pool.release([page])
-        cache.given_back([key])
+        cache.mark_released([key])
         world.tick()
         stayed += 1
     assert 3 * (world.pool.num_pages - 3) < stayed < 100
@@ -354,14 +354,14 @@ def test_to_evict_many_does_not_look_at_all_for_each(monkeypatch):
     for index in range(1000):
         world.fill(make_spec(f"r{index}", slab_pages=1))
     looked_at = 0
-    age = Resident.age
+    staleness = Resident.staleness
 
     def count(resident, clock):
         nonlocal looked_at
         looked_at += 1
-        return age(resident, clock)
+        return staleness(resident, clock)
 
-    monkeypatch.setattr(Resident, "age", count)
+    monkeypatch.setattr(Resident, "staleness", count)
     for index in range(500):
         assert world.fill(make_spec(f"new{index}", slab_pages=1))
     # Every sixteen steps all are put in order, and each eviction looks at the first of them.
@@ -383,7 +383,7 @@ def test_every_idle_one_can_be_evicted_however_old_the_order_is():
 
 def test_one_that_is_pinned_is_filled_and_makes_no_room(world):
     world.pin("poet", (LORA,))
-    assert world.fill_pinned()
+    assert world.load_pinned()
     world.complete()
     world.tick()
     world.fill(OTHER)
@@ -400,7 +400,7 @@ def test_one_that_is_pinned_is_filled_and_makes_no_room(world):
 def test_what_is_pinned_under_a_name_takes_the_place_of_what_was(world):
     world.pin("poet", (LORA,))
     world.pin("bard", (LORA, OTHER))
-    assert world.fill_pinned()
+    assert world.load_pinned()
     world.pin("bard", (OTHER,))
     world.pin("poet", (OTHER,))
     assert [spec.revision for spec in world.pinned()] == ["other"]
@@ -414,22 +414,22 @@ def test_one_that_is_pinned_and_finds_no_room_is_told(world):
     user = world.fill(make_spec("large", slab_pages=6))
     world.acquire(user, "a")
     world.pin("poet", (LORA,))
-    assert not world.fill_pinned()
+    assert not world.load_pinned()
     world.release(user, "a")
     world.tick()
-    assert world.fill_pinned()
+    assert world.load_pinned()
     world.complete()
     assert world.get("lora").pinned
 
 
 def test_one_that_is_pinned_and_cannot_be_filled_is_tried_again_when_it_is_pinned_again(world):
     world.pin("poet", (LORA,))
-    world.fill_pinned()
+    world.load_pinned()
     world.complete(error="no memory")
-    world.fill_pinned()
+    world.load_pinned()
     assert not world.device.pending
     world.pin("poet", (LORA,))
-    world.fill_pinned()
+    world.load_pinned()
     world.complete()
     assert world.get("lora").ready
 

@@ -5,8 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.fake_device import make_spec
-from turret_server.engine.residency.eviction import EvictionOrder
-from turret_server.engine.residency.resident import Resident
+from turret_server.engine.residency.resident import EvictionOrder, Resident
 
 NOW = 1000
 
@@ -17,7 +16,7 @@ def resident(
     num_pages: int = 1,
     last_used: int = NOW - 100,
     tenant: str = "a",
-    num_begun: float = 0.0,
+    num_uses: float = 0.0,
     num_users: int = 0,
 ) -> Resident:
     return Resident(
@@ -28,10 +27,10 @@ def resident(
         copying=False,
         num_virtual_computed=0,
         num_users=num_users,
-        needed=last_used,
+        last_requested=last_used,
         last_used=last_used,
-        last_begun=NOW,
-        num_begun=num_begun,
+        counted_at=NOW,
+        num_uses=num_uses,
     )
 
 
@@ -42,8 +41,8 @@ def order(**weights: float) -> EvictionOrder:
 def names(residents: list[Resident], eviction: EvictionOrder, clock: int = NOW) -> list[str]:
     """All of them in the order in which they go."""
     left, gone = list(residents), []
-    while worst := eviction.worst(left, clock):
-        worst.gone = True
+    while worst := eviction.next_victim(left, clock):
+        worst.freed = True
         left.remove(worst)
         gone.append(worst.spec.revision)
     return gone
@@ -53,7 +52,7 @@ def names(residents: list[Resident], eviction: EvictionOrder, clock: int = NOW) 
     "stays",
     [
         {"last_used": NOW - 10},
-        {"num_begun": 3.0},
+        {"num_uses": 3.0},
         {"tenant": "b"},
         {"num_users": 1},
         {"last_used": NOW},
@@ -63,7 +62,7 @@ def names(residents: list[Resident], eviction: EvictionOrder, clock: int = NOW) 
 def test_what_is_worth_less_goes_first(stays):
     """Each beside two that differ from it in nothing else."""
     better, *others = resident("stays", **stays), resident("x"), resident("y")
-    first = order().worst([better, *others], NOW)
+    first = order().next_victim([better, *others], NOW)
     assert first in others
 
 
@@ -77,32 +76,32 @@ def test_a_tenant_with_more_weight_keeps_more():
 
 
 def test_where_nobody_is_idle_nobody_goes():
-    assert order().worst([], NOW) is None
-    assert order().worst([resident("used", num_users=1), resident("empty", num_pages=0)], NOW) is None
+    assert order().next_victim([], NOW) is None
+    assert order().next_victim([resident("used", num_users=1), resident("empty", num_pages=0)], NOW) is None
 
 
 def test_uses_are_forgotten_by_and_by():
-    often = resident("often", num_begun=8.0)
-    assert often.uses(NOW) == 8.0
-    assert often.uses(NOW + 5000) == pytest.approx(4.0)
-    assert often.age(NOW + 5000) == pytest.approx(5100 / 5)
+    often = resident("often", num_uses=8.0)
+    assert often.recent_uses(NOW) == 8.0
+    assert often.recent_uses(NOW + 5000) == pytest.approx(4.0)
+    assert often.staleness(NOW + 5000) == pytest.approx(5100 / 5)
 
 
 def test_one_that_is_used_while_the_order_is_kept_is_passed_over():
     eviction = order()
     residents = [resident(f"r{index}", last_used=NOW - 100 + index) for index in range(8)]
-    assert eviction.worst(residents, NOW) is residents[0]
-    residents[0].last_used = residents[0].needed = NOW + 1
-    assert eviction.worst(residents, NOW + 2) is residents[1]
+    assert eviction.next_victim(residents, NOW) is residents[0]
+    residents[0].last_used = residents[0].last_requested = NOW + 1
+    assert eviction.next_victim(residents, NOW + 2) is residents[1]
 
 
 def test_the_order_is_made_anew_after_some_steps():
     eviction = order()
     residents = [resident(f"r{index}", last_used=NOW - 100) for index in range(8)]
-    eviction.worst(residents, NOW)
+    eviction.next_victim(residents, NOW)
     large = resident("large", num_pages=50)
-    assert eviction.worst([*residents, large], NOW + 1) is not large
-    assert eviction.worst([*residents, large], NOW + 100) is large
+    assert eviction.next_victim([*residents, large], NOW + 1) is not large
+    assert eviction.next_victim([*residents, large], NOW + 100) is large
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,7 +119,7 @@ def test_the_order_is_made_anew_after_some_steps():
 )
 def test_all_that_are_idle_go_once_and_nobody_else(drawn):
     residents = [
-        resident(f"{index}", num_pages=pages, last_used=used, tenant=tenant, num_begun=begun, num_users=users)
+        resident(f"{index}", num_pages=pages, last_used=used, tenant=tenant, num_uses=begun, num_users=users)
         for index, (pages, used, tenant, begun, users) in enumerate(drawn)
     ]
     idle = {one.spec.revision for one in residents if one.is_idle(NOW)}

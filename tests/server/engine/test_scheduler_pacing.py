@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret_server.engine.pacing import Pacing
+from turret_server.engine.scheduler import Pacing
 
 PROBE = 16
 
@@ -16,9 +16,9 @@ def paced(max_tokens: int = 10_000, max_seconds: float = 0.1) -> Pacing:
 def settle(pacing: Pacing, num_streams: int, seconds, steps: int = 100) -> int:
     """Steps as large as they may be, of which one takes `seconds(prompt tokens)`; the last budget."""
     for _ in range(steps):
-        pacing.measured(num_streams, 0, seconds(0))
+        pacing.record(num_streams, 0, seconds(0))
         prompt = pacing.budget(num_streams) - num_streams
-        pacing.measured(num_streams, prompt, seconds(prompt))
+        pacing.record(num_streams, prompt, seconds(prompt))
     return pacing.budget(num_streams)
 
 
@@ -62,9 +62,9 @@ def test_a_device_that_gets_slower_is_given_less():
 
 def test_a_few_tokens_say_little_and_change_nothing():
     pacing = paced()
-    pacing.measured(0, 100, 0.1)
+    pacing.record(0, 100, 0.1)
     before = pacing.budget(0)
-    pacing.measured(0, PROBE - 1, 1.0)
+    pacing.record(0, PROBE - 1, 1.0)
     assert pacing.budget(0) == before
 
 
@@ -76,6 +76,6 @@ def test_a_few_tokens_say_little_and_change_nothing():
 def test_whatever_was_measured_streams_go_on_and_prompts_get_on(max_tokens, measured, num_streams):
     pacing = paced(max_tokens)
     for streams, prompt, seconds in measured:
-        pacing.measured(streams, prompt, seconds)
+        pacing.record(streams, prompt, seconds)
     budget = pacing.budget(num_streams)
     assert min(max_tokens, num_streams + PROBE) <= budget <= max_tokens
