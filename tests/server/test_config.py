@@ -88,7 +88,7 @@ BOUNDS = {
     "dtype": (["auto", "float32", "bfloat16", "float16"], ["int8"]),
     "adapters": ([FOLDER], [FILE, FOLDER / "none"]),
     "pin": ([(), ("a",), ("a" * 128, "b.c-d_e")], [("",), ("a" * 129,), ("-a",), ("a", "b/c")]),
-    "lazy_source": (["/a/{name}", "hf://o/{name}"], ["", "a/{name}", "/a", "/{name}/{name}"]),
+    "lazy_source": (["/a/{name}", "hf://o/{name}"], ["", "o/{name}", "hf://o/name", "/a/{name}/{name}"]),
     "memory": ([None, "1", "0.001", "2GiB"], ["", "0", "-1", "plenty"]),
     "host_memory": ([None, "1", "2GiB"], ["", "0", "plenty"]),
     "store": ([FOLDER, FOLDER / "none"], [FILE]),

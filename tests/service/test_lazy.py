@@ -10,9 +10,7 @@ import pytest
 
 from support.serving import serving
 from turret_client import AsyncClient, Client, NotFoundError
-from turret_server.app.build import assemble
 from turret_server.config import ServerConfig
-from turret_server.errors import ConfigError
 from turret_server.lifecycle import lazy
 
 PROMPT = list(range(3, 15))
@@ -96,9 +94,3 @@ def test_the_least_recently_used_is_unloaded_unless_it_was_also_loaded(client, s
     generate(client, "poet")
     generate(client, "seer")
     assert names(client) == ["bard", "seer"]
-
-
-@pytest.mark.parametrize("source", ["hf://owner/name", "owner/{name}", "/a/{name}/{name}", ""])
-def test_a_source_that_names_no_place_is_refused(config, source):
-    with pytest.raises(ConfigError, match="--lazy-source"), assemble(replace(config, lazy_source=source)):
-        pass

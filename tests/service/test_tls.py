@@ -155,7 +155,7 @@ def test_a_certificate_names_its_tenant(mutual, authority):
     cert, key = by_name
     with (
         Client(mutual.address, ca=authority.pem, cert=cert, key=key, tenant="bolt") as client,
-        pytest.raises(UnauthenticatedError, match="same tenant"),
+        pytest.raises(UnauthenticatedError, match="different tenants"),
     ):
         client.list_adapters()
 
