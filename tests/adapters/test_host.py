@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from support.fake_device import make_spec
-from turret_adapters.host import HostAdapter, join_prefixes
-from turret_adapters.spec import PrefixKind
+from turret_adapters.host import HostAdapter, ModuleDelta, join_prefixes, joined_spec, row_groups
+from turret_adapters.spec import Method, Part, PrefixKind, RowGroup
 
 
 def prompt(revision: str, rows_NE: torch.Tensor) -> HostAdapter:
@@ -21,3 +23,28 @@ def test_prompts_of_embeddings_stand_in_their_order():
     )
     assert joined.prefix_kv is None
     assert joined.spec.revision != join_prefixes([first, second]).spec.revision
+
+
+def test_a_joined_prefix_counts_all_its_parts_and_is_named_after_them_in_order():
+    specs = [
+        replace(make_spec(revision, num_virtual=tokens), num_parameters=size, file_bytes=10 * size)
+        for revision, tokens, size in (("1", 3, 5), ("2", 2, 7), ("3", 1, 11))
+    ]
+    joined = joined_spec(specs)
+    assert (joined.num_virtual_tokens, joined.num_parameters, joined.file_bytes) == (6, 23, 230)
+    assert (joined.method, joined.rows, joined.max_rank) == (Method.PREFIX_TUNING, (), 0)
+    orders = [specs, specs[::-1], specs[:2], specs[1:], [specs[0], specs[2], specs[1]]]
+    assert len({joined_spec(order).revision for order in orders}) == len(orders)
+    prompts = [make_spec("4", num_virtual=1, kind=PrefixKind.EMBEDDING)] * 2
+    assert joined_spec(prompts).method is Method.PROMPT_TUNING
+
+
+def test_equal_rows_of_two_adapters_are_one_object():
+    deltas = [
+        {"m": ModuleDelta(rows={Part.LORA_A: torch.zeros(2, 4), Part.LORA_B: torch.zeros(2, 3)})}
+        for _ in range(2)
+    ]
+    first, second = map(row_groups, deltas)
+    assert first == (RowGroup("m", Part.LORA_A, 2, 4), RowGroup("m", Part.LORA_B, 2, 3))
+    assert first is second
+    assert row_groups({"n": deltas[0]["m"]}) != first

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,3 +191,42 @@ def test_one_that_is_not_what_was_known_of_it_is_refused(disk):
     with pytest.raises(RevisionCorruptError, match="expected the shapes that were recorded"):
         memory.get("1")
     assert len(memory) == 0
+
+
+def test_nothing_is_left_of_adapters_that_were_dropped(disk):
+    memory = HostMemory(100, disk.read)
+    for number in range(20):
+        memory.put(adapter(f"put {number}"))
+        memory.know(adapter(f"known {number}").spec)
+        for name in (f"put {number}", f"known {number}"):
+            memory.get(name)
+    for number in range(20):
+        memory.drop(f"put {number}")
+        memory.drop(f"known {number}")
+    assert (memory._known, memory._cached, memory._reading) == ({}, {}, {})
+    assert (len(memory), memory.num_bytes) == (0, 0)
+
+
+def test_what_fills_the_budget_exactly_stays(disk):
+    memory = HostMemory(80, disk.read)
+    memory.put(adapter("1"))
+    memory.put(adapter("2"))
+    assert (len(memory), memory.num_bytes) == (2, 80)
+    memory = HostMemory(40, disk.read)
+    memory.put(adapter("1"))
+    assert memory.num_bytes == 40
+    assert disk.reads == {}
+
+
+def test_tensors_for_a_gpu_are_locked_when_they_are_added_and_when_they_are_read(disk, monkeypatch):
+    """Page-locked memory needs a GPU; here a marker stands for it."""
+    marker = torch.zeros(1)
+    monkeypatch.setattr(HostAdapter, "page_locked", lambda self: replace(self, prompt_embeddings=marker))
+    for page_locked in (True, False):
+        memory = HostMemory(0, disk.read, page_locked=page_locked)
+        memory.max_bytes = None
+        memory.put(adapter("added"))
+        memory.know(adapter("read").spec)
+        for revision in ("added", "read"):
+            assert (memory.get(revision).prompt_embeddings is marker) == page_locked
+        assert memory.num_reads == 1

@@ -476,3 +476,32 @@ def test_what_cannot_be_composed_is_refused_by_name_and_pins_nothing(registry, n
     with pytest.raises(AdapterCompositionError, match=said):
         registry.acquire(named)
     assert {status.active_requests for status in registry.statuses()} == {0}
+
+
+def test_nothing_is_left_of_what_was_unloaded_and_released(registry):
+    for number in range(3):
+        revisions = [f"{number}{kind}" for kind in range(5)]
+        registry.publish("poet", host(revisions[0]))
+        registry.publish("poet", host(revisions[1]))
+        registry.publish("many", multitask(revisions[2], 3))
+        registry.publish("first", prefix(revisions[3], 2))
+        registry.publish_unread("second", prefix(revisions[4], 3).spec)
+        registry.add(host(f"{number}held"))
+        registry.split("poet", Split(f"{number}held", 50))
+        registry.unhold(f"{number}held")
+        leases = [
+            registry.acquire([Named("poet", place=0.1)]),
+            registry.acquire([Named("many", task=1)]),
+            registry.acquire([Named("first"), Named("second"), Named("poet")]),
+            registry.acquire([Named("first"), Named("second")]),
+        ]
+        with pytest.raises(AdapterTaskError):
+            registry.acquire([Named("first"), Named("second"), Named("many")])
+        registry.fail("broken", "why")
+        for name in ("poet", "many", "first", "second", "broken"):
+            registry.remove(name)
+        for lease in leases:
+            registry.release(lease)
+    assert (registry._names, registry._specs, registry._needed, registry._joined) == ({}, {}, {}, {})
+    assert (len(registry._memory), registry._memory._known) == (0, {})
+    assert len(set(registry.gone)) == len(registry.gone), "each is dropped once"

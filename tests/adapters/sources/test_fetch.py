@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import socket
 import threading
 import zipfile
@@ -13,6 +14,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 import fsspec
+import psutil
 import pytest
 
 from support.adapter_files import CONFIG, fetch_into, files, read_folder, revision, write_folder
@@ -386,3 +388,21 @@ def test_a_hub_that_fails(hub: Web, store: AdapterStore) -> None:
     with pytest.raises(SourceUnavailableError, match="try again later"):
         fetch_into(store, "owner/poet", Policy(urls=("hf://",)))
     assert "/api/models/owner/poet" in hub.asked
+
+
+def test_a_fetch_leaves_no_file_and_no_connection_open(web: Web, policy: Policy, store: AdapterStore) -> None:
+    web.pages["/poet.zip"] = zipped()
+    web.pages["/moved/adapter_config.json"] = lambda it: it.answer(302, Location="/poet/adapter_config.json")
+    web.pages["/moved/adapter_model.safetensors"] = lambda it: it.answer(503)
+    for source in ("poet", "poet.zip", "moved", "absent"):
+        with contextlib.suppress(AdapterSourceError, SourceUnavailableError):
+            fetch_into(store, f"{web.url}/{source}", policy)
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        opened = [target for target in map(os.readlink, links) if target.startswith(str(store.root))]
+        assert opened == [str(store.root / "lock")]
+        ours = [
+            each
+            for each in psutil.Process().net_connections("tcp")
+            if each.raddr and each.raddr.port == web.server_port
+        ]
+        assert [each.status for each in ours if each.status == psutil.CONN_ESTABLISHED] == []

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret_adapters.spec import AdapterSpec, BaseSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
+from turret_adapters.spec import (
+    AdapterSpec,
+    BaseSpec,
+    Method,
+    ModuleKind,
+    ModuleShape,
+    Part,
+    PrefixKind,
+    PrefixSpec,
+    RowGroup,
+)
 from turret_adapters.store import records
 from turret_adapters.store.records import decode, encode, marks_of, reader_of, settled_marks_of
 
@@ -63,10 +73,26 @@ def test_equal_rows_are_one_object() -> None:
     assert one.rows is two.rows
 
 
-def test_a_reader_differs_by_base_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = BaseSpec(name_or_path="b", hidden_size=8, num_layers=1, num_kv_heads=1, head_dim=8, modules={})
-    found = {reader_of(base), reader_of(base), reader_of(replace(base, hidden_size=16))}
-    assert len(found) == 2
+def test_a_reader_differs_by_every_property_of_the_base_and_by_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = ModuleShape(kind=ModuleKind.LINEAR, in_features=8, out_features=8)
+    base = BaseSpec(
+        name_or_path="b", hidden_size=8, num_layers=1, num_kv_heads=1, head_dim=8, modules={"m": shape}
+    )
+    others = {
+        "name_or_path": "c",
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "modules": {"m": replace(shape, has_bias=True)},
+        "tied": True,
+    }
+    assert others.keys() == {field.name for field in fields(base)}
+    found = [reader_of(base), *(reader_of(replace(base, **{name: value})) for name, value in others.items())]
+    assert len(set(found)) == len(found)
+    assert reader_of(replace(base)) == found[0]
     monkeypatch.setattr(records, "version", lambda _: "0.0.0")
     assert reader_of(base) not in found
 

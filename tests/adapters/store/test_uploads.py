@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from support.adapter_files import CONFIG, digest, files, read_folder, revision
-from turret_adapters.errors import SourceTooLargeError, StoreBusyError, StoreFullError, UploadError
+from turret_adapters.errors import (
+    SourceTooLargeError,
+    StoreBusyError,
+    StoreFailedError,
+    StoreFullError,
+    UploadError,
+)
+from turret_adapters.formats.files import MAX_CONFIG_BYTES
 from turret_adapters.store import uploads
 from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
@@ -197,3 +204,69 @@ def test_an_upload_whose_end_was_killed_goes_on(store: AdapterStore) -> None:
         assert upload.offset == 7
         assert {place.stat().st_mode & 0o777 for place in folder.iterdir()} == {0o600}
         assert upload.finish() == revision()
+
+
+def open_files(store: AdapterStore) -> list[str]:
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sorted(target for target in map(os.readlink, links) if target.startswith(str(store.root)))
+
+
+def test_uploads_leave_no_file_open_and_nothing_in_the_books(store: AdapterStore) -> None:
+    before = open_files(store)
+    for _ in range(2):
+        with receive(store) as upload:
+            upload.write(0, TENSORS[:3])
+        with receive(store) as upload, pytest.raises(UploadError):
+            upload.write(0, b"")
+        with receive(store) as upload:
+            upload.write(3, TENSORS[3:])
+            store.release(upload.finish())
+        with store.receive(digest(b"nothing"), CONFIG, 6) as upload:
+            upload.write(0, b"others")
+            with pytest.raises(UploadError):
+                upload.finish()
+        assert open_files(store) == before
+        assert store._uploads._receiving == set()
+        assert not store._held
+
+
+def test_an_upload_whose_folder_is_not_writable_does_not_block_the_next_try(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS[:3])
+    (folder,) = partial(store)
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").mkdir()
+    with pytest.raises(StoreFailedError):
+        receive(store)
+    (folder / "adapter_config.json").rmdir()
+    with receive(store) as upload:
+        assert upload.offset == 3
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_an_upload_of_few_bytes_is_one(store: AdapterStore, size: int) -> None:
+    content = TENSORS[:size]
+    with receive(store, content) as upload:
+        upload.write(0, content)
+        assert upload.finish() == revision(content)
+
+
+def test_a_config_of_the_largest_size_is_received(store: AdapterStore) -> None:
+    config = bytes(MAX_CONFIG_BYTES)
+    with store.receive(digest(TENSORS, config), config, 7) as upload:
+        upload.write(0, TENSORS)
+        assert upload.finish() == revision(TENSORS, config)
+
+
+def test_tensors_as_large_as_the_budget_are_received(open_store: Callable[..., AdapterStore]) -> None:
+    store = open_store(28)
+    with pytest.raises(SourceTooLargeError, match=r"28 bytes of tensors, found .* and 29"):
+        store.receive(digest(), CONFIG, 29)
+    store.receive(digest(), CONFIG, 28).close()
+
+
+def test_another_config_with_the_same_tensors_is_another_upload(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS[:3])
+        with store.receive(digest(TENSORS), b"{}", 7) as other:
+            assert other.offset == 0
