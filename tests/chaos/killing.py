@@ -1,4 +1,4 @@
-"""A server that is killed again and again, and what each start must find."""
+"""A server that is killed repeatedly, and the checks after each start."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Chaos:
         self._received = 0
 
     def one_kill(self) -> None:
-        """A life that ends by a kill, and a look at what it leaves."""
+        """One life of the server that a kill ends, and the checks of what it left on disk."""
         self.kills += 1
         if self.kills % _WHILE_STARTING == 0:
             self._kill_while_starting()
@@ -64,7 +64,7 @@ class Chaos:
         self._received = self._remains.received(self._going) if self._going else 0
 
     def last_start(self) -> float:
-        """After the last kill, from exec: in how many seconds the server served."""
+        """Start after the last kill, from exec. Returns the seconds until the server serves."""
         started = time.monotonic()
         with server_process(self.model, self.root / "cache", *self._arguments) as server:
             seconds = time.monotonic() - started
@@ -72,18 +72,18 @@ class Chaos:
         return seconds
 
     def last_look(self) -> None:
-        """After the last kill, from a fork."""
+        """Start after the last kill, from a fork."""
         with self._server() as server:
             server.wait_until_it_serves()
             self._end(server)
 
     def _end(self, server: ServerProcess | Nursling) -> None:
-        """Everything is there, and the server ends when it is told to."""
+        """Check that everything is there and that the server exits on SIGTERM."""
         self._begin(server)
         self.judge.expect(server.stop() == 0, "the last server did not end well")
 
     def _begin(self, server: ServerProcess | Nursling) -> Timeline:
-        """What the server serves now is what it did, and the upload goes on; nothing else has begun."""
+        """Check that the server serves the same revisions as before, and that the upload continues."""
         timeline = Timeline()
         self.judge.timeline, self.judge.killed_at = timeline, float("inf")
         for name, state in self.known.items():

@@ -1,4 +1,4 @@
-"""One life of a server, with everything under way when it is killed."""
+"""One life of a server, killed with all kinds of work in progress."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CHUNK_SECONDS = 0.02
 
 
 class Interrupted(Changer):
-    """Changes names until the server dies under it."""
+    """Changes names until the server dies."""
 
     def failed(self, name: str, error: TurretError) -> None:
         if error.reason or time.monotonic() < self.judge.killed_at:
@@ -43,7 +43,7 @@ class Interrupted(Changer):
 
 @dataclass
 class Uploader:
-    """Uploads one adapter after another, slowly, so that a kill finds most of them on the way."""
+    """Uploads one adapter after another, slowly, so that most kills interrupt one."""
 
     address: str
     shelf: Shelf
@@ -99,7 +99,7 @@ class Life:
     over: threading.Event = field(default_factory=threading.Event)
 
     def run(self, seconds: float) -> Content | None:
-        """Load, change and upload for so long, then kill the server. What was being uploaded then."""
+        """Load, change and upload for this long, then kill the server. Returns the interrupted upload."""
         address = self.server.address
         uploader = Uploader(address, self.shelf, self.judge, self.timeline, self.over)
         with Client(address, api_key=OPERATOR) as client:

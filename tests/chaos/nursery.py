@@ -1,9 +1,9 @@
-"""Servers that start in a second: a process that has imported everything forks one for each.
+"""Servers that start within a second: a process that has imported everything forks each of them.
 
     python -m chaos.nursery
 
-It reads a line for each server, the list of a command's arguments and the file for its log, and answers its
-process id; and a line with the id of a server that was told to end, and answers how it did.
+It reads one line per server, the list of a command's arguments and the log file, and answers with the process
+id; and one line with the id of a server that was stopped, and answers with its exit status.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 
 
 class Nursling:
-    """One server, with what is needed here of `support.serving.ServerProcess`."""
+    """One server, with the parts of `support.serving.ServerProcess` that are needed here."""
 
     def __init__(self, nursery: Nursery, arguments: list[str], log: Path) -> None:
         self._nursery = nursery
@@ -91,7 +91,7 @@ class Nursery:
 
     @contextmanager
     def server(self, *arguments: str) -> Iterator[Nursling]:
-        """One that has begun to start."""
+        """Fork a server; it has not finished starting when this returns."""
         self._number += 1
         server = Nursling(self, [*arguments], Path(self._folder.name) / f"{self._number}.log")
         try:
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def _become(log: str) -> None:
-    """Nothing of the nursery's is the server's but what it has imported."""
+    """Redirect standard input and output to /dev/null, and standard error to the log."""
     nothing, file = os.open(os.devnull, os.O_RDWR), os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)

@@ -1,4 +1,4 @@
-"""What a server that was killed leaves on the disk."""
+"""Checks of what a killed server leaves on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Remains:
     judge: Judge
 
     def check(self, possible: dict[str, list[State]]) -> dict[str, State]:
-        """See that store and names are whole, and that each name serves what it may serve. What each does."""
+        """Check that store and names are complete and each name has a possible state. Returns the states."""
         for folder in (self.store / "adapters").iterdir():
             sound = digest_of_folder(folder)[:32] == folder.name
             self.judge.expect(sound, f"half a revision is visible: {folder}")
@@ -44,7 +44,7 @@ class Remains:
         return {name: state for name, state in found.items() if state.history}
 
     def _names(self) -> dict[str, State]:
-        """Read from a copy: what the kill left is for the server to recover."""
+        """Read a copy: the server must recover the original."""
         with tempfile.TemporaryDirectory() as copy:
             for place in self.store.glob("names.sqlite*"):
                 shutil.copy(place, copy)
@@ -64,7 +64,7 @@ class Remains:
         return {name: State(tuple(history), splits.get(name)) for name, history in histories.items()}
 
     def received(self, content: Content) -> int:
-        """Bytes of an upload that are there to go on from."""
+        """Bytes of an upload from which it can continue."""
         for folder in (self.store / "uploads").iterdir():
             config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
             if tensors.exists() and config.exists() and config.read_bytes() == content.config:
@@ -72,5 +72,5 @@ class Remains:
         return 0
 
     def check_clean(self) -> None:
-        """After the next start nothing of the one before is left over."""
+        """Check that the next start removed what the kill left over."""
         self.judge.expect(not list((self.store / "staging").iterdir()), "staging is not clean")

@@ -1,4 +1,4 @@
-"""What came of the kills, in RESULTS.md."""
+"""The report of the kills: RESULTS.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HERE = Path(__file__).parent
 def write(
     judge: Judge, kills: int, start_seconds: Sequence[float], exec_seconds: float, *, results: bool
 ) -> str:
-    """The report, written down where `results`."""
+    """The report; written to RESULTS.md if `results`."""
     starts = sorted(start_seconds)
     ends: Counter[str] = Counter()
     for (_, outcome), number in judge.outcomes.items():

@@ -1,10 +1,9 @@
-"""Kills a server again and again while it generates, loads, swaps, rolls back, splits and receives uploads,
-and starts it on the same store each time; `make chaos` does it fifty times.
+"""Kills a server repeatedly while it generates, loads, swaps, rolls back, splits and receives uploads, and
+starts it on the same store each time; `make chaos` does it fifty times.
 
-Each time store and names must be whole, every change that was acknowledged must be there, one that was not
-either wholly or not at all, names must answer what their revisions are known to answer, and the upload that
-was broken off must go on where it was. RESULTS.md says what came of it, and any violation ends it with
-status 1.
+After each kill, the store and the names must be complete, every acknowledged change must be there, every
+other one wholly or not at all, names must give the known answers of their revisions, and the interrupted
+upload must continue. The report is RESULTS.md; the exit status is 1 if anything was violated.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ROOT = Path(".chaos")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--results/--no-results", default=True, help="Whether to write RESULTS.md.")
 def main(kills: int, seed: int, results: bool) -> None:  # noqa: FBT001 -- click's
-    """Exit with 0 if nothing was violated."""
+    """Run the kills; exit with 0 if nothing was violated."""
     shutil.rmtree(ROOT, ignore_errors=True)
     (ROOT / "model").mkdir(parents=True)
     contents = make_contents(save_model("llama", ROOT / "model"), ROOT / "made")

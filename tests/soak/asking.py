@@ -1,4 +1,4 @@
-"""Clients that ask without pause, and write down what they asked and what came of it."""
+"""Clients that send requests without pause and record each request with its outcome."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _numbers = itertools.count(1)
 
 @dataclass
 class Asked:
-    """One request. `names` are as they were sent, with `@revision` where one was named. `outcome` is ok,
-    left, killed, or the reason of the error; `ends` counts the last messages of its stream.
+    """One request and its outcome. `names` are as sent, with `@revision` if given. `outcome` is ok, left,
+    killed, or the reason of the error; `ends` counts the final messages of its stream.
     """
 
     tenant: str
@@ -51,7 +51,7 @@ class Asked:
 
     @property
     def entry(self) -> Entry:
-        """What the usage log must say of it if it was answered."""
+        """The entry that the usage log must have if the request was answered."""
         revisions = tuple(self.revision.split("+")) if self.revision else ()
         names = tuple(name.partition("@")[0] for name in self.names)
         return self.tenant, names, revisions, len(QUESTIONS[self.question].prompt), len(self.tokens)
@@ -61,7 +61,7 @@ Chunks = Callable[[Asked], None]
 
 
 async def ask(client: AsyncClient, asked: Asked, on_chunk: Chunks = lambda _: None) -> None:
-    """Send a request and fill in what comes of it."""
+    """Send a request and fill in its outcome."""
     asked.began = time.monotonic()
     try:
         await (_stream if asked.streamed else _generate)(client, asked, on_chunk)
@@ -112,7 +112,7 @@ async def _stream(client: AsyncClient, asked: Asked, on_chunk: Chunks) -> None:
 
 @dataclass(frozen=True)
 class Asker:
-    """A tenant's requests: `choose` draws what is asked next."""
+    """A tenant's requests: `choose` draws the next one."""
 
     tenant: str
     choose: Callable[[random.Random], Asked]
@@ -120,7 +120,7 @@ class Asker:
     seed: int = 0
 
     async def run(self, address: str, over: Callable[[], bool], tell: Chunks, on_chunk: Chunks) -> None:
-        """Ask until it is over, and let what runs then end."""
+        """Send requests until `over` is set, then let in-flight ones finish."""
         async with AsyncClient(address, api_key=self.tenant) as client:
             chances = [
                 random.Random(f"{self.tenant} {self.seed} {index}") for index in range(self.concurrency)

@@ -1,4 +1,4 @@
-"""Names whose adapters come and go by calls: loaded, swapped, rolled back, split, uploaded, unloaded."""
+"""Names whose adapters are changed by calls: loaded, swapped, rolled back, split, uploaded, unloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BUSY_SECONDS = 60.0
 
 
 def break_folder(folder: Path, chance: random.Random) -> None:
-    """Spoil an adapter's files in one of the ways in which files are spoiled."""
+    """Damage an adapter's files: truncate, overwrite or remove one."""
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     match chance.randrange(5):
         case 0:
@@ -47,7 +47,7 @@ def break_folder(folder: Path, chance: random.Random) -> None:
 
 @dataclass
 class Shelf:
-    """Adapters to load: ever new revisions of the contents, in folders of their own."""
+    """Adapters to load: new revisions of the contents, each in its own folder."""
 
     folder: Path
     contents: Sequence[Content]
@@ -65,7 +65,7 @@ class Shelf:
 
 @dataclass
 class Changer:
-    """Changes some names, one after another, until it is over."""
+    """Changes some names, one after another, until `over` is set."""
 
     client: Client
     address: str
@@ -97,7 +97,7 @@ class Changer:
             self.failed(name, error)
 
     def failed(self, name: str, error: TurretError) -> None:
-        """Nothing here may fail beyond what each change expects."""
+        """Any error that a change does not expect is a violation."""
         self.judge.complain(f"a change of {name}: {error.reason or error.code}: {error.message}")
 
     def _load(self, name: str, state: State) -> None:
@@ -115,7 +115,7 @@ class Changer:
             self.judge.count("sources gone after the load")
 
     def _broken(self, name: str, state: State) -> None:
-        """A folder that is spoiled before or while it is read: the name gets all of it or stays as it was."""
+        """Load a folder that is damaged before or during the read: all of it is served, or nothing changes."""
         content = self.shelf.new(self._chance)
         folder = self.shelf.place(content)
         delay = self._chance.choice([0, 0.001, 0.003, 0.01])
@@ -170,7 +170,7 @@ class Changer:
             self._made("splits" if percent else "ends of splits", adapter, change.after)
 
     def _not_kept(self, name: str, state: State, revision: str, error: TurretError) -> None:
-        """The store has a budget, and keeps older revisions only while there is room."""
+        """The store has a budget: older revisions may be gone."""
         kept = revision in state.kept or error.reason != "REVISION_NOT_FOUND"
         self.judge.expect(not kept, f"{name} lost {revision} of {state}: {error}")
         self.judge.count("revisions that the store had let go of")
@@ -188,7 +188,7 @@ class Changer:
         shutil.rmtree(folder)
 
     def _break_off(self, name: str, folder: Path) -> int:
-        """Send some of an upload and cut the connection; how much was sent at most."""
+        """Send part of an upload and cut the connection. Returns the maximum number of bytes sent."""
         tensors = (folder / "adapter_model.safetensors").read_bytes()
         chunks = self._chance.randrange(1, len(tensors) // _CHUNK_BYTES)
         accepted = threading.Event()
@@ -221,7 +221,7 @@ class Changer:
         self._made("uploads", adapter, change.after)
 
     def _upload_when_free(self, name: str, folder: Path, progress: Callable[[int, int], None]) -> Adapter:
-        """The server may not have noticed yet that the first connection is gone."""
+        """Retry while the server has not noticed that the first connection is closed."""
         end = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
@@ -232,7 +232,7 @@ class Changer:
                 time.sleep(0.01)
 
     def _made(self, event: str, adapter: Adapter, state: State) -> None:
-        """After a change nobody else changes the name: the server must say what it is."""
+        """Compare the server's answer with the expected state; nobody else changes the name."""
         self.judge.count(event)
         found = State(
             tuple(each.revision for each in adapter.history),

@@ -1,4 +1,4 @@
-"""After the load: what is left must be what is known, and in the end nothing must be left."""
+"""Checks after the load: the remaining state is the known state, and after unloading nothing remains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CUT_SHORT = {"ok", "cancelled", "deadline_exceeded"}
 
 
 def calm(server: ServerProcess) -> None:
-    """Until nothing waits or runs any more."""
+    """Wait until no request is queued or running."""
 
     def is_calm() -> bool:
         metrics = read_metrics(server.metrics_url)
@@ -96,7 +96,7 @@ def _check_usage(metrics: dict[str, float], judge: Judge) -> None:
 
 
 def unload_everything(client: Client, server: ServerProcess, root: Path, judge: Judge) -> dict[str, float]:
-    """Then no page is anybody's, and host memory is empty. What the server's metrics say at last."""
+    """Unload everything; then no page has an owner and host memory is empty. Returns the final metrics."""
     for name in WATCHED:
         shutil.rmtree(root / "watched" / name, ignore_errors=True)
     for adapter in client.list_adapters():
@@ -118,7 +118,7 @@ def unload_everything(client: Client, server: ServerProcess, root: Path, judge: 
 
 
 def check_store(store: Path, judge: Judge) -> int:
-    """What a server that has ended leaves: whole revisions and nothing else. How many there are."""
+    """Check that a stopped server left complete revisions and nothing else. Returns their number."""
     revisions = list((store / "adapters").iterdir())
     for folder in revisions:
         judge.expect(digest_of_folder(folder)[:32] == folder.name, f"{folder} is not what it is named after")

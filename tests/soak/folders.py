@@ -1,4 +1,4 @@
-"""Names whose folders come, change, break and vanish under a server that watches them."""
+"""Names whose folders appear, change, break and vanish under a server that watches them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SETTLE_SECONDS = 2.5
 
 @dataclass
 class FolderChanger:
-    """Changes some folders of `--adapters`, one after another, until it is over."""
+    """Changes some folders of `--adapters`, one after another, until `over` is set."""
 
     client: Client
     root: Path
@@ -54,7 +54,7 @@ class FolderChanger:
         self.judge.count("folders changed" if state.history else "folders that appeared")
 
     def _slowly(self, name: str, state: State) -> None:
-        """In pieces with pauses, as a copy over a network comes; then another way, by one rename."""
+        """Write a folder in pieces with pauses, like a copy over a network, or by one rename."""
         content = self.shelf.new(self._chance)
         with self.timeline.change(name, state.loaded(content.revision)) as change:
             if self._chance.random() < 0.5:
@@ -78,7 +78,7 @@ class FolderChanger:
         shutil.rmtree(old)
 
     def _break(self, name: str, state: State) -> None:
-        """What is served stays, and what is put right afterwards is served."""
+        """Break a folder, then repair it: the old revision stays served until the repaired one is."""
         break_folder(self.root / name, self._chance)
         time.sleep(_SETTLE_SECONDS)
         adapter = self.client.get_adapter(name)
@@ -95,7 +95,7 @@ class FolderChanger:
         self.judge.count("folders that vanished")
 
     def _wait_for(self, name: str, revision: str) -> bool:
-        """Until the server serves what is in the folder."""
+        """Wait until the server serves the folder's content."""
         end = time.monotonic() + _SEEN_SECONDS
         while time.monotonic() < end:
             try:

@@ -1,4 +1,4 @@
-"""Whether what came of a request may have come of it."""
+"""Decides whether the outcome of each request is allowed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CUT = {"left", "killed", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
 
 @dataclass
 class Judge:
-    """Counts and complains. All methods may be called from any thread.
+    """Counts events and collects violations. All methods may be called from any thread.
 
-    `forbidden` are tenants with names that do not exist for them, `queue_full` and `quota` those who are
-    refused so; `killed_at` is when the server is.
+    `forbidden` maps tenants to the prefix of names that they may not use. `queue_full` and `quota` are the
+    tenants that may get these refusals. `killed_at` is the time at which the server is killed.
     """
 
     answers: KnownAnswers
@@ -55,7 +55,7 @@ class Judge:
             self.complain(what)
 
     def take(self, asked: Asked) -> None:
-        """Judge a request that has ended, or whose client has."""
+        """Judge a request that has ended, or whose client has ended."""
         with self._lock:
             self.outcomes[asked.tenant, asked.outcome] += 1
             if asked.outcome == "ok":
@@ -119,7 +119,7 @@ class Judge:
         return ""
 
     def _routed_alike(self, name: str, state: State, key: str, revision: str) -> str:
-        """All requests with the same key go to the same of the two, as long as the split stays."""
+        """All requests with the same key use the same revision while the split does not change."""
         with self._lock:
             self.events["answers of a split with a routing key"] += 1
             before = self._routed.setdefault((name, id(state), key), revision)
@@ -151,7 +151,7 @@ class Judge:
         )
 
     def _may_be_gone(self, asked: Asked) -> bool:
-        """A revision that was named, and that the store need not have kept."""
+        """Whether the request named a revision that the store was free to delete."""
         return any(
             not any(revision.startswith(beginning) for revision in state.kept)
             for name in asked.names

@@ -1,8 +1,8 @@
-"""Adapters whose answers are known: what each says to each question when it is asked alone, of a server that
-has room for everything and nothing else to do.
+"""Adapters with known answers: the answer of each to each question, asked alone on an idle server that has
+memory for everything.
 
-In bfloat16 on a CPU with AVX512-BF16 an answer does not depend on its company (`tests/parity`), so that
-whatever a busy server answers must be the same to the token.
+In bfloat16 on a CPU with AVX512-BF16 an answer does not depend on its batch (`tests/parity`), so a busy
+server must give the same tokens.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Question:
 
 
 def _questions() -> tuple[Question, ...]:
-    """Short prompts, and long ones of which several begin alike; greedy ones to two lengths and one with a
-    seed of each.
+    """Short prompts and long ones, some with a common prefix; each greedy at two lengths and once with a
+    seed.
     """
     chance = random.Random(7)
 
@@ -62,7 +62,7 @@ QUESTIONS = _questions()
 
 @dataclass(frozen=True)
 class Content:
-    """The two files of an adapter. Blanks behind the config make another revision with the same answers."""
+    """The two files of an adapter. Trailing blanks in the config make a revision with the same answers."""
 
     key: str
     config: bytes
@@ -103,11 +103,11 @@ class KnownAnswers:
         self._keys = {BASE: BASE} | {content.revision: content.key for content in contents}
 
     def add(self, content: Content) -> None:
-        """Know what a revision that is about to be loaded answers."""
+        """Register a revision before it is loaded."""
         self._keys[content.revision] = content.key
 
     def answer(self, revision: str, question: int) -> Answer | None:
-        """What a revision, or several joined by +, answers; None where nobody made such a revision."""
+        """The answer of a revision, or of several joined by +; None if it was never registered."""
         try:
             key = "+".join(self._keys[part] for part in revision.split("+"))
         except KeyError:
@@ -127,7 +127,7 @@ def make_contents(base: Path, root: Path, kinds: Iterable[tuple[str, int]] = KIN
 def learn(
     address: str, contents: Sequence[Content], root: Path, questions: Sequence[int] = range(len(QUESTIONS))
 ) -> KnownAnswers:
-    """Ask a quiet server everything, or some of the questions, one at a time."""
+    """Send all questions, or some of them, to an idle server, one at a time."""
     with Client(address) as client:
         for content in contents:
             client.load_adapter(content.key, str(content.write(root / content.key)))

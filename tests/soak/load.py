@@ -1,4 +1,4 @@
-"""What the tenants ask, each in its own way."""
+"""The load: what each tenant requests, and a watcher of changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = 20
 
 @dataclass(frozen=True)
 class Load:
-    """Asks in a thread of its own until it is over."""
+    """Sends requests from its own thread until `over` is set."""
 
     address: str
     judge: Judge
@@ -75,7 +75,7 @@ class Load:
         return self._asked("acme", chance, (chance.choice((*CHURN, *CHURN, *EVERY)),))
 
     def _revision(self, chance: random.Random) -> str | None:
-        """One of a name's history, the latest ones more often."""
+        """A revision of a name's history, recent ones more often."""
         name = chance.choice(CHURN)
         history = self.timeline.now(name).history[: chance.choice([2, 2, 2, 5])]
         return f"{name}@{chance.choice(history)[: chance.choice([12, 32])]}" if history else None
@@ -85,7 +85,7 @@ class Load:
         return self._asked("bolt", chance, (chance.choice(names),))
 
     def _left(self, chance: random.Random) -> Asked:
-        """Left in the middle by closing the stream, or by its deadline."""
+        """A stream that the client closes midway, or that a deadline ends."""
         asked = self._asked(FICKLE, chance, (chance.choice(tuple(STABLE)),))
         asked.streamed = True
         if chance.random() < 0.6:
@@ -95,7 +95,7 @@ class Load:
         return asked
 
     async def _stranger(self) -> None:
-        """Nobody's key opens anything."""
+        """Send a call with an unknown key: it must be refused."""
         async with AsyncClient(self.address, api_key="nobody") as client:
             while not self.over.is_set():
                 asked = self._asked("nobody", random.Random(), ("stable-lora",))
@@ -106,7 +106,7 @@ class Load:
 
 
 class Watcher(threading.Thread):
-    """Follows `WatchAdapters`, and knows at the end how everything stands."""
+    """Follows `WatchAdapters` and keeps the final state of every name."""
 
     def __init__(self, judge: Judge, address: str) -> None:
         super().__init__(daemon=True)
@@ -126,7 +126,7 @@ class Watcher(threading.Thread):
                 self._judge.complain(f"the watcher was cut off: {error}")
 
     def settle(self, client: Client) -> None:
-        """Until what was told last is how it is."""
+        """Wait until the last watched state is the listed state."""
 
         def is_told() -> bool:
             known = {adapter.name: adapter.revision for adapter in client.list_adapters()}

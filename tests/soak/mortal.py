@@ -1,4 +1,4 @@
-"""A client process that is killed in the middle: what it asked and got goes to its output, line by line."""
+"""A client process that is killed midway; it writes its requests and answers to its output, line by line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _choose(chance: random.Random) -> Asked:
 
 
 def _write(asked: Asked) -> None:
-    """In one call: a line is whole, or cut off where the process was killed."""
+    """Write a line in one call: it is complete unless the process was killed during it."""
     os.write(1, json.dumps(dataclasses.asdict(asked)).encode() + b"\n")
 
 
@@ -59,7 +59,7 @@ def main(address: str, seed: int) -> None:
 
 @dataclass
 class Mortals:
-    """Starts such processes one after another, and kills each while answers come."""
+    """Starts client processes one after another and kills each while answers arrive."""
 
     address: str
     tell: Callable[[Asked], None]

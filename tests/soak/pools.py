@@ -1,7 +1,7 @@
-"""`turret` with a file that says, every second, how many threads its pools have and how many they may have.
+"""Runs `turret` and writes the number of threads in its pools, and the pools' maxima, to a file every second.
 
-A ThreadPoolExecutor starts a thread when a call finds none idle, up to its maximum, and keeps it. Threads of
-pools that fill are no leak; seen from outside the process they look like one.
+A ThreadPoolExecutor starts a thread when none is idle, up to its maximum, and keeps it. From outside the
+process, a pool that fills looks like a leak of threads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Pools:
-    """Threads that the pools of a process have, and the sum of the pools' maxima."""
+    """Number of threads in the pools of a process, and the sum of the pools' maxima."""
 
     threads: int
     capacity: int
 
 
 def count_pools() -> Callable[[], Pools]:
-    """A function that counts the pools that are made from now on and are not shut down."""
+    """Return a function that counts the pools created from now on, except those that were shut down."""
     pools: WeakSet[ThreadPoolExecutor] = WeakSet()
     lock = threading.Lock()
     make = ThreadPoolExecutor.__init__

@@ -1,4 +1,4 @@
-"""What came of a soak, in RESULTS.md and memory.svg."""
+"""The report of a soak: RESULTS.md and memory.svg."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Minutes of everything at once on one server that has too little of everything; `make soak` takes twenty.
+"""A soak: all features at once on a server that is short of pages, host memory and disk (`make soak`).
 
-Tenants with keys stream and wait for answers, leave and are killed, while adapters are loaded, swapped,
-rolled back, split, uploaded and unloaded, folders that the server watches break and vanish, and pages, host
-memory and the store are short. Whatever is answered is compared with what is known to be right. RESULTS.md
-says what came of it, and any violation ends it with status 1.
+Tenants stream, cancel and are killed, while adapters are loaded, swapped, rolled back, split, uploaded and
+unloaded, and watched folders break and vanish. Every answer is compared with the known one. The report is
+RESULTS.md; the exit status is 1 if anything was violated.
 """
 
 from __future__ import annotations
@@ -158,7 +157,7 @@ class Soak:
 
 
 def check_end(server: ServerProcess, judge: Judge, run: Run) -> None:
-    """The process ends when it is told to, never said that anything failed, and did not grow."""
+    """Check that the server exits on SIGTERM, logged no error, and did not grow."""
     status = server.stop()
     judge.expect(status == 0, f"the server ended with status {status}")
     for line in server.log:
@@ -174,7 +173,7 @@ def check_end(server: ServerProcess, judge: Judge, run: Run) -> None:
 @click.option("--minutes", default=20.0, show_default=True)
 @click.option("--results/--no-results", default=True, help="Whether to write RESULTS.md and memory.svg.")
 def main(minutes: float, results: bool) -> None:  # noqa: FBT001 -- click's
-    """Exit with 0 if nothing was violated."""
+    """Run the soak; exit with 0 if nothing was violated."""
     shutil.rmtree(ROOT, ignore_errors=True)
     (ROOT / "model").mkdir(parents=True)
     contents = make_contents(save_model("llama", ROOT / "model"), ROOT / "made")

@@ -1,4 +1,4 @@
-"""The server of the soak, and who may do what on it."""
+"""The server of the soak, with its limits and tenants."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TENANTS = {
 
 
 def write_tenants(path: Path) -> Path:
-    """Everybody's key is their name here."""
+    """Write the tenants file; each tenant's key is its name."""
     path.write_text(
         "".join(
             f'[tenants.{name}]\nkeys = ["{digest_of(name)}"]\n{more}\n' for name, more in _TENANTS.items()

@@ -1,8 +1,8 @@
-"""What a name may serve at which time, as far as those who change it know.
+"""Which states of a name are possible at which time.
 
-A change counts as possible from the moment before it is asked for to the moment after its answer; what was
-before it, until that answer. An answer's revision must be one of a state that was possible at some time
-between the sending of its request and its arrival.
+The state after a change is possible from just before the call, the state before it until just after the
+answer. An answer's revision must belong to a state that was possible between the sending of its request and
+its arrival.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """What a name serves and served, the latest first, nothing where it is not there; and the revision that
-    some percent of its requests go to.
+    """The history of a name, latest first, empty if it is not loaded; and its traffic split, revision and
+    percent.
 
-    Of the history the store has those for certain that were among the latest, or shared requests, ever since
-    they were served last: what was let go of meanwhile does not come back by a rollback of what followed it.
+    The store is sure to have those revisions that were among the latest, or in a split, ever since they were
+    last served: a revision that was deleted meanwhile does not come back by a rollback.
     """
 
     history: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class State:
         return self._tidied((revision, *self.history)[:MAX_HISTORY])
 
     def rolled_back(self, to: int) -> State:
-        """To the revision at a place of the history."""
+        """The state after a rollback to the revision at this index of the history."""
         return self._tidied(self.history[to:])
 
     def split_to(self, revision: str, percent: int) -> State:
@@ -67,7 +67,7 @@ class _Span:
 
 @dataclass
 class Change:
-    """One that is under way; whoever makes it says how it ended."""
+    """A change in progress; its maker sets `done` if it succeeded."""
 
     after: State
     done: bool = False
@@ -75,14 +75,14 @@ class Change:
 
 @dataclass
 class Timeline:
-    """All methods may be called from any thread. Each name has one who changes it."""
+    """All methods may be called from any thread. Each name is changed by one thread only."""
 
     _spans: dict[str, list[_Span]] = field(default_factory=dict)
     _unsure: dict[str, State] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def now(self, name: str) -> State:
-        """What its changer knows it to serve."""
+        """The current state of a name, for the thread that changes it."""
         with self._lock:
             spans = self._spans.get(name)
             return spans[-1].state if spans else State()
@@ -93,7 +93,7 @@ class Timeline:
 
     @contextmanager
     def change(self, name: str, after: State) -> Iterator[Change]:
-        """A change that begins now; afterwards it has taken place if it was `done`."""
+        """A change that begins now. Unless it is `done` at the end, the state did not change."""
         change = Change(after)
         with self._lock:
             spans = self._spans.setdefault(name, [_Span(State(), 0.0)])
@@ -113,8 +113,8 @@ class Timeline:
                 (before if change.done else came).until = time.monotonic()
 
     def left(self) -> dict[str, list[State]]:
-        """What each name may serve when nobody changes it any more: what it did, and where nobody heard how
-        the last change of it ended, what that would have made of it.
+        """The possible final states of each name: the last known one and, where the outcome of the last
+        change is unknown, the one after it.
         """
         unsure = self._unsure
         return {
@@ -122,7 +122,7 @@ class Timeline:
         }
 
     def put(self, name: str, state: State) -> None:
-        """Know what a name serves before anybody changes it."""
+        """Set the initial state of a name."""
         self._spans[name] = [_Span(state, 0.0)]
 
     def possible(self, name: str, began: float, ended: float) -> list[State]:

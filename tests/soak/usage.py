@@ -1,4 +1,4 @@
-"""The usage log: a line for every answer that a client was given, and none twice."""
+"""Checks the usage log: exactly one line for every answer that a client received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running server says of itself, and the system of it: pages, memory, threads, files."""
+"""Samples a running server: pages, memory, threads, open files, store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def other_threads(self) -> int:
-        """Those outside pools: each has a purpose of its own, so that more of them are a leak."""
+        """Threads outside pools. Each has a fixed purpose, so growth is a leak."""
         return self.threads - self.pooled_threads
 
 
@@ -55,7 +55,7 @@ def pages_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of its files; some may go while we look."""
+    """Bytes of the files in a folder; files may vanish meanwhile."""
     total = 0
     for inner, _, names in os.walk(folder):
         for name in names:
@@ -65,7 +65,7 @@ def size_of(folder: Path) -> int:
 
 
 class Vitals(threading.Thread):
-    """Looks every second until it is stopped, and keeps a sample every ten."""
+    """Checks the server every second until it is stopped, and keeps a sample every ten seconds."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Vitals(threading.Thread):
             )
 
     def look(self) -> dict[str, float]:
-        """Every page belongs to somebody, and budgets are kept."""
+        """Check that every page has an owner and that budgets are kept."""
         for _ in range(_TRIES):
             metrics = read_metrics(self._url)
             pages = pages_of(metrics)
@@ -149,12 +149,12 @@ class Vitals(threading.Thread):
 
 
 def late(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """The last three quarters, in which a server that does not leak stays as it is."""
+    """The last three quarters of the run, in which a server that does not leak does not grow."""
     return samples[len(samples) // 4 :]
 
 
 def slope(samples: Sequence[Sample], what: Callable[[Sample], float]) -> tuple[float, float]:
-    """The mean, and by how much the straight line of least squares rises from the first to the last."""
+    """The mean, and the rise of the least-squares line from the first sample to the last."""
     seconds = np.array([sample.seconds for sample in samples])
     values = np.array([what(sample) for sample in samples])
     rise = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(samples) > 1 else 0.0
@@ -162,7 +162,7 @@ def slope(samples: Sequence[Sample], what: Callable[[Sample], float]) -> tuple[f
 
 
 def slopes(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
-    """Mean and rise of each thing that must not grow, in the last three quarters."""
+    """Mean and rise, in the last three quarters, of each quantity that must not grow."""
     return [
         ("resident memory, MiB", *slope(late(samples), lambda sample: sample.resident / MIB)),
         ("threads outside pools", *slope(late(samples), lambda sample: sample.other_threads)),
@@ -172,7 +172,7 @@ def slopes(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
 
 
 def leaks(samples: Sequence[Sample]) -> list[str]:
-    """What grew. Pools may fill up to their maxima, but neither the pools nor other threads become more."""
+    """The quantities that grew. Pools may fill up to their maxima; maxima and other threads must not grow."""
     return [
         f"{what} grew by {rise:.3g} from a mean of {mean:.3g}"
         for what, mean, rise in slopes(samples)
