@@ -115,7 +115,7 @@ class Changer:
             self.judge.count("sources gone after the load")
 
     def _broken(self, name: str, state: State) -> None:
-        """Load a folder that is damaged before or during the read: all of it is served, or nothing changes."""
+        """Load a folder that is damaged before or during the read: all of it is served, or none."""
         content = self.shelf.new(self._chance)
         folder = self.shelf.place(content)
         delay = self._chance.choice([0, 0.001, 0.003, 0.01])
