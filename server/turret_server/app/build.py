@@ -51,8 +51,8 @@ from turret_server.rpc.server import RpcServer
 from turret_server.rpc.tls import TlsFiles
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
+from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
-from turret_server.serving.request import ModelInfo
 from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
 from turret_server.tenancy.tenants import TenantTable

@@ -11,10 +11,10 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.request import Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.serving.jobs import Jobs, Prepared
-from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, ModelInfo, Usage
-from turret_server.serving.request_fields import FIELDS
+from turret_server.serving.model_info import ModelInfo
+from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, Usage
 from turret_server.serving.text import TextCodec, TextStream
-from turret_server.serving.validation import check_fields, max_tokens_within
+from turret_server.serving.validation import validate
 from turret_server.tenancy.auth import Caller
 
 _SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
@@ -46,8 +46,8 @@ class GenerationService:
             TurretError: the engine refuses the request, or the request fails.
         """
         async with self._request_log.follow(caller) as record:
-            check_fields(request, FIELDS)
-            async with self._jobs.prepare(request, caller, request.routing_key) as prepared:
+            adapters = validate(request)
+            async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
                 job = self._job(request, prepared)
                 with self._jobs.submit(prepared, job, record, self._engine.submit):
                     async for chunk in self._chunks(request, prepared, record):
@@ -58,9 +58,7 @@ class GenerationService:
         sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
         if request.seed is None:
             sampling["seed"] = secrets.randbits(64)
-        sampling["max_tokens"] = max_tokens_within(
-            request.max_tokens, prepared.num_context, self._model.max_context
-        )
+        sampling["max_tokens"] = self._model.max_tokens(request.max_tokens, prepared.num_context)
         return Request(
             **prepared.fields,
             sampling=SamplingParams(**sampling),

@@ -20,15 +20,14 @@ from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_server import logs
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import AdapterUse, Job, Output
-from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.lazy import LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
 from turret_server.lifecycle.threads import to_its_end
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
-from turret_server.serving.request import GenerationRequest, ModelInfo, PinRequest
+from turret_server.serving.model_info import ModelInfo
+from turret_server.serving.request import GenerationRequest, PinRequest
 from turret_server.serving.text import TextCodec
-from turret_server.serving.validation import check_adapters, check_context, check_token_ids
 from turret_server.tenancy.access import check_use, errors_visible_to
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
@@ -122,18 +121,22 @@ class Jobs:
 
     @asynccontextmanager
     async def prepare(
-        self, request: GenerationRequest | PinRequest, caller: Caller, routing_key: str | None
+        self,
+        request: GenerationRequest | PinRequest,
+        adapters: Sequence[Named],
+        caller: Caller,
+        routing_key: str | None = None,
     ) -> AsyncIterator[Prepared]:
         """Lease the adapters and tokenise the prompt. Requests with the same `routing_key` use the same
         revision of an adapter whose traffic is split, those with "" a random one, and with None the current
         one.
 
         Raises:
-            InvalidRequestError: a field is invalid.
+            InvalidRequestError: a token is not in the vocabulary.
             PromptTooLongError: the prompt does not fit into the context.
             AdapterError: an adapter does not exist, or its use is invalid.
         """
-        tenant, named = caller.tenant, check_adapters(request.adapters)
+        tenant, named = caller.tenant, list(adapters)
         if routing_key is not None:
             named = [_positioned(each, routing_key) for each in named]
         check_use(tenant, [each.name for each in named])
@@ -191,15 +194,14 @@ class Jobs:
         return await to_its_end(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(self, prompt: str | Sequence[int] | None) -> tuple[int, ...]:
-        if prompt is None:
-            raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
+        assert prompt is not None, "validated"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
             token_ids = tuple(await asyncio.to_thread(self._codec.encode, prompt))
         else:
-            check_context(len(prompt), 1, self._model.max_context)
+            self._model.check_room(len(prompt))
             token_ids = tuple(prompt)
-        check_token_ids(token_ids, self._model.vocab_size)
+        self._model.check_token_ids(token_ids)
         return token_ids
 
 

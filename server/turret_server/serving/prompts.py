@@ -16,9 +16,9 @@ from turret_server.engine.request import PromptPin
 from turret_server.errors import InvalidRequestError, PromptNotFoundError, QuotaExceededError
 from turret_server.observability.request_log import RequestLog
 from turret_server.serving.jobs import Jobs, Prepared
-from turret_server.serving.request import ModelInfo, PinnedPrompt, PinRequest
-from turret_server.serving.request_fields import FIELDS
-from turret_server.serving.validation import check_context, check_fields
+from turret_server.serving.model_info import ModelInfo
+from turret_server.serving.request import PinnedPrompt, PinRequest
+from turret_server.serving.validation import validate
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.tenants import Tenant, check_name
 
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 # Owner and name: tenants do not see each other's pins; on an open server all pins have the owner "".
 _Key: TypeAlias = tuple[str, str]
-
-_PIN_FIELDS = {"cache_salt": FIELDS["cache_salt"]}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +73,8 @@ class PromptService:
         """
         name = check_name(request.name, of="a pinned prompt")
         async with self._request_log.follow(caller) as record:
-            check_fields(request, _PIN_FIELDS)
-            async with self._jobs.prepare(request, caller, routing_key=None) as prepared:
+            adapters = validate(request)
+            async with self._jobs.prepare(request, adapters, caller) as prepared:
                 self._check(prepared)
                 job = PromptPin(**prepared.fields, about=logs.bound())
                 pinned = PinnedPrompt(
@@ -169,7 +167,7 @@ class PromptService:
                 "a prompt is pinned with one prefix at most; name one, and LoRAs beside it", field="adapters"
             )
         found = len(prepared.fields["prompt_token_ids"])
-        check_context(prepared.num_context, 1, self._model.max_context)
+        self._model.check_room(prepared.num_context)
         missing = self._model.block_size - (prepared.num_context - found) % self._model.block_size
         if found < missing:
             raise InvalidRequestError(

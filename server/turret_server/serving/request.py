@@ -76,13 +76,3 @@ class PinnedPrompt:
     name: str
     revision: str
     prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
-    """What requests are checked against. `block_size` is the number of tokens in a cached block."""
-
-    vocab_size: int
-    max_context: int
-    block_size: int
-    stop_token_ids: frozenset[int]

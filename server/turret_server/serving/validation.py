@@ -1,6 +1,7 @@
 """Validation of requests, field by field, before anything is done with them.
 
-The bounds of the fields are in `request_fields`, which is generated from the protocol.
+The bounds of the fields are in `request_fields`, which is generated from the protocol. What depends on the
+model is checked by `ModelInfo`, once the prompt is tokenised.
 """
 
 from __future__ import annotations
@@ -9,14 +10,25 @@ import math
 from collections.abc import Mapping, Sequence
 
 from turret_adapters.registry import Named
-from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.publishing import check_revision
-from turret_server.serving.request import AdapterRef
-from turret_server.serving.request_fields import ADAPTER_FIELDS, FieldRule
+from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
+from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
 from turret_server.tenancy.tenants import check_name
 
-_DEFAULT_MAX_TOKENS = 256
 _MAX_ADAPTERS = 8
+
+
+def validate(request: GenerationRequest | PinRequest) -> list[Named]:
+    """Check all fields of a request; returns its adapters for the registry.
+
+    Raises:
+        InvalidRequestError: a field is invalid.
+    """
+    check_fields(request, FIELDS if isinstance(request, GenerationRequest) else PIN_FIELDS)
+    if request.prompt is None:
+        raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
+    return check_adapters(request.adapters)
 
 
 def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:
@@ -86,45 +98,3 @@ def check_adapters(adapters: Sequence[AdapterRef]) -> list[Named]:
     if len({(each.name, each.task) for each in named}) < len(named):
         raise InvalidRequestError("an adapter is named twice; name each once", field="adapters")
     return named
-
-
-def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:
-    """Check that a prompt has tokens, all of the vocabulary.
-
-    Raises:
-        InvalidRequestError: it has none, or one is not in the vocabulary.
-    """
-    if not token_ids:
-        raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
-    if max(token_ids) >= vocab_size:
-        raise InvalidRequestError(
-            f"token_ids are below {vocab_size}, the size of the vocabulary; found {max(token_ids)}",
-            field="token_ids",
-        )
-
-
-def check_context(num_tokens: int, num_generated: int, max_context: int) -> None:
-    """Check that prompt, virtual tokens and tokens to generate fit into the context.
-
-    Raises:
-        PromptTooLongError: they do not.
-    """
-    if num_tokens + num_generated > max_context:
-        raise PromptTooLongError(
-            f"the model's context has {max_context} tokens; prompt and virtual tokens take {num_tokens}, and "
-            f"{num_generated} are to be generated; shorten the prompt or lower max_tokens",
-            max_context=max_context,
-            prompt_tokens=num_tokens,
-            max_tokens=num_generated,
-        )
-
-
-def max_tokens_within(wanted: int | None, num_tokens: int, max_context: int) -> int:
-    """The most tokens to generate after `num_tokens` of the context: what the request wants, or a default
-    that fits.
-
-    Raises:
-        PromptTooLongError: the context has no room for what the request wants, or for one token.
-    """
-    check_context(num_tokens, wanted or 1, max_context)
-    return wanted or min(_DEFAULT_MAX_TOKENS, max_context - num_tokens)

@@ -60,7 +60,7 @@ async def until_idle(parts):
 def test_the_service_imports_no_transport():
     script = (
         "import sys, turret_server.serving.generation, turret_server.serving.prompts\n"
-        "sys.exit(str({'grpc', 'aiohttp', 'starlette', 'uvicorn'} & set(sys.modules)))"
+        "sys.exit(str({'grpc', 'turret', 'aiohttp', 'starlette', 'uvicorn'} & set(sys.modules)))"
     )
     found = subprocess.run(  # noqa: S603 (this test's own script)
         [sys.executable, "-c", script], capture_output=True, text=True, check=False

@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.errors import InvalidRequestError
 from turret_server.serving.request import AdapterRef, GenerationRequest
 from turret_server.serving.request_fields import FIELDS, RequestFields
-from turret_server.serving.validation import check_adapters, check_fields, check_token_ids, max_tokens_within
+from turret_server.serving.validation import check_adapters, check_fields
 
 REQUEST = GenerationRequest(prompt="Hello")
 
@@ -106,26 +106,3 @@ def test_adapters_that_cannot_be_named_so_are_refused(names, message):
 def test_two_tasks_of_one_adapter_are_two_adapters():
     assert len(check_adapters([AdapterRef(name="multi", task=0), AdapterRef(name="multi", task=1)])) == 2
     assert len(check_adapters([AdapterRef(name=f"a{number}") for number in range(8)])) == 8
-
-
-def test_without_max_tokens_the_answer_has_a_default_length_that_fits_into_the_context():
-    assert max_tokens_within(None, 100, 1000) == 256
-    assert max_tokens_within(None, 900, 1000) == 100
-    assert max_tokens_within(None, 999, 1000) == 1
-    with pytest.raises(PromptTooLongError):
-        max_tokens_within(None, 1000, 1000)
-
-
-def test_max_tokens_beyond_the_context_are_refused():
-    assert max_tokens_within(100, 900, 1000) == 100
-    with pytest.raises(PromptTooLongError) as refused:
-        max_tokens_within(101, 900, 1000)
-    assert refused.value.metadata == {"max_context": "1000", "prompt_tokens": "900", "max_tokens": "101"}
-
-
-def test_token_ids_are_of_the_vocabulary():
-    check_token_ids([0, 99], 100)
-    with pytest.raises(InvalidRequestError, match="below 100, the size of the vocabulary; found 100"):
-        check_token_ids([0, 100, 5], 100)
-    with pytest.raises(InvalidRequestError, match="has no tokens"):
-        check_token_ids([], 100)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.serving.model_info import ModelInfo
+
+MODEL = ModelInfo(vocab_size=100, max_context=1000, block_size=16, stop_token_ids=frozenset())
+
+
+def test_without_max_tokens_the_answer_has_a_default_length_that_fits_into_the_context():
+    assert MODEL.max_tokens(None, 100) == 256
+    assert MODEL.max_tokens(None, 900) == 100
+    assert MODEL.max_tokens(None, 999) == 1
+    with pytest.raises(PromptTooLongError):
+        MODEL.max_tokens(None, 1000)
+
+
+def test_max_tokens_beyond_the_context_are_refused():
+    assert MODEL.max_tokens(100, 900) == 100
+    with pytest.raises(PromptTooLongError) as refused:
+        MODEL.max_tokens(101, 900)
+    assert refused.value.metadata == {"max_context": "1000", "prompt_tokens": "900", "max_tokens": "101"}
+
+
+def test_token_ids_are_of_the_vocabulary():
+    MODEL.check_token_ids([0, 99])
+    with pytest.raises(InvalidRequestError, match="below 100, the size of the vocabulary; found 100"):
+        MODEL.check_token_ids([0, 100, 5])
+    with pytest.raises(InvalidRequestError, match="has no tokens"):
+        MODEL.check_token_ids([])
