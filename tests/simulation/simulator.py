@@ -98,7 +98,7 @@ class Served(Run):
 
     @property
     def is_answered(self) -> bool:
-        return self.end in (FinishReason.LENGTH, FinishReason.STOP)
+        return self.end in (FinishReason.LENGTH, FinishReason.STOP, FinishReason.PINNED)
 
     @property
     def first_token_seconds(self) -> float:

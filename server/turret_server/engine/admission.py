@@ -94,4 +94,6 @@ class Admission:
         speed = self._tokens_per_second / len(self._queued)
         seconds = excess / speed if speed else 1.0
         seconds = min(max(seconds, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
-        raise QueueFullError(f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=job.tenant)
+        raise QueueFullError(
+            f"{message}; try again in {seconds:.1f} s", retry_after=seconds, tenant=job.tenant
+        )

@@ -23,7 +23,7 @@ def value(registry):
 
 def stats(**values):
     counts = dict.fromkeys(
-        ("num_running", "num_waiting", "num_preempted", "num_evicted", "num_filling", "num_failures"), 0
+        ("num_running", "num_waiting", "num_preempted", "num_evicted", "num_loading", "num_failures"), 0
     )
     return EngineStats(**({"step": None, "seconds": 0.0, "pages": {}} | counts | values))
 
@@ -54,7 +54,7 @@ def test_states_of_the_engine_are_gauges_and_events_add_up(registry, value):
             stats(
                 num_running=10 * number,
                 num_waiting=20 * number,
-                num_filling=30 * number,
+                num_loading=30 * number,
                 num_preempted=number,
                 num_evicted=2 * number,
                 num_failures=3 * number,
