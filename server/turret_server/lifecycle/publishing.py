@@ -207,8 +207,7 @@ class AdapterLifecycle:
 
         Raises:
             AdapterError: there is no such name, not exactly one such revision besides the current one, or
-            the store
-                has lost it.
+                the store has lost it.
         """
         with ExitStack() as held:
             if percent:

@@ -13,7 +13,7 @@ from turret_adapters.spec import Method
 from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterRevision, AdapterState
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.uploads import UploadChunk, UploadStart
-from turret_server.rpc.auth import caller
+from turret_server.rpc.caller import caller
 
 _METHODS = {
     Method.LORA: adapters_pb2.ADAPTER_METHOD_LORA,

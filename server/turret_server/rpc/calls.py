@@ -13,11 +13,10 @@ from typing import Any, TypeAlias
 import grpc
 
 from turret_server.errors import TooManyCallsError
-from turret_server.rpc.auth import CallAuthentication
+from turret_server.rpc.caller import CallAuthentication, bind_request_id
 from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.errors import end_with
 from turret_server.rpc.reading import RequestReader
-from turret_server.rpc.request_id import bind_request_id
 from turret_server.tenancy.auth import Authenticator
 
 # Health and reflection answer without authentication; a stream of theirs keeps its request in memory.

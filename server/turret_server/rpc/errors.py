@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 
 from turret_adapters.errors import AdapterError
 from turret_server.errors import TurretError
-from turret_server.rpc.request_id import REQUEST_ID, request_id
+from turret_server.rpc.caller import REQUEST_ID, request_id
 
 log = logging.getLogger(__name__)
 
