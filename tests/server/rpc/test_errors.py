@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from contextvars import copy_context
+
+import grpc
 import pytest
-from google.rpc import code_pb2, error_details_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from turret_adapters.errors import AdapterNotFoundError
 from turret_server import errors
 from turret_server.errors import InvalidRequestError, QueueFullError, TurretError
-from turret_server.rpc.errors import to_status
+from turret_server.rpc.errors import end_with, to_status
+from turret_server.rpc.request_id import REQUEST_ID, bind_request_id
 
 
 def details(status) -> dict[str, object]:
@@ -57,3 +61,73 @@ def test_the_tree_in_the_docstring_is_the_tree():
     rows = [line.split()[1:] for line in (errors.__doc__ or "").splitlines() if "── " in line]
     assert sorted(rows) == sorted([each.__name__, each.code, each.reason] for each in classes)
     assert all(each.code in code_pb2.Code.keys() for each in classes)  # noqa: SIM118 (an enum's, no dict's)
+
+
+class Call:
+    """The part of gRPC's context with which a call is ended."""
+
+    def __init__(self) -> None:
+        self.trailing: dict[str, object] = {}
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def invocation_metadata(self):
+        return ((REQUEST_ID, "request-1"),)
+
+    def set_trailing_metadata(self, metadata):
+        self.trailing = dict(metadata)
+
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+def ended(error) -> Call:
+    call = Call()
+
+    def run():
+        bind_request_id(call)
+        end_with(call, error)
+
+    copy_context().run(run)
+    return call
+
+
+def test_a_call_ends_with_the_status_and_the_id_in_its_trailing_metadata():
+    call = ended(QueueFullError("full", retry_after=1.0, tenant="acme"))
+    assert (call.code, call.details) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+    assert call.trailing[REQUEST_ID] == "request-1"
+    found = details(status_pb2.Status.FromString(call.trailing["grpc-status-details-bin"]))
+    assert set(found) == {"ErrorInfo", "RetryInfo", "RequestInfo"}
+    assert found["RequestInfo"].request_id == "request-1"
+
+
+def test_an_error_of_ours_is_logged_and_its_words_stay_here(caplog):
+    call = ended(ZeroDivisionError("a secret"))
+    assert call.code == grpc.StatusCode.INTERNAL
+    assert "secret" not in call.details
+    [logged] = caplog.records
+    assert logged.exc_info
+    assert isinstance(logged.exc_info[1], ZeroDivisionError)
+
+
+def test_what_a_client_caused_is_no_error_of_the_log(caplog):
+    ended(InvalidRequestError("top_k", field="top_k"))
+    assert caplog.records == []
+
+
+def test_a_status_that_is_set_already_stays_and_keeps_no_frames():
+    with pytest.raises(grpc.aio.AbortError) as raised:
+        raise grpc.aio.AbortError("set")
+    assert raised.value.__traceback__ is not None
+    call = ended(raised.value)
+    assert (call.code, call.details) == (None, "")
+    assert raised.value.__traceback__ is None
+
+
+def test_a_message_that_just_fits_is_not_cut():
+    for length, cut in ((1024, False), (1025, True)):
+        message = to_status(InvalidRequestError("x" * length)).message
+        assert message == ("x" * 1024 + (" …" if cut else ""))
