@@ -9,8 +9,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from turret_adapters.errors import AdapterNotFoundError
 from turret_server import errors
 from turret_server.errors import InvalidRequestError, QueueFullError, TurretError
+from turret_server.rpc.caller import REQUEST_ID, bind_request_id
 from turret_server.rpc.errors import end_with, to_status
-from turret_server.rpc.request_id import REQUEST_ID, bind_request_id
 
 
 def details(status) -> dict[str, object]:

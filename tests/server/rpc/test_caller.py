@@ -6,7 +6,7 @@ import pytest
 
 from turret_server import logs
 from turret_server.errors import InvalidRequestError
-from turret_server.rpc.request_id import REQUEST_ID, bind_request_id, request_id
+from turret_server.rpc.caller import REQUEST_ID, bind_request_id, request_id
 
 
 class Call:
