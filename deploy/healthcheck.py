@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Exits 0 where the server at the address, by default this container's, says that it is serving.
+"""Exits with status 0 if the server at ADDRESS (default: this container's) reports SERVING.
 
     turret-health [ADDRESS [CA [KEY CERT]]]
 
-The files are for an encrypted server: its authority's, and where it asks for one, a client's key and
-certificate.
+CA is the PEM file of the authority of a server with TLS; KEY and CERT are a client's, if it requires them.
 """
 
 import sys

@@ -80,13 +80,13 @@ def test_a_plot_is_drawn(bench, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--adapters", "nobody-*"), "--adapters nobody-*: the server has none"),
+        (("--adapters", "nobody-*"), "--adapters nobody-*: no adapter of the server matches"),
         (("--adapters", "9999"), "--adapters 9999: the server has"),
-        (("--concurrency", "2", "--rate", "1"), "a closed loop or an open one"),
+        (("--concurrency", "2", "--rate", "1"), "either --concurrency"),
         (("--popularity", "zipf"), "expected uniform, turns or zipf:S"),
         (("--prompt-tokens", "9-3"), "expected N or MIN-MAX"),
         (("--plot", "run.jpeg"), "must end in one of"),
-        (("--json", "/nowhere/run.json"), "no folder /nowhere"),
+        (("--json", "/nowhere/run.json"), "the folder /nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_sent(bench, served, arguments, said):

@@ -1,4 +1,4 @@
-"""The commands of `turret adapters` that speak to a running server."""
+"""`turret adapters`: administers the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from turret_client import Adapter, AdapterRevision, Client
 
-# How often a bar of what the server does is drawn.
+# How often the progress of a load is asked for.
 _LOOK_SECONDS = 0.2
 
 
@@ -40,7 +40,7 @@ Examples:
 """
 )
 def adapters() -> None:
-    """Load, replace, unload and look at a server's adapters; validate and convert them without one."""
+    """Load, replace, unload and inspect adapters of a server; validate and convert adapters without one."""
 
 
 @adapters.command(
@@ -54,7 +54,7 @@ Examples:
 @server_option
 @json_option
 def list_(*, server: str, as_json: bool) -> None:
-    """List all adapters in the order of their names."""
+    """List all adapters, sorted by name."""
     with connect(server) as client:
         found = client.list_adapters()
     if not found and not as_json:
@@ -76,9 +76,9 @@ Example:
 def load(name: str, path: str, *, server: str, as_json: bool) -> None:
     """Serve the peft adapter at PATH under NAME.
 
-    PATH is a folder of the server's machine, "owner/name" or "hf://owner/name@revision" of the Hugging Face
-    hub, or the URL of a folder or archive, as far as the server was started with --allow-source for it.
-    Where NAME is in use it flips to the new revision at once; requests that began on the old one end on it.
+    PATH is a folder on the server's machine, "owner/name" or "hf://owner/name@revision" on the Hugging Face
+    Hub, or the URL of a folder or an archive, if the server's --allow-source permits it. If NAME is in use,
+    new requests use the new revision at once; in-flight requests finish on theirs.
     """
     with connect(server) as client:
         # A server on this machine has another working directory.
@@ -98,7 +98,7 @@ Example:
 @server_option
 @json_option
 def unload(name: str, *, server: str, as_json: bool) -> None:
-    """Take NAME away. Requests that run on it end on it; then its memory is freed."""
+    """Unload NAME. In-flight requests finish on it; then its memory is freed."""
     with connect(server) as client:
         print_adapters([client.unload_adapter(name)], as_json=as_json)
 
@@ -113,7 +113,7 @@ Example:
 @server_option
 @json_option
 def show(name: str, *, server: str, as_json: bool) -> None:
-    """Show all that is known of one adapter."""
+    """Show the details of an adapter, with the history of its revisions."""
     with connect(server) as client:
         adapter = client.get_adapter(name)
     click.echo(to_json(adapter) if as_json else _details(adapter))
@@ -131,10 +131,10 @@ Examples:
 @server_option
 @json_option
 def rollback(name: str, revision: str | None, *, server: str, as_json: bool) -> None:
-    """Serve an earlier REVISION under NAME again and forget those after it.
+    """Serve an earlier REVISION under NAME again and remove later ones from its history.
 
-    The first 8 digits of it are enough; without it, the one before the current. `turret adapters show NAME`
-    lists them.
+    The first 8 digits of the revision are enough. Default: the one before the current one. `turret adapters
+    show NAME` lists them.
     """
     with connect(server) as client:
         print_adapters([client.rollback_adapter(name, revision)], as_json=as_json)
@@ -154,14 +154,14 @@ Examples:
     type=click.IntRange(0, 100),
     required=True,
     metavar="N",
-    help="How many of a hundred requests; 0 ends the split.",
+    help="Percentage of requests that go to REVISION; 0 ends the split.",
 )
 @server_option
 @json_option
 def split(name: str, revision: str, percent: int, *, server: str, as_json: bool) -> None:
-    """Make some percent of the requests for NAME go to another REVISION of its history.
+    """Send a percentage of the requests for NAME to another REVISION of its history.
 
-    The first 8 digits of it are enough. Requests with the same --routing-key go to the same revision.
+    The first 8 digits of the revision are enough. Requests with the same --routing-key use the same revision.
     """
     with connect(server) as client:
         print_adapters([client.set_traffic_split(name, revision, percent)], as_json=as_json)
@@ -178,9 +178,9 @@ Examples:
 @server_option
 @json_option
 def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
-    """Send the peft adapter in FOLDER of this machine to the server, and serve it under NAME.
+    """Upload the peft adapter in the local FOLDER to the server, and serve it under NAME.
 
-    Where an upload of the same files was broken off, it goes on there.
+    An interrupted upload of the same files is resumed.
     """
     with connect(server) as client, _Bar("Uploading") as bar:
         try:
@@ -191,7 +191,7 @@ def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
 
 
 class _Bar:
-    """A bar on standard error, if that is a terminal."""
+    """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -208,14 +208,14 @@ class _Bar:
         if self._bar is None:
             bar = click.progressbar(length=total, label=self._label, file=sys.stderr)
             self._bar = self._stack.enter_context(bar)
-        # There may be more to come than was known: then it is not finished after all.
+        # The total may grow after the bar was full.
         self._bar.length, self._bar.finished = total, False
         self._bar.update(done - self._bar.pos)
 
 
 @contextmanager
 def _downloading(client: Client, name: str) -> Iterator[None]:
-    """Shows on a terminal how far the server is with what it brings under the name in the block."""
+    """Shows the progress of the server's download for `name` on a terminal, until the block ends."""
     over = threading.Event()
 
     def look() -> None:
@@ -246,7 +246,7 @@ Examples:
 @server_option
 @json_option
 def watch(*, server: str, as_json: bool) -> None:
-    """Print every adapter as it is, then each again whenever it changes, until Ctrl-C."""
+    """Print every adapter, then each again whenever it changes, until Ctrl-C."""
     with connect(server) as client, closing(client.watch_adapters()) as changes:
         for adapter in changes:
             click.echo(to_json(adapter) if as_json else _line(adapter))

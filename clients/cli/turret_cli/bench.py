@@ -1,4 +1,4 @@
-"""The command `turret bench`: puts a load on a running server and says what its requests waited for."""
+"""`turret bench`: generates load on a running server and reports throughput and latencies."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ Examples:
     "wanted",
     multiple=True,
     metavar="NAME|GLOB|COUNT",
-    help="Adapters of the server to use: a name, a pattern, or the first so many in the order of their "
-    "names. May be given several times. Without it: the base model alone.",
+    help="Adapters to use: a name, a pattern, or the first COUNT in the order of their names; repeatable. "
+    "Without it: the base model only.",
 )
 @click.option(
     "--popularity",
@@ -65,33 +65,33 @@ Examples:
     default="uniform",
     show_default=True,
     metavar="uniform|zipf:S|turns",
-    help="How requests choose among them. zipf:1.1 asks for the adapter of rank k in proportion to "
-    "1/k^1.1; with turns, requests that run together use different ones.",
+    help="Distribution of requests over the adapters. zipf:1.1 picks the adapter of rank k with weight "
+    "1/k^1.1; with turns, concurrent requests use different adapters.",
 )
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Closed loop: N requests run at any moment. Without it and --rate: {_DEFAULT_CONCURRENCY}.",
+    help=f"Closed loop: N concurrent requests. Default without --rate: {_DEFAULT_CONCURRENCY}.",
 )
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="F",
-    help="Open loop: F requests a second on average arrive by a Poisson process, however many run already, "
-    "and each waits from when it was due.",
+    help="Open loop: F requests per second arrive on average, by a Poisson process, however many are in "
+    "flight. Latencies count from the scheduled arrival.",
 )
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Requests to send. Without it and --duration: {_DEFAULT_REQUESTS}.",
+    help=f"Number of requests. Default without --duration: {_DEFAULT_REQUESTS}.",
 )
 @click.option(
     "--duration",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Send nothing after so long; what runs then may end.",
+    help="Send requests for this long; those in flight may finish.",
 )
 @click.option(
     "--prompt-tokens",
@@ -99,7 +99,7 @@ Examples:
     default="128",
     show_default=True,
     metavar="N|MIN-MAX",
-    help="Length of a prompt of random tokens. In a range every length is equally likely.",
+    help="Length of the prompts, which are random tokens; uniform within a range.",
 )
 @click.option(
     "--max-tokens",
@@ -107,7 +107,7 @@ Examples:
     default=64,
     show_default=True,
     metavar="N",
-    help="Tokens to generate. A model that ends its texts may generate fewer.",
+    help="Maximum number of tokens to generate per request.",
 )
 @click.option(
     "--warm-up",
@@ -115,22 +115,28 @@ Examples:
     default=_DEFAULT_CONCURRENCY,
     show_default=True,
     metavar="N",
-    help="Requests to send before, which are not measured.",
+    help="Requests to send first, which are not measured.",
 )
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Same seed: the same requests.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of the workload. The same seed gives the same requests.",
+)
 @click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Write settings, figures and the time of every token.",
+    help="Write the settings, the results and the time of every token as JSON.",
 )
 @click.option(
     "--plot",
     "plot_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Draw latencies, throughput and running requests; .svg, .png or .pdf. Needs matplotlib.",
+    help="Plot latencies, throughput and running requests to an .svg, .png or .pdf file. Needs matplotlib.",
 )
 def bench(
     *,
@@ -150,15 +156,15 @@ def bench(
 ) -> None:
     """Measure a running server under load.
 
-    Requests with prompts of random tokens stream from the server. What is told is the throughput, and how
-    long a request waits for its first token (first token), between two tokens (inter token), and in all
-    (request). Requests that fail are counted by reason. Ctrl-C ends the run and shows what was measured.
+    Sends requests with random prompts and streams the answers. Reports throughput, time to first token, time
+    between tokens, and total time of a request; failed requests are counted by reason. Ctrl-C ends the run
+    and reports what was measured.
     """
     if concurrency and rate:
-        raise click.UsageError("Give --concurrency or --rate: a closed loop or an open one.")
+        raise click.UsageError("Give either --concurrency (a closed loop) or --rate (an open loop).")
     for file in (json_file, plot_file):
         if file and not file.parent.is_dir():
-            raise click.UsageError(f"There is no folder {file.parent} to write {file.name} to.")
+            raise click.UsageError(f"{file}: the folder {file.parent} does not exist.")
     if plot_file:
         _check_plot(plot_file)
     workload = Workload(
@@ -205,12 +211,14 @@ def _matching(wanted: str, listed: Sequence[Adapter]) -> list[str]:
         return served[: int(wanted)]
     found = [name for name in served if fnmatchcase(name, wanted)]
     if not found:
-        raise click.UsageError(f"--adapters {wanted}: the server has none; see turret adapters list.")
+        raise click.UsageError(
+            f"--adapters {wanted}: no adapter of the server matches; see turret adapters list."
+        )
     return found
 
 
 async def _measure(server: str, workload: Workload, warm_up: int) -> tuple[LoadGenerator, bool]:
-    """The generator after its run, and whether Ctrl-C ended it."""
+    """The generator after its run, and whether Ctrl-C ended the run."""
     async with AsyncClient(server, **connection_options()) as client:
         generator = LoadGenerator(client, workload)
         progress = asyncio.create_task(_show_progress(generator))
@@ -229,7 +237,7 @@ async def _measure(server: str, workload: Workload, warm_up: int) -> tuple[LoadG
 
 
 async def _show_progress(generator: LoadGenerator) -> None:
-    """One line that is written over where somebody watches, and a line every ten seconds elsewhere."""
+    """One line that is overwritten on a terminal, and a line every ten seconds elsewhere."""
     watched = sys.stderr.isatty()
     while True:
         records = generator.records
@@ -270,19 +278,19 @@ def _latency_line(title: str, latencies: Latencies | None) -> str:
 
 
 def _check_plot(file: Path) -> None:
-    """See before a run that its picture can be drawn after it.
+    """Check before the run that the plot can be drawn after it.
 
     Raises:
-        click.UsageError: matplotlib is missing, or cannot write such a file.
+        click.UsageError: matplotlib is not installed, or does not write files of this suffix.
     """
     if file.suffix not in _SUFFIXES:
         raise click.UsageError(f"--plot {file}: the name must end in one of {', '.join(_SUFFIXES)}.")
     if find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        raise click.UsageError("--plot: matplotlib is not installed; install it with: pip install matplotlib")
 
 
 def _save_plot(file: Path, records: Sequence[Record]) -> None:
-    """Draw how many requests waited no longer than so long, and throughput and running requests over time."""
+    """Plot the distributions of latencies, and throughput and running requests over time."""
     from matplotlib.figure import Figure  # noqa: PLC0415 -- only drawing needs it
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -291,7 +299,7 @@ def _save_plot(file: Path, records: Sequence[Record]) -> None:
     gaps = [after - before for record in records for before, after in pairwise(record.token_seconds)]
     for axes, title, seconds in ((first, "first token", waits), (inter, "inter token", gaps)):
         axes.ecdf([1000 * value for value in seconds] or [0.0])
-        axes.set(title=title, xlabel="ms", ylabel="share that waited no longer", xlim=(0, None))
+        axes.set(title=title, xlabel="ms", ylabel="share of requests", xlim=(0, None))
     arrivals = [second for record in records for second in record.token_seconds]
     last = max(arrivals, default=0.0)
     bins = [float(second) for second in range(int(last) + 2)]
@@ -299,7 +307,7 @@ def _save_plot(file: Path, records: Sequence[Record]) -> None:
     over_time.set(title="over time", xlabel="s", ylabel="generated tokens/s", ylim=(0, None))
     running = over_time.twinx()
     running.plot(bins, [_running_at(records, second) for second in bins], color="tab:orange")
-    running.set(ylabel="requests that run or wait", ylim=(0, None))
+    running.set(ylabel="requests in flight", ylim=(0, None))
     over_time.yaxis.label.set_color("tab:blue")
     running.yaxis.label.set_color("tab:orange")
     figure.savefig(file)

@@ -1,4 +1,4 @@
-"""`turret prompts`: the beginnings of prompts that a running server keeps in memory."""
+"""`turret prompts`: pins prompt prefixes in the cache of a running server."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Examples:
 """
 )
 def prompts() -> None:
-    """Pin prompts: keep them computed, so that requests that begin with them compute only the rest.
+    """Pin prompts in the prefix cache: requests that begin with one compute only the rest.
 
-    The server keeps what it computed of any prompt until it needs the memory; a pinned one stays. Pinned
+    The cache keeps blocks of any prompt until their memory is needed; those of pinned prompts stay. Pinned
     prompts take at most half of the arena.
     """
 
@@ -73,13 +73,13 @@ def pin(
 ) -> None:
     """Compute the prompt TEXT and keep it under NAME until it is unpinned.
 
-    Requests find it that begin with the same tokens and name the same adapters, with the same weights and
-    the same cache salt. It goes when an adapter of it is replaced or unloaded: pin it anew after a swap.
-    Where NAME is in use, the new prompt takes the place of the old one.
+    It serves requests that begin with the same tokens and use the same adapters, weights and cache salt. It
+    is dropped when one of its adapters is replaced or unloaded: pin it again afterwards. If NAME is in use,
+    the new prompt replaces the old one.
 
-    Without TEXT and --file, or where TEXT is "-", the prompt is read from standard input. One newline at the
-    end of a file or of standard input is left out. Whole blocks of tokens are kept; a prompt that fills none
-    is refused.
+    Without TEXT and --file, or if TEXT is "-", the prompt is read from standard input. One trailing newline
+    of a file or of standard input is removed. Only full blocks of tokens are kept; a prompt shorter than a
+    block is refused.
     """
     if text is not None and file is not None:
         raise click.UsageError("Give TEXT or --file, not both.")
@@ -99,7 +99,7 @@ Examples:
 @server_option
 @json_option
 def list_(*, server: str, as_json: bool) -> None:
-    """List pinned prompts in the order of their names."""
+    """List pinned prompts, sorted by name."""
     with connect(server) as client:
         found = client.list_pinned_prompts()
     if not found and not as_json:
@@ -118,7 +118,7 @@ Example:
 @server_option
 @json_option
 def unpin(name: str, *, server: str, as_json: bool) -> None:
-    """Let the prompt NAME go, like any other, when its memory is needed."""
+    """Unpin the prompt NAME: its blocks are evicted when their memory is needed."""
     with connect(server) as client:
         client.unpin_prompt(name)
     click.echo(json.dumps({"name": name}) if as_json else f"unpinned {name}")

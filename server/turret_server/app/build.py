@@ -111,8 +111,13 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     metrics = CollectorRegistry()
     request_log = stack.enter_context(open_request_log(config, metrics))
     access = load_access(config)
-    loaded, arena = _load_model(config)
-    library = stack.enter_context(closing(_open_library(config, loaded)))
+    # Before the model, which takes minutes to load, so that a store that is in use is reported at once.
+    store = _open_store(config)
+    with ExitStack() as unowned:
+        unowned.callback(store.close)
+        loaded, arena = _load_model(config)
+        library = stack.enter_context(closing(_make_library(config, store, loaded)))
+        unowned.pop_all()  # the library closes it
     host_bytes = _budget("--host-memory", config.host_memory or _DEFAULT_HOST_MEMORY, _CPU)
     page_locked = loaded.device.type == "cuda"
     memory = HostMemory(host_bytes, library.read, page_locked=page_locked)
@@ -298,10 +303,13 @@ def _max_adapter_bytes() -> int:
     return min(MAX_CONFIG_BYTES + MAX_TENSORS_BYTES, psutil.virtual_memory().total // 8)
 
 
-def _open_library(config: ServerConfig, loaded: LoadedModel) -> AdapterLibrary:
-    """Adapters on disk. Names belong to the base model; files are shared by all base models."""
+def _open_store(config: ServerConfig) -> AdapterStore:
     size = parse_size(config.store_size) if config.store_size else None
-    store = AdapterStore(config.store, int(size.number) if size else None)
+    return AdapterStore(config.store, int(size.number) if size else None)
+
+
+def _make_library(config: ServerConfig, store: AdapterStore, loaded: LoadedModel) -> AdapterLibrary:
+    """Names belong to the base model; the store's files are shared by all base models."""
     identity = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     names = Names(config.store / "names.sqlite", identity)
     weights = ModelWeights(loaded.model, loaded.ops)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from turret_adapters.store.store import AdapterStore
+from turret_server.app.build import assemble
+from turret_server.config import ServerConfig
+from turret_server.errors import ConfigError
 
 HANG_S = 120
 """Only so that a failing test ends."""
@@ -73,3 +79,19 @@ def test_a_second_signal_does_not_cut_the_closing_off(base_of, quantised_cache):
         server.send_signal(signal.SIGTERM)
         rest, _ = server.communicate("go on\n", timeout=HANG_S)
     assert (server.returncode, rest) == (0, "closed\n")
+
+
+def test_a_second_server_on_a_store_is_refused_in_one_sentence_before_the_model_is_loaded(tmp_path):
+    with closing(AdapterStore(tmp_path / "store")), start(LOADING, tmp_path, tmp_path) as server:
+        out, log = server.communicate(timeout=HANG_S)
+    assert (server.returncode, out) == (1, "")
+    assert log.splitlines()[-1].startswith(f"error: store '{tmp_path}/store': another server")
+    assert log.splitlines()[-1].endswith("--store (STORE_BUSY)")
+    assert "Traceback" not in log
+
+
+def test_a_start_that_fails_frees_the_store(tmp_path):
+    config = ServerConfig(model=str(tmp_path / "none"), store=tmp_path / "store", device="cpu")
+    with pytest.raises(ConfigError, match="--model"), assemble(config):
+        pass
+    AdapterStore(tmp_path / "store").close()
