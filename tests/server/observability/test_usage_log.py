@@ -93,7 +93,7 @@ def test_a_line_that_a_crash_left_unfinished_is_cut_off_and_no_other(path, torn,
 @pytest.mark.parametrize("content", ["root:x:0:0", "one\ntwo", "\n\nthree"])
 def test_a_file_of_something_else_is_left_as_it_is(path, content):
     path.write_text(content)
-    with pytest.raises(ConfigError, match="found a file of something else"):
+    with pytest.raises(ConfigError, match="found another kind of file"):
         UsageLog(path)
     assert path.read_text() == content
 
