@@ -1,30 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from click.testing import CliRunner, Result
 
 from turret_cli.main import main
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "python" / "scripted_server.py"
-    spec = importlib.util.spec_from_file_location("scripted_server", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def server(script) -> Iterator[Any]:
-    with script.ScriptedServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -5,12 +5,13 @@ from dataclasses import asdict
 
 import pytest
 
+from support import scripted_server as script
 from support.adapter_files import write_folder
 from turret.v1 import adapters_pb2
 from turret_client import Client
 
 
-def test_list_is_an_aligned_table(turret, server, script):
+def test_list_is_an_aligned_table(turret, server):
     server.adapters = [
         script.BROKEN,
         script.PIRATE,

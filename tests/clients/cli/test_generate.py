@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 
+from support import scripted_server as script
 from turret.v1 import inference_pb2
 from turret_client import Client
 
@@ -115,7 +116,7 @@ def test_standard_input_that_is_no_text(turret):
     assert "UTF-8" in result.stderr
 
 
-def test_an_error_after_some_text_begins_its_own_line(turret, server, script):
+def test_an_error_after_some_text_begins_its_own_line(turret, server):
     server.failure = script.failure(grpc.StatusCode.INTERNAL, "broke", reason="GENERATION_FAILED")
     result = turret("generate", "Hello")
     assert result.output == "Ahoy, \nerror: broke (GENERATION_FAILED)\n"

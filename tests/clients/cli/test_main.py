@@ -14,6 +14,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from support import scripted_server as script
 from turret_cli.main import main
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def test_wrong_usage_exits_2(turret, server, arguments):
 @pytest.mark.parametrize(
     "arguments", [("generate", "Hello"), ("generate", "--json", "--no-stream", "Hello"), ("adapters", "list")]
 )
-def test_an_error_is_one_line_and_exits_1(turret, server, script, arguments):
+def test_an_error_is_one_line_and_exits_1(turret, server, arguments):
     server.failure = script.failure(
         grpc.StatusCode.NOT_FOUND, "no adapter\npirate", reason="ADAPTER_NOT_FOUND"
     )

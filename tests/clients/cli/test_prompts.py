@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import Result
 
+from support import scripted_server as script
 from turret.v1 import inference_pb2, prompts_pb2
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def test_unpin(prompts, server):
     assert server.requests == [prompts_pb2.UnpinPromptRequest(name="rules")] * 2
 
 
-def test_an_error_is_told_in_one_line(prompts, server, script):
+def test_an_error_is_told_in_one_line(prompts, server):
     server.failure = script.failure(
         script.grpc.StatusCode.NOT_FOUND, "no prompt is pinned", reason="PROMPT_NOT_FOUND"
     )

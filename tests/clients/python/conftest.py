@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from contextlib import aclosing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,28 +10,10 @@ import pytest
 from turret_client import AsyncClient, Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import ModuleType
+    from collections.abc import Callable
 
 
 STREAMS = {"stream", "watch_adapters"}
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    """The module scripted_server: tests are no package that could import it."""
-    spec = importlib.util.spec_from_file_location(
-        "scripted_server", Path(__file__).with_name("scripted_server.py")
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def server(script) -> Iterator[Any]:
-    with script.ScriptedServer() as server:
-        yield server
 
 
 def call_client(address: str, method: str, *args: object, **options: object) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 
+from support import scripted_server as script
 from support.prompts import until
 from turret_client import AsyncClient, TurretError
 from turret_client.bench import Latencies, LoadGenerator, Popularity, Record, Workload, percentile, summarise
@@ -75,7 +76,7 @@ def test_an_open_loop_sends_no_request_before_it_is_due(server):
     assert all(record.token_seconds[0] >= record.due for record in records)
 
 
-def test_a_closed_loop_pauses_after_a_failure(server, script):
+def test_a_closed_loop_pauses_after_a_failure(server):
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     records = generate(server.address, Workload(concurrency=1, num_requests=3)).records
     assert all(after.due - before.ended >= 0.09 for before, after in itertools.pairwise(records))
@@ -137,13 +138,13 @@ def test_the_warm_up_is_sent_but_not_recorded(server):
     assert len(prompts) == 8
 
 
-def test_a_warm_up_that_fails_raises(server, script):
+def test_a_warm_up_that_fails_raises(server):
     server.failure = script.failure(grpc.StatusCode.NOT_FOUND, "no", reason="ADAPTER_NOT_FOUND")
     with pytest.raises(TurretError, match="no"):
         generate(server.address, Workload(concurrency=1, num_requests=1), warm_up=1)
 
 
-def test_failures_are_recorded_under_their_reason(server, script):
+def test_failures_are_recorded_under_their_reason(server):
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     generator = generate(server.address, Workload(concurrency=2, num_requests=4))
     summary = summarise(generator.records, generator.seconds)

@@ -11,6 +11,7 @@ from contextlib import aclosing
 import grpc
 import pytest
 
+from support import scripted_server as script
 from support.prompts import until
 from turret_client import AsyncClient, CancelledError, Client, UnavailableError
 
@@ -118,7 +119,7 @@ async def test_async_leaving_the_clients_block_cancels(server):
     assert await async_ended(server)
 
 
-def test_an_upload_that_fails_leaves_no_thread(call_at, server, script, tmp_path):
+def test_an_upload_that_fails_leaves_no_thread(call_at, server, tmp_path):
     """The thread or task that sends waits for the offset to send from, which never arrives."""
     (tmp_path / "adapter_config.json").write_bytes(b"{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")

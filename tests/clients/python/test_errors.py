@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 import turret_client.errors
+from support import scripted_server as script
 from turret_client import (
     CancelledError,
     DeadlineExceededError,
@@ -67,7 +68,7 @@ def nowhere() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
-def test_every_code_has_its_class_and_keeps_what_the_server_said(call, server, script, code):
+def test_every_code_has_its_class_and_keeps_what_the_server_said(call, server, code):
     server.failure = script.failure(
         code, "no adapter pirate", reason="ADAPTER_NOT_FOUND", metadata={"adapter": "pirate"}
     )
@@ -80,7 +81,7 @@ def test_every_code_has_its_class_and_keeps_what_the_server_said(call, server, s
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_raises_turret_errors(call, server, script, method):
+def test_every_method_raises_turret_errors(call, server, method):
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     with pytest.raises(ResourceExhaustedError, match="full") as caught:
         call(method, *METHODS[method])
@@ -93,13 +94,13 @@ def test_no_server(call_at, nowhere, method):
         call_at(nowhere, method, *METHODS[method])
 
 
-def test_a_server_that_is_stopping_is_not_taken_for_none(call, server, script):
+def test_a_server_that_is_stopping_is_not_taken_for_none(call, server):
     server.failure = script.failure(grpc.StatusCode.UNAVAILABLE, "stopping", reason="SHUTTING_DOWN")
     with pytest.raises(UnavailableError, match=r"^stopping$"):
         call("generate", "Hello")
 
 
-def test_the_server_says_when_to_try_again(call, server, script):
+def test_the_server_says_when_to_try_again(call, server):
     server.failure = script.failure(
         grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL", retry_after=0.75, request_id="r-7"
     )
@@ -112,14 +113,14 @@ def test_the_server_says_when_to_try_again(call, server, script):
     )
 
 
-def test_where_the_server_does_not_say_when_to_try_again_nobody_guesses(call, server, script):
+def test_where_the_server_does_not_say_when_to_try_again_nobody_guesses(call, server):
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", reason="QUEUE_FULL")
     with pytest.raises(ResourceExhaustedError) as caught:
         call("generate", "Hello")
     assert (caught.value.retry_after, caught.value.request_id) == (None, "")
 
 
-def test_details_of_a_status_that_grpc_replaced_are_not_used(call, server, script):
+def test_details_of_a_status_that_grpc_replaced_are_not_used(call, server):
     details = script.failure(grpc.StatusCode.NOT_FOUND, "no adapter", reason="ADAPTER_NOT_FOUND")
     server.failure = SimpleNamespace(
         code=grpc.StatusCode.UNAVAILABLE, details="reset", trailing_metadata=details.trailing_metadata
@@ -137,14 +138,14 @@ def test_timeout_is_the_deadline(call, server, method):
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def test_details_of_another_domain_are_not_ours(call, server, script):
+def test_details_of_another_domain_are_not_ours(call, server):
     server.failure = script.failure(grpc.StatusCode.INTERNAL, "oops", domain="else.where", reason="HUH")
     with pytest.raises(InternalError, match="oops") as caught:
         call("generate", "Hello")
     assert (caught.value.reason, caught.value.metadata) == ("", {})
 
 
-def test_an_empty_message_is_never_shown(call, server, script):
+def test_an_empty_message_is_never_shown(call, server):
     server.failure = script.failure(grpc.StatusCode.ABORTED, "")
     with pytest.raises(TurretError, match="ABORTED"):
         call("generate", "Hello")

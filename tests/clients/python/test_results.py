@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from support import scripted_server as script
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_adapters.formats.files import digest_of_folder
 from turret_client import (
@@ -262,7 +263,7 @@ def test_list_reads_all_pages(call, server, count):
     assert len(server.requests) == max(1, (count + 1) // 2)
 
 
-def test_a_failed_adapter_has_no_method(call, server, script):
+def test_a_failed_adapter_has_no_method(call, server):
     server.adapters = [script.BROKEN]
     [adapter] = call("list_adapters")
     assert (adapter.state, adapter.method, adapter.error) == (
