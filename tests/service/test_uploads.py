@@ -27,7 +27,7 @@ from turret_client import (
 )
 from turret_client import _upload as sending
 from turret_client._status import _turret_error
-from turret_server.lifecycle import loads, uploads
+from turret_server.lifecycle import threads, uploads
 
 _blanks = itertools.count(1)
 
@@ -262,7 +262,7 @@ def test_bytes_that_are_no_message_are_refused(served):
 
 
 def test_no_more_loads_wait_than_may(client, folder, monkeypatch):
-    monkeypatch.setattr(loads, "MAX_WAITING", -loads.MAX_LOADS)
+    monkeypatch.setattr(threads, "MAX_WAITING", -threads.MAX_LOADS)
     for call in (client.load_adapter, client.upload_adapter):
         with pytest.raises(TurretError) as refused:
             call("sent", str(folder))

@@ -18,8 +18,8 @@ from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.sources.fetch import Download
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.adapter_info import AdapterDescriber, AdapterInfo
-from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle, check_revision
+from turret_server.lifecycle.threads import LoadQueue
 from turret_server.lifecycle.uploads import AdapterUploads, UploadParts
 from turret_server.lifecycle.watches import AdapterWatches
 from turret_server.tenancy.access import check_change, check_source, check_unload, check_use
@@ -89,7 +89,7 @@ class AdapterAdministration:
             )
         await self._in_thread(partial(check_source, caller.tenant, path))
         load = partial(self._lifecycle.load, name, path, caller.tenant.ownership)
-        await self._loads.start(load, caller.tenant)
+        await self._loads.submit(load, caller.tenant)
         return await self._present(name, caller)
 
     async def upload(self, parts: UploadParts, caller: Caller) -> AsyncGenerator[int | AdapterInfo]:
@@ -122,7 +122,7 @@ class AdapterAdministration:
         """
         check_change(caller.tenant, check_name(name))
         beginning = None if revision is None else check_revision(revision)
-        await self._loads.start(partial(self._lifecycle.rollback, name, beginning), caller.tenant)
+        await self._loads.submit(partial(self._lifecycle.rollback, name, beginning), caller.tenant)
         return await self._present(name, caller)
 
     async def split(self, name: str, revision: str, percent: int, caller: Caller) -> AdapterInfo:
@@ -138,7 +138,7 @@ class AdapterAdministration:
         if not 0 <= percent <= 100:
             raise InvalidRequestError(f"percent must be from 0 to 100; found {percent}", field="percent")
         beginning = check_revision(revision) if percent else ""
-        await self._loads.start(partial(self._lifecycle.split, name, beginning, percent), caller.tenant)
+        await self._loads.submit(partial(self._lifecycle.split, name, beginning, percent), caller.tenant)
         return await self._present(name, caller)
 
     async def get(self, name: str, caller: Caller) -> AdapterInfo:

@@ -11,8 +11,8 @@ from functools import partial
 from turret_adapters.errors import AdapterError, AdapterNotFoundError
 from turret_adapters.registry import AdapterRegistry
 from turret_server.config import NAME_MARK
-from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.threads import LoadQueue
 
 MAX_ON_DEMAND = 1024
 MAX_MISSING = 4096
@@ -74,7 +74,7 @@ class LazyAdapters:
     async def _load(self, name: str) -> None:
         load = partial(self._lifecycle.load_on_demand, name, self._source_of(name), MAX_ON_DEMAND)
         try:
-            await self._loads.start(load)
+            await self._loads.submit(load)
         except AdapterError as error:
             self._missing[name] = (self._clock() + MISSING_SECONDS, error)
             self._missing.move_to_end(name)

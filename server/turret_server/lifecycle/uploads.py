@@ -14,9 +14,8 @@ from turret_adapters.errors import UploadError
 from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
 from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
-from turret_server.lifecycle.loads import LoadQueue
 from turret_server.lifecycle.publishing import AdapterLifecycle
-from turret_server.lifecycle.threads import end_of, to_its_end
+from turret_server.lifecycle.threads import LoadQueue, run_to_completion, wait_to_completion
 from turret_server.tenancy.access import check_change
 from turret_server.tenancy.tenants import Tenant, check_name
 
@@ -82,8 +81,8 @@ class AdapterUploads:
                 raise InvalidRequestError("the first message of an upload must be its start", field="start")
             check_change(tenant, check_name(start.name))
             _check_size(start, tenant)
-            with self._loads.place(tenant):
-                upload = await to_its_end(
+            with self._loads.slot(tenant):
+                upload = await run_to_completion(
                     partial(self._store.receive, start.digest, start.config, start.size, tenant.name),
                     undo=Upload.close,
                 )
@@ -91,7 +90,7 @@ class AdapterUploads:
                     yield upload.offset
                     await self._receive_chunks(parts, upload)
                     load = partial(self._lifecycle.load_upload, start.name, upload, tenant.ownership)
-                    await end_of(self._loads.start(load))
+                    await wait_to_completion(self._loads.submit(load))
                 yield start.name
 
     async def _receive_chunks(self, parts: UploadParts, upload: Upload) -> None:
@@ -111,7 +110,7 @@ class AdapterUploads:
                     "after its start, an upload consists of chunks with data; found another message",
                     field="chunk",
                 )
-            await to_its_end(partial(upload.write, chunk.offset, chunk.data))
+            await run_to_completion(partial(upload.write, chunk.offset, chunk.data))
 
     @contextmanager
     def _counted(self, tenant: str) -> Iterator[None]:

@@ -22,7 +22,7 @@ from turret_server.engine.loop import Engine
 from turret_server.engine.request import AdapterUse, Job, Output
 from turret_server.lifecycle.lazy import LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
-from turret_server.lifecycle.threads import to_its_end
+from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
 from turret_server.serving.model_info import ModelInfo
@@ -191,7 +191,7 @@ class Jobs:
         if all(each.revision is None for each in named):
             return self._registry.acquire(named)
         acquire = partial(self._lifecycle.acquire, named)
-        return await to_its_end(acquire, undo=self._registry.release, executor=self._readers)
+        return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(self, prompt: str | Sequence[int] | None) -> tuple[int, ...]:
         assert prompt is not None, "validated"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,40 +115,3 @@ class Quotas:
                 tenant=tenant.name,
                 quota="tokens_per_minute",
             )
-
-
-class Places:
-    """Counts what each tenant has of a kind at once, such as loads; `quota` is the name of the limit.
-
-    All methods are called from one event loop.
-    """
-
-    def __init__(self, quota: str, kind: str, retry_after: float | None = None) -> None:
-        self._quota = quota
-        self._kind = kind
-        self._retry_after = retry_after
-        self._taken: Counter[str] = Counter()
-
-    def take(self, tenant: Tenant) -> Callable[[], None]:
-        """Count one more; call the result once to count one less.
-
-        Raises:
-            QuotaExceededError: the tenant is at its limit.
-        """
-        most: int | None = getattr(tenant, self._quota)
-        if most is not None and self._taken[tenant.name] >= most:
-            raise QuotaExceededError(
-                f"tenant {tenant.name!r} may have {most} {self._kind} at once, and that many run; try again "
-                "when one has ended",
-                retry_after=self._retry_after,
-                tenant=tenant.name,
-                quota=self._quota,
-            )
-        self._taken[tenant.name] += 1
-
-        def leave() -> None:
-            self._taken[tenant.name] -= 1
-            if not self._taken[tenant.name]:
-                del self._taken[tenant.name]
-
-        return leave

@@ -13,7 +13,7 @@ from turret_adapters.errors import AdapterError, UploadError
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
 from turret_server.lifecycle import uploads
-from turret_server.lifecycle.loads import LoadQueue
+from turret_server.lifecycle.threads import LoadQueue
 from turret_server.lifecycle.uploads import IDLE_SECONDS, AdapterUploads, UploadChunk, UploadStart
 from turret_server.tenancy.tenants import Tenant
 
