@@ -5,7 +5,6 @@ from contextvars import copy_context
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from turret_server.rpc.request_id import REQUEST_ID, bind_request_id
 
 from turret_adapters.errors import AdapterNotFoundError
 from turret_server import errors
