@@ -397,18 +397,21 @@ def _is_log_call(call: ast.Call) -> bool:
 
 
 def _may_swap(first: ast.stmt, second: ast.stmt) -> bool:
-    """Whether the order of two statements may matter, and swapping them is not a mere NameError."""
+    """Whether the order of two statements may matter, and swapping them is not a mere NameError: one of them
+    is a call for its effect, and neither uses a name that the other binds.
+    """
     kinds = ast.Expr | ast.Assign | ast.AugAssign | ast.Delete
     if not isinstance(first, kinds) or not isinstance(second, kinds):
         return False
-    for statement in (first, second):
-        if isinstance(statement, ast.Expr):
-            call = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
-            if not isinstance(call, ast.Call) or _is_log_call(call):
-                return False
-    if not any(isinstance(node, ast.Call) for statement in (first, second) for node in ast.walk(statement)):
+    effects = [statement for statement in (first, second) if isinstance(statement, ast.Expr)]
+    if not effects or not all(map(_is_effect, effects)):
         return False
     return not (set(_bound(first)) & set(_names(second)) or set(_bound(second)) & set(_names(first)))
+
+
+def _is_effect(statement: ast.Expr) -> bool:
+    call = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
+    return isinstance(call, ast.Call) and not _is_log_call(call)
 
 
 def _names(statement: ast.stmt) -> Iterator[str]:

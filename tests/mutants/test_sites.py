@@ -95,6 +95,13 @@ def test_what_no_test_should_depend_on_is_left_alone(source):
     assert [site for site in find_sites(source.encode()) if site.kind != "dropped statement"] == []
 
 
+@pytest.mark.parametrize(
+    "source", ["a = b()\nc.d = e()", "a = b()\na.c()", "a()\nlog.info('x')", "'text'\na()"]
+)
+def test_statements_whose_order_cannot_matter_are_not_swapped(source):
+    assert _mutants(source, "swapped statements") == []
+
+
 def test_every_mutant_of_a_module_of_ours_is_python():
     for path in ("server/turret_server/errors.py", "adapters/turret_adapters/formats/fields.py"):
         source = (_ROOT / path).read_bytes()

@@ -153,3 +153,17 @@ def test_who_uses_nothing_any_more_is_forgotten(usage, clock):
         clock.now += MINUTE
         usage.add("other", [], prompt=0, generated=0)
     assert ("once", "") not in usage._recent
+
+
+def test_the_heaviest_take_the_places_of_the_lightest(usage, clock, counted):
+    for number in range(SERIES):
+        usage.add(f"small-{number}", [], prompt=0, generated=1 + number % 50)
+    for number in range(30):
+        usage.add(f"large-{number}", [], prompt=0, generated=1000 + number)
+    clock.now += MINUTE
+    usage.add("small-49", [], prompt=0, generated=1)
+    for number in range(30):
+        usage.add(f"large-{number}", [], prompt=0, generated=1)
+    assert [number for number in range(30) if counted(f"large-{number}") is not None] == [*range(20, 30)]
+    gone = [number for number in range(SERIES) if counted(f"small-{number}") is None]
+    assert gone == [*range(5), *range(50, 55)]

@@ -170,6 +170,7 @@ def test_tenants_share_cached_prompts_only_where_both_say_so():
         ),
         ('[tenants.acme]\nkeys = ["secret"]', "keys is a list of digests"),
         (f'[tenants.acme]\nkeys = "{DIGEST}"', "keys is a list of digests"),
+        (f'[tenants.acme]\nkeys = ["{DIGEST}", "secret"]', "keys is a list of digests"),
         (f'[tenants.acme]\nkeys = ["{DIGEST.upper()}"]', "keys is a list of digests"),
         ("[tenants.acme]\nidentities = [1]", "identities is a list of non-empty strings"),
         ('[tenants.acme]\nidentities = [""]', "identities is a list of non-empty strings"),
