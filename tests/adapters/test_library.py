@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from turret_adapters.errors import (
     AdapterFormatError,
+    OwnerLimitError,
     SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
@@ -320,4 +323,53 @@ def test_fetches_leave_nothing_behind_in_the_librarys_books(library: AdapterLibr
         assert not library.store._held
         assert library.downloads.running == []
         assert library._fetching == 0
+    library.close()
+
+
+def test_an_owner_pays_for_the_larger_of_an_adapters_file_and_its_tensors(
+    library: AdapterLibrary, folder: Path
+) -> None:
+    limits = Ownership(owner="acme", max_bytes=1 << 20)
+    with library.fetch(str(folder)) as adapter:
+        library.publish("poet", adapter, "", limits)
+        large = replace(adapter, prefix_kv=torch.zeros(1 << 19))
+        with pytest.raises(OwnerLimitError, match="max_adapter_bytes"):
+            library.publish("pirate", large, "", limits)
+        exact = replace(limits, max_bytes=adapter.spec.file_bytes)
+        library.publish("poet", adapter, "", exact)
+        with pytest.raises(OwnerLimitError, match="max_adapter_bytes"):
+            library.publish("poet", adapter, "", replace(exact, max_bytes=adapter.spec.file_bytes - 1))
+    library.close()
+
+
+def test_reading_from_the_store_ends_when_the_server_stops(library: AdapterLibrary, folder: Path) -> None:
+    revision = publish(library, "poet", folder)
+    library.interrupt()
+    with pytest.raises(SourceUnavailableError, match="is stopping"):
+        library.read(revision)
+    library.close()
+
+
+def test_a_closed_library_leaves_names_and_store_to_the_next_server(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    revision = publish(library, "poet", folder)
+    library.close()
+    store = AdapterStore(kept.root)
+    names = Names(kept.root / "names.sqlite", "llama")
+    assert names.current()["poet"].revision == revision
+    with pytest.raises(sqlite3.ProgrammingError):
+        library.names.current()
+    names.close()
+    store.close()
+
+
+def test_a_record_under_the_revision_of_another_is_not_believed(
+    library: AdapterLibrary, folder: Path, other_folder: Path
+) -> None:
+    first, second = publish(library, "poet", folder), publish(library, "other", other_folder)
+    records = library.names.records()
+    mixed = replace(records[first], marks=records[second].marks)
+    library.names.save_record(second, mixed)
+    assert library.recorded().keys() == {first}
     library.close()

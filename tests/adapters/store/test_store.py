@@ -266,3 +266,62 @@ def test_an_adapter_larger_than_the_budget_is_not_taken(
     with store.staging() as staged, pytest.raises(StoreFullError, match="budget of 27 bytes"):
         store.adopt(write_folder(staged))
     assert store.revisions() == {}
+
+
+def test_adding_a_revision_again_counts_as_using_it(
+    open_store: Callable[..., AdapterStore], tmp_path: Path
+) -> None:
+    store = open_store(2 * 28)
+    found = [add(store, write_folder(tmp_path / f"{index}", b"tensor%d" % index)) for index in range(3)]
+    for seconds, name in enumerate(found):
+        age(store, name, seconds)
+        store.release(name)
+    store.release(add(store, tmp_path / "0"))
+    assert store.collect(nothing) == [found[1]]
+
+
+def test_an_adapter_as_large_as_the_budget_is_taken_and_stays(
+    open_store: Callable[..., AdapterStore], tmp_path: Path
+) -> None:
+    store = open_store(28)
+    store.release(add(store, write_folder(tmp_path / "source")))
+    assert store.collect(nothing) == []
+
+
+def test_files_survive_a_power_failure_before_their_revision_appears(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synchronised: list[tuple[str, bool]] = []
+    target = store.root / "adapters" / revision()
+
+    def fsync(handle: int) -> None:
+        synchronised.append((Path(f"/proc/self/fd/{handle}").readlink().name, target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    add(store, write_folder(tmp_path / "source"))
+    *before, (folder, staged), last = synchronised
+    assert sorted(before) == [("adapter_config.json", False), ("adapter_model.safetensors", False)]
+    assert not staged, f"{folder} is synchronised with its files, before it appears"
+    assert last == ("adapters", True)
+
+
+def test_a_collection_that_fails_half_way_leaves_nothing_in_staging(
+    open_store: Callable[..., AdapterStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(28)
+    for index in range(4):
+        store.release(add(store, write_folder(tmp_path / f"{index}", b"tensor%d" % index)))
+    hide, hidden = store._hide, []
+
+    def fail_at_the_second(name: str) -> Path:
+        if hidden:
+            raise OSError(5, "Input/output error")
+        hidden.append(name)
+        return hide(name)
+
+    monkeypatch.setattr(store, "_hide", fail_at_the_second)
+    with pytest.raises(StoreFailedError):
+        store.collect(nothing)
+    assert leftovers(store) == []
+    monkeypatch.undo()
+    assert len(store.collect(nothing)) == 2
