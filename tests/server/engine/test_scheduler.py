@@ -296,6 +296,32 @@ def test_nobody_passes_a_request_for_whose_adapter_there_are_no_pages():
     assert finished(large, small)
 
 
+def test_nobody_takes_the_pages_that_a_pinned_adapter_waits_for():
+    simulation = Simulation(num_pages=4)
+    running = simulation.submit(range(8), max_tokens=5)
+    simulation.step()
+    simulation.scheduler.pin_adapters("name", (make_spec("pinned", slab_pages=2),))
+    small = simulation.submit([1], max_tokens=4)
+    step_until(simulation, lambda: running.end)
+    assert not small.outputs
+    simulation.finish()
+    assert simulation.residency.get("pinned").ready
+    assert finished(small)
+
+
+def test_running_requests_go_on_while_a_pinned_adapter_waits_for_pages():
+    simulation = Simulation(num_pages=5, max_batch_tokens=4)
+    stream = simulation.submit([1], max_tokens=4)
+    long = simulation.submit(range(11), max_tokens=2)
+    simulation.step()
+    simulation.scheduler.pin_adapters("name", (make_spec("pinned", slab_pages=2),))
+    steps = [lengths(simulation.step()) for _ in range(2)]
+    assert simulation.residency.get("pinned") is None
+    assert [step[long.job.request_id] for step in steps] == [3, 3]
+    simulation.finish()
+    assert finished(stream, long)
+
+
 @pytest.mark.parametrize(
     ("slab_pages", "max_batch_requests", "every", "answer"),
     [(6, 3, 2, (2, 2)), (3, 4, 3, (3, 3)), (3, 2, 4, (5, 8))],

@@ -274,6 +274,63 @@ def test_a_prompt_is_not_pinned_where_it_leaves_no_room_for_those_who_wait():
     world.release(sequence)
 
 
+def test_a_prompt_is_pinned_only_where_it_leaves_its_share_for_requests():
+    """Others may have been pinned since it was submitted."""
+    world = World(8)
+    sequence = world.computed(range(12), pinned=True)
+    world.allocation.check_pin_prompt(sequence)
+    world.pinned(range(50, 58))
+    with pytest.raises(RequestTooLargeError, match="others take 2"):
+        world.allocation.pin_prompt(sequence, beside=[])
+    assert not world.allocation.is_prompt_pinned(sequence.job.request_id)
+    world.release(sequence)
+
+
+def test_a_request_that_runs_needs_no_more_than_when_it_was_let_in():
+    world = World(8)
+    sequence = world.computed(range(8), max_tokens=25)
+    world.allocation.check_fits(sequence)
+    sequence.tokens += range(20)
+    world.allocation.check_fits(sequence)
+
+
+def test_a_pinned_adapter_with_a_pinned_prompt_counts_once():
+    world = World(16)
+    world.residency.pin("poet", (LORA,))
+    world.pinned(range(8), LORA)
+    # Two blocks of the prompt and three pages of the adapter.
+    world.allocation.check_fits(make_sequence(range(50, 50 + 4 * 11), max_tokens=1))
+    with pytest.raises(RequestTooLargeError, match="pinned prompts and adapters take 5;"):
+        world.allocation.check_fits(make_sequence(range(50, 51 + 4 * 11), max_tokens=1))
+    # Of the adapter's own requests, only the prompt's blocks are in the way.
+    world.allocation.check_fits(make_sequence(range(50, 50 + 4 * 11), LORA, max_tokens=1))
+    with pytest.raises(RequestTooLargeError, match="pinned prompts and adapters take 2;"):
+        world.allocation.check_fits(make_sequence(range(50, 51 + 4 * 11), LORA, max_tokens=1))
+
+
+def test_a_pinned_adapter_under_another_name_counts_once_beside_a_pinned_prompt():
+    world = World(16)
+    world.residency.pin("poet", (LORA,))
+    world.pinned(range(8), LORA)
+    other = make_spec("other", slab_pages=3)
+    world.allocation.check_pin_adapters("bard", [other])
+    with pytest.raises(AdapterTooLargeError, match="needs 4 and others take 5"):
+        world.allocation.check_pin_adapters("bard", [make_spec("other", slab_pages=4)])
+    # In place of what is pinned under the name, the prompt's adapter stays all the same.
+    with pytest.raises(AdapterTooLargeError, match="needs 4 and others take 5"):
+        world.allocation.check_pin_adapters("poet", [make_spec("other", slab_pages=4)])
+
+
+def test_a_sequence_that_failed_is_found_in_no_cache_and_its_prefix_is():
+    world = World()
+    sequence = world.computed(range(10), PREFIX)
+    assert len(world.cache.pages) == 3
+    world.allocation.invalidate(sequence)
+    assert world.cache.pages == ()
+    world.release(sequence)
+    assert world.started(range(10), PREFIX).num_cached == PREFIX.num_virtual_tokens
+
+
 def test_a_revision_that_goes_takes_its_pinned_prompts_along():
     world = World()
     gone, stays = world.pinned(range(8), LORA), world.pinned(range(8))
