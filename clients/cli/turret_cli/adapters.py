@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -247,8 +247,8 @@ Examples:
 @json_option
 def watch(*, server: str, as_json: bool) -> None:
     """Print every adapter, then each again whenever it changes, until Ctrl-C."""
-    with connect(server) as client, closing(client.watch_adapters()) as changes:
-        for adapter in changes:
+    with connect(server) as client:
+        for adapter in client.watch_adapters():
             click.echo(to_json(adapter) if as_json else _line(adapter))
 
 

@@ -115,6 +115,7 @@ def connection_options() -> ConnectionOptions:
 
 
 def connect(server: str, *, tenant: str | None = None) -> Client:
+    """A client with the connection options. Its `with` block cancels the call, however the block is left."""
     return Client(server, **connection_options() | {"tenant": tenant})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,12 +50,12 @@ def generate(
             generation = client.generate(text, **options)
             click.echo(to_json(generation) if as_json else generation.text)
             return
-        with closing(client.stream(text, **options)) as chunks:
-            if as_json:
-                for chunk in chunks:
-                    click.echo(to_json(chunk))
-            else:
-                _print_stream(chunks)
+        chunks = client.stream(text, **options)
+        if as_json:
+            for chunk in chunks:
+                click.echo(to_json(chunk))
+        else:
+            _print_stream(chunks)
 
 
 def _print_stream(chunks: Iterable[Chunk]) -> None:

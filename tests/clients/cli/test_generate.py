@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,6 +142,41 @@ def test_ctrl_c_cancels_the_request(server, options):
         _, stderr = process.communicate(timeout=HANG_S)
     assert server.ended.wait(HANG_S)
     assert (process.returncode, stderr) == (130, b"")
+
+
+@pytest.fixture
+def interrupt_once_it_runs(server) -> Iterator[None]:
+    """Sends SIGINT to this process, which stays: nothing but the command ends its call."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    server.hold = True
+
+    def interrupt() -> None:
+        server.began.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    yield
+    server.began.set()
+    thread.join()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt_once_it_runs")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "Hello"),
+        ("generate", "--json", "Hello"),
+        ("generate", "--no-stream", "Hello"),
+        ("adapters", "watch"),
+        ("prompts", "pin", "rules", "Hello"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_that_ctrl_c_ends_leaves_no_call_behind(turret, server, arguments):
+    assert turret(*arguments).exit_code == 130
+    assert server.ended.wait(HANG_S)
 
 
 def test_a_closed_pipe_cancels_the_request(server):
