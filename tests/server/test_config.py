@@ -300,3 +300,35 @@ def test_settings_are_read_without_the_servers_libraries():
     script = "import sys, turret_server.config; print(*{name.partition('.')[0] for name in sys.modules})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
     assert not set(run.stdout.split()) & {"torch", "grpc", "numpy", "click", "turret_adapters"}
+
+
+def test_defaults_as_help_shows_them():
+    shown = {name: setting.default_text for name, setting in BY_NAME.items()}
+    assert {name for name, text in shown.items() if not text} == {
+        *(
+            "model",
+            "adapters",
+            "watch",
+            "pin",
+            "lazy_source",
+            "tenants",
+            "auth_hook",
+            "allow_unauthenticated",
+        ),
+        *("allow_source", "tls_cert", "tls_key", "tls_client_ca", "usage_log", "otel"),
+    }
+    assert (shown["memory"], shown["metrics"]) == ("auto", "127.0.0.1:9090")
+    assert (shown["grace"], shown["max_queue"], shown["log_level"]) == ("30", "1024", "info")
+
+
+def test_messages_show_values_as_they_are_written(tmp_path):
+    with pytest.raises(ConfigError, match=r'^--memory "": expected'):
+        ServerConfig(model="m", memory="")
+    with pytest.raises(ConfigError, match=r"^device \(.*\) true: expected auto, cpu or cuda$"):
+        given(tmp_path, toml="device = true")
+    with pytest.raises(ConfigError, match=r'^metrics \(.*\) 1: expected HOST:PORT, .*, or "none"$'):
+        given(tmp_path, toml="metrics = 1")
+    with pytest.raises(ConfigError, match=r"^pin \(.*\) \[1\]: expected a list of strings, each 1 to 128 "):
+        given(tmp_path, toml="pin = [1]")
+    with pytest.raises(ConfigError, match=r"^pin \(.*\) b/c: expected 1 to 128 of the characters"):
+        given(tmp_path, toml='pin = ["a", "b/c"]')

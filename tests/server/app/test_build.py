@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +13,29 @@ import psutil
 import pytest
 import torch
 
-from turret_server.app.build import _arena_bytes, _budget, _check_access, _source_policy
+from support.adapter_files import write_folder
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
+from turret_adapters.library import AdapterLibrary
+from turret_server.app.build import (
+    _arena_bytes,
+    _budget,
+    _check_access,
+    _load_adapters,
+    _source_policy,
+    assemble,
+    load_access,
+)
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
+from turret_server.engine.loop import Engine
 from turret_server.errors import ConfigError
+from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.model.runner import ModelRunner
+from turret_server.observability.usage_log import UsageLog
 from turret_server.tenancy.tenants import Tenant, TenantTable
 
+HANG_S = 60
+"""Only so that a failing test ends."""
 LIMITS = TenantLimits()
 OPEN = TenantTable([], LIMITS)
 KEYS = TenantTable([Tenant(name="acme", limits=LIMITS, keys=("sha256:" + "0" * 64,))], LIMITS)
@@ -109,3 +129,92 @@ def test_an_unencrypted_server_that_others_reach_is_warned_about(caplog: pytest.
     assert not caplog.messages
     _check_access(config(), KEYS)
     assert "unencrypted" in caplog.messages[0]
+
+
+def test_queue_limits_without_a_tenants_file_are_the_servers() -> None:
+    access = load_access(config(max_queue=3, max_queue_tokens=5, allow_unauthenticated=True))
+    limits = access.tenants.limits("anybody")
+    assert (limits.max_queued_requests, limits.max_queued_tokens) == (3, 5)
+    assert (access.auth_hook, access.tls) == (None, None)
+
+
+def test_an_authentication_hook_closes_the_server() -> None:
+    access = load_access(config(auth_hook="os.path:basename"))
+    assert access.auth_hook is not None
+    assert not access.tenants.table.is_open
+
+
+def test_an_adapter_is_at_most_an_eighth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=800))
+    assert _source_policy(config()).max_bytes == 100
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**60))
+    assert _source_policy(config()).max_bytes == MAX_CONFIG_BYTES + MAX_TENSORS_BYTES
+
+
+class ChangedAtTheStart:
+    """A lifecycle; a folder appears while it loads those that are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loaded = threading.Event()
+
+    def start(self, folder: Path) -> None:
+        write_folder(folder / "late", b"tensors")
+
+    def load_folder(self, folder: Path) -> None:
+        if folder.name == "late":
+            self.loaded.set()
+
+
+def test_a_folder_that_appears_while_the_others_are_loaded_is_seen(tmp_path: Path) -> None:
+    lifecycle = ChangedAtTheStart(tmp_path)
+    with ExitStack() as stack:
+        _load_adapters(config(adapters=tmp_path, watch=True), lifecycle, stack)
+        assert lifecycle.loaded.wait(HANG_S)
+    assert not any(thread.name == "turret-watch" for thread in threading.enumerate())
+
+
+def test_folders_are_watched_only_on_demand(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        _load_adapters(config(adapters=tmp_path), ChangedAtTheStart(tmp_path), stack)
+        assert not any(thread.name == "turret-watch" for thread in threading.enumerate())
+
+
+def test_settings_reach_the_parts_which_are_closed_in_reverse(
+    base_of: Callable[[str], Path], quantised_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    for part, method in (
+        (Engine, "stop"), (AdapterLifecycle, "close"), (ModelRunner, "close"), (AdapterLibrary, "close"),
+        (UsageLog, "close"),
+    ):  # fmt: skip
+        close = getattr(part, method)
+
+        def recorded(self: object, close: Callable[[object], None] = close) -> None:
+            closed.append(type(self).__name__)
+            close(self)
+
+        monkeypatch.setattr(part, method, recorded)
+    settings = ServerConfig(
+        model=str(base_of("llama")),
+        device="cpu",
+        dtype="float32",
+        memory="1MiB",
+        host_memory="3MiB",
+        store=tmp_path / "store",
+        store_size="5MiB",
+        cache=quantised_cache,
+        max_batch_tokens=33,
+        max_batch_requests=3,
+        max_step_seconds=0.125,
+        usage_log=tmp_path / "usage.jsonl",
+    )
+    with assemble(settings) as parts:
+        limits = parts.engine._scheduler.limits
+        assert (limits.max_batch_tokens, limits.max_batch_requests) == (33, 3)
+        assert limits.max_step_seconds == 0.125
+        assert parts.arena.num_pages == 2**20 // parts.arena.page_bytes
+        assert parts.registry._memory.max_bytes == 3 * 2**20
+        assert parts.lifecycle._library.store.max_bytes == 5 * 2**20
+        assert not closed
+    assert closed == ["Engine", "AdapterLifecycle", "ModelRunner", "AdapterLibrary", "UsageLog"]

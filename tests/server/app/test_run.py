@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.build import assemble
+from turret_server.app.run import Shutdown
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
 
@@ -95,3 +100,72 @@ def test_a_start_that_fails_frees_the_store(tmp_path):
     with pytest.raises(ConfigError, match="--model"), assemble(config):
         pass
     AdapterStore(tmp_path / "store").close()
+
+
+class Recorded:
+    """A server's parts that note in which order they are used."""
+
+    def __init__(self, *, failed: bool = False, num_running: int = 1) -> None:
+        self.used: list[str] = []
+        note = self._note
+        self.engine = SimpleNamespace(failed=failed, on_failure=None, stop=note("engine.stop"))
+        self.watches = SimpleNamespace(close=note("watches.close"))
+        self.lifecycle = SimpleNamespace(interrupt=note("lifecycle.interrupt"))
+        self.calls = SimpleNamespace(
+            num_running=num_running,
+            hurry=note("calls.hurry"),
+            wait=self._note_async("calls.wait"),
+            end=note("calls.end"),
+        )
+        self.drain = self._note_async("drain")
+        self.stop = self._note_async("stop")
+
+    def _note(self, what: str) -> Callable[..., None]:
+        return lambda *values: self.used.append(" ".join([what, *map(str, values)]))
+
+    def _note_async(self, what: str) -> Callable[..., Any]:
+        async def use(*values: object) -> None:
+            self._note(what)(*values)
+
+        return use
+
+
+async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ended_after():
+    parts = Recorded()
+    await Shutdown(parts, parts).drain(30)
+    assert parts.used == [
+        "drain",
+        "watches.close",
+        "calls.wait 30",
+        "engine.stop",
+        "calls.wait 2.0",
+        "calls.end",
+        "lifecycle.interrupt",
+        "calls.wait 2.0",
+        "stop 2.0",
+    ]
+
+
+async def test_after_a_failure_of_the_engine_nothing_is_waited_for():
+    parts = Recorded(failed=True)
+    shutdown = Shutdown(parts, parts)
+    assert shutdown.requested.is_set()
+    await shutdown.drain(30)
+    assert parts.used[:3] == ["drain", "watches.close", "engine.stop"]
+
+
+async def test_a_failure_of_the_engine_ends_the_server():
+    parts = Recorded()
+    shutdown = Shutdown(parts, parts)
+    assert not shutdown.requested.is_set()
+    await asyncio.to_thread(parts.engine.on_failure)
+    await shutdown.requested.wait()
+
+
+async def test_a_second_request_ends_the_grace_period():
+    parts = Recorded()
+    shutdown = Shutdown(parts, parts)
+    shutdown.request()
+    assert (shutdown.requested.is_set(), parts.used) == (True, [])
+    shutdown.request()
+    assert parts.used == ["calls.hurry"]
