@@ -87,7 +87,7 @@ def test_a_prompt_is_pinned_for_either_revision_and_by_the_name_for_the_current(
 
 @pytest.mark.parametrize("percent", [-1, 101])
 def test_what_is_no_percent_is_refused(client, poet, percent):
-    with pytest.raises(InvalidArgumentError, match="percent is from 0 to 100"):
+    with pytest.raises(InvalidArgumentError, match="percent must be from 0 to 100"):
         client.set_traffic_split("poet", poet[0], percent)
 
 
