@@ -110,6 +110,36 @@ async def test_one_that_takes_too_long_is_cut_off(monkeypatch, caplog, plain):
     over.set()
 
 
+async def test_a_call_gives_its_thread_back_whatever_becomes_of_it(monkeypatch):
+    monkeypatch.setattr(auth_hook, "MAX_THREADS", 1)
+    outcomes = iter(["acme", UnauthenticatedError("no"), ZeroDivisionError("x"), "bolt"])
+
+    def next_outcome(*_):
+        found = next(outcomes)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    hook = AuthHook("x:y", next_outcome)
+    assert await hook.ask([], []) == "acme"
+    with pytest.raises(UnauthenticatedError):
+        await hook.ask([], [])
+    with pytest.raises(AuthUnavailableError):
+        await hook.ask([], [])
+    assert await hook.ask([], []) == "bolt"
+
+
+async def test_a_function_that_hangs_does_not_hold_up_the_end_of_the_process(monkeypatch):
+    monkeypatch.setattr(auth_hook, "HOOK_SECONDS", 0.02)
+    over = threading.Event()
+    with pytest.raises(AuthUnavailableError):
+        await AuthHook("x:y", lambda *_: over.wait(60)).ask([], [])
+    threads = [thread for thread in threading.enumerate() if thread.name == "turret-auth-hook"]
+    assert threads
+    assert all(thread.daemon for thread in threads)
+    over.set()
+
+
 def test_a_tenant_of_the_file_has_its_rights_and_another_has_none():
     acme, new = (tenant_of(HOOKED, [], [], name) for name in ("acme", "new"))
     assert acme.may_use("acme-poet")
