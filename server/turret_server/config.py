@@ -213,7 +213,7 @@ class ServerConfig:
             Group.MEMORY,
             "SIZE",
             'Size of the arena, which holds KV blocks and adapters on the device: "2GiB", or a fraction of '
-            "the free memory such as 0.5.",
+            'the free memory such as 0.5. "auto" is 0.8 on a GPU; on a CPU it is 0.25, but at most 4GiB.',
             _SIZE_OR_FRACTION,
             unset="auto",
         ),
@@ -224,7 +224,7 @@ class ServerConfig:
             Group.MEMORY,
             "SIZE",
             "Host-memory budget for adapters that are not in the arena, written like --memory. Adapters "
-            "beyond it are read from disk when a request names them.",
+            'beyond it are read from disk when a request names them. "auto" is 0.25.',
             _SIZE_OR_FRACTION,
             unset="auto",
         ),
