@@ -8,7 +8,7 @@ import pytest
 
 from support.prompts import PROMPT, until
 from turret_client import AdapterRef, AsyncClient, InvalidArgumentError, NotFoundError
-from turret_server.lifecycle import publishing as lifecycle
+from turret_server.lifecycle import revisions
 
 
 @pytest.fixture
@@ -52,13 +52,13 @@ def test_a_revision_answers_as_it_did_when_it_was_current(client, adapter_of):
 
 @pytest.fixture
 def none_kept(monkeypatch):
-    monkeypatch.setattr(lifecycle, "MAX_RECENT", 0)
+    monkeypatch.setattr(revisions, "MAX_RECENT", 0)
 
 
 def test_a_named_revision_is_kept_for_the_next_request_until_others_were_named(
     client, poet, served, monkeypatch
 ):
-    monkeypatch.setattr(lifecycle, "MAX_RECENT", 1)
+    monkeypatch.setattr(revisions, "MAX_RECENT", 1)
     registry = served.parts.registry
     answer(client, f"poet@{poet[0]}")
     answer(client, f"poet@{poet[0]}")

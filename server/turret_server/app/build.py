@@ -29,9 +29,11 @@ from turret_server.errors import ConfigError
 from turret_server.kernels.cpu.cores import give_back_cores
 from turret_server.lifecycle.adapter_info import AdapterDescriber
 from turret_server.lifecycle.administration import AdapterAdministration
+from turret_server.lifecycle.cleanup import CleanupWorker
 from turret_server.lifecycle.folder_watch import FolderWatch
 from turret_server.lifecycle.lazy import LazyAdapters
 from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.watches import AdapterWatches
 from turret_server.model.arena import Arena
 from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
@@ -126,8 +128,16 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     runner.check()
     runner.warm_up(config.max_batch_requests)
     engine = _make_engine(config, runner, arena, access.tenants, metrics)
-    lifecycle = AdapterLifecycle(engine=engine, registry=registry, library=library, pinned=config.pin)
-    stack.callback(lifecycle.close)
+    cleanup = stack.enter_context(closing(CleanupWorker()))
+    revisions = Revisions(engine=engine, registry=registry, library=library, cleanup=cleanup)
+    lifecycle = AdapterLifecycle(
+        engine=engine,
+        registry=registry,
+        library=library,
+        revisions=revisions,
+        cleanup=cleanup,
+        pinned=config.pin,
+    )
     describer = AdapterDescriber(engine, arena.page_bytes)
     watches = AdapterWatches(registry, describer)
     administration = AdapterAdministration(
@@ -143,7 +153,7 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
     jobs = Jobs(
         engine=engine,
         registry=registry,
-        lifecycle=lifecycle,
+        revisions=revisions,
         codec=loaded.tokenizer,
         model=model,
         usage=UsageMetrics(metrics),

@@ -18,7 +18,8 @@ from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.sources.fetch import Download
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.adapter_info import AdapterDescriber, AdapterInfo
-from turret_server.lifecycle.publishing import AdapterLifecycle, check_revision
+from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.revisions import check_revision
 from turret_server.lifecycle.threads import LoadQueue
 from turret_server.lifecycle.uploads import AdapterUploads, UploadParts
 from turret_server.lifecycle.watches import AdapterWatches

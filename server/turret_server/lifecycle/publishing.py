@@ -8,27 +8,26 @@ answered.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 from turret_adapters.errors import AdapterError, AdapterNotFoundError, OwnerLimitError
 from turret_adapters.host import HostAdapter
 from turret_adapters.library import AdapterLibrary, without_secrets
-from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
+from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.spec import AdapterSpec, Split
 from turret_adapters.store.names import NO_OWNER, Ownership, Published
 from turret_adapters.store.records import settled_marks_of
 from turret_adapters.store.uploads import Upload
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import DEFAULT_TENANT
-from turret_server.errors import InvalidRequestError, QuotaExceededError, TurretError
+from turret_server.errors import QuotaExceededError, TurretError
 from turret_server.lifecycle.cleanup import CleanupWorker
+from turret_server.lifecycle.revisions import Revisions
 from turret_server.tenancy.tenants import check_name
 
 log = logging.getLogger(__name__)
@@ -36,34 +35,14 @@ log = logging.getLogger(__name__)
 # How often the log says how far many adapters are.
 _PROGRESS_EVERY = 100
 
-# Earlier revisions named by requests that stay loaded for the next request.
-MAX_RECENT = 64
-
 _UPLOAD_SOURCE = "upload"
-
-_BEGINNING = re.compile(r"[0-9a-f]{8,32}")
-
-
-def check_revision(beginning: str, field: str = "revision") -> str:
-    """Return the first digits of a revision if they are long enough to tell it from others.
-
-    Raises:
-        InvalidRequestError: they are not, or are no hexadecimal digits.
-    """
-    if not _BEGINNING.fullmatch(beginning):
-        raise InvalidRequestError(
-            f"a revision must be given by its first 8 to 32 digits of 0-9 a-f; found {beginning[:40]!r}",
-            field=field,
-        )
-    return beginning
 
 
 class AdapterLifecycle:
     """Changes what names serve, on disk, in the registry and in the engine.
 
-    Its methods wait for files, locks and SQLite: call them from any thread but the event loop's. Releasing
-    a lease in the registry changes memory only; the files of a revision that nothing needs any more are
-    released by a worker.
+    Its methods wait for files, locks and SQLite, unless they say otherwise: call them from any thread but
+    the event loop's.
     """
 
     def __init__(
@@ -72,6 +51,8 @@ class AdapterLifecycle:
         engine: Engine,
         registry: AdapterRegistry,
         library: AdapterLibrary,
+        revisions: Revisions,
+        cleanup: CleanupWorker,
         pinned: Collection[str] = (),
     ) -> None:
         """The adapters that the names in `pinned` serve stay in the arena."""
@@ -79,24 +60,13 @@ class AdapterLifecycle:
         self._engine = engine
         self._registry = registry
         self._library = library
-        self._cleanup = CleanupWorker()
+        self._revisions = revisions
+        self._cleanup = cleanup
         # Names change on disk and in the registry together, in the same order.
         self._publishing = threading.RLock()
-        # The files of a revision are held as long as the registry has it, also when it goes as it comes
-        # again.
-        self._keeping = threading.Lock()
-        # Guards the two lists below; nothing is waited for while it is held.
-        self._recency = threading.Lock()
-        # (name, revision) of earlier revisions that requests named, least recently used first; each is held.
-        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         # Names that were loaded because a request named them, least recently used first.
         self._on_demand: OrderedDict[str, None] = OrderedDict()
-        registry.on_gone = self._on_gone
-        registry.on_lost = self._on_lost
-
-    def close(self) -> None:
-        """Finish the clean-up; before that, nothing may be loaded any more."""
-        self._cleanup.close()
+        self._on_demand_lock = threading.Lock()
 
     def load(self, name: str, source: str, owner: Ownership = NO_OWNER, source_marks: str = "") -> None:
         """Fetch an adapter from its source and serve it under `name` from now on.
@@ -121,7 +91,7 @@ class AdapterLifecycle:
             if self._registry.knows(name):
                 return
             self._publish(name, adapter, source, NO_OWNER)
-            with self._recency:
+            with self._on_demand_lock:
                 self._on_demand[name] = None
         self._cleanup.run_now(
             "unloading adapters that were loaded on demand", partial(self._unload_least_used, max_names)
@@ -133,19 +103,24 @@ class AdapterLifecycle:
         """
         for name, published in self._library.names.current().items():
             if not published.owner and published.source == without_secrets(source_of(name)):
-                with self._recency:
+                with self._on_demand_lock:
                     self._on_demand[name] = None
 
     def touch(self, name: str) -> None:
         """A request named an adapter. Changes memory only."""
-        with self._recency:
+        with self._on_demand_lock:
             if name in self._on_demand:
                 self._on_demand.move_to_end(name)
+
+    def _end_on_demand(self, name: str) -> None:
+        """A name was changed explicitly: it is not unloaded for others any more."""
+        with self._on_demand_lock:
+            self._on_demand.pop(name, None)
 
     def _unload_least_used(self, max_names: int) -> None:
         while True:
             with self._publishing:
-                with self._recency:
+                with self._on_demand_lock:
                     if len(self._on_demand) <= max_names:
                         return
                     name = next(iter(self._on_demand))
@@ -168,14 +143,14 @@ class AdapterLifecycle:
         self, name: str, adapter: HostAdapter, source: str, owner: Ownership, source_marks: str = ""
     ) -> None:
         self._engine.check_adapter(adapter.spec, owner.owner)
-        with self._publishing, self._held(adapter):
+        with self._publishing, self._revisions.held(adapter):
             self._check_pin(name, adapter.spec)
             try:
                 self._library.publish(name, adapter, source, owner, source_marks)
             except OwnerLimitError as error:
                 raise QuotaExceededError(str(error), tenant=owner.owner, quota=error.limit) from error
             self._serve(name, adapter.spec, owner.owner)
-            self._forget_lists(name)
+            self._end_on_demand(name)
         revision = adapter.spec.revision
         log.info("loaded adapter %s, revision %s, from %s", name, revision, without_secrets(source))
 
@@ -191,13 +166,13 @@ class AdapterLifecycle:
         """
         while True:
             target = self._library.names.rollback_target(name, revision)
-            adapter = self._read(target.revision)
-            with self._publishing, self._held(adapter):
+            adapter = self._revisions.read(target.revision)
+            with self._publishing, self._revisions.held(adapter):
                 if target == self._library.names.rollback_target(name, revision):
                     self._check_pin(name, adapter.spec)
                     self._library.rollback(target)
                     self._serve(name, adapter.spec, target.owner)
-                    self._forget_lists(name)
+                    self._end_on_demand(name)
                     break
         log.info("rolled adapter %s back to revision %s", name, target.revision)
 
@@ -211,11 +186,11 @@ class AdapterLifecycle:
         """
         with ExitStack() as held:
             if percent:
-                revision = self._hold(self._library.names.find(name, revision).revision, held)
+                revision = self._library.names.find(name, revision).revision
+                self._revisions.hold(revision, held)
             with self._publishing:
                 self._registry.split(name, self._library.names.split(name, revision, percent))
-                with self._recency:
-                    self._on_demand.pop(name, None)
+                self._end_on_demand(name)
         log.info("%d %% of the requests for adapter %s go to revision %s", percent, name, revision or "-")
 
     def unload(self, name: str) -> AdapterStatus:
@@ -231,78 +206,12 @@ class AdapterLifecycle:
     def _unload(self, name: str) -> AdapterStatus:
         with self._publishing:
             self._library.names.remove(name)
-            self._forget_lists(name)
+            self._revisions.forget_recent(name)
+            self._end_on_demand(name)
             status = self._registry.remove(name)
             if name in self._pinned:
                 self._engine.pin_adapters(name, ())
         return status
-
-    def acquire(self, named: Sequence[Named]) -> Lease:
-        """Like the registry's `acquire`; earlier revisions may be given by their first digits and are read
-        if needed.
-
-        Raises:
-            AdapterError: an adapter or revision is not there, or they do not combine.
-        """
-        with ExitStack() as held:
-            return self._registry.acquire([self._resolve(each, held) for each in named])
-
-    def _resolve(self, named: Named, held: ExitStack) -> Named:
-        """The same with its whole revision, which is held."""
-        if named.revision is None:
-            return named
-        revision = self._library.names.find(named.name, named.revision).revision
-        self._hold(revision, held)
-        if not self._registry.serves(named.name, revision):
-            self._remember(named.name, revision)
-        return replace(named, revision=revision)
-
-    def _remember(self, name: str, revision: str) -> None:
-        """Keep an earlier revision loaded for the next request that names it."""
-        with self._recency:
-            if (name, revision) not in self._recent and self._registry.hold(revision):
-                self._recent[name, revision] = None
-            self._recent.move_to_end((name, revision))
-            while len(self._recent) > MAX_RECENT:
-                (_, oldest), _ = self._recent.popitem(last=False)
-                self._registry.unhold(oldest)
-
-    def _forget_lists(self, name: str) -> None:
-        """The name serves something else, or nothing."""
-        with self._recency:
-            self._on_demand.pop(name, None)
-            for key in [key for key in self._recent if key[0] == name]:
-                del self._recent[key]
-                self._registry.unhold(key[1])
-
-    def _hold(self, revision: str, held: ExitStack) -> str:
-        """Have a revision in the registry as long as `held`; read it if it is not there."""
-        if self._registry.hold(revision):
-            held.callback(self._registry.unhold, revision)
-        else:
-            held.enter_context(self._held(self._read(revision)))
-        return revision
-
-    @contextmanager
-    def _held(self, adapter: HostAdapter) -> Iterator[None]:
-        """Hold an adapter's files in the store and its tensors in the registry within the block."""
-        revision = adapter.spec.revision
-        with self._keeping:
-            try:
-                self._library.keep(revision)
-                self._registry.add(adapter)
-            except BaseException:
-                self._release_later(revision)
-                raise
-        try:
-            yield
-        finally:
-            self._registry.unhold(revision)
-
-    def _read(self, revision: str) -> HostAdapter:
-        adapter = self._library.read(revision)
-        self._engine.check_adapter(adapter.spec)
-        return adapter
 
     def start(self, folder: Path | None) -> None:
         """Serve what was served before, and every folder in `folder` under its name. An adapter that fails
@@ -333,7 +242,7 @@ class AdapterLifecycle:
     def _restore_split(self, name: str, split: Split) -> None:
         try:
             with ExitStack() as held:
-                self._hold(split.revision, held)
+                self._revisions.hold(split.revision, held)
                 self._registry.split(name, split)
         except AdapterError as error:
             log.warning(
@@ -357,16 +266,15 @@ class AdapterLifecycle:
         """Serve what a name served. With a recorded spec, the tensors are read when they are first needed."""
         name, revision = published.name, published.revision
         if spec is None:
-            adapter = self._read(revision)
+            adapter = self._revisions.read(revision)
             self._check_pin(name, adapter.spec)
-            with self._held(adapter):
+            with self._revisions.held(adapter):
                 self._library.save_record(adapter.spec)
                 self._serve(name, adapter.spec, published.owner)
         else:
             self._engine.check_adapter(spec)
             self._check_pin(name, spec)
-            with self._keeping:
-                self._library.keep(revision)
+            with self._revisions.kept(revision):
                 self._serve(name, spec, published.owner)
         log.info("serving adapter %s, revision %s, as before", name, revision)
 
@@ -383,6 +291,7 @@ class AdapterLifecycle:
     def _serve(self, name: str, spec: AdapterSpec, owner: str) -> None:
         """Serve a revision whose files are held and whose change is written down."""
         self._registry.publish_unread(name, spec)
+        self._revisions.forget_recent(name)
         if name in self._pinned:
             self._engine.pin_adapters(name, _residents(spec))
         elif not spec.num_tasks:
@@ -422,29 +331,6 @@ class AdapterLifecycle:
         except AdapterNotFoundError:
             return None
         return None if status.unloaded else status.spec
-
-    def _on_gone(self, revision: str) -> None:
-        """Nothing needs a revision any more. The registry calls this while it is locked, so that the
-        engine drops a revision before it can be published again.
-        """
-        self._engine.drop(revision)
-        self._release_later(revision)
-
-    def _release_later(self, revision: str) -> None:
-        self._cleanup.submit(
-            f"releasing the files of revision {revision}", partial(self._release_files, revision)
-        )
-
-    def _release_files(self, revision: str) -> None:
-        with self._keeping:
-            if not self._registry.has(revision):
-                self._library.let_go(revision)
-
-    def _on_lost(self, revision: str, error: AdapterError) -> None:
-        log.error("revision %s is no longer served: %s", revision, error)
-        self._cleanup.submit(
-            f"forgetting the record of revision {revision}", partial(self._library.forget_record, revision)
-        )
 
 
 def _residents(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:

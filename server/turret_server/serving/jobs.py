@@ -21,7 +21,7 @@ from turret_server import logs
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import AdapterUse, Job, Output
 from turret_server.lifecycle.lazy import LazyAdapters
-from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
@@ -102,7 +102,7 @@ class Jobs:
         *,
         engine: Engine,
         registry: AdapterRegistry,
-        lifecycle: AdapterLifecycle,
+        revisions: Revisions,
         codec: TextCodec,
         model: ModelInfo,
         usage: UsageMetrics,
@@ -110,7 +110,7 @@ class Jobs:
     ) -> None:
         self._engine = engine
         self._registry = registry
-        self._lifecycle = lifecycle
+        self._revisions = revisions
         self._lazy = lazy
         self._codec = codec
         self._model = model
@@ -190,7 +190,7 @@ class Jobs:
             await self._lazy.ensure_loaded(each.name for each in named)
         if all(each.revision is None for each in named):
             return self._registry.acquire(named)
-        acquire = partial(self._lifecycle.acquire, named)
+        acquire = partial(self._revisions.acquire, named)
         return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(self, prompt: str | Sequence[int] | None) -> tuple[int, ...]:

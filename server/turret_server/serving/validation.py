@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from turret_adapters.registry import Named
 from turret_server.errors import InvalidRequestError
-from turret_server.lifecycle.publishing import check_revision
+from turret_server.lifecycle.revisions import check_revision
 from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
 from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
 from turret_server.tenancy.tenants import check_name

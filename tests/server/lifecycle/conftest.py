@@ -32,7 +32,9 @@ from turret_server.engine.scheduler import Limits
 from turret_server.lifecycle import cleanup
 from turret_server.lifecycle.adapter_info import AdapterDescriber
 from turret_server.lifecycle.administration import AdapterAdministration
+from turret_server.lifecycle.cleanup import CleanupWorker
 from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.watches import AdapterWatches
 
 WIDTH, RANK = 8, 2
@@ -80,8 +82,17 @@ class Site:
             tenants=lambda _: TenantLimits(),
             on_stats=lambda _: None,
         )
+        self.cleanup = CleanupWorker()
+        self.revisions = Revisions(
+            engine=self.engine, registry=self.registry, library=self.library, cleanup=self.cleanup
+        )
         self.lifecycle = AdapterLifecycle(
-            engine=self.engine, registry=self.registry, library=self.library, pinned=pinned
+            engine=self.engine,
+            registry=self.registry,
+            library=self.library,
+            revisions=self.revisions,
+            cleanup=self.cleanup,
+            pinned=pinned,
         )
         describer = AdapterDescriber(self.engine, PAGE_BYTES)
         self.watches = AdapterWatches(self.registry, describer)
@@ -96,7 +107,7 @@ class Site:
 
     def close(self) -> None:
         self.engine.stop()
-        self.lifecycle.close()
+        self.cleanup.close()
         self.library.close()
 
     def source(self, seed: int) -> str:
@@ -215,9 +226,9 @@ class Site:
 
         def is_idle() -> bool:
             done = threading.Event()
-            self.lifecycle._cleanup.submit("the end of the queue", done.set)
+            self.cleanup.submit("the end of the queue", done.set)
             assert done.wait(60)
-            return not self.lifecycle._cleanup._jobs
+            return not self.cleanup._jobs
 
         until(is_idle)
         self.engine.check_integrity()

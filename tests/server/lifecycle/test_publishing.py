@@ -173,7 +173,7 @@ def test_a_rollback_that_another_change_overtakes_goes_back_from_there(site, poe
 
 def test_a_revision_that_comes_again_as_it_goes_keeps_its_files_and_pages(site):
     gate = threading.Event()
-    site.lifecycle._cleanup.submit("stuck", partial(gate.wait, PATIENCE))
+    site.cleanup.submit("stuck", partial(gate.wait, PATIENCE))
     first = site.load("poet", 1)
     site.lifecycle.unload("poet")
     assert site.load("bard", 1) == first
@@ -251,8 +251,8 @@ def test_a_pinned_name_that_only_drains_is_missing(open_site):
 
 
 def test_a_named_revision_is_held_until_its_requests_have_ended(site, poet, monkeypatch):
-    monkeypatch.setattr("turret_server.lifecycle.publishing.MAX_RECENT", 0)
-    lease = site.lifecycle.acquire([Named("poet", revision=poet[0][:8])])
+    monkeypatch.setattr("turret_server.lifecycle.revisions.MAX_RECENT", 0)
+    lease = site.revisions.acquire([Named("poet", revision=poet[0][:8])])
     assert lease.revision == poet[0]
     site.settle()
     assert site.holds() == set(poet)
@@ -263,7 +263,7 @@ def test_a_named_revision_is_held_until_its_requests_have_ended(site, poet, monk
 
 def test_a_revision_that_no_longer_belongs_to_a_name_is_not_held(site, poet):
     with pytest.raises(RevisionNotFoundError):
-        site.lifecycle.acquire([Named("poet", revision="0" * 8)])
+        site.revisions.acquire([Named("poet", revision="0" * 8)])
     with pytest.raises(AdapterNotFoundError):
         site.lifecycle.unload("nobody")
     site.settle()
