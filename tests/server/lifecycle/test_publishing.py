@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import shutil
-import threading
-from contextlib import contextmanager
-from functools import partial
 
 import pytest
 
 from support.prompts import until
-from turret_adapters.errors import AdapterError, AdapterNotFoundError, RevisionNotFoundError, StoreFullError
-from turret_adapters.registry import Named
+from turret_adapters.errors import AdapterError, StoreFullError
 
 PATIENCE = 60
 
@@ -22,58 +16,6 @@ PATIENCE = 60
 def poet(site):
     """A name with two revisions; the second is current."""
     return [site.load("poet", seed) for seed in (1, 2)]
-
-
-@contextmanager
-def no_more_files():
-    """Every file that is opened within the block fails, as where connections have taken all descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def in_a_thread(call) -> None:
-    """Run a call that must not wait for anything that this test holds."""
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert not thread.is_alive(), "it waits"
-
-
-@pytest.mark.parametrize("lock", ["store_locked", "database_locked"])
-def test_the_end_of_a_request_on_a_replaced_revision_waits_for_no_lock(site, lock):
-    first = site.load("poet", 1)
-    ending, other = site.generate("poet", 200), site.generate("poet", 200)
-    next(ending)
-    next(other)
-    second = site.load("poet", 2)
-    with getattr(site, lock)():
-        in_a_thread(ending.close)
-        assert len([next(other) for _ in range(100)]) == 100
-        in_a_thread(other.close)
-        until(lambda: not site.engine.is_resident(first))
-    site.settle()
-    assert site.holds() == {second}
-
-
-def test_releases_that_fail_leak_neither_pages_nor_files(site):
-    first = site.load("poet", 1)
-    streams = [site.generate("poet", 50) for _ in range(3)]
-    for stream in streams:
-        next(stream)
-    site.load("poet", 2)
-    with no_more_files():
-        for stream in streams:
-            stream.close()
-        until(lambda: not site.engine.is_resident(first))
-    site.settle()
-    assert not site.registry.has(first)
-    assert site.holds() == {site.served("poet")}
 
 
 ENDS = {
@@ -171,19 +113,6 @@ def test_a_rollback_that_another_change_overtakes_goes_back_from_there(site, poe
     assert site.written("poet") == poet[::-1]
 
 
-def test_a_revision_that_comes_again_as_it_goes_keeps_its_files_and_pages(site):
-    gate = threading.Event()
-    site.cleanup.submit("stuck", partial(gate.wait, PATIENCE))
-    first = site.load("poet", 1)
-    site.lifecycle.unload("poet")
-    assert site.load("bard", 1) == first
-    until(lambda: site.engine.is_resident(first))
-    gate.set()
-    site.settle()
-    assert site.engine.is_resident(first)
-    assert site.holds() == {first}
-
-
 def test_a_split_ends_with_its_revision_even_if_that_cannot_be_looked_up_at_first(site, poet, monkeypatch):
     site.lifecycle.split("poet", poet[0][:8], 30)
     assert site.registry.status("poet").split.percent == 30
@@ -248,38 +177,6 @@ def test_a_pinned_name_that_only_drains_is_missing(open_site):
     site.lifecycle.unload("poet")
     assert site.lifecycle.missing_pins() == ["poet"]
     stream.close()
-
-
-def test_a_named_revision_is_held_until_its_requests_have_ended(site, poet, monkeypatch):
-    monkeypatch.setattr("turret_server.lifecycle.revisions.MAX_RECENT", 0)
-    lease = site.revisions.acquire([Named("poet", revision=poet[0][:8])])
-    assert lease.revision == poet[0]
-    site.settle()
-    assert site.holds() == set(poet)
-    site.registry.release(lease)
-    site.settle()
-    assert site.holds() == {poet[1]}
-
-
-def test_a_revision_that_no_longer_belongs_to_a_name_is_not_held(site, poet):
-    with pytest.raises(RevisionNotFoundError):
-        site.revisions.acquire([Named("poet", revision="0" * 8)])
-    with pytest.raises(AdapterNotFoundError):
-        site.lifecycle.unload("nobody")
-    site.settle()
-    assert site.holds() == {poet[1]}
-
-
-def test_files_that_turn_out_to_be_lost_are_not_known_at_the_next_start(open_site):
-    site = open_site(host_bytes=1)
-    revision = site.load("poet", 1)
-    assert revision in site.library.recorded()
-    shutil.rmtree(site.root / "adapters" / revision)
-    with pytest.raises(RevisionNotFoundError):
-        site.registry.tensors(revision)
-    site.settle()
-    assert revision not in site.names.records()
-    assert site.registry.status("poet").error
 
 
 def test_a_folder_whose_name_is_invalid_is_listed_as_failed(site):
