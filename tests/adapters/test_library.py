@@ -14,6 +14,7 @@ import torch
 from turret_adapters.errors import (
     AdapterFormatError,
     OwnerLimitError,
+    RevisionCorruptError,
     SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
@@ -372,4 +373,68 @@ def test_a_record_under_the_revision_of_another_is_not_believed(
     mixed = replace(records[first], marks=records[second].marks)
     library.names.save_record(second, mixed)
     assert library.recorded().keys() == {first}
+    library.close()
+
+
+def test_a_library_that_stops_looks_at_no_source(library: AdapterLibrary, tmp_path: Path) -> None:
+    library.interrupt()
+    with (
+        pytest.raises(SourceUnavailableError, match="is stopping"),
+        library.fetch(str(tmp_path / "absent")),
+    ):
+        pass
+    library.close()
+
+
+def test_a_fetch_ends_at_the_next_bytes_after_an_interrupt(library: AdapterLibrary, folder: Path) -> None:
+    reports: list[int] = []
+
+    def interrupt(done: int, _total: int | None) -> None:
+        reports.append(done)
+        library.interrupt()
+
+    with pytest.raises(SourceUnavailableError), library.fetch(str(folder), interrupt):
+        pass
+    assert len(reports) == 1
+    library.close()
+
+
+def test_a_budget_does_not_raise_the_policys_limit(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.max_bytes = 1 << 30
+    library._policy = replace(library._policy, max_bytes=100)
+    monkeypatch.setattr(kept, "adopt", fail)
+    with pytest.raises(SourceTooLargeError, match="at most"), library.fetch(str(folder)):
+        pass
+    library.close()
+
+
+def test_records_of_revisions_without_a_name_go_at_the_next_start(
+    library: AdapterLibrary, folder: Path, other_folder: Path
+) -> None:
+    first = publish(library, "poet", folder)
+    publish(library, "other", other_folder)
+    library.names.remove("other")
+    assert library.recorded().keys() == {first}
+    assert library.names.records().keys() == {first}
+    library.close()
+
+
+def test_stored_bytes_of_another_digest_are_not_served(library: AdapterLibrary, folder: Path) -> None:
+    revision = publish(library, "poet", folder)
+    config = library.store.peek(revision) / "adapter_config.json"
+    config.chmod(0o600)
+    config.write_bytes(config.read_bytes() + b"\n")
+    with pytest.raises(RevisionCorruptError, match="loading it from its source repairs it"):
+        library.read(revision)
+    assert publish(library, "poet", folder) == revision
+    library.read(revision)
+    library.close()
+
+
+def test_the_marks_of_a_folder_are_kept_with_its_name(library: AdapterLibrary, folder: Path) -> None:
+    with library.fetch(str(folder)) as adapter:
+        library.publish("poet", adapter, str(folder), source_marks="marks")
+    assert library.names.current()["poet"].source_marks == "marks"
     library.close()
