@@ -220,8 +220,9 @@ def test_a_partly_filled_page_that_was_filled_up_before_is_found_instead_of_copi
     simulation = Simulation()
     for _ in range(2):
         run = simulation.submit(range(6), prefix(3), max_tokens=1)
-        simulation.finish()
+        [step] = steps_until_idle(simulation)
     assert run.outputs[0].cached_tokens == 8
+    assert step.copies == ()
 
 
 def test_virtual_tokens_are_computed_in_chunks_before_the_requests_start():
@@ -297,29 +298,34 @@ def test_nobody_passes_a_request_for_whose_adapter_there_are_no_pages():
 
 
 def test_nobody_takes_the_pages_that_a_pinned_adapter_waits_for():
-    simulation = Simulation(num_pages=4)
-    running = simulation.submit(range(8), max_tokens=5)
+    simulation = Simulation(num_pages=6)
+    running = [simulation.submit(range(12), max_tokens=4), simulation.submit([1], max_tokens=4)]
     simulation.step()
     simulation.scheduler.pin_adapters("name", (make_spec("pinned", slab_pages=2),))
-    small = simulation.submit([1], max_tokens=4)
-    step_until(simulation, lambda: running.end)
-    assert not small.outputs
+    small = simulation.submit([2], max_tokens=4)
+    num_waits = 0
+    while not simulation.residency.get("pinned"):
+        assert not small.outputs
+        num_waits += 1
+        simulation.step()
+    assert num_waits > 1
     simulation.finish()
-    assert simulation.residency.get("pinned").ready
-    assert finished(small)
+    assert finished(small, *running)
 
 
-def test_running_requests_go_on_while_a_pinned_adapter_waits_for_pages():
+def test_a_prompt_that_has_started_goes_on_behind_one_that_may_not_start():
     simulation = Simulation(num_pages=5, max_batch_tokens=4)
-    stream = simulation.submit([1], max_tokens=4)
-    long = simulation.submit(range(11), max_tokens=2)
+    stream = simulation.submit([1], max_tokens=4, tenant="a")
+    long = simulation.submit(range(11), max_tokens=2, tenant="a")
     simulation.step()
     simulation.scheduler.pin_adapters("name", (make_spec("pinned", slab_pages=2),))
+    waits = simulation.submit([2], tenant="b")
     steps = [lengths(simulation.step()) for _ in range(2)]
     assert simulation.residency.get("pinned") is None
     assert [step[long.job.request_id] for step in steps] == [3, 3]
+    assert not waits.outputs
     simulation.finish()
-    assert finished(stream, long)
+    assert finished(stream, long, waits)
 
 
 @pytest.mark.parametrize(

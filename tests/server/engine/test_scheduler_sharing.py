@@ -194,6 +194,35 @@ def test_a_prompt_is_not_pinned_at_the_cost_of_one_that_waits():
     assert finished(waits)
 
 
+def test_what_was_found_at_the_first_start_counts_as_cached_however_often_it_starts():
+    simulation = Simulation(num_pages=6, block_size=2)
+    runs = [
+        simulation.submit([1], tenant="a", max_tokens=9),
+        simulation.submit([2, 3, 4, 5], tenant="b", max_tokens=7),
+    ]
+    step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    simulation.finish()
+    assert {output.cached_tokens for run in runs for output in run.outputs} == {0}
+
+
+def test_a_prompt_may_be_pinned_although_it_takes_all_that_may_be_pinned_itself():
+    """It is no obstacle to itself: neither is what it shares with others in the queue."""
+    simulation = Simulation(num_pages=8)
+    pinned = simulation.submit(range(16), pinned=True)
+    waits = simulation.submit(range(50, 66), max_tokens=1)
+    simulation.finish()
+    assert pinned.end is FinishReason.PINNED
+    assert finished(waits)
+
+
+def test_of_two_prompts_that_cannot_both_be_pinned_the_first_is():
+    simulation = Simulation(num_pages=8)
+    first, second = (simulation.submit(range(start, start + 12), pinned=True) for start in (0, 50))
+    simulation.finish()
+    assert first.end is FinishReason.PINNED
+    assert isinstance(second.error, RequestTooLargeError)
+
+
 def test_a_prompt_that_is_cancelled_before_it_is_pinned_is_let_go():
     simulation = Simulation(max_batch_tokens=4)
     pinned = simulation.submit(range(8), pinned=True)

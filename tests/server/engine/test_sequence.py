@@ -119,6 +119,16 @@ def test_a_salt_that_looks_like_a_revision_finds_nothing_of_it():
     assert Sequence.of(make_run([1, 2], cache_salt=salt).job).keys(1, 2) != of_adapter.keys(1, 2)
 
 
+def test_virtual_tokens_set_all_blocks_apart_also_beside_a_lora_that_is_activated_late():
+    tokens, late = [1, 2, 9, 3], make_spec("a", slab_pages=1, invocation=(9,))
+    first, second = (
+        sequence(tokens, [AdapterUse(make_spec(name, num_virtual=2)), AdapterUse(late)])
+        for name in ("prefix", "other")
+    )
+    assert first.active_from == 4
+    assert first.keys(1, 2) != second.keys(1, 2)
+
+
 def test_a_salt_comes_before_the_revision_in_the_chain():
     activated = make_spec("a", slab_pages=1, invocation=(9,))
     tokens = [1, 2, 3, 9]

@@ -171,10 +171,7 @@ class Allocation:
 
     def invalidate(self, sequence: Sequence) -> None:
         """Remove the sequence's blocks from the cache, as they may be wrong."""
-        whole = sequence.num_virtual // self._block_size
-        self._cache.invalidate(
-            sequence.keys(sequence.num_computed // self._block_size, self._block_size)[whole:]
-        )
+        self._cache.invalidate(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
 
     def release(self, sequence: Sequence) -> None:
         """Release pages and adapters. Cached blocks can be found again until they are evicted."""
@@ -214,7 +211,6 @@ class Allocation:
         cached = self._cache.match(keys)
         self._pool.release(sequence.block_table[whole:])
         sequence.block_table = [*sequence.block_table[:whole], *cached]
-        sequence.num_computed = count * self._block_size
 
     def unpin_prompt(self, request_id: int) -> None:
         """Make a pinned prompt evictable; nothing happens if it is not pinned."""

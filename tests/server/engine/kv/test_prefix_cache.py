@@ -119,6 +119,34 @@ def test_a_beginning_that_two_chains_share_outlives_their_ends(pool, cache):
     assert len(cache.match([b"a"])) == 1
 
 
+def test_a_block_that_is_invalidated_is_neither_found_nor_evicted(pool, cache):
+    keep(pool, cache, [b"a", b"b"])
+    held = cache.match([b"a"])
+    cache.invalidate([b"a", b"b", b"x"])
+    cache.check_integrity()
+    assert cache.match([b"a"]) == []
+    assert pool.num_free == 7
+    pool.release(held)
+    assert pool.num_free == 8
+
+
+def test_a_block_that_was_computed_again_was_used_again(pool, cache):
+    keep(pool, cache, [b"a"])
+    keep(pool, cache, [b"b"])
+    keep(pool, cache, [b"a"])
+    evict(cache, 1)
+    assert cache.match([b"a"])
+
+
+def test_a_block_is_idle_once_its_last_holder_has_released_it(pool, cache):
+    keep(pool, cache, [b"a"])
+    first, second = cache.match([b"a"]), cache.match([b"a"])
+    for pages, num_idle in ((first, 0), (second, 1)):
+        pool.release(pages)
+        cache.mark_released([b"a"])
+        assert cache.num_idle == num_idle
+
+
 def test_pages_that_run_out_are_taken_from_the_cache(pool, cache):
     keep(pool, cache, [b"a", b"b"])
     assert pool.allocate(8) is not None

@@ -15,6 +15,7 @@ from turret_server.errors import QuotaExceededError
 BLOCK, MOST = 4, 6
 A, B, C = (make_spec(name, slab_pages=3) for name in "abc")
 LARGE = make_spec("large", slab_pages=7)
+LARGE_ENOUGH = make_spec("large enough", slab_pages=MOST)
 
 
 class World:
@@ -161,5 +162,53 @@ def test_a_request_beside_its_own_pinned_prompts_is_refused_and_beside_others_no
         else:
             world.allocation.check_fits(world.sequence(A))
         world.allocation.unpin_prompt(sequence.job.request_id)
-    for key in list(world.allocation._cache.pages):
-        world.pool.release([key])
+    release_cache(world)
+
+
+def pin_prompt(world, spec, tenant="acme") -> Sequence:
+    sequence = world.sequence(spec, pinned=True, tenant=tenant)
+    assert world.allocation.allocate(sequence, world.bring(spec, tenant=tenant)) is not None
+    world.allocation.commit(sequence, sequence.num_remaining)
+    world.allocation.pin_prompt(sequence, beside=[])
+    return sequence
+
+
+def release_cache(world) -> None:
+    for page in list(world.allocation._cache.pages):
+        world.pool.release([page])
+
+
+def test_the_adapter_of_a_pinned_prompt_does_not_count_twice_for_its_own_requests(world):
+    pinned = pin_prompt(world, make_spec("four", slab_pages=4))
+    world.allocation.check_fits(world.sequence(make_spec("four", slab_pages=4)))
+    world.allocation.unpin_prompt(pinned.job.request_id)
+    release_cache(world)
+
+
+def test_a_pinned_prompt_whose_adapter_is_pinned_takes_nothing_of_the_quota(world):
+    spec = make_spec("four", slab_pages=4)
+    world.residency.pin("name", (spec,))
+    pinned = pin_prompt(world, spec)
+    world.allocation.check_fits(world.sequence(LARGE_ENOUGH))
+    world.allocation.unpin_prompt(pinned.job.request_id)
+    release_cache(world)
+
+
+def test_a_request_for_a_pinned_adapter_is_checked_against_no_quota(world):
+    world.residency.pin("name", (LARGE,))
+    world.allocation.check_fits(world.sequence(LARGE))
+
+
+def test_a_request_without_adapters_is_refused_for_no_quota(world):
+    """Also where the quota was lowered below what a pinned prompt takes."""
+    pinned = pin_prompt(world, make_spec("four", slab_pages=4))
+    world.most["acme"] = 2
+    run = make_run(range(8), max_tokens=1, tenant="acme")
+    world.allocation.check_fits(Sequence.of(run.job))
+    world.allocation.unpin_prompt(pinned.job.request_id)
+    release_cache(world)
+
+
+def test_a_prompt_is_not_pinned_beyond_the_quota(world):
+    with pytest.raises(QuotaExceededError):
+        world.allocation.check_pin_prompt(world.sequence(LARGE, pinned=True))
