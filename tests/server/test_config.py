@@ -40,6 +40,7 @@ def given(
     [
         ("2GiB", Size(2 * 2**30, is_fraction=False)),
         ("1.5 KiB", Size(1536, is_fraction=False)),
+        ("64MiB", Size(64 * 2**20, is_fraction=False)),
         ("3k", Size(3072, is_fraction=False)),
         ("1TB", Size(2**40, is_fraction=False)),
         ("2", Size(2, is_fraction=False)),
@@ -206,7 +207,8 @@ def test_flags_go_before_the_environment_and_that_before_the_file_and_that_befor
     assert given(tmp_path, {}, environ, toml).max_queue == 2
     assert given(tmp_path, {}, {"TURRET_MAX_QUEUE": ""}, toml).max_queue == 3
     assert given(tmp_path).max_queue == 1024
-    assert given(tmp_path, {}, {"TURRET_OTEL": "False"}, "otel = true").otel is False
+    for off in ("False", "0"):
+        assert given(tmp_path, {}, {"TURRET_OTEL": off}, "otel = true").otel is False
 
 
 @pytest.mark.parametrize(
@@ -303,22 +305,28 @@ def test_settings_are_read_without_the_servers_libraries():
 
 
 def test_defaults_as_help_shows_them():
-    shown = {name: setting.default_text for name, setting in BY_NAME.items()}
-    assert {name for name, text in shown.items() if not text} == {
-        *(
-            "model",
-            "adapters",
-            "watch",
-            "pin",
-            "lazy_source",
-            "tenants",
-            "auth_hook",
-            "allow_unauthenticated",
-        ),
-        *("allow_source", "tls_cert", "tls_key", "tls_client_ca", "usage_log", "otel"),
+    assert {setting.name: setting.default_text for setting in SETTINGS if setting.default_text} == {
+        "device": "auto",
+        "dtype": "auto",
+        "memory": "auto",
+        "host_memory": "auto",
+        "store": "$XDG_DATA_HOME/turret or ~/.local/share/turret",
+        "store_size": "no limit",
+        "cache": "$XDG_CACHE_HOME/turret or ~/.cache/turret",
+        "listen": "127.0.0.1:50051",
+        "metrics": "127.0.0.1:9090",
+        "grace": "30",
+        "max_batch_tokens": "512",
+        "max_batch_requests": "64",
+        "max_step_seconds": "0.5",
+        "max_queue": "1024",
+        "max_queue_tokens": "1048576",
+        "log_level": "info",
+        "log_format": "human",
     }
-    assert (shown["memory"], shown["metrics"]) == ("auto", "127.0.0.1:9090")
-    assert (shown["grace"], shown["max_queue"], shown["log_level"]) == ("30", "1024", "info")
+    switches = [setting.name for setting in SETTINGS if setting.kind is bool]
+    config = ServerConfig(model="m")
+    assert [getattr(config, name) for name in switches] == [False] * 3
 
 
 def test_messages_show_values_as_they_are_written(tmp_path):
