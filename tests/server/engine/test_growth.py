@@ -25,6 +25,7 @@ class World:
     def __init__(self) -> None:
         self.device = FakeDevice(NUM_PAGES, BLOCK_SIZE, immediate=True)
         self.numbers = itertools.count()
+        self.shared = make_spec("shared", slab_pages=1)
         self.now = 0.0
         self.engine = Engine(
             runner=self.device,
@@ -76,6 +77,11 @@ def passes_its_deadline_while_it_waits(world: World) -> None:
         world.submit(tenant=world.tenant(), deadline=world.now + 1)
     world.steps(1)
     world.now += 2
+
+
+def uses_an_adapter_that_stays(world: World) -> None:
+    world.engine.pin_adapters("shared", (world.shared,))
+    world.submit(adapter=world.shared, tenant=world.tenant())
 
 
 def is_refused_by_the_queue(world: World) -> None:
@@ -173,6 +179,7 @@ LIVES = (
     finishes,
     is_cancelled_while_it_waits,
     passes_its_deadline_while_it_waits,
+    uses_an_adapter_that_stays,
     is_refused_by_the_queue,
     is_refused_by_the_quota,
     waits_for_the_quota,

@@ -108,7 +108,7 @@ class Residency:
         """Pin revisions under a name, instead of those that were pinned under it. Each is loaded as soon as
         there is room.
         """
-        self._pins = {**{other: pins for other, pins in self._pins.items() if other != name}, name: specs}
+        self._pins = {**self._pins, name: specs}
         pinned = {spec.revision for spec in self.pinned()}
         self._failed_pins.clear()
         for resident in self:

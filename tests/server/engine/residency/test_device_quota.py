@@ -120,6 +120,16 @@ def test_all_of_a_requests_adapters_are_allowed_or_none(world):
     assert world.there() == {"a"}
 
 
+def test_who_comes_behind_one_that_was_refused_waits_in_that_step_as_well(world):
+    world.use(A)
+    small = make_spec("small", slab_pages=1)
+    assert world.residency.ensure_all([LARGE], "acme") is Absence.QUOTA
+    assert world.residency.ensure_all([small], "acme") is Absence.QUOTA
+    assert world.residency.ensure_all([C], "bolt")
+    world.pool.tick()
+    assert world.bring(small)
+
+
 def test_nothing_is_evicted_in_vain(world):
     world.end(world.use(A))
     world.use(B)

@@ -410,6 +410,33 @@ def test_what_is_pinned_under_a_name_takes_the_place_of_what_was(world):
     world.complete()
 
 
+def test_what_is_pinned_only_under_a_name_is_left_out_with_it(world):
+    world.pin("poet", (LORA,))
+    world.pin("bard", (OTHER,))
+    assert [spec.revision for spec in world.pinned(but="poet")] == ["other"]
+
+
+def test_it_belongs_to_the_tenant_that_used_it_last(world):
+    resident = world.fill(LORA, "a")
+    begin(world, resident, tenant="b")
+    assert resident.is_held_by("b")
+    assert not resident.is_held_by("a")
+
+
+def test_one_was_last_used_when_its_last_request_ended(world):
+    resident = world.fill(LORA)
+    world.acquire(resident, "a")
+    world.fill(OTHER)
+    for _ in range(9):
+        world.tick()
+    world.release(resident, "a")
+    world.tick()
+    assert world.ensure(THIRD).pages
+    assert world.get("lora")
+    assert world.get("other") is None
+    world.complete()
+
+
 def test_one_that_is_pinned_and_finds_no_room_is_told(world):
     user = world.fill(make_spec("large", slab_pages=6))
     world.acquire(user, "a")
