@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from turret_server.tenancy.tenants import Tenant, check_name
 IDLE_SECONDS = 60.0
 MIN_BYTES_PER_SECOND = 16 << 10
 MAX_UPLOADS_PER_TENANT = 16
+
+_NUM_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class AdapterUploads:
         self._loads = loads
         self._clock = clock
         self._num_open: Counter[str] = Counter()
+        # A slow disk delays uploads alone, and not the default executor's other users.
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "turret-upload")
 
     async def receive(self, parts: UploadParts, tenant: Tenant) -> AsyncGenerator[int | str]:
         """Receive an adapter and serve it. Yields the offset from which the tensors are wanted, and when
@@ -85,6 +90,7 @@ class AdapterUploads:
                 upload = await run_to_completion(
                     partial(self._store.receive, start.digest, start.config, start.size, tenant.name),
                     undo=Upload.close,
+                    executor=self._threads,
                 )
                 with upload:
                     yield upload.offset
@@ -110,7 +116,7 @@ class AdapterUploads:
                     "after its start, an upload consists of chunks with data; found another message",
                     field="chunk",
                 )
-            await run_to_completion(partial(upload.write, chunk.offset, chunk.data))
+            await run_to_completion(partial(upload.write, chunk.offset, chunk.data), executor=self._threads)
 
     @contextmanager
     def _counted(self, tenant: str) -> Iterator[None]:

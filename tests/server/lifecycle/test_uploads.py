@@ -195,3 +195,14 @@ async def test_bytes_with_another_digest_are_not_served(site, receiver, sent):
         await receive(receiver, sent.parts(digest="0" * 64))
     assert not site.served("poet")
     assert site.holds() == set()
+
+
+async def test_uploads_that_wait_for_the_disk_delay_nothing_else(site, receiver, sent):
+    tenants = [Tenant(name=f"tenant-{number}", limits=TenantLimits(), admin=True) for number in range(40)]
+    with site.store_locked():
+        waiting = [asyncio.create_task(receive(receiver, sent.parts(), who)) for who in tenants]
+        while len(receiver._loads._num_of_tenant) < len(tenants):  # noqa: ASYNC110 (each then waits)
+            await asyncio.sleep(0)
+        # In the default executor they would leave it no thread.
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 60) == "done"
+    assert await asyncio.gather(*waiting) == [[0, "poet"]] * len(tenants)
