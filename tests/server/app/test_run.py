@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.build import assemble
-from turret_server.app.run import Shutdown
+from turret_server.app.run import Shutdown, _serve_metrics
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
 
@@ -100,6 +102,15 @@ def test_a_start_that_fails_frees_the_store(tmp_path):
     with pytest.raises(ConfigError, match="--model"), assemble(config):
         pass
     AdapterStore(tmp_path / "store").close()
+
+
+def test_a_port_for_metrics_that_is_in_use_is_refused():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"--metrics {address}: .*another port"):
+            _serve_metrics(address, CollectorRegistry())
 
 
 class Recorded:
