@@ -31,8 +31,8 @@ from turret_server.kernels.cpu import attention as cpu_attention
 from turret_server.kernels.cpu import dense as cpu_dense
 from turret_server.kernels.cpu import lora as cpu_lora
 from turret_server.kernels.cpu import nf4 as cpu_nf4
-from turret_server.kernels.cpu import norm as cpu_norm
-from turret_server.kernels.cpu.cores import take_cores
+from turret_server.kernels.cpu import ops as cpu_ops
+from turret_server.kernels.cpu.cores import claim_cores
 from turret_server.model.adapted import AdaptedLinear
 
 RESULTS = Path(__file__).with_name("PROFILE.md")
@@ -41,7 +41,7 @@ KERNELS: dict[str, tuple[Any, str]] = {
     "LoRAs": (cpu_lora, "_lora_add"),
     "attention": (cpu_attention, "_attend"),
     "head": (cpu_dense, "_linear"),
-    "norms": (cpu_norm, "rms_norm"),
+    "norms": (cpu_ops, "_rms_norm"),
 }
 BATCHES = (1, 8, 32)
 TOKENS = (1, 4, 8, 16, 20, 32, 64, 128, 256, 512)
@@ -217,7 +217,7 @@ def main() -> None:
     )
     with assemble(config) as parts:
         steps = step_table(parts)
-    take_cores()
+    claim_cores()
     inputs, outputs = TINY_LLAMA.linears["mlp.gate_proj"]
     about = ABOUT.format(machine=platform.machine(), cores=torch.get_num_threads(), torch=torch.__version__)
     speed = f"Both cores together read memory at {memory_speed():.0f} GB/s (the sum of a tensor of 1 GiB)."

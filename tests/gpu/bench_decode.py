@@ -141,7 +141,7 @@ def main() -> None:
             assert (pages + made.pages_of_each) * BATCHES[-1] <= made.arena.num_pages
             for index in range(BATCHES[-1]):
                 made.adapters[str(index)] = random_lora(made.loaded.base, str(index))
-                made.place(str(index))
+                made.copy_to_device(str(index))
             speed = bandwidth() if REAL else None
             if speed is not None:
                 say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e6:.0f} GB/s")

@@ -67,7 +67,7 @@ def test_rows_are_found_where_an_adapter_was_placed_last(recorded):
     step = recorded.step([(("lora", 1.0),)] * 3)
     expected = recorded.logits(step, graphs=True)
     recorded.runner.forget(recorded.adapters["lora"].spec.revision)
-    recorded.place("lora")
+    recorded.copy_to_device("lora")
     for sequence_id, row in recorded.logits(step, graphs=True).items():
         assert torch.equal(row, expected[sequence_id])
 

@@ -14,7 +14,7 @@ from support.kernel_inputs import lora, paged, params
 from turret_server.kernels import NF4Weight, ReferenceOps
 from turret_server.kernels.gpu.attention import attend, make_tiles
 from turret_server.kernels.gpu.lora import add_tiles
-from turret_server.kernels.gpu.nf4 import MOST_FUSED
+from turret_server.kernels.gpu.nf4 import MAX_FUSED_TOKENS
 from turret_server.kernels.gpu.ops import GpuOps
 
 CUDA = torch.device("cuda")
@@ -42,7 +42,7 @@ def weight(dtype, num_in, num_out):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens", [1, 7, 32, MOST_FUSED, MOST_FUSED + 1, 500])
+@pytest.mark.parametrize("num_tokens", [1, 7, 32, MAX_FUSED_TOKENS, MAX_FUSED_TOKENS + 1, 500])
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_nf4(dtype, num_tokens, num_in, num_out):
     whole, x = weight(dtype, num_in, num_out), random(num_tokens, num_in, dtype=dtype)
@@ -86,7 +86,7 @@ def test_attention(dtype, num_kv_heads, group, head_dim, options):
 def test_a_token_gets_the_same_product_in_any_company(dtype, num_in, num_out):
     packed, x = (
         GpuOps(dtype).pack_nf4(weight(dtype, num_in, num_out)),
-        random(MOST_FUSED, num_in, dtype=dtype),
+        random(MAX_FUSED_TOKENS, num_in, dtype=dtype),
     )
     together = GpuOps(dtype).nf4_linear(x, packed)
     for count in (1, 2, 16, 17, 33):
@@ -153,7 +153,7 @@ def test_one_graph_serves_any_adapters_and_contexts():
         out = step()
     # The same buffers with other adapters, one of a smaller rank, one without, and other contexts.
     tiles_N4.copy_(torch.tensor([[0, 1, 32, 48], [1, 2, 0, 5], [0, 0, 0, 0], [3, 4, 16, 32]], device=CUDA))
-    tiles.few_N4[:, 3] = torch.tensor([255, 256, 3, 100], dtype=torch.int32, device=CUDA)
+    tiles.split_N4[:, 3] = torch.tensor([255, 256, 3, 100], dtype=torch.int32, device=CUDA)
     batch.block_tables_QM.copy_(batch.block_tables_QM.flip(0).roll(1, dims=0))
     graph.replay()
     torch.cuda.synchronize()

@@ -129,7 +129,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(client, served, sam
             FailedPreconditionError,
         )
         assert error.reason == "NON_FINITE_LOGITS"
-        assert "too large for the server's dtype" in str(error)
+        assert "Logits are not finite with these adapters" in str(error)
     until(lambda: served.metric("turret_running_requests") == 0)
     assert served.metric("turret_requests_total", outcome="non_finite_logits") == before + 2
     assert "NON_FINITE_LOGITS" in caplog.text

@@ -20,10 +20,9 @@ from turret_server.engine.step import SequenceStep, Step
 from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.arena import Arena
 from turret_server.model.decode_graph import DecodeGraphs, Record
-from turret_server.model.load import LoadedModel, load_model
+from turret_server.model.load import LoadedModel, ModelWeights, load_model
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
-from turret_server.model.weights import ModelWeights
 
 GREEDY = SamplingParams(max_tokens=1)
 
@@ -51,13 +50,13 @@ class World:
         assert self.runner._graphs is not None
         return self.runner._graphs
 
-    def place(self, name: str) -> None:
+    def copy_to_device(self, name: str) -> None:
         """Copy an adapter to pages that were not used yet."""
         adapter = self.adapters[name]
         num_pages = slab_layout(adapter.spec.rows, self.arena.page_elements).num_pages
         pages = tuple(range(self.used, self.used + num_pages))
         self.used += num_pages
-        self.runner._place(replace(adapter, prefix_kv=None), pages, ())
+        self.runner._copy(replace(adapter, prefix_kv=None), pages, ())
 
     def decoding(self, index: int, context: int, *adapters: tuple[str, float], **options) -> SequenceStep:
         """A sequence that decodes after `context` tokens, on pages of its own at the end of the arena."""
@@ -128,7 +127,7 @@ def world(
         made.adapters[kind] = read_adapter(files, loaded.base, weights)
     runner.use_graphs(max_sequences, record)
     for kind in kinds:
-        made.place(kind)
+        made.copy_to_device(kind)
     assert made.used + made.pages_of_each * max_sequences <= num_pages
     yield made
     runner.close()

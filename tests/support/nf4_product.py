@@ -13,7 +13,7 @@ from bitsandbytes.functional import quantize_4bit
 
 from turret_server.kernels import NF4Weight, PackedNF4Weight, ReferenceOps
 from turret_server.kernels.cpu import nf4 as cpu_nf4
-from turret_server.kernels.cpu.jit import as_array
+from turret_server.kernels.cpu.llvm.jit import as_array
 
 
 def main(dtype):
@@ -24,10 +24,10 @@ def main(dtype):
         print("not packed")  # noqa: T201
         return
     x, error = torch.randn(27, 128, dtype=dtype), 0.02 if dtype == torch.bfloat16 else 2e-6
-    nothing_soon = as_array(torch.empty(0, dtype=dtype)), np.empty(0, np.int64)
+    no_prefetch = as_array(torch.empty(0, dtype=dtype)), np.empty(0, np.int64)
     for count in (1, 2, 7, 27):
         y = torch.empty(count, 72, dtype=dtype)
-        cpu_nf4.multiply(as_array(y), as_array(x[:count]), packed, *nothing_soon)
+        cpu_nf4.multiply(as_array(y), as_array(x[:count]), packed, no_prefetch)
         expected = ReferenceOps().nf4_linear(x[:count].float(), weight)
         torch.testing.assert_close(y.float(), expected, atol=error * 128**0.5, rtol=error)
     print("equal, in", packed.code.dtype)  # noqa: T201

@@ -26,7 +26,7 @@ from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
-from turret_server.kernels.cpu.cores import give_back_cores
+from turret_server.kernels.cpu.cores import release_cores
 from turret_server.lifecycle.adapter_info import AdapterDescriber
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.cleanup import CleanupWorker
@@ -36,10 +36,15 @@ from turret_server.lifecycle.publishing import AdapterLifecycle
 from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.watches import AdapterWatches
 from turret_server.model.arena import Arena
-from turret_server.model.load import LoadedModel, load_model, select_device, select_dtype
+from turret_server.model.load import (
+    LoadedModel,
+    ModelWeights,
+    load_model,
+    select_device,
+    select_dtype,
+)
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
-from turret_server.model.weights import ModelWeights
 from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, EngineMetrics, RequestMetrics
 from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_log import UsageLog
@@ -160,7 +165,7 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         lazy=LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None,
     )
     _log_capacity(config, loaded, arena)
-    give_back_cores()
+    release_cores()
     stack.callback(engine.stop)
     engine.start()
     _load_adapters(config, lifecycle, stack)

@@ -1,4 +1,4 @@
-"""One table of ops, chosen once for a device and a dtype."""
+"""The ops of a device and a dtype: one table, selected once."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ __all__ = [
 
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest table that computes in `dtype` on `device`."""
+    """The fastest implementation for `dtype` on `device`."""
     if device.type == "cuda" and find_spec("triton"):
-        from turret_server.kernels.gpu.ops import GpuOps  # noqa: PLC0415 (not everybody has Triton)
+        from turret_server.kernels.gpu.ops import GpuOps  # noqa: PLC0415 (Triton is optional)
 
         return GpuOps(dtype)
     if device.type == "cpu" and dtype in {torch.bfloat16, torch.float32}:

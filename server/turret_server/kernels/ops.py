@@ -1,6 +1,6 @@
-"""The table of ops: what a kernel computes, and the tensors it is given.
+"""The ops: what each kernel computes, and its arguments.
 
-Shapes: T tokens of the step, S segments, Q sequences, P pages, B slots of a page, H query heads,
+Shape suffixes: T tokens of the step, S segments, Q sequences, P pages, B slots of a page, H query heads,
 K key-value heads, D head dimension, I and O in and out features, R LoRA rows, M pages of the longest
 context.
 """
@@ -16,7 +16,7 @@ from bitsandbytes.functional import QuantState
 
 @dataclass(frozen=True, slots=True)
 class NF4Weight:
-    """A 4-bit weight, [O, I], as bitsandbytes loaded it."""
+    """An NF4 weight, [O, I], as bitsandbytes stores it."""
 
     data: torch.Tensor
     state: QuantState
@@ -26,7 +26,11 @@ class NF4Weight:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedNF4Weight:
-    """A 4-bit weight in the order of a table's kernel, its scales de-nested once, in the compute dtype."""
+    """An NF4 weight in the layout of one implementation's kernel.
+
+    `absmax` are the scales with double quantisation undone, in the compute dtype; `code` are the values of
+    the codes.
+    """
 
     data: torch.Tensor
     absmax: torch.Tensor
@@ -40,10 +44,10 @@ class PackedNF4Weight:
 class LoraRows:
     """The LoRA rows that one linear applies in this step, segment by segment.
 
-    Segment s covers the tokens token_starts[s] … token_ends[s] and the rows
-    row_bounds[s] … row_bounds[s + 1]. Row r reads A at a_offsets[r] and B at b_offsets[r], both element
-    offsets in the arena, and counts weights[r]-fold. A decode step has the very rows of the step before it,
-    so that a table may keep what it makes of them.
+    Segment s has tokens token_starts[s] … token_ends[s] - 1 and rows row_bounds[s] … row_bounds[s + 1] - 1.
+    Row r reads A at a_offsets[r] and B at b_offsets[r], element offsets in the arena, and is scaled by
+    weights[r]. Compared by identity: while a batch decodes, every step has the same object, so an
+    implementation can cache what it derives from it.
     """
 
     token_starts: tuple[int, ...]
@@ -58,10 +62,10 @@ class LoraRows:
 class AttentionBatch:
     """Where the tokens of each sequence lie in the step, and its keys and values in the arena.
 
-    Sequence q has the tokens query_bounds[q] … query_bounds[q + 1], the last of its context of
-    context_lengths[q] tokens; both are int64 on the host. Position p lies in page
-    block_tables[q, p // B], slot p % B. Block tables are as wide as the longest; what a shorter one has
-    at its end counts for nothing.
+    Sequence q has tokens query_bounds[q] … query_bounds[q + 1] - 1, which end its context of
+    context_lengths[q] tokens; both are int64 on the host. Position p lies in page block_tables[q, p // B],
+    slot p % B. Block tables are as wide as the longest; the padding of shorter ones is not read. Token t is
+    written to slot slots[t] of page pages[t].
     """
 
     query_bounds: torch.Tensor
@@ -73,10 +77,10 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """What the model's own attention would be called with.
+    """Options of attention, as the model passes them.
 
-    `window` is how many tokens a query sees, itself included; `softcap` bounds the scores;
-    `sinks_H` are scores that take weight and give no value.
+    `window` is the number of tokens that a query sees, itself included. Scores become
+    softcap · tanh(score / softcap). `sinks_H` are scores that enter the softmax's sum without a value.
     """
 
     scaling: float
@@ -86,19 +90,19 @@ class AttentionParams:
 
 
 class Ops(Protocol):
-    """One implementation of every op; `reference.py` is the oracle of the others."""
+    """One implementation of every op. `reference.py` is the oracle that the others are tested against."""
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
-        """Bring a weight into the layout that this table multiplies with, once at load."""
+        """The weight in the layout of this implementation's kernel; once, at load."""
 
     def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
         """X · Wᵀ, [T, O]."""
 
     def linear(self, x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-        """X · Wᵀ with a weight that is not quantised, [T, O]."""
+        """X · Wᵀ with an unquantised weight, [T, O]."""
 
     def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """Weight · (x / √(mean(x²) + epsilon)), in float32, rounded before the weight and after."""
+        """Weight · x / √(mean(x²) + epsilon) in float32, rounded to the dtype before the weight and after."""
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         """y[t] += Σ_r weights[r] · (A_r · x[t]) · B_r over the rows of t's segment, in place."""
@@ -110,14 +114,14 @@ class Ops(Protocol):
         arena: torch.Tensor,
         rows: LoraRows | None,
     ) -> torch.Tensor:
-        """`nf4_linear`, to which `lora_add` adds the rows if there are any, [T, O]."""
+        """`nf4_linear` followed by `lora_add` if there are rows, [T, O]."""
 
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
     ) -> None:
-        """Write the step's keys and values of one layer to their slots."""
+        """Writes one layer's keys and values of the step to their slots."""
 
     def paged_attention(
         self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
     ) -> torch.Tensor:
-        """Causal attention of every token over its sequence's pages, [T, H, D]."""
+        """Causal attention of every token over the pages of its sequence, [T, H, D]."""

@@ -1,7 +1,7 @@
-"""Every op in plain torch, accumulating in float32: the oracle of the fast ones, and their fallback.
+"""Every op in plain torch, with float32 accumulation: the oracle of the kernels, and their fallback.
 
-For the letters in tensor names see `ops.py`; N is the context of one sequence, n its new tokens, G the
-query heads that share a key-value head.
+For shape suffixes see `ops.py`; also N the context of one sequence, n its new tokens, G the query heads that
+share a key-value head.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class ReferenceOps:
         return torch.nn.functional.linear(x_TI, weight_OI)
 
     def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
-        whole_TI = x_TI.float()
-        scale_T1 = torch.rsqrt(whole_TI.square().mean(-1, keepdim=True) + epsilon)
-        return weight_I * (whole_TI * scale_T1).to(x_TI.dtype)
+        x32_TI = x_TI.float()
+        scale_T1 = torch.rsqrt(x32_TI.square().mean(-1, keepdim=True) + epsilon)
+        return weight_I * (x32_TI * scale_T1).to(x_TI.dtype)
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         for segment, (start, end) in enumerate(zip(rows.token_starts, rows.token_ends, strict=True)):
-            some = slice(rows.row_bounds[segment], rows.row_bounds[segment + 1])
-            a_RI = _gather_rows(arena, rows.a_offsets_R[some], x_TI.shape[1])
-            b_RO = _gather_rows(arena, rows.b_offsets_R[some], y_TO.shape[1])
-            shrunk_TR = (x_TI[start:end].float() @ a_RI.T) * rows.weights_R[some]
+            segment_rows = slice(rows.row_bounds[segment], rows.row_bounds[segment + 1])
+            a_RI = _gather_rows(arena, rows.a_offsets_R[segment_rows], x_TI.shape[1])
+            b_RO = _gather_rows(arena, rows.b_offsets_R[segment_rows], y_TO.shape[1])
+            shrunk_TR = (x_TI[start:end].float() @ a_RI.T) * rows.weights_R[segment_rows]
             y_TO[start:end] += (shrunk_TR @ b_RO).to(y_TO.dtype)
 
     def adapted_linear(
@@ -84,7 +84,7 @@ def _gather_rows(arena: torch.Tensor, offsets_R: torch.Tensor, length: int) -> t
 def _attend(
     query_nHD: torch.Tensor, key_NKD: torch.Tensor, value_NKD: torch.Tensor, params: AttentionParams
 ) -> torch.Tensor:
-    """Attention of the last n of N tokens, the heads of one key-value head as the rows of one matrix."""
+    """Attention of the last n of N tokens, with the query heads of a key-value head as rows of one matrix."""
     num_new, num_heads, head_dim = query_nHD.shape
     num_context, num_kv_heads, _ = key_NKD.shape
     query_KGnD = query_nHD.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3).float()

@@ -1,7 +1,6 @@
-"""The modules in the place of the base's own, which apply to each token what its adapters change.
+"""Replacements of the base's modules, which apply to each token the changes of its adapters.
 
-Every one of them computes the base's output for the whole batch first; where no adapter of the step
-changes it, that is all.
+Each computes the base's output for the whole batch, and then the changes of the adapters in the step, if any.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from turret_server.model.deltas import DeltaBatch
 
 
 class Adapted(nn.Module):
-    """A module of ours, with the path of the one in whose place it stands."""
+    """A replacement; `name` is the path of the module that it replaces."""
 
     def __init__(self, name: str, shape: ModuleShape) -> None:
         super().__init__()
@@ -50,18 +49,16 @@ class AdaptedLinear(Adapted):
     def _adapted(self, x_TI: torch.Tensor, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
         changes = deltas.changes(self.name)
         if changes:
-            x_TI = _scaled(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
+            x_TI = _scale(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
         y_TO = step.ops.adapted_linear(x_TI, self.weight, step.arena.flat, deltas.lora(self.name))
         if not changes:
             return y_TO if self.bias is None else y_TO + self.bias
-        y_TO = _scaled(y_TO, self.name, Part.GAIN, step, deltas)
-        return _biased(y_TO, self.name, self.bias, step, deltas)
+        y_TO = _scale(y_TO, self.name, Part.GAIN, step, deltas)
+        return _add_bias(y_TO, self.name, self.bias, step, deltas)
 
 
 class AdaptedHead(Adapted):
-    """The linear from hidden states to logits, which is not quantised and sees only tokens that sample;
-    x [1, S, hidden].
-    """
+    """The linear from hidden states to logits, unquantised; x [1, S, hidden], only of tokens that sample."""
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         super().__init__(name, _shape(ModuleKind.HEAD, module.in_features, module.out_features, module.bias))
@@ -75,29 +72,31 @@ class AdaptedHead(Adapted):
         y_SV = step.ops.linear(x_SE, self.weight)
         if deltas is None:
             return (y_SV if self.bias is None else y_SV + self.bias)[None]
-        for segment, delta, weight in deltas.having(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
-            own_x, where = x_SE[segment.where], segment.where
+        for segment, delta, weight in deltas.with_parts(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
+            rows, own_x = segment.rows, x_SE[segment.rows]
             if Part.WEIGHT in delta.parts:
-                y_SV[where] = own_x @ delta.parts[Part.WEIGHT].gather(step.arena).T
+                y_SV[rows] = own_x @ delta.parts[Part.WEIGHT].gather(step.arena).T
             if Part.TOKENS in delta.parts:
-                y_SV[where, delta.token_ids] = own_x @ delta.parts[Part.TOKENS].gather(step.arena).T
+                y_SV[rows, delta.token_ids] = own_x @ delta.parts[Part.TOKENS].gather(step.arena).T
             if Part.LORA_A in delta.parts:
                 a_RE = delta.parts[Part.LORA_A].gather(step.arena).float()
                 b_VR = delta.parts[Part.LORA_B].gather(step.arena).float()
                 shrunk_SR = own_x.float() @ a_RE.T * (weight * delta.scaling)
-                y_SV[where] += (shrunk_SR @ b_VR.T).to(y_SV.dtype)
-        y_SV = _scaled(y_SV, self.name, Part.GAIN, step, deltas)
-        return _biased(y_SV, self.name, self.bias, step, deltas)[None]
+                y_SV[rows] += (shrunk_SR @ b_VR.T).to(y_SV.dtype)
+        y_SV = _scale(y_SV, self.name, Part.GAIN, step, deltas)
+        return _add_bias(y_SV, self.name, self.bias, step, deltas)[None]
 
 
 class AdaptedEmbedding(Adapted):
-    """The input embedding, whatever its class makes of a row; token ids [1, T]."""
+    """The input embedding; token ids [1, T]. What its class does with a row, such as scaling it, still
+    applies.
+    """
 
     def __init__(self, name: str, module: nn.Embedding) -> None:
         super().__init__(
             name, _shape(ModuleKind.EMBEDDING, module.num_embeddings, module.embedding_dim, None)
         )
-        # It matters to gradients alone, and would have to be one of the few rows that `_embed` hands over.
+        # It affects gradients only, and would be out of range for the few rows that `_embed` passes.
         module.padding_idx = None
         self.module = module
         self.weight = module.weight
@@ -107,32 +106,35 @@ class AdaptedEmbedding(Adapted):
         y: torch.Tensor = self.module(token_ids)
         if step.deltas is None:
             return y
-        for segment, delta, weight in step.deltas.having(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
-            own_T, where, parts = token_ids[0, segment.where], segment.where, delta.parts
+        for segment, delta, weight in step.deltas.with_parts(
+            self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A
+        ):
+            rows, parts = segment.rows, delta.parts
+            own_T = token_ids[0, rows]
             if Part.WEIGHT in parts:
-                y[0, where] = self._embed(parts[Part.WEIGHT].gather(step.arena, own_T))
+                y[0, rows] = self._embed(parts[Part.WEIGHT].gather(step.arena, own_T))
             if Part.TOKENS in parts:
                 rows_TE = self.weight[own_T]
-                place_T = torch.searchsorted(delta.token_ids, own_T).clamp_(max=len(delta.token_ids) - 1)
-                is_own_T = delta.token_ids[place_T] == own_T
-                rows_TE[is_own_T] = parts[Part.TOKENS].gather(step.arena, place_T[is_own_T])
-                y[0, where] = self._embed(rows_TE)
+                index_T = torch.searchsorted(delta.token_ids, own_T).clamp_(max=len(delta.token_ids) - 1)
+                is_replaced_T = delta.token_ids[index_T] == own_T
+                rows_TE[is_replaced_T] = parts[Part.TOKENS].gather(step.arena, index_T[is_replaced_T])
+                y[0, rows] = self._embed(rows_TE)
             if Part.LORA_A in parts:
                 a_TR = parts[Part.LORA_A].gather(step.arena, own_T).float()
                 b_RE = parts[Part.LORA_B].gather(step.arena).float()
                 scale = weight * delta.scaling * getattr(self.module, "embed_scale", 1.0)
-                y[0, where] += (a_TR @ b_RE * scale).to(y.dtype)
+                y[0, rows] += (a_TR @ b_RE * scale).to(y.dtype)
         return y
 
     def _embed(self, rows_TE: torch.Tensor) -> torch.Tensor:
-        """What the module makes of these rows."""
+        """The module's output for these rows of its weight."""
         indices = torch.arange(len(rows_TE), device=rows_TE.device)
         embedded: torch.Tensor = functional_call(self.module, {"weight": rows_TE}, (indices,))
         return embedded
 
 
 class AdaptedNorm(Adapted):
-    """Any module with a weight, and perhaps a bias, for each feature; x [1, T, …]."""
+    """Any module whose only parameters are a weight, and perhaps a bias, per feature; x [1, T, …]."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         weight = module.get_parameter("weight")
@@ -151,13 +153,13 @@ class AdaptedNorm(Adapted):
             y = step.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.epsilon).view(x.shape)
         if step.deltas is None or not step.deltas.changes(self.name):
             return y
-        for segment, delta, _ in step.deltas.having(self.name, Part.WEIGHT, Part.BIAS):
+        for segment, delta, _ in step.deltas.with_parts(self.name, Part.WEIGHT, Part.BIAS):
             own = {
                 name: delta.parts[part].vector(step.arena)
                 for name, part in (("weight", Part.WEIGHT), ("bias", Part.BIAS))
                 if part in delta.parts
             }
-            y[:, segment.where] = functional_call(self.module, own, (x[:, segment.where],))
+            y[:, segment.rows] = functional_call(self.module, own, (x[:, segment.rows],))
         return y
 
 
@@ -167,36 +169,38 @@ def _shape(kind: ModuleKind, in_features: int, out_features: int, bias: torch.Te
     )
 
 
-def _scaled(x_TX: torch.Tensor, name: str, part: Part, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
-    found = list(deltas.having(name, part))
+def _scale(x_TX: torch.Tensor, name: str, part: Part, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:
+    """Multiplies by the gains of adapters; the input itself is left alone, others read it too."""
+    found = list(deltas.with_parts(name, part))
     if found:
         x_TX = x_TX.clone()
     for segment, delta, _ in found:
-        x_TX[segment.where] *= delta.parts[part].vector(step.arena)
+        x_TX[segment.rows] *= delta.parts[part].vector(step.arena)
     return x_TX
 
 
-def _biased(
+def _add_bias(
     y_TO: torch.Tensor, name: str, bias: torch.Tensor | None, step: StepContext, deltas: DeltaBatch
 ) -> torch.Tensor:
-    own = list(deltas.having(name, Part.BIAS))
+    """Adds the bias, or the adapter's own where it has one."""
+    own = list(deltas.with_parts(name, Part.BIAS))
     if not own:
         return y_TO if bias is None else y_TO + bias
     bias_TO = torch.zeros_like(y_TO) if bias is None else bias.expand_as(y_TO).clone()
     for segment, delta, _ in own:
-        bias_TO[segment.where] = delta.parts[Part.BIAS].vector(step.arena)
+        bias_TO[segment.rows] = delta.parts[Part.BIAS].vector(step.arena)
     return y_TO + bias_TO
 
 
 def pack(linear: Linear4bit, ops: Ops) -> NF4Weight | PackedNF4Weight:
-    """The weight of a linear, as an op multiplies with it."""
+    """The weight of a linear, in the layout of `ops`."""
     state = linear.weight.quant_state
     out_features, in_features = state.shape
     return ops.pack_nf4(NF4Weight(linear.weight.data, state, in_features, out_features))
 
 
 def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
-    """Put ours in the place of every quantised linear, the head, the input embedding and the norms."""
+    """Replaces every quantised linear, the head, the input embedding and the norms."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         adapted: nn.Module | None = None
@@ -214,7 +218,7 @@ def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
 
 
 def base_modules(model: nn.Module) -> dict[str, ModuleShape]:
-    """The modules that adapters may change, in the model's order."""
+    """The modules that adapters can change, by path, in the model's order."""
     return {module.name: module.shape for module in model.modules() if isinstance(module, Adapted)}
 
 
@@ -222,13 +226,14 @@ def rms_epsilon(module: nn.Module) -> float | None:
     """The epsilon with which a module computes `Ops.rms_norm`; None if it computes anything else.
 
     Decided by running it in the dtype of its weight, with a random weight, on rows whose scales reach from
-    where epsilon decides the result to where it vanishes. It must return the bits of the reference. So a norm
-    that multiplies by 1 + weight, rounds elsewhere, ignores epsilon or subtracts the mean is not fused.
+    those where epsilon dominates to those where it vanishes. It must return the bits of the reference with
+    one of the module's float attributes as epsilon. So a norm that multiplies by 1 + weight, rounds
+    elsewhere, ignores epsilon or subtracts the mean is not fused.
     """
     weight_I = module.get_parameter("weight")
     if _parameter_names(module) != {"weight"}:
         return None
-    # A model on the meta device has no numbers; where it is probed does not matter to the formula.
+    # A meta tensor has no numbers; the formula is the same on any device.
     device = "cpu" if weight_I.is_meta else weight_I.device
     random = torch.Generator().manual_seed(0)
     scales_T1 = torch.logspace(-5, 3, 32)[:, None]

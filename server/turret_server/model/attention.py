@@ -1,7 +1,7 @@
 """The attention function that every Hugging Face model calls, registered under the name "turret".
 
-The batch is packed, (1, heads, T, head_dim): the tokens of all sequences end to end. Which token belongs
-to which sequence, and where its keys and values go, is in the step's context.
+The batch is packed, (1, heads, T, head_dim): the tokens of all sequences end to end. The step's context says
+which token belongs to which sequence, and where its keys and values are written.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (the interface's; the mask follows from the step)
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 (part of the interface; the step implies the mask)
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write the step's keys and values of this layer, then attend; [1, T, heads, head_dim]."""
+    """Writes this layer's keys and values of the step, then attends; [1, T, heads, head_dim]."""
     step = current_step()
     layer = module.layer_idx
     assert isinstance(layer, int)
@@ -47,6 +47,6 @@ def paged_attention(
 
 
 def register() -> None:
-    """Make transformers know the attention, and that it needs no mask."""
+    """Registers the attention with transformers, without a mask."""
     AttentionInterface.register(NAME, paged_attention)
     AttentionMaskInterface.register(NAME, lambda *_, **__: None)

@@ -1,7 +1,7 @@
-"""What the linears and the attention of a running forward need to know of its step.
+"""The step that a running forward computes, for its linears and its attention.
 
-It travels beside the call, not through it: some model families drop keyword arguments on the way to the
-attention function. The context is of the thread, and there is one at a time.
+It is passed in a thread-local, not as arguments: some model families drop keyword arguments on the way to the
+attention function. A thread has one at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from turret_server.model.deltas import DeltaBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """`deltas` are what adapters change for the step's tokens, `head_deltas` for those that sample."""
+    """`deltas` are the adapters' changes for the step's tokens, `head_deltas` those for tokens that sample.
+
+    `layers_seen` collects the layers whose attention was called.
+    """
 
     ops: Ops
     arena: Arena
@@ -37,7 +40,7 @@ _slot = _Slot()
 
 @contextmanager
 def step_context(context: StepContext) -> Iterator[None]:
-    """Make `context` the one that `current_step` returns."""
+    """Within it, `current_step` returns `context`."""
     assert _slot.context is None, "a forward must not run inside another"
     _slot.context = context
     try:

@@ -1,12 +1,11 @@
-"""Decode steps as CUDA graphs: recorded once for each size of batch, replayed for any adapters.
+"""Decode steps as CUDA graphs: captured once for each batch size, replayed for any adapters.
 
-In a step that only decodes, every sequence has one token and wants the next. Such a step launches the same
-kernels whatever its numbers are, about a thousand of them, and a GPU would wait for the host to do it. So
-its inputs stand in static buffers, its size is padded to a bucket's, and what was recorded of a forward is
-replayed as a whole.
+In a decode step every sequence has one token and samples the next. Such a step launches the same thousand
+kernels whatever its numbers are, and the GPU would wait for the host to launch them. So its inputs are in
+static buffers, its size is padded to a bucket's, and a captured forward is replayed as a whole.
 
-Padded rows have no page to write to and no tiles of attention or LoRA. A bucket has two graphs, of which one
-does nothing for LoRA. What adapters change beyond the LoRA rows of linears, and whatever else does not fit,
+Padding rows have no page to write to and no tiles of attention or LoRA. A bucket has two graphs, with and
+without LoRA. A step with adapters that change more than LoRA rows of linears, or that does not fit otherwise,
 is computed without a graph.
 
 For shape suffixes see `decode_inputs.py`.
@@ -23,10 +22,10 @@ import torch
 
 from turret_adapters.spec import ModuleKind, Part
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
-from turret_server.kernels.gpu.attention import AttentionTiles, TiledBatch, most_splits
+from turret_server.kernels.gpu.attention import AttentionTiles, TiledBatch, max_splits
 from turret_server.kernels.gpu.lora import TOKENS, TiledRows
 from turret_server.kernels.gpu.rows import (
-    MOST_ROWS,
+    MAX_TILE_ROWS,
     Directory,
     LinearRows,
     StepRows,
@@ -41,22 +40,22 @@ from turret_server.model.load import LoadedModel
 
 log = logging.getLogger(__name__)
 
-# In larger batches the GPU has enough to do.
-_MOST_SEQUENCES = 128
-# Into which attention is split for each key-value head, so that a small batch keeps a GPU busy.
+# In larger batches the GPU is busy without graphs.
+_MAX_SEQUENCES = 128
+# Programs of attention for each key-value head, so that a small batch keeps a GPU busy.
 _PROGRAMS = 512
-# What the host knows of a step, a graph does not.
+# In place of the lengths on the host, which a graph does not have.
 _UNKNOWN = torch.empty(0, dtype=torch.int64)
 
 Forward = Callable[[], torch.Tensor]
-# Runs a function once and returns what does on the device what it did, with the output in the same place.
+# Captures a function; returns one that repeats its work on the device, with the output at the same address.
 Record = Callable[[Forward], Forward]
 
 
 class DecodeGraphs:
-    """The graphs of a model, and where its adapters' rows are.
+    """The graphs of a model, and the directories of its resident adapters.
 
-    `place` and `forget` may be called while a step runs, for adapters that are not in it.
+    `add` and `forget` may be called while a step runs, for adapters that are not in it.
     """
 
     def __init__(self, loaded: LoadedModel, arena: Arena, *, max_sequences: int, record: Record) -> None:
@@ -65,36 +64,36 @@ class DecodeGraphs:
         self._record = record
         self._linears = tuple(loaded.base.of_kind(ModuleKind.LINEAR))
         self._directories: dict[str, Directory | None] = {}
-        self._sizes = _sizes(min(max_sequences, _MOST_SEQUENCES))
-        # Virtual tokens stand before those of the text.
+        self._sizes = _sizes(min(max_sequences, _MAX_SEQUENCES))
+        # Virtual tokens come in addition to the model's context.
         self._max_context = min(2 * loaded.max_context, arena.num_pages * arena.block_size)
-        most = self._sizes[-1]
+        max_rows = self._sizes[-1]
         self._buffers = DecodeBuffers(
-            most,
+            max_rows,
             -(-self._max_context // arena.block_size),
             block_size=arena.block_size,
             device=loaded.device,
         )
-        self._rows = StepRows.empty(len(self._linears), most, loaded.device)
+        self._rows = StepRows.empty(len(self._linears), max_rows, loaded.device)
         self._graphs: dict[tuple[int, bool], Forward] = {}
 
     @torch.inference_mode()
     def record(self) -> None:
-        """Record all of them, the largest first: its memory does for the others."""
+        """Captures all graphs, the largest first: the others share its memory."""
         started = time.perf_counter()
         for size in reversed(self._sizes):
             self._buffers.fill((), (), size)
             for has_lora in (True, False):
                 self._graphs[size, has_lora] = self._record(partial(self._forward, size, has_lora=has_lora))
         log.info(
-            "%d CUDA graphs for up to %d sequences, ready in %.1f s",
+            "%d CUDA graphs for up to %d sequences: captured in %.1f s",
             len(self._graphs),
             self._sizes[-1],
             time.perf_counter() - started,
         )
 
-    def place(self, revision: str, deltas: ResidentDeltas) -> None:
-        """Know a resident adapter that has rows."""
+    def add(self, revision: str, deltas: ResidentDeltas) -> None:
+        """Makes the directory of an adapter whose rows are in the arena."""
         directory = None
         if not deltas.others:
             linears = [self._linear_rows(deltas, name) for name in self._linears]
@@ -106,8 +105,8 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[torch.Tensor, Sequence[SequenceStep]] | None:
-        """Logits [S, vocabulary], there until the next step, and the sequences in their order; None for a
-        step that is to be computed without a graph.
+        """Logits [S, vocabulary], valid until the next step, and the sequences in their order; None if the
+        step must be computed without a graph.
         """
         if not self._only_decodes(step):
             return None
@@ -128,7 +127,7 @@ class DecodeGraphs:
         )
 
     def _lora_tiles(self, sequences: Sequence[SequenceStep]) -> list[LoraTile] | None:
-        """Rows with the same adapters together; None where an adapter does not fit."""
+        """Tiles of neighbours with the same adapters; None if an adapter does not fit."""
         tiles: list[LoraTile] = []
         for index, sequence in enumerate(sequences):
             own: list[tuple[Directory, float]] = []
@@ -138,7 +137,7 @@ class DecodeGraphs:
                     if directory is None:
                         return None
                     own.append((directory, weight))
-            if sum(directory.width for directory, _ in own) > MOST_ROWS:
+            if sum(directory.width for directory, _ in own) > MAX_TILE_ROWS:
                 return None
             adapters, start = tuple(own), index
             last = tiles[-1] if tiles else None
@@ -156,14 +155,14 @@ class DecodeGraphs:
         return LinearRows(delta.scaling, a, b)
 
     def _forward(self, size: int, *, has_lora: bool) -> torch.Tensor:
-        """What is recorded: logits of every row, [T, vocabulary]."""
+        """The forward that is captured: logits of every row, [T, vocabulary]."""
         inputs = self._buffers.inputs(size)
         deltas = None
         if has_lora:
             rows = self._rows.of_tiles(size)
             gather(rows, inputs.lora_T4, inputs.pairs_P3)
             deltas = _StaticDeltas({name: rows.of_linear(at) for at, name in enumerate(self._linears)})
-        num_splits = most_splits(self._max_context)
+        num_splits = max_splits(self._max_context)
         context = StepContext(
             ops=self._loaded.ops,
             arena=self._arena,
@@ -174,8 +173,8 @@ class DecodeGraphs:
                 pages_T=inputs.pages_T,
                 slots_T=inputs.slots_T,
                 tiles=AttentionTiles(
-                    few_N4=inputs.attention_T4,
-                    many_N4=inputs.attention_T4[:0],
+                    split_N4=inputs.attention_T4,
+                    unsplit_N4=inputs.attention_T4[:0],
                     num_splits=num_splits,
                     num_programs=min(num_splits, -(-_PROGRAMS // size)),
                 ),
@@ -193,31 +192,31 @@ class DecodeGraphs:
 
 
 class _StaticDeltas(DeltaBatch):
-    """The LoRA rows of whatever adapters a step has when it is replayed; they change nothing else."""
+    """LoRA rows in static buffers, which `gather` fills for each replay; nothing else changes."""
 
     def __init__(self, rows: dict[str, TiledRows]) -> None:
         super().__init__((), GatheredRows())
         self._rows = dict(rows)
 
 
-def _sizes(most: int) -> tuple[int, ...]:
-    """Powers of two below the largest, and that."""
-    return (*(1 << power for power in range((most - 1).bit_length())), most)
+def _sizes(largest: int) -> tuple[int, ...]:
+    """The sizes of buckets: powers of two below the largest, and the largest."""
+    return (*(1 << power for power in range((largest - 1).bit_length())), largest)
 
 
 def cuda_record(device: torch.device) -> Record:
-    """Records CUDA graphs that share their memory: one is replayed at a time."""
+    """Captures CUDA graphs that share memory, since only one is replayed at a time."""
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(forward: Forward) -> Forward:
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            # Before it is recorded: kernels are compiled, and libraries take their workspaces.
+            # Compiles kernels and allocates the libraries' workspaces, neither of which can be captured.
             forward()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy adapters meanwhile.
+        # Other threads may copy adapters during the capture.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             output = forward()
 

@@ -1,6 +1,6 @@
-"""What a replayed decode step reads, in buffers that stay where they are.
+"""The inputs of a replayed decode step, in buffers with fixed addresses.
 
-Shape suffixes: T rows of the bucket, P pairs of a LoRA tile and an adapter; else see `kernels/ops.py`.
+Shape suffixes: T rows of the bucket, P pairs of a LoRA tile and an adapter; others as in `kernels/ops.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from turret_server.engine.step import SequenceStep
 from turret_server.kernels.gpu.rows import Directory, float_bits
 
-# Pairs for every row of a bucket.
+# Pairs of a LoRA tile and an adapter, for each row of a bucket.
 _PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTile:
-    """Neighbouring rows with the same adapters, each with a weight."""
+    """Consecutive rows with the same adapters, each with a weight."""
 
     start: int
     end: int
@@ -30,9 +30,11 @@ class LoraTile:
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """One buffer of int64, in parts. `attention_T4` and `lora_T4` are tiles in int32, as `AttentionTiles` and
-    `gpu_rows.gather` want them, and so are `pairs_P3`. `block_tables` are those of all sequences end to end;
-    they come last, so that a copy ends where they do.
+    """Views of one int64 buffer.
+
+    `attention_T4` and `lora_T4` are int32 tiles, as in `AttentionTiles` and `rows.gather`; `pairs_P3` as in
+    `rows.gather`. `block_tables` are those of all sequences end to end, and last, so that a copy can end with
+    the used part.
     """
 
     token_ids_T: torch.Tensor
@@ -64,9 +66,9 @@ class DecodeInputs:
 
 
 class DecodeBuffers:
-    """The inputs on the device, and on the host where they are written before one copy brings them over.
+    """The inputs on the device, and on the host, where they are written before one copy transfers them.
 
-    The host's may be written again as soon as a step's tokens are there: the copy came before them.
+    The host's buffer may be written again once a step's tokens have arrived: the copy precedes them.
     """
 
     def __init__(self, max_rows: int, max_pages: int, *, block_size: int, device: torch.device) -> None:
@@ -77,11 +79,11 @@ class DecodeBuffers:
         self._block_size = block_size
 
     def inputs(self, num_rows: int) -> DecodeInputs:
-        """On the device, for a bucket of this size. All buckets have the same memory."""
+        """The inputs on the device for a bucket of this size. All buckets share the buffer."""
         return DecodeInputs.of(self._device, num_rows)
 
     def fill(self, sequences: Sequence[SequenceStep], tiles: Sequence[LoraTile], num_rows: int) -> bool:
-        """Write a step, padded to `num_rows`, and start its copy; False where it has too many adapters."""
+        """Writes a step, padded to `num_rows`, and starts its copy; False if it has too many adapters."""
         into = DecodeInputs.of(self._host, num_rows)
         pairs = [
             (directory.table_MX.data_ptr(), directory.width, float_bits(weight))
@@ -98,7 +100,7 @@ class DecodeBuffers:
         tables = into.block_tables.numpy()
         tables[:total] = np.fromiter(
             chain.from_iterable(
-                each.block_table[:some] for each, some in zip(sequences, num_pages.tolist(), strict=True)
+                each.block_table[:pages] for each, pages in zip(sequences, num_pages.tolist(), strict=True)
             ),
             np.int64,
             total,
@@ -121,7 +123,7 @@ class DecodeBuffers:
 
 
 def _attention_tiles(tables: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """One token each, [S, 4]; a sequence is known by where its block table begins."""
+    """One token each, [S, 4]; the index of a sequence is where its block table begins."""
     return np.stack((tables, np.arange(len(starts)), np.ones_like(starts), starts), axis=1)
 
 

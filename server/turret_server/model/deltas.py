@@ -1,4 +1,4 @@
-"""What adapters change in the base's modules: where their rows lie, and which tokens of a step use them."""
+"""Adapters' changes of the base's modules: where their rows lie, and which tokens of a step use them."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class ResidentRows:
     width: int
 
     def vector(self, arena: Arena) -> torch.Tensor:
-        """The only row, or, of the head, whose rows are one element wide, all of them."""
+        """The only row; or all rows of the head, which are one element wide, as one vector."""
         if len(self.offsets_N) > 1:
             return self.gather(arena).view(-1)
         return arena.row(int(self.offsets_N[0]), self.width)
 
     def gather(self, arena: Arena, which: torch.Tensor | None = None) -> torch.Tensor:
-        """Some rows, or all, as a copy [N, width]."""
+        """A copy of all rows, or of those at the indices `which`, [N, width]."""
         offsets_N = self.offsets_N if which is None else self.offsets_N[which]
         return arena.flat[offsets_N[:, None] + torch.arange(self.width, device=offsets_N.device)]
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentDelta:
-    """What one adapter changes in one module. `token_ids` are those of `Part.TOKENS`, ascending."""
+    """One adapter's changes of one module. `token_ids` are those of `Part.TOKENS`, ascending."""
 
     scaling: float
     parts: Mapping[Part, ResidentRows]
@@ -45,8 +45,9 @@ class ResidentDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResidentDeltas:
-    """What one adapter changes, by module. `lora` are the LoRA rows of linears, which one op applies for
-    all adapters of a step together; `others` is everything else.
+    """One adapter's changes, by module.
+
+    `lora` are LoRA rows of linears, which one op applies for all adapters of a step; `others` is the rest.
     """
 
     lora: Mapping[str, ResidentDelta]
@@ -59,8 +60,9 @@ _LORA = frozenset({Part.LORA_A, Part.LORA_B})
 def write_slab(
     arena: Arena, adapter: HostAdapter, pages: tuple[int, ...], linears: Container[str]
 ) -> ResidentDeltas:
-    """Copy an adapter's rows into its pages and say where they are. The scaling stays out of the rows
-    and is kept in float32, so that it costs no precision.
+    """Copies an adapter's rows into its pages; returns where they lie.
+
+    The scaling is not multiplied into the rows, which would round them.
     """
     size = arena.page_elements
     device = arena.flat.device
@@ -95,20 +97,20 @@ def write_slab(
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Neighbouring rows of the batch that the same adapters apply to, each with a weight."""
+    """Consecutive rows of the batch with the same adapters, each with a weight."""
 
     start: int
     end: int
     adapters: tuple[tuple[ResidentDeltas, float], ...]
 
     @property
-    def where(self) -> slice:
+    def rows(self) -> slice:
         return slice(self.start, self.end)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """The LoRA rows of one linear for the adapters of a step; `segments` are those that have any."""
+    """The LoRA rows of one linear for the adapters of a step. `segments` are indices of those with rows."""
 
     segments: tuple[int, ...]
     row_bounds: tuple[int, ...]
@@ -118,12 +120,13 @@ class _Gathered:
 
 
 class _Combination:
-    """What the adapters of a step come to, in this order: `changed` are the modules that they change by more
-    than LoRA rows. `rows` is what linears apply where the segments lie at these places in the batch: in
-    decoding, they lie there step after step.
+    """The gathered rows of a sequence of segments' adapters.
+
+    `changed` are the modules that they change by more than LoRA rows. While a batch decodes, its segments
+    have the same bounds step after step, so the `LoraRows` of the last few bounds are cached.
     """
 
-    _KEPT = 4
+    _CACHED = 4
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.gathered: dict[str, _Gathered | None] = {}
@@ -133,40 +136,40 @@ class _Combination:
         self._rows: OrderedDict[tuple[tuple[int, int], ...], dict[str, LoraRows | None]] = OrderedDict()
 
     def rows(self, segments: Sequence[Segment]) -> dict[str, LoraRows | None]:
-        """By module, to be added to."""
-        return _kept(self._rows, tuple((each.start, each.end) for each in segments), dict, self._KEPT)
+        """By module, for segments with these bounds; the caller adds to it."""
+        return _cached(self._rows, tuple((each.start, each.end) for each in segments), dict, self._CACHED)
 
 
 class GatheredRows:
-    """What linears apply for the adapters of the last few steps: they change more seldom than the tokens."""
+    """Caches the gathered rows of the last combinations of adapters, which change less often than tokens."""
 
-    _KEPT = 8
+    _CACHED = 8
 
     def __init__(self) -> None:
         self._by_adapters: OrderedDict[tuple[object, ...], _Combination] = OrderedDict()
 
     def of(self, segments: Sequence[Segment]) -> _Combination:
-        """What is known already of these adapters in this order; to be added to."""
+        """The combination of these segments' adapters, in order; the caller adds to it."""
         key = tuple(segment.adapters for segment in segments)
-        return _kept(self._by_adapters, key, lambda: _Combination(segments), self._KEPT)
+        return _cached(self._by_adapters, key, lambda: _Combination(segments), self._CACHED)
 
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-def _kept(recent: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value], most: int) -> _Value:
-    """The value of a key, made when it is new; those that were not asked for the longest go."""
-    if key not in recent:
-        recent[key] = make()
-    recent.move_to_end(key)
-    if len(recent) > most:
-        recent.popitem(last=False)
-    return recent[key]
+def _cached(cache: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value], size: int) -> _Value:
+    """The value of a key, made if missing; evicts the least recently used beyond `size`."""
+    if key not in cache:
+        cache[key] = make()
+    cache.move_to_end(key)
+    if len(cache) > size:
+        cache.popitem(last=False)
+    return cache[key]
 
 
 class DeltaBatch:
-    """The adapters of a step's rows. What a linear applies is put together when it first asks."""
+    """The adapters of a step's rows. The rows of a linear are gathered when it first asks for them."""
 
     def __init__(self, segments: Sequence[Segment], gathered: GatheredRows) -> None:
         self.segments = segments
@@ -174,16 +177,16 @@ class DeltaBatch:
         self._rows = self._combination.rows(segments)
 
     def lora(self, module: str) -> LoraRows | None:
-        """The LoRA rows for one linear, or None where no adapter of this step has any."""
+        """The LoRA rows of one linear, or None if no adapter of the step has any."""
         if module not in self._rows:
-            self._rows[module] = self._place(module)
+            self._rows[module] = self._rows_of(module)
         return self._rows[module]
 
     def changes(self, module: str) -> bool:
-        """Whether an adapter changes it by more than a linear's LoRA rows."""
+        """Whether an adapter of the step changes the module by more than LoRA rows of a linear."""
         return module in self._combination.changed
 
-    def _place(self, module: str) -> LoraRows | None:
+    def _rows_of(self, module: str) -> LoraRows | None:
         gathered = self._combination.gathered
         if module not in gathered:
             gathered[module] = self._gather(module)
@@ -199,8 +202,8 @@ class DeltaBatch:
             weights_R=rows.weights_R,
         )
 
-    def having(self, module: str, *parts: Part) -> Iterator[tuple[Segment, ResidentDelta, float]]:
-        """The segments for which an adapter changes one of these parts of a module, how, and its weight."""
+    def with_parts(self, module: str, *parts: Part) -> Iterator[tuple[Segment, ResidentDelta, float]]:
+        """Segment, changes and weight of each adapter that changes one of these parts of a module."""
         for segment in self.segments:
             for adapter, weight in segment.adapters:
                 delta = adapter.others.get(module)

@@ -1,7 +1,7 @@
-"""What a base model is to its adapters, told without its weights.
+"""Describes a base model to its adapters without reading its weights.
 
-The model is built on torch's meta device, which holds shapes and no numbers, and goes through the steps of
-`load_model`: the gate, the replacement of linears by 4-bit ones, the replacement of those by ours.
+The model is built on torch's meta device, which has shapes and no numbers, and takes the steps of
+`load_model`: the gate, quantisation of the linears, replacement of the modules.
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from turret_adapters.spec import BaseSpec, ModuleKind
-from turret_server.errors import ConfigError, UnsupportedModelError
+from turret_server.errors import ConfigError
 from turret_server.kernels import NF4Weight, Ops
 from turret_server.model import attention, gate, load
 from turret_server.model.adapted import adapt_modules
@@ -38,43 +32,27 @@ _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def describe_model(name_or_path: str) -> BaseSpec:
-    """What `load_model` would say of the model to its adapters.
+    """`LoadedModel.base` of the model that `load_model` would load.
 
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist or is unreadable.
     """
     attention.register()
-    config, model_class = _read_config(name_or_path)
-    gate.check_config(config, model_class)
+    config = load.read_config(name_or_path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-    if model.config._attn_implementation != attention.NAME:  # noqa: SLF001 (as load_model)
-        raise UnsupportedModelError(f"{config.model_type} models keep their own attention")
+    load.check_attention(model)
     _quantise_shapes(model, config)
     gate.check_model(model)
-    ops = cast("Ops", SimpleNamespace(pack_nf4=_packed_already))
+    ops = cast("Ops", SimpleNamespace(pack_nf4=_not_packed))
     adapt_experts(model, ops)
     adapt_modules(model, ops)
-    return load._base_spec(name_or_path, model)  # noqa: SLF001
-
-
-def _read_config(name_or_path: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        if not Path(name_or_path).exists():
-            hint = "no such folder here, and no such model on the hub or no way to reach it"
-            raise ConfigError(f"--model {name_or_path}: {hint}") from error
-        raise ConfigError(f"--model {name_or_path}: {error}") from error
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
-    if model_class is None:
-        raise UnsupportedModelError(f"{config.model_type} is no causal language model of transformers")
-    return config, model_class
+    return load.base_spec(name_or_path, model)
 
 
 def _quantise_shapes(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Let every linear that would be quantised look as if it had been."""
+    """Replaces every linear that `load_model` would quantise, with the shape of its quantised weight."""
     kind = ExpertsConfig if has_experts(config) else BitsAndBytesConfig
     given = getattr(config, "quantization_config", None)
     quantizer = AutoHfQuantizer.from_config(given or load.quantization(torch.float32, kind))
@@ -84,14 +62,14 @@ def _quantise_shapes(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             module.weight.quant_state = SimpleNamespace(shape=(module.out_features, module.in_features))
 
 
-def _packed_already(weight: NF4Weight) -> NF4Weight:
+def _not_packed(weight: NF4Weight) -> NF4Weight:
     return weight
 
 
 class CheckpointWeights:
-    """See `turret_adapters.host.BaseWeights`: those of a checkpoint, read one at a time and not quantised.
+    """See `turret_adapters.host.BaseWeights`: the weights of a checkpoint, read one at a time.
 
-    So what is computed with them is not quite what a server would serve, which rounds them to NF4 first.
+    They are not rounded to NF4, so results differ slightly from those of a server.
     """
 
     def __init__(self, name_or_path: str, base: BaseSpec) -> None:
@@ -101,7 +79,7 @@ class CheckpointWeights:
     def weight(self, module: str) -> torch.Tensor:
         shape = self._base.modules[module]
         found = self._read(f"{module}.weight")
-        # GPT-2 stores [in, out]. A square weight does not tell, nor does it matter to what is validated.
+        # GPT-2 stores [in, out]. A square weight may be transposed, which does not affect validation.
         if shape.kind is ModuleKind.LINEAR and found.shape != (shape.out_features, shape.in_features):
             return found.mT
         return found
@@ -110,24 +88,24 @@ class CheckpointWeights:
         return self._read(f"{module}.bias") if self._base.modules[module].has_bias else None
 
     def _read(self, name: str) -> torch.Tensor:
-        # Of some models the checkpoint leaves the first name out.
+        # Some checkpoints leave out the first component of a name.
         for key in (name, name.partition(".")[2]):
             if key in self._file_of:
-                place = cached_file(self._name_or_path, self._file_of[key])
-                with safe_open(place, "pt") as tensors:
+                path = cached_file(self._name_or_path, self._file_of[key])
+                with safe_open(path, "pt") as tensors:
                     found: torch.Tensor = tensors.get_tensor(key)
                 if found.is_floating_point():
                     return found.float()
         return self._read_from_model(name)
 
     def _read_from_model(self, name: str) -> torch.Tensor:
-        """What has another name in the checkpoint, is tied, quantised, or in no safetensors."""
+        """For weights that are renamed, tied, quantised or not in safetensors files."""
         try:
             parameter = self._model.get_parameter(name)
         except AttributeError as error:
             raise ConfigError(
-                f"--model {self._name_or_path}: the adapter can be validated only with {name}, which "
-                "transformers loads under another name; load the adapter into a server instead"
+                f"--model {self._name_or_path}: validating the adapter needs {name}, which is not in "
+                "the checkpoint under this name; load the adapter into a server instead"
             ) from error
         if isinstance(parameter, Params4bit):
             parameter = dequantize_4bit(parameter.data, parameter.quant_state)

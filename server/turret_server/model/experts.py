@@ -1,8 +1,8 @@
-"""Mixtures of experts: every expert's projections as quantised linears that adapters may change.
+"""Mixtures of experts: every expert's projections as quantised linears that adapters can change.
 
-transformers keeps the experts of a layer stacked, [experts, out, in], where bitsandbytes does not see them.
-Here they become one linear for each expert and projection before the weights are read, so that each is
-quantised as it is read, and is kept and read again as every other linear is.
+transformers stacks the experts of a layer, [experts, out, in], which bitsandbytes does not quantise. Here
+they become one linear per expert and projection before the weights are read, so each is quantised while it is
+read, and saved and loaded like any other linear.
 
 Shape suffixes: T tokens of the step, n those of an expert, K experts of a token, E experts, H hidden size,
 I and O in and out features.
@@ -32,7 +32,7 @@ from turret_server.model.arena import Arena
 from turret_server.model.context import current_step
 from turret_server.model.deltas import ResidentDelta
 
-# The parts of gate_up_proj and down_proj in checkpoints that hold a tensor for each expert and part.
+# The parts of gate_up_proj and down_proj in checkpoints with one tensor per expert and part.
 _PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mixtral": (("w1", "w3"), ("w2",)),
     "olmoe": (("gate_proj", "up_proj"), ("down_proj",)),
@@ -46,17 +46,17 @@ EXPERTS_METHOD = "turret_nf4"
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Whether models of this type have experts, of the one kind that is served."""
+    """Whether models of this type have experts of the supported kind."""
     return config.model_type in _PARTS
 
 
 def is_stacked(parameter: str) -> bool:
-    """Whether a parameter of such a model is of its experts, before they are linears."""
+    """Whether a parameter of such a model holds stacked experts."""
     return parameter.rpartition(".")[2] in _PROJECTIONS
 
 
 class ExpertLinear(Adapted):
-    """One projection of one expert, quantised and without a bias."""
+    """One projection of one expert, quantised, without a bias."""
 
     def __init__(self, name: str, weight: NF4Weight | PackedNF4Weight) -> None:
         super().__init__(
@@ -68,7 +68,7 @@ class ExpertLinear(Adapted):
         self.weight = weight
 
     def forward(self, x_nI: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-        """`tokens` are their places in the step, ascending; they matter only where an adapter is in it."""
+        """`tokens` are the rows' indices in the step, ascending; only read if the step has adapters."""
         step = current_step()
         y_nO = step.ops.nf4_linear(x_nI, self.weight)
         rows = step.deltas.lora(self.name) if step.deltas else None
@@ -78,8 +78,10 @@ class ExpertLinear(Adapted):
 
 
 class Experts(nn.Module):
-    """The experts of one layer. `gate_up_proj.e` and `down_proj.e` are of expert e: plain linears until the
-    weights are read, then Linear4bit, and `ExpertLinear` once they are adapted.
+    """The experts of one layer.
+
+    `gate_up_proj.e` and `down_proj.e` belong to expert e: plain linears until the weights are read, then
+    Linear4bit, finally `ExpertLinear`.
     """
 
     def __init__(self, stacked: nn.Module) -> None:
@@ -89,11 +91,11 @@ class Experts(nn.Module):
         self.act_fn = stacked.get_submodule("act_fn")
 
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """As transformers' `MixtralExperts`, in the same order."""
+        """What transformers' `MixtralExperts` computes, in the same order."""
         sum_TH = torch.zeros_like(x_TH)
         has_deltas = current_step().deltas is not None
         choices = experts_TK.flatten()
-        # Stable: the tokens of an expert stay in their order.
+        # Stable, so that the tokens of an expert stay in order.
         by_expert = choices.argsort(stable=True)
         counts = choices.bincount(minlength=len(self.down_proj)).tolist()
         for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
@@ -113,7 +115,7 @@ class Experts(nn.Module):
 
 
 def _unstacked(weight_EOI: torch.Tensor) -> nn.ModuleList:
-    """A linear for each expert, without numbers."""
+    """A linear per expert, on the meta device."""
     num_experts, out_features, in_features = weight_EOI.shape
     return nn.ModuleList(
         nn.Linear(in_features, out_features, bias=False, device="meta", dtype=weight_EOI.dtype)
@@ -122,7 +124,7 @@ def _unstacked(weight_EOI: torch.Tensor) -> nn.ModuleList:
 
 
 def _of_tokens(rows: LoraRows, tokens: Sequence[int]) -> LoraRows:
-    """The segments as they lie among some of the step's tokens, which are ascending."""
+    """The segments' bounds among some of the step's tokens, which are ascending."""
     return replace(
         rows,
         token_starts=tuple(bisect_left(tokens, start) for start in rows.token_starts),
@@ -131,7 +133,7 @@ def _of_tokens(rows: LoraRows, tokens: Sequence[int]) -> LoraRows:
 
 
 class AdaptedRouter(Adapted):
-    """What chooses the experts of a token, which is not quantised; x [T, hidden]."""
+    """The router that selects a token's experts, unquantised; x [T, hidden]."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         weight_EH = module.get_parameter("weight")
@@ -153,9 +155,9 @@ class AdaptedRouter(Adapted):
                 if self.name in adapter.others
             ]
             if own:
-                changed = self._choose(x_TH[segment.where], own, step.arena)
+                changed = self._choose(x_TH[segment.rows], own, step.arena)
                 for all_TX, own_nX in zip(chosen, changed, strict=True):
-                    all_TX[segment.where] = own_nX
+                    all_TX[segment.rows] = own_nX
         return chosen
 
     def _choose(
@@ -172,9 +174,9 @@ class AdaptedRouter(Adapted):
 
 
 def adapt_experts(model: PreTrainedModel, ops: Ops) -> None:
-    """Put ours in the place of every quantised linear of an expert, and of the routers."""
+    """Replaces every quantised linear of an expert, and the routers."""
     if has_experts(model.config):
-        # Some checkpoints ask for what only training needs.
+        # Some checkpoints request it, but only training reads it.
         model.config.output_router_logits = False
     for name, module in list(model.named_modules()):
         if isinstance(module, Experts):
@@ -190,21 +192,21 @@ def adapt_experts(model: PreTrainedModel, ops: Ops) -> None:
 
 @register_quantization_config(EXPERTS_METHOD)
 class ExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]  # transformers is not typed
-    """bitsandbytes' own, for experts too. A copy of the weights that is kept with it says so."""
+    """bitsandbytes' configuration, with experts; a quantised copy is saved with its method's name."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "load_in_4bit": True})
         self.quant_method = EXPERTS_METHOD
 
     def to_dict(self) -> dict[str, Any]:
-        # What loads in 4 bit, transformers takes for bitsandbytes' own whatever the method's name.
+        # With these keys transformers selects bitsandbytes' quantizer, whatever the method.
         loads = {"load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"}
         return {key: value for key, value in super().to_dict().items() if key not in loads}
 
 
 @register_quantizer(EXPERTS_METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """bitsandbytes' own, for a model whose experts are made linears before its weights are read."""
+    """bitsandbytes' quantizer, which first turns stacked experts into linears."""
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any, **options: Any
@@ -217,7 +219,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], model: PreTrainedModel
     ) -> list[WeightTransform]:
-        """Ours in the place of those that stack experts."""
+        """Replaces the conversions that stack experts."""
         stacked = tuple(f"experts.{projection}" for projection in _PROJECTIONS)
         others = [each for each in weight_conversions if not each.target_patterns[0].endswith(stacked)]
         own = [] if self.pre_quantized else _conversions(model.config.model_type)
@@ -229,14 +231,14 @@ def _conversions(model_type: str) -> list[WeightTransform]:
     for projection, parts in zip(_PROJECTIONS, _PARTS[model_type], strict=True):
         of_each = [rf"\.experts\.(\d+)\.{part}\.weight" for part in parts]
         conversions += [
-            WeightConverter(of_each, rf".experts.{projection}.\1.weight", [_Joined()]),
-            WeightConverter(rf"\.experts\.{projection}$", f".experts.{projection}.0.weight", [_Unstacked()]),
+            WeightConverter(of_each, rf".experts.{projection}.\1.weight", [_Concatenate()]),
+            WeightConverter(rf"\.experts\.{projection}$", f".experts.{projection}.0.weight", [_Unstack()]),
         ]
     return conversions
 
 
-class _Joined(ConversionOps):  # type: ignore[misc]
-    """The parts of one expert's projection, one after another."""
+class _Concatenate(ConversionOps):  # type: ignore[misc]
+    """Concatenates the parts of one expert's projection."""
 
     def convert(
         self,
@@ -250,8 +252,8 @@ class _Joined(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: torch.cat(parts_OI) if len(parts_OI) > 1 else parts_OI[0]}
 
 
-class _Unstacked(ConversionOps):  # type: ignore[misc]
-    """The experts of a stacked projection, whose first one is named."""
+class _Unstack(ConversionOps):  # type: ignore[misc]
+    """Splits a stacked projection into its experts; `full_layer_name` is that of expert 0."""
 
     def convert(
         self, input_dict: dict[str, list[torch.Tensor]], *, full_layer_name: str, **_: Any

@@ -1,7 +1,6 @@
-"""Which model families are computed exactly, decided before any weight is read.
+"""Refuses models that would not be computed exactly, before any weight is read.
 
-Some families go wrong in silence when their attention is replaced or their tokens are packed; they are
-refused by name here.
+Some families go wrong silently when their attention is replaced or their tokens are packed.
 """
 
 from __future__ import annotations
@@ -14,35 +13,44 @@ from turret_server.errors import UnsupportedModelError
 from turret_server.model.experts import EXPERT_MODELS, EXPERTS_METHOD, has_experts, is_stacked
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Their frequencies follow the longest position of the batch: an answer would depend on who shares it.
+# Their frequencies depend on the longest position of the batch, so outputs would depend on other requests.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
-    """Refuse what cannot be served exactly.
+    """Refuses a model by its configuration and class.
 
     Raises:
-        UnsupportedModelError: names the model type and what it needs that is not here.
+        UnsupportedModelError: names the model type, the unsupported feature and what is supported.
     """
     text = config.get_text_config(decoder=True)
 
     def refuse(why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{config.model_type} models are not served: {why}", model=config.model_type
+            f"{config.model_type} models are not supported: {why}", model=config.model_type
         )
 
     if config.is_encoder_decoder:
-        raise refuse("they have an encoder")
+        raise refuse("they have an encoder; use a decoder-only model")
     if model_class._is_stateful:  # noqa: SLF001 (transformers offers no public way)
-        raise refuse("they keep a state beside keys and values")
+        raise refuse(
+            "their layers keep a recurrent state, and the arena holds only keys and values; use a model in "
+            "which every layer is attention"
+        )
     if not model_class._can_set_attn_implementation():  # noqa: SLF001
-        raise refuse("their attention cannot be replaced")
+        raise refuse(
+            "transformers does not let their attention be replaced (_can_set_attn_implementation is False); "
+            "use a model that takes attn_implementation"
+        )
     if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
-        raise refuse(f"they have layers of type {', '.join(sorted(other))}")
+        raise refuse(
+            f"found layers of type {', '.join(sorted(other))}; supported are "
+            f"{', '.join(sorted(_LAYER_TYPES))}"
+        )
     if batch_dependent := _rope_types(text) & _BATCH_DEPENDENT_ROPE:
         raise refuse(
-            f"their {', '.join(sorted(batch_dependent))} rotary embedding "
-            "depends on the longest sequence of a batch"
+            f"found rope_type {', '.join(sorted(batch_dependent))}, which depends on the longest sequence of "
+            "a batch; use a checkpoint with another rope_type, such as default, linear, yarn or llama3"
         )
     _check_quantization(config)
 
@@ -54,12 +62,13 @@ def _check_quantization(config: PreTrainedConfig) -> None:
     if quantization and quantization.get("bnb_4bit_quant_type") != "nf4":
         found = quantization.get("quant_method", "unknown")
         raise UnsupportedModelError(
-            f"the checkpoint is quantised with {found}; give one in 16 or 32 bit, or in bitsandbytes NF4"
+            f"the checkpoint is quantised with {found}; supported are checkpoints in 16 or 32 bit, and in "
+            "bitsandbytes NF4"
         )
     if quantization and has_experts(config) and quantization.get("quant_method") != EXPERTS_METHOD:
         raise UnsupportedModelError(
-            f"{config.model_type} models are not served as bitsandbytes quantised them, since it leaves out "
-            "their experts; give a checkpoint in 16 or 32 bit",
+            f"{config.model_type} models are not supported as quantised by bitsandbytes, which leaves their "
+            "experts in 16 bit; use a checkpoint in 16 or 32 bit",
             model=config.model_type,
         )
 
@@ -71,7 +80,9 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse weights that would stay unquantised and out of an adapter's reach; their numbers do not matter.
+    """Refuses stacked weights, which would stay unquantised and unreachable for adapters.
+
+    The model may be on the meta device.
 
     Raises:
         UnsupportedModelError: names the model type and the first such parameter.
@@ -80,7 +91,7 @@ def check_model(model: PreTrainedModel) -> None:
         if parameter.ndim > 2 and not (has_experts(model.config) and is_stacked(name)):
             model_type = model.config.model_type
             raise UnsupportedModelError(
-                f"{model_type} models are not served: {name} holds stacked weights, which are quantised "
-                f"and adapted only in models of type {', '.join(EXPERT_MODELS)}",
+                f"{model_type} models are not supported: {name} holds stacked weights, of shape "
+                f"{list(parameter.shape)}; these are supported in models of type {', '.join(EXPERT_MODELS)}",
                 model=model_type,
             )

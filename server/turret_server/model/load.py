@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a model of ours: quantised while it loads, and kept quantised."""
+"""Loads a Hugging Face checkpoint: quantised while it is read, adapted, and cached in its quantised form."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import json
 import logging
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +33,7 @@ from turret_adapters.store.disk import make_private
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate
-from turret_server.model.adapted import adapt_modules, base_modules
+from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A base model ready to run inside `step_context`, and what the rest of the server must know of it."""
+    """A base model, ready to run inside `step_context`. `max_context` is in tokens."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -55,21 +57,21 @@ class LoadedModel:
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` takes a GPU when there is one.
+    """`auto` selects a GPU if there is one.
 
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        ConfigError: `name` is cuda and torch finds no CUDA device.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError(
-            "--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
+            "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch"
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies in it, else float32."""
+    """`auto` is bfloat16 if the device multiplies in it, otherwise float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_avx512bf16()
@@ -91,38 +93,29 @@ def quantization(
 def load_model(
     name_or_path: str, *, device: torch.device, dtype: torch.dtype, cache: Path, ops: Ops | None = None
 ) -> LoadedModel:
-    """Load a causal language model with its linears in NF4 and under our attention.
+    """Loads a causal language model with its linears in NF4 and with the server's attention.
 
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist or is unreadable.
     """
     attention.register()
     ops = ops or select_ops(device, dtype)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
+    config = read_config(name_or_path)
+    with _reading(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        if not Path(name_or_path).exists():
-            hint = "no such folder here, and no such model on the hub or no way to reach it"
-            raise ConfigError(f"--model {name_or_path}: {hint}") from error
-        raise ConfigError(f"--model {name_or_path}: {error}") from error
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
-    if model_class is None:
-        raise UnsupportedModelError(f"{config.model_type} is no causal language model of transformers")
-    gate.check_config(config, model_class)
     with torch.device("meta"):
         gate.check_model(AutoModelForCausalLM.from_config(config))
     model = _load_quantised(name_or_path, config, device, dtype, cache)
     adapt_experts(model, ops)
     adapt_modules(model, ops)
     if device.type == "cpu":
-        _leave_file(model)
+        _copy_from_file(model)
     _return_freed_memory()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        base=_base_spec(name_or_path, model),
+        base=base_spec(name_or_path, model),
         ops=ops,
         device=device,
         dtype=dtype,
@@ -130,6 +123,37 @@ def load_model(
         vocab_size=model.get_input_embeddings().weight.shape[0],
         stop_token_ids=_stop_token_ids(model, tokenizer),
     )
+
+
+def read_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a model that the gate accepts.
+
+    Raises:
+        UnsupportedModelError: the gate refuses its architecture or its quantisation.
+        ConfigError: the model does not exist or is unreadable.
+    """
+    with _reading(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path)
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
+    if model_class is None:
+        raise UnsupportedModelError(
+            f"{config.model_type} models are not supported: transformers has no causal language model of "
+            "this type",
+            model=config.model_type,
+        )
+    gate.check_config(config, model_class)
+    return config
+
+
+@contextmanager
+def _reading(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        found = str(error)
+        if not Path(name_or_path).exists():
+            found = "no such folder, and the hub has no such model or is unreachable; check the name or path"
+        raise ConfigError(f"--model {name_or_path}: {found}") from error
 
 
 def _load_quantised(
@@ -141,62 +165,79 @@ def _load_quantised(
         "attn_implementation": attention.NAME,
     }
     if getattr(config, "quantization_config", None):
-        log.info("loading %s, quantised already", name_or_path)
+        log.info("loading %s, which is quantised", name_or_path)
         return _from_pretrained(name_or_path, options)
-    with suppress(OSError):  # `_keep` reports a cache that is not writable
+    with suppress(OSError):  # `_save_copy` reports a cache that is not writable
         make_private(cache / "nf4")
-    kept = cache / "nf4" / _cache_key(name_or_path, config, dtype)
-    if kept.is_dir():
-        log.info("loading %s from its quantised copy in %s", name_or_path, kept)
-        return _from_pretrained(str(kept), options)
+    copy = cache / "nf4" / _cache_key(name_or_path, config, dtype)
+    if copy.is_dir():
+        log.info("loading %s from its quantised copy in %s", name_or_path, copy)
+        return _from_pretrained(str(copy), options)
     log.info("loading %s and quantising it to NF4", name_or_path)
     kind = ExpertsConfig if has_experts(config) else BitsAndBytesConfig
     model = _from_pretrained(name_or_path, options | {"quantization_config": quantization(dtype, kind)})
-    _keep(model, kept)
+    _save_copy(model, copy)
     return model
 
 
 def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    if model.config._attn_implementation != attention.NAME:  # noqa: SLF001
-        raise UnsupportedModelError(f"{model.config.model_type} models keep their own attention")
-    return model.eval().requires_grad_(requires_grad=False)
+    check_attention(model)
+    return model.requires_grad_(requires_grad=False)
 
 
-def _keep(model: PreTrainedModel, kept: Path) -> None:
-    """Save the quantised weights under their final name only when they are whole."""
+def check_attention(model: PreTrainedModel) -> None:
+    """Checks that transformers accepted the server's attention.
+
+    Raises:
+        UnsupportedModelError: the model has its own.
+    """
+    found = model.config._attn_implementation  # noqa: SLF001
+    if found != attention.NAME:
+        raise UnsupportedModelError(
+            f"{model.config.model_type} models are not supported: they keep the attention {found}; use a "
+            "model that takes attn_implementation",
+            model=model.config.model_type,
+        )
+
+
+def _save_copy(model: PreTrainedModel, copy: Path) -> None:
+    """Saves the quantised weights; the folder gets its name when it is complete."""
     try:
-        make_private(kept.parent)
-        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=kept.parent)
+        make_private(copy.parent)
+        unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=copy.parent)
         try:
-            # In the checkpoint's own format, experts would not be what was quantised.
+            # The checkpoint's own format would stack the quantised experts again.
             model.save_pretrained(unfinished, save_original_format=not has_experts(model.config))
-            Path(unfinished).rename(kept)
+            Path(unfinished).rename(copy)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        log.warning("the quantised weights are not kept for the next start: %s", error)
+        log.warning("the quantised copy was not saved, so the next start quantises again: %s", error)
     else:
-        log.info("kept the quantised weights in %s", kept)
+        log.info("saved the quantised copy in %s", copy)
 
 
-def _leave_file(model: PreTrainedModel) -> None:
-    """Weights that are not packed still lie in the mapped file: all that was read of it stays resident with
-    them, and a file that is cut would take the process with it.
+def _copy_from_file(model: PreTrainedModel) -> None:
+    """Copies unpacked weights out of the mapped checkpoint.
+
+    The mapping keeps all pages resident that were ever read, and truncating the file would kill the process.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def _return_freed_memory() -> None:
-    """Quantising and packing leave holes that glibc would keep: a gigabyte for a model of 1.1 B."""
+    """Quantising and packing leave free memory that glibc keeps: a gigabyte for a model of 1.1 B."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) -> str:
-    """A name for the quantised copy that changes with the checkpoint's files, the dtype and bitsandbytes."""
+    """The folder name of a quantised copy, from everything that its weights depend on: the configuration, the
+    checkpoint's files or commit, the dtype and bitsandbytes' version.
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
         files = sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
@@ -208,7 +249,8 @@ def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) 
     return f"{folder.name}-{digest}"
 
 
-def _base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
+def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
+    """What adapters must know of a model whose modules are adapted."""
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
     return BaseSpec(
@@ -223,10 +265,35 @@ def _base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
 
 
 def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends a text: the model's generation config says, or else its tokenizer."""
+    """The generation config's end-of-sequence tokens, or else the tokenizer's."""
     found = model.generation_config.eos_token_id if model.generation_config else None
     if found is None:
         found = tokenizer.eos_token_id
     if found is None:
         return frozenset()
     return frozenset(found if isinstance(found, list) else [found])
+
+
+class ModelWeights:
+    """See `turret_adapters.host.BaseWeights`: the weights of a loaded model."""
+
+    def __init__(self, model: nn.Module, ops: Ops) -> None:
+        self._model = model
+        self._ops = ops
+
+    @torch.inference_mode()
+    def weight(self, module: str) -> torch.Tensor:
+        found = self._model.get_submodule(module)
+        if not isinstance(found, AdaptedLinear):
+            return found.get_parameter("weight").float().cpu()
+        # In any layout, the product with the identity is the weight that a step multiplies with.
+        dtype = next(self._model.parameters()).dtype
+        device = found.weight.data.device
+        identity_II = torch.eye(found.shape.in_features, dtype=dtype, device=device)
+        return self._ops.nf4_linear(identity_II, found.weight).T.float().cpu().contiguous()
+
+    @torch.inference_mode()
+    def bias(self, module: str) -> torch.Tensor | None:
+        found = self._model.get_submodule(module)
+        bias = found.bias if isinstance(found, AdaptedLinear) else getattr(found, "bias", None)
+        return None if bias is None else bias.float().cpu()

@@ -1,4 +1,4 @@
-"""Runs steps on the device, and keeps the adapters that are in its arena."""
+"""Runs steps on the device, and holds the resident adapters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, ModuleKind
-from turret_server.engine.step import DeviceLostError, PageCopy, SequenceStep, Step, StepResult
+from turret_server.engine.step import DeviceLostError, SequenceStep, Step, StepResult
 from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
-from turret_server.kernels.cpu.cores import take_cores
+from turret_server.kernels.cpu.cores import claim_cores
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# While one waits for the disk, another copies; more would only take cores from the steps.
+# One can copy while another waits for the disk; more would only take cores from the steps.
 _NUM_LOADERS = 2
-# For each of these numbers of tokens, a GPU has another kernel.
+# Each of these numbers of tokens uses another GPU kernel.
 _WARM_TOKENS = (1, 32, 64, 128)
 
 
 class HostAdapters(Protocol):
-    """Brings the tensors of a revision, from host memory or from further away."""
+    """Adapters on the host. `tensors` may read from disk; it raises KeyError for an unloaded revision."""
 
     def tensors(self, revision: str) -> HostAdapter: ...
 
 
 class ModelRunner:
-    """The engine's `Runner` and `AdapterMemory`: computes steps, fills pages with adapters.
+    """The engine's `Runner` and `AdapterMemory`: computes steps, copies adapters into pages.
 
-    `run` is called on the engine's thread. `place` brings adapters from wherever they are on threads of its
-    own, and copies them into pages that nobody else reads yet.
+    `run` is called on the engine's thread. Adapters are copied by threads of the runner, into pages that no
+    step reads yet.
     """
 
     def __init__(self, loaded: LoadedModel, arena: Arena, adapters: HostAdapters, sampler: Sampler) -> None:
@@ -66,43 +66,44 @@ class ModelRunner:
         self._loaders.shutdown(cancel_futures=True)
 
     def check(self) -> None:
-        """Run one token and see that every layer came through our attention; warms the kernels as well.
+        """Runs one token and checks that every layer called the server's attention; also warms the kernels.
 
         Raises:
             UnsupportedModelError: a layer did not.
         """
-        seen = self._try(1)
+        seen, model_type = self._compute(1), self._loaded.model.config.model_type
         if len(seen) != self._loaded.base.num_layers:
             raise UnsupportedModelError(
-                f"{self._loaded.model.config.model_type} models are not served: of their "
-                f"{self._loaded.base.num_layers} layers, {len(seen)} use the attention they are given"
+                f"{model_type} models are not supported: {len(seen)} of {self._loaded.base.num_layers} "
+                "layers call the attention function; use a model in which every layer does",
+                model=model_type,
             )
 
     def warm_up(self, max_sequences: int) -> None:
-        """Before the first request: compile the kernels of a GPU, and record its decode steps as graphs."""
+        """Compiles the kernels of a GPU and captures its decode steps as graphs, before the first request."""
         if self._loaded.device.type != "cuda" or isinstance(self._loaded.ops, ReferenceOps):
             return
-        from turret_server.model.decode_graph import cuda_record  # noqa: PLC0415 (not everybody has Triton)
+        from turret_server.model.decode_graph import cuda_record  # noqa: PLC0415 (Triton is optional)
 
         started = time.perf_counter()
         for num_tokens in _WARM_TOKENS:
             if num_tokens <= self._arena.num_pages * self._arena.block_size:
-                self._try(num_tokens)
-        log.info("kernels of the GPU, ready in %.1f s", time.perf_counter() - started)
+                self._compute(num_tokens)
+        log.info("GPU kernels: ready in %.1f s", time.perf_counter() - started)
         self.use_graphs(max_sequences, cuda_record(self._loaded.device))
 
     def use_graphs(self, max_sequences: int, record: Record) -> None:
-        """Compute decode steps as what was recorded of them; where that fails, as all others."""
+        """Computes decode steps as CUDA graphs from now on, if they can be captured."""
         from turret_server.model.decode_graph import DecodeGraphs  # noqa: PLC0415
 
         assert not self._deltas, "the graphs must know every adapter that becomes resident"
-        if has_experts(self._loaded.model.config):  # the host must know how many tokens an expert gets
+        if has_experts(self._loaded.model.config):  # the host reads the number of tokens of each expert
             return
         try:
             graphs = DecodeGraphs(self._loaded, self._arena, max_sequences=max_sequences, record=record)
             graphs.record()
         except RuntimeError as error:
-            log.warning("every step is computed without CUDA graphs: %s: %s", type(error).__name__, error)
+            log.warning("decode steps run without CUDA graphs: %s: %s", type(error).__name__, error)
         else:
             self._graphs = graphs
 
@@ -112,17 +113,17 @@ class ModelRunner:
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         except torch.AcceleratorError as error:
-            # The driver answers every later call with the same error.
+            # The driver returns the same error for every later call.
             raise DeviceLostError(str(error)) from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # torch has no class for it
+            if "DefaultCPUAllocator" in str(error):  # torch has no exception class for it
                 raise MemoryError(str(error)) from error
             raise
 
     def _run(self, step: Step) -> StepResult:
-        take_cores()
+        claim_cores()
         for copy in step.copies:
-            self._copy_page(copy)
+            self._arena.copy_page(copy.source, copy.target)
         if self._graphs and (decoded := self._graphs.run(step)):
             return self._sampler.sample(*decoded)
         batch = self._batch(step)
@@ -142,17 +143,17 @@ class ModelRunner:
             try:
                 adapter = self._find(spec.revision)
                 if adapter:
-                    self._place(adapter, slab_pages, prefix_pages)
+                    self._copy(adapter, slab_pages, prefix_pages)
             except Exception as error:
-                log.exception("adapter %s could not be copied to the arena", spec.revision)
+                log.exception("copying adapter %s to the arena failed", spec.revision)
                 done(f"{type(error).__name__}: {error}")
             else:
-                done(None if adapter else "nobody needs it any more")
+                done(None if adapter else "the adapter was unloaded before its copy began")
 
         self._loaders.submit(copy)
 
     def _find(self, revision: str) -> HostAdapter | None:
-        """None where it was brought ahead of requests, and was replaced before its turn came."""
+        """None for an adapter that was fetched ahead of requests and replaced before its copy began."""
         try:
             return self._adapters.tensors(revision)
         except KeyError:
@@ -164,8 +165,8 @@ class ModelRunner:
             self._graphs.forget(revision)
         self._prompts.pop(revision, None)
 
-    def _try(self, num_tokens: int) -> set[int]:
-        """Compute some tokens on the first pages; the layers that came through our attention."""
+    def _compute(self, num_tokens: int) -> set[int]:
+        """Computes tokens on the first pages; returns the layers that called the server's attention."""
         pages = tuple(range(-(-num_tokens // self._arena.block_size)))
         tokens = SequenceStep(sequence_id=0, token_ids=(0,) * num_tokens, start=0, block_table=pages)
         seen: set[int] = set()
@@ -173,16 +174,14 @@ class ModelRunner:
         return seen
 
     @torch.inference_mode()
-    def _place(
-        self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]
-    ) -> None:
+    def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:
         revision = adapter.spec.revision
         with torch.cuda.stream(self._copies):
             if slab_pages:
                 deltas = write_slab(self._arena, adapter, slab_pages, self._linears)
                 self._deltas[revision] = deltas
                 if self._graphs:
-                    self._graphs.place(revision, deltas)
+                    self._graphs.add(revision, deltas)
             if adapter.prefix_kv is not None:
                 self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
             if adapter.prompt_embeddings is not None:
@@ -190,9 +189,6 @@ class ModelRunner:
                 self._prompts[revision] = prompt
         if self._copies:
             self._copies.synchronize()
-
-    def _copy_page(self, copy: PageCopy) -> None:
-        self._arena.copy_page(copy.source, copy.target)
 
     def _batch(self, step: Step) -> Batch:
         return make_batch(
@@ -227,7 +223,7 @@ class ModelRunner:
         return logits_SV
 
     def _embed(self, batch: Batch) -> torch.Tensor:
-        """Token embeddings with those of virtual tokens in their places, as peft hands them to the model."""
+        """Token embeddings, with prompt embeddings for virtual tokens, as peft passes them to the model."""
         embeddings_1TE: torch.Tensor = self._loaded.model.get_input_embeddings()(batch.token_ids_T[None])
         for index, revision, row in batch.virtual:
             embeddings_1TE[0, index] = self._prompts[revision][row]

@@ -1,10 +1,10 @@
-"""From logits to tokens. What one row gets depends on that row, its parameters, its seed and its position.
+"""Samples tokens from logits. A row's token depends on the row, its parameters, its seed and its position.
 
-A row is drawn from with one number between 0 and 1, made of the seed and the position on the host. Weights
-are whole numbers: their sums are exact in any order, so that neither the batch nor the device matters to
-them, and it is all done where the logits are. Only the chosen tokens come to the host, in one copy.
+A row is sampled with one number in [0, 1), which the host derives from seed and position. Weights are
+integers, whose sums are exact in any order, so neither the batch nor the device changes a token. All of it
+runs where the logits are; only the token ids are copied to the host, at once.
 
-Shape suffixes: S rows of logits, D those that are drawn, V vocabulary.
+Shape suffixes: S rows of logits, D those that are sampled at random, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.errors import NonFiniteLogitsError, TurretError
 
-# The best token's weight; the others have their share of it. Vocabularies of 2²² do not overflow.
-_BEST = 2.0**40
-_NONE = -1
+# The weight of the best token, to which the others are relative. Vocabularies up to 2²² do not overflow.
+_MAX_WEIGHT = 2.0**40
+_NOT_FINITE = -1
 
 
 class Sampler:
     """Greedy at temperature 0; otherwise temperature, top-k and top-p, in the order of transformers."""
 
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
-        """One token for each row; a row with a NaN or only infinities gets an error instead."""
+        """One token for each row; a row whose largest logit is not finite gets an error instead."""
         logits_SV = logits_SV.float()
         best_S, chosen_S = logits_SV.max(dim=-1)
         by_path: dict[bool, list[int]] = {True: [], False: []}
@@ -38,16 +38,16 @@ class Sampler:
         for cut, indices in by_path.items():
             if indices:
                 drawn = [sequences[index] for index in indices]
-                where_D = _on(torch.tensor(indices), logits_SV.device)
+                where_D = _to_device(torch.tensor(indices), logits_SV.device)
                 chosen_S[where_D] = _draw(logits_SV[where_D], drawn, cut=cut)
-        chosen_S.masked_fill_(~torch.isfinite(best_S), _NONE)
+        chosen_S.masked_fill_(~torch.isfinite(best_S), _NOT_FINITE)
         token_ids: dict[int, int] = {}
         errors: dict[int, TurretError] = {}
         for token_id, sequence in zip(chosen_S.tolist(), sequences, strict=True):
-            if token_id == _NONE:
+            if token_id == _NOT_FINITE:
                 errors[sequence.sequence_id] = NonFiniteLogitsError(
-                    f"the logits after {sequence.num_generated} generated tokens are not finite: the weights "
-                    "of the request's adapters, or how much they count, are too large for the server's dtype"
+                    f"Logits are not finite with these adapters, after {sequence.num_generated} generated "
+                    "tokens. Request smaller adapter weights, or serve the model in another dtype (--dtype)."
                 )
             else:
                 token_ids[sequence.sequence_id] = token_id
@@ -55,44 +55,44 @@ class Sampler:
 
 
 def _is_cut(sampling: SamplingParams) -> bool:
-    """Whether some tokens are left out, for which all must be sorted."""
+    """Whether top-k or top-p excludes tokens, for which all must be sorted."""
     return bool(sampling.top_k) or sampling.top_p < 1
 
 
 def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bool) -> torch.Tensor:
-    """A token id for each row, [D]: the one in whose part of the kept weights the row's number lies."""
+    """A token id for each row, [D]: that whose interval of the cumulated weights holds the row's number."""
     settings = [
         (each.temperature, each.top_k or logits_DV.shape[-1], each.top_p, _uniform(each.seed, generated))
         for each, generated in ((it.sampling, it.num_generated) for it in sequences)
         if each is not None
     ]
-    settings_D4 = _on(torch.tensor(settings, dtype=torch.float64), logits_DV.device)
+    settings_D4 = _to_device(torch.tensor(settings, dtype=torch.float64), logits_DV.device)
     temperature_D1, top_k_D1, top_p_D1, uniform_D1 = settings_D4[..., None].unbind(dim=1)
     token_ids_DV = None
     if cut:
         logits_DV, token_ids_DV = logits_DV.sort(dim=-1, descending=True, stable=True)
     below_DV = logits_DV.double() - logits_DV.amax(dim=-1, keepdim=True)
-    weights_DV = (below_DV.div_(temperature_D1).exp_() * _BEST).long()
+    weights_DV = (below_DV.div_(temperature_D1).exp_() * _MAX_WEIGHT).long()
     sums_DV = weights_DV.cumsum(dim=-1)
     if cut:
         rank_V = torch.arange(logits_DV.shape[-1], device=logits_DV.device)
         weights_DV.masked_fill_(rank_V >= top_k_D1, 0)
-        # A token stays as long as those before it do not reach top_p, so that one always does.
+        # A token stays while those before it do not reach top_p, so at least one stays.
         before_DV = (sums_DV - weights_DV).double()
         weights_DV.masked_fill_(before_DV >= top_p_D1 * weights_DV.sum(dim=-1, keepdim=True), 0)
     total_D1 = weights_DV.sum(dim=-1, keepdim=True)
     target_D1 = torch.minimum((uniform_D1 * total_D1).long(), total_D1 - 1)
-    place_D1 = torch.searchsorted(sums_DV, target_D1, right=True).clamp_(max=logits_DV.shape[-1] - 1)
-    chosen_D1 = place_D1 if token_ids_DV is None else token_ids_DV.gather(-1, place_D1)
+    index_D1 = torch.searchsorted(sums_DV, target_D1, right=True).clamp_(max=logits_DV.shape[-1] - 1)
+    chosen_D1 = index_D1 if token_ids_DV is None else token_ids_DV.gather(-1, index_D1)
     return chosen_D1[:, 0]
 
 
-def _on(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, for which the host does not wait."""
+def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, made asynchronously."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) of its own for every token, so that a request computed again draws the same ones."""
+    """A number in [0, 1) for a position, so that a preempted request samples the same tokens again."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -23,8 +23,7 @@ from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.residency.residency import Residency
 from turret_server.model.arena import Arena
 from turret_server.model.describe import CheckpointWeights, describe_model
-from turret_server.model.load import LoadedModel, load_model
-from turret_server.model.weights import ModelWeights
+from turret_server.model.load import LoadedModel, ModelWeights, load_model
 
 CPU = torch.device("cpu")
 FOUND = "something there already (INVALID_CONFIG)\n"

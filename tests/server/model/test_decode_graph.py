@@ -103,7 +103,7 @@ def test_rows_are_found_where_an_adapter_was_placed_last(small):
     small.runner.forget(small.adapters["lora"].spec.revision)
     base = small.logits(step, graphs=True)[0]
     assert not torch.allclose(base, expected, atol=1e-2)
-    small.place("lora")
+    small.copy_to_device("lora")
     assert torch.equal(small.logits(step, graphs=True)[0], expected)
 
 

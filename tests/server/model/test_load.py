@@ -1,20 +1,34 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, T5Config
 
 from support.models import MIXTURES
 from turret_adapters.spec import ModuleKind
+from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels.reference import ReferenceOps
-from turret_server.model.load import LoadedModel, load_model, quantization
-from turret_server.model.weights import ModelWeights
+from turret_server.model import load as load_module
+from turret_server.model.load import (
+    LoadedModel,
+    ModelWeights,
+    load_model,
+    quantization,
+    select_device,
+    select_dtype,
+)
 
 CPU = torch.device("cpu")
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -121,3 +135,173 @@ def test_the_cache_is_private_to_its_user_also_one_of_before(base_of, tmp_path):
         [copy] = copies.iterdir()
         assert {folder.stat().st_mode & 0o777 for folder in (copies, copy)} == {0o700}
         copies.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def llama(base_of) -> Path:
+    return base_of("llama")
+
+
+def test_each_dtype_has_a_quantised_copy_of_its_own(llama, tmp_path):
+    """What is not quantised is saved in the dtype; scales are computed from weights in it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(2):
+            loaded = load_model(str(llama), device=CPU, dtype=dtype, cache=tmp_path, ops=ReferenceOps())
+            assert loaded.model.dtype == dtype
+    first, second = (load_file(copy / "model.safetensors") for copy in (tmp_path / "nf4").iterdir())
+    assert {tensors["model.norm.weight"].dtype for tensors in (first, second)} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+
+
+def folder_with(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.safetensors").write_text(content)
+    return folder
+
+
+def test_the_key_of_a_copy_holds_everything_that_its_weights_depend_on(tmp_path, monkeypatch):
+    def key(name="model", config=None, dtype=torch.float32) -> str:
+        return load_module._cache_key(str(tmp_path / name), config or LlamaConfig(), dtype)
+
+    folder = folder_with(tmp_path / "model", a="12", b="3")
+    keys = [key(), key(dtype=torch.bfloat16), key(config=LlamaConfig(hidden_size=64))]
+    assert key() == keys[0]
+    (folder / "b.safetensors").write_text("34")
+    keys.append(key())
+    (folder / "b.safetensors").rename(folder / "c.safetensors")
+    keys.append(key())
+    os.utime(folder / "c.safetensors", ns=(0, 0))
+    keys.append(key())
+    (folder / "d.bin").write_text("")
+    keys.append(key())
+    monkeypatch.setattr(load_module.bitsandbytes, "__version__", "another")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_of_a_model_of_the_hub_holds_its_name_and_commit(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    keys = set()
+    for name in ("org/one", "org/two"):
+        for commit in ("a", "b"):
+            config = LlamaConfig()
+            config._commit_hash = commit
+            keys.add(load_module._cache_key(name, config, torch.float32))
+    assert len(keys) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_weight_stays_in_the_mapped_checkpoint(llama, tmp_path):
+    """Else a file that is truncated would end the process, and what was read of it would stay in memory."""
+    for _ in range(2):  # from the checkpoint, then from the quantised copy
+        loaded = load(llama, tmp_path)
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+        places = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in mapped]
+        for name, parameter in loaded.model.named_parameters():
+            assert not any(low <= parameter.data_ptr() < high for low, high in places), name
+
+
+def test_a_loaded_model_computes_no_gradients_and_does_not_train(llama, tmp_path):
+    model = load(llama, tmp_path).model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_copy_that_fails_leaves_nothing_and_the_model_is_served(llama, tmp_path, monkeypatch, caplog):
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails)
+    assert load(llama, tmp_path).base.num_layers == 3
+    assert list((tmp_path / "nf4").iterdir()) == []
+    assert "the next start quantises again: [Errno 28] No space left on device" in caplog.text
+
+
+def test_a_cache_that_is_no_folder_does_not_stop_the_start(llama, tmp_path, caplog):
+    (tmp_path / "nf4").write_text("")
+    assert load(llama, tmp_path).base.num_layers == 3
+    assert "the next start quantises again" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc keeps freed memory")
+def test_freed_memory_returns_to_the_system():
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node
+    gone = weakref.ref(node)
+    blocks = [bytearray(b"x") * 60_000 for _ in range(5_000)]  # 300 MB, each below malloc's limit for mmap
+    last = blocks[-1]
+    del node, blocks
+    kept = psutil.Process().memory_info().rss
+    load_module._return_freed_memory()
+    assert gone() is None, "cycles are collected first"
+    assert kept - psutil.Process().memory_info().rss > 150e6
+    assert last
+
+
+@pytest.mark.parametrize(
+    ("generation", "tokenizer", "expected"),
+    [(5, 1, {5}), ([5, 6], 1, {5, 6}), (0, 1, {0}), (None, 1, {1}), (None, 0, {0}), (None, None, set())],
+)
+def test_stop_tokens_are_the_generation_configs_or_else_the_tokenizers(generation, tokenizer, expected):
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=generation))
+    found = load_module._stop_token_ids(model, SimpleNamespace(eos_token_id=tokenizer))
+    assert found == expected
+    if generation is None:
+        model = SimpleNamespace(generation_config=None)
+        assert load_module._stop_token_ids(model, SimpleNamespace(eos_token_id=tokenizer)) == expected
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_a_gpu_is_selected_where_there_is_one(available, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert select_device("cpu").type == "cpu"
+    assert select_device("auto").type == ("cuda" if available else "cpu")
+    if available:
+        assert select_device("cuda").type == "cuda"
+    else:
+        with pytest.raises(ConfigError, match=r"--device cuda: torch finds no CUDA device; use --device cpu"):
+            select_device("cuda")
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_the_dtype_is_bfloat16_where_the_device_multiplies_in_it(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(load_module, "has_avx512bf16", lambda: has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: not has_bfloat16)
+    cuda, expected = torch.device("cuda"), [torch.float32, torch.bfloat16]
+    assert select_dtype("auto", CPU) == expected[has_bfloat16]
+    assert select_dtype("auto", cuda) == expected[not has_bfloat16]
+    for name in ("float32", "bfloat16", "float16"):
+        assert select_dtype(name, CPU) == getattr(torch, name)
+
+
+def test_a_model_that_does_not_exist_is_named(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(
+        ConfigError, match=f"--model {missing}: no such folder, and the hub has no such model"
+    ):
+        load(missing, tmp_path)
+
+
+def test_a_folder_that_holds_no_model_says_what_is_wrong_with_it(tmp_path):
+    with pytest.raises(ConfigError, match=f"--model {tmp_path}: ") as failed:
+        load(tmp_path, tmp_path / "cache")
+    assert "no such folder" not in str(failed.value)
+
+
+def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="t5 models are not supported") as failed:
+        load_module.read_config(str(tmp_path))
+    assert failed.value.metadata == {"model": "t5"}
+
+
+def test_a_model_that_keeps_its_own_attention_is_refused():
+    config = SimpleNamespace(model_type="odd", _attn_implementation="eager")
+    with pytest.raises(UnsupportedModelError, match="odd models are not supported: they keep the attention"):
+        load_module.check_attention(SimpleNamespace(config=config))

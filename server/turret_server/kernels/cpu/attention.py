@@ -1,67 +1,92 @@
 """Attention over pages, for decode and prefill alike.
 
-Work is shared out by sequence, key-value head and rows, a row being one query head of one token; four rows
-go through the context together, so that what is read of it serves all of them. Keys are turned first, so that
-neighbouring positions lie in the lanes of a vector, and scores need no sums across lanes. What a row gets is
-summed in one order, by position in its sequence, whatever the step and the chunk it is computed in.
+Threads share the work by sequence, key-value head and rows; a row is one query head of one token. Four rows
+go through the context together, so that keys and values are read once for all of them. Keys are transposed
+first, so that the lanes of a vector are neighbouring positions and scores need no sum across lanes. A row is
+summed in the order of its positions, whatever step and chunk it is computed in.
 
-For the letters in tensor names see `ops.py`. Arrays without letters are flat.
+For shape suffixes see `ops.py`. Arrays without letters are flat.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from turret_server.kernels.cpu.jit import as_array, compiled
-from turret_server.kernels.cpu.lanes import (
+from turret_server.kernels.cpu.llvm.jit import as_array, compiled
+from turret_server.kernels.cpu.llvm.pairs import (
+    HAS_BF16_DOT,
+    PAIR_WIDTH,
+    dot_broadcast,
+    load_pairs,
+    transpose,
+)
+from turret_server.kernels.cpu.llvm.parallel import run_parallel
+from turret_server.kernels.cpu.llvm.vectors import (
     LANES,
+    SPAN,
     add,
-    add_outer,
+    broadcast,
     divide,
-    lane_max,
-    lane_sums,
+    fma_outer,
+    ldexp,
     load,
+    load_span,
     maximum,
     multiply,
     prefetch,
-    splat,
+    reduce_add,
+    reduce_max,
+    rint,
     store,
+    store_span,
     subtract,
+    zero_if_less,
     zeros,
 )
-from turret_server.kernels.cpu.pairs import HAS_PAIRS, PAIRS, add_products, load_pairs, turn
-from turret_server.kernels.cpu.parallel import on_all_threads
-from turret_server.kernels.cpu.vector import SPAN, exp, load_span, store_span
 from turret_server.kernels.ops import AttentionBatch, AttentionParams
 
 _ROWS = 64  # that one thread takes at a time
 _TILE = 4  # rows, and vectors of positions, whose products are in registers together
 _POSITIONS = _TILE * LANES
-_AHEAD = 32  # positions, whose keys and values lie apart: the CPU does not guess where
-_LINE = 32  # elements, no more than a cache line has
-_EVERYTHING = 1 << 40
-_LEAST = np.float32(-40)  # tanh is −1 from there down, and exp(−2x) stays finite
+_AHEAD = 32  # positions between the transposition and the prefetch: pages defeat the CPU's own prefetcher
+_LINE = 32  # elements, at most those of a cache line
+_NO_WINDOW = 1 << 40
+_MIN_TANH = np.float32(-40)  # tanh is −1 from there down, and exp(−2x) stays finite
 _NO_SINKS = np.empty(0, np.float32)
-# Of what numbers turned keys are.
-_IN_PAIRS, _IN_FLOATS = np.empty(0, np.uint16), np.empty(0, np.float32)
+# Arrays of the dtype that keys are transposed to.
+_BFLOAT16, _FLOAT32 = np.empty(0, np.uint16), np.empty(0, np.float32)
+
+
+class _Pages(NamedTuple):
+    """Keys and values of one layer. Position p of a sequence lies in page block_table[p // block_size]."""
+
+    kv: Any
+    page_stride: int
+    block_size: int
+    num_kv_heads: int
+
+
+class _Params(NamedTuple):
+    """`AttentionParams` as numbers; `key_dtype` is an empty array of the dtype of transposed keys."""
+
+    scaling: Any
+    window: int
+    softcap: Any
+    sinks_H: Any
+    key_dtype: Any
 
 
 def write_kv(
     kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
 ) -> None:
     """See `ops.Ops`."""
-    _write_kv(
-        _flat(kv_P2BKD),
-        kv_P2BKD.stride(0),
-        kv_P2BKD.stride(1),
-        as_array(key_TKD.flatten(1)),
-        as_array(value_TKD.flatten(1)),
-        *_arrays(batch)[3:],
-    )
+    new = as_array(key_TKD.flatten(1)), as_array(value_TKD.flatten(1))
+    _write_kv(_flat(kv_P2BKD), kv_P2BKD.stride()[:2], *new, _arrays(batch)[3:])
 
 
 def paged_attention(
@@ -74,23 +99,22 @@ def paged_attention(
     _attend(
         as_array(out_THD),
         as_array(query_THD),
-        _flat(kv_P2BKD),
-        kv_P2BKD.stride(0),
-        kv_P2BKD.shape[2],
-        kv_P2BKD.shape[3],
-        *_arrays(batch)[:3],
-        float(params.scaling),
-        params.window or _EVERYTHING,
-        float(params.softcap or 0),
-        _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
-        _IN_PAIRS if HAS_PAIRS and query_THD.dtype == torch.bfloat16 else _IN_FLOATS,
+        (_flat(kv_P2BKD), kv_P2BKD.stride(0), kv_P2BKD.shape[2], kv_P2BKD.shape[3]),
+        _arrays(batch)[:3],
+        (
+            float(params.scaling),
+            params.window or _NO_WINDOW,
+            float(params.softcap or 0),
+            _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
+            _BFLOAT16 if HAS_BF16_DOT and query_THD.dtype == torch.bfloat16 else _FLOAT32,
+        ),
     )
     return out_THD
 
 
 @lru_cache(maxsize=2)
 def _arrays(batch: AttentionBatch) -> tuple[Any, Any, Any, Any, Any]:
-    """What the kernels take of a batch: every layer of a step asks with the same one."""
+    """The kernel's view of a batch, kept because every layer of a step has the same one."""
     return (
         batch.query_bounds.numpy(),
         batch.context_lengths_Q.numpy(),
@@ -101,15 +125,16 @@ def _arrays(batch: AttentionBatch) -> tuple[Any, Any, Any, Any, Any]:
 
 
 def _flat(kv_P2BKD: torch.Tensor) -> Any:
-    """From the first page's keys of one layer to the last page's values, with the other layers between."""
+    """From the first page's keys of one layer to the last page's values, with the other layers in between."""
     page = kv_P2BKD[0].numel()
     return as_array(kv_P2BKD.as_strided(((len(kv_P2BKD) - 1) * kv_P2BKD.stride(0) + page,), (1,)))
 
 
 @compiled
-def _write_kv(
-    kv: Any, page_stride: int, value_offset: int, key_TX: Any, value_TX: Any, pages_T: Any, slots_T: Any
-) -> None:
+def _write_kv(kv: Any, strides: Any, key_TX: Any, value_TX: Any, places: Any) -> None:
+    """`strides` are (page to page, keys to values), `places` the (pages, slots) of the tokens."""
+    page_stride, value_offset = strides
+    pages_T, slots_T = places
     width = key_TX.shape[1]
     for token in range(len(key_TX)):
         key = pages_T[token] * page_stride + slots_T[token] * width
@@ -119,114 +144,91 @@ def _write_kv(
 
 
 @compiled
-def _attend(
-    out_THD: Any,
-    query_THD: Any,
-    kv: Any,
-    page_stride: int,
-    block_size: int,
-    num_kv_heads: int,
-    query_bounds: Any,
-    context_lengths_Q: Any,
-    block_tables_QM: Any,
-    scaling: float,
-    window: int,
-    softcap: float,
-    sinks_H: Any,
-    numbers: Any,
-) -> None:
-    arguments = (
-        out_THD,
-        query_THD,
-        kv,
-        page_stride,
-        block_size,
-        num_kv_heads,
-        query_bounds,
-        context_lengths_Q,
-        block_tables_QM,
-        np.float32(scaling),
-        window,
-        np.float32(softcap),
-        sinks_H,
-        numbers,
-    )
-    on_all_threads(_attend_some, arguments)
+def _attend(out_THD: Any, query_THD: Any, pages: Any, batch: Any, params: Any) -> None:
+    scaling, window, softcap, sinks_H, key_dtype = params
+    own = _Params(np.float32(scaling), window, np.float32(softcap), sinks_H, key_dtype)
+    kv, page_stride, block_size, num_kv_heads = pages
+    own_pages = _Pages(kv, page_stride, block_size, num_kv_heads)
+    run_parallel(_attend_share, (out_THD, query_THD, own_pages, batch, own))
 
 
 @compiled
-def _attend_some(
-    worker: int,
-    workers: int,
-    out_THD: Any,
-    query_THD: Any,
-    kv: Any,
-    page_stride: int,
-    block_size: int,
-    num_kv_heads: int,
-    query_bounds: Any,
-    context_lengths_Q: Any,
-    block_tables_QM: Any,
-    scaling: Any,
-    window: int,
-    softcap: Any,
-    sinks_H: Any,
-    numbers: Any,
-) -> None:
+def _attend_share(worker: int, workers: int, arguments: Any) -> None:
     """This worker's share of the rows."""
-    num_heads, head_dim = query_THD.shape[1:]
-    group = num_heads // num_kv_heads
-    value_offset = block_size * num_kv_heads * head_dim
+    out_THD, query_THD, pages, batch, params = arguments
+    query_bounds, context_lengths_Q, block_tables_QM = batch
+    group = query_THD.shape[1] // pages.num_kv_heads
     item = 0
     for sequence in range(len(context_lengths_Q)):
         start = query_bounds[sequence]
-        num_new = query_bounds[sequence + 1] - start
-        past = context_lengths_Q[sequence] - num_new
-        for kv_head in range(num_kv_heads):
-            for first in range(0, num_new * group, _ROWS):
+        num_rows = (query_bounds[sequence + 1] - start) * group
+        past = context_lengths_Q[sequence] - (query_bounds[sequence + 1] - start)
+        for kv_head in range(pages.num_kv_heads):
+            for first in range(0, num_rows, _ROWS):
                 item += 1
-                if item % workers != worker:
-                    continue
-                last = min(first + _ROWS, num_new * group)
-                low = max(0, past + first // group - window + 1) // LANES * LANES
-                high = past + (last - 1) // group + 1
-                keys_N = _locate(
-                    block_tables_QM[sequence], page_stride, block_size, num_kv_heads * head_dim, low, high
-                )
-                keys_N += kv_head * head_dim
-                turned = np.empty(len(keys_N) * head_dim, numbers.dtype)
-                _turn_keys(turned, kv, keys_N, head_dim, value_offset)
-                scores_4N = np.empty((_TILE, len(keys_N)), np.float32)
-                for tile in range(first, last, _TILE):
-                    rows = (tile, min(tile + 1, last - 1), min(tile + 2, last - 1), min(tile + 3, last - 1))
-                    at = (
-                        _place(rows[0], start, group, num_heads, kv_head, head_dim),
-                        _place(rows[1], start, group, num_heads, kv_head, head_dim),
-                        _place(rows[2], start, group, num_heads, kv_head, head_dim),
-                        _place(rows[3], start, group, num_heads, kv_head, head_dim),
-                    )
-                    _score(scores_4N, query_THD, at, turned, scaling, softcap)
-                    for i in range(_TILE):
-                        position, head = past + rows[i] // group, kv_head * group + rows[i] % group
-                        _soften(scores_4N[i], position, low, window, sinks_H, head)
-                    _weigh(out_THD, at, scores_4N, kv, keys_N, value_offset, high - low)
+                if item % workers == worker:
+                    rows = _Rows(first, min(first + _ROWS, num_rows), start, past, kv_head, group)
+                    _attend_rows((out_THD, query_THD), pages, block_tables_QM[sequence], params, rows)
+
+
+class _Rows(NamedTuple):
+    """Rows first … last - 1 of one key-value head of a sequence.
+
+    Row r is query head r % group of token start + r // group, whose position is past + r // group.
+    """
+
+    first: int
+    last: int
+    start: int
+    past: int
+    kv_head: int
+    group: int
 
 
 @compiled
-def _place(row: int, start: int, group: int, num_heads: int, kv_head: int, head_dim: int) -> int:
-    """Where a row's query and output lie."""
-    return ((start + row // group) * num_heads + kv_head * group + row % group) * head_dim
+def _attend_rows(tensors: Any, pages: Any, block_table: Any, params: Any, rows: Any) -> None:
+    """`tensors` are (out, query)."""
+    out_THD, query_THD = tensors
+    num_heads, head_dim = query_THD.shape[1:]
+    value_offset = pages.block_size * pages.num_kv_heads * head_dim
+    first, last, group = rows.first, rows.last, rows.group
+    low = max(0, rows.past + first // group - params.window + 1) // LANES * LANES
+    high = rows.past + (last - 1) // group + 1
+    keys_N = _locate(block_table, pages, head_dim, low, high)
+    keys_N += rows.kv_head * head_dim
+    transposed = np.empty(len(keys_N) * head_dim, params.key_dtype.dtype)
+    _transpose_keys(transposed, pages.kv, keys_N, head_dim, value_offset)
+    scores_4N = np.empty((_TILE, len(keys_N)), np.float32)
+    for tile in range(first, last, _TILE):
+        four = (tile, min(tile + 1, last - 1), min(tile + 2, last - 1), min(tile + 3, last - 1))
+        at = (
+            _query_start(rows, four[0], num_heads, head_dim),
+            _query_start(rows, four[1], num_heads, head_dim),
+            _query_start(rows, four[2], num_heads, head_dim),
+            _query_start(rows, four[3], num_heads, head_dim),
+        )
+        _score(scores_4N, (query_THD, at), transposed, params)
+        for i in range(_TILE):
+            position, head = rows.past + four[i] // group, rows.kv_head * group + four[i] % group
+            _softmax(scores_4N[i], position, low, params, head)
+        _weigh_values((out_THD, at), scores_4N, (pages.kv, keys_N, value_offset), high - low)
 
 
 @compiled
-def _locate(
-    block_table: Any, page_stride: int, block_size: int, slot_stride: int, low: int, high: int
-) -> Any:
-    """Where the keys of the positions from low up to high lie, filled up with the last to whole tiles."""
+def _query_start(rows: Any, row: int, num_heads: int, head_dim: int) -> Any:
+    """Where a row's query and output begin."""
+    head = rows.kv_head * rows.group + row % rows.group
+    return ((rows.start + row // rows.group) * num_heads + head) * head_dim
+
+
+@compiled
+def _locate(block_table: Any, pages: Any, head_dim: int, low: int, high: int) -> Any:
+    """Where the keys of positions low … high - 1 lie, padded with the last one to whole tiles."""
+    block_size, slot_stride = pages.block_size, pages.num_kv_heads * head_dim
     places_N = np.empty(-(-(high - low) // _POSITIONS) * _POSITIONS, np.int64)
     position = low
     while position < high:
-        page = block_table[position // block_size] * page_stride
+        page = block_table[position // block_size] * pages.page_stride
         slot = position % block_size
         for _ in range(min(block_size - slot, high - position)):
             places_N[position - low] = page + slot * slot_stride
@@ -237,87 +239,111 @@ def _locate(
 
 
 @compiled
-def _turn_keys(turned: Any, kv: Any, keys_N: Any, head_dim: int, value_offset: int) -> None:
-    """Of every tile of positions, the vectors of its first pair of features, of its second, and so on."""
+def _transpose_keys(transposed: Any, kv: Any, keys_N: Any, head_dim: int, value_offset: int) -> None:
+    """Tile by tile of positions: the vectors of the first pair of features, of the second, and so on."""
     for n in range(0, len(keys_N), LANES):
         for later in range(min(n + _AHEAD, len(keys_N)), min(n + _AHEAD + LANES, len(keys_N))):
             for line in range(0, 2 * _LINE, _LINE):
                 prefetch(kv, (keys_N[later],), line)
                 prefetch(kv, (keys_N[later],), value_offset + line)
-        at = n // _POSITIONS * _POSITIONS * head_dim + n % _POSITIONS // LANES * PAIRS
-        for feature in range(0, head_dim, PAIRS):
-            pair = at + feature // 2 * _TILE * PAIRS
-            turn(turned, pair, _TILE * PAIRS, kv, keys_N, n, feature, head_dim - feature)
+        at = n // _POSITIONS * _POSITIONS * head_dim + n % _POSITIONS // LANES * PAIR_WIDTH
+        for feature in range(0, head_dim, PAIR_WIDTH):
+            target = (transposed, at + feature // 2 * _TILE * PAIR_WIDTH, _TILE * PAIR_WIDTH)
+            transpose(target, (kv, keys_N, n, feature), head_dim - feature)
 
 
 @compiled
-def _score(scores_4N: Any, query_THD: Any, at: Any, turned: Any, scaling: Any, softcap: Any) -> None:
-    """Four rows' scores for every position."""
+def _score(scores_4N: Any, query: Any, transposed: Any, params: Any) -> None:
+    """Four rows' scores for every position. `query` is (array, where the rows begin)."""
+    query_THD, at = query
     count, head_dim = scores_4N.shape[1], query_THD.shape[2]
+    scaling = broadcast(params.scaling)
     for n in range(0, count, _POSITIONS):
         products = zeros(16)
         for pair in range(head_dim // 2):
-            keys = load_pairs(turned, n * head_dim + pair * _TILE * PAIRS, 4)
-            products = add_products(products, query_THD, at, 2 * pair, keys)
+            keys = load_pairs(transposed, n * head_dim + pair * _TILE * PAIR_WIDTH, 4)
+            products = dot_broadcast(products, query_THD, at, 2 * pair, keys)
         for i in range(_TILE):
             for j in range(_TILE):
-                scores = multiply(products[i * _TILE + j], splat(scaling))
-                store(scores_4N, i * count + n + j * LANES, scores)
-    if softcap > 0:
+                store(scores_4N, i * count + n + j * LANES, multiply(products[i * _TILE + j], scaling))
+    if params.softcap > 0:
         for row in range(_TILE):
-            _cap(scores_4N[row], softcap)
+            _cap(scores_4N[row], params.softcap)
 
 
 @compiled
 def _cap(scores_N: Any, softcap: Any) -> None:
-    """Bound the scores: softcap · tanh(score / softcap), tanh(x) being 2 / (exp(−2x) + 1) − 1."""
-    one, two = splat(np.float32(1)), splat(np.float32(2))
+    """Softcap · tanh(score / softcap), with tanh(x) = 2 / (exp(−2x) + 1) − 1."""
+    one, two = broadcast(np.float32(1)), broadcast(np.float32(2))
     for n in range(0, len(scores_N), LANES):
-        x = maximum(divide(load(scores_N, (n,), 0)[0], splat(softcap)), splat(_LEAST))
-        tanh = subtract(divide(two, add(exp(multiply(x, splat(np.float32(-2)))), one)), one)
-        store(scores_N, n, multiply(tanh, splat(softcap)))
+        x = maximum(divide(load(scores_N, (n,), 0)[0], broadcast(softcap)), broadcast(_MIN_TANH))
+        tanh = subtract(divide(two, add(_exp(multiply(x, broadcast(np.float32(-2)))), one)), one)
+        store(scores_N, n, multiply(tanh, broadcast(softcap)))
 
 
 @compiled
-def _soften(scores_N: Any, position: int, low: int, window: int, sinks_H: Any, head: int) -> None:
-    """Softmax over what a token at this position sees; the other scores become zero."""
-    scores_N[: max(0, position - window + 1 - low)] = -np.inf
+def _softmax(scores_N: Any, position: int, low: int, params: Any, head: int) -> None:
+    """Softmax over the positions that a token at `position` sees; the other scores become zero."""
+    sinks_H = params.sinks_H
+    scores_N[: max(0, position - params.window + 1 - low)] = -np.inf
     scores_N[position + 1 - low :] = -np.inf
-    largest = splat(np.float32(-np.inf))
+    largest = broadcast(np.float32(-np.inf))
     for n in range(0, len(scores_N), LANES):
         largest = maximum(largest, load(scores_N, (n,), 0)[0])
-    top = splat(lane_max(largest))
+    top = broadcast(reduce_max(largest))
     if len(sinks_H):
-        top = maximum(top, splat(sinks_H[head]))
+        top = maximum(top, broadcast(sinks_H[head]))
     total = zeros(1)[0]
     for n in range(0, len(scores_N), LANES):
-        weights = exp(subtract(load(scores_N, (n,), 0)[0], top))
+        weights = _exp(subtract(load(scores_N, (n,), 0)[0], top))
         total = add(total, weights)
         store(scores_N, n, weights)
-    total = splat(lane_sums((total,))[0])
+    total = broadcast(reduce_add((total,))[0])
     if len(sinks_H):
-        total = add(total, exp(subtract(splat(sinks_H[head]), top)))
+        total = add(total, _exp(subtract(broadcast(sinks_H[head]), top)))
     for n in range(0, len(scores_N), LANES):
         store(scores_N, n, divide(load(scores_N, (n,), 0)[0], total))
 
 
+_MIN_EXP = np.float32(-87.0)
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)  # few enough bits that integral multiples are exact
+_LN2_LOW = np.float32(-2.12194440e-4)
+_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7, -1, -1))
+
+
 @compiled
-def _weigh(
-    out_THD: Any, at: Any, weights_4N: Any, kv: Any, keys_N: Any, value_offset: int, count: int
-) -> None:
-    """The sum of the values by their weights, a span of the head dimension at a time."""
+def _exp(x: Any) -> Any:
+    """Lanewise exponential of numbers up to 88, with a relative error of 2e-7; zero below −87."""
+    clamped = maximum(x, broadcast(_MIN_EXP))
+    power = rint(multiply(clamped, broadcast(_LOG2E)))
+    high, low = broadcast(_LN2_HIGH), broadcast(_LN2_LOW)
+    rest = subtract(subtract(clamped, multiply(power, high)), multiply(power, low))
+    value = broadcast(_TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        value = add(multiply(value, rest), broadcast(coefficient))
+    return zero_if_less(ldexp(value, power), x, broadcast(_MIN_EXP))
+
+
+@compiled
+def _weigh_values(target: Any, weights_4N: Any, values: Any, count: int) -> None:
+    """The sum of the values by their weights, a span of the head dimension at a time. `target` is (out, where
+    the rows begin), `values` (array, where the keys lie, how far behind them the values are).
+    """
+    out_THD, at = target
+    kv, keys_N, value_offset = values
     head_dim = out_THD.shape[2]
     for column in range(0, head_dim, SPAN):
         rest = head_dim - column
         sums = zeros(16)
         for n in range(count):
             scales = (
-                splat(weights_4N[0, n]),
-                splat(weights_4N[1, n]),
-                splat(weights_4N[2, n]),
-                splat(weights_4N[3, n]),
+                broadcast(weights_4N[0, n]),
+                broadcast(weights_4N[1, n]),
+                broadcast(weights_4N[2, n]),
+                broadcast(weights_4N[3, n]),
             )
-            sums = add_outer(sums, scales, load_span(kv, keys_N[n] + value_offset + column, rest))
+            sums = fma_outer(sums, scales, load_span(kv, keys_N[n] + value_offset + column, rest))
         store_span(out_THD, at[0] + column, sums[0:4], rest)
         store_span(out_THD, at[1] + column, sums[4:8], rest)
         store_span(out_THD, at[2] + column, sums[8:12], rest)

@@ -1,9 +1,9 @@
-"""Which thread computes: one has all cores, every other one only the core that it runs on.
+"""Which thread computes on all cores: the one that runs the steps; every other thread has one core.
 
-GNU's OpenMP keeps threads for each thread that opened a parallel region. While all of them together are no
-more than the cores, they wait for their next region spinning; else they go to sleep almost at once (its
-`gomp_throttled_spin_count_var`), and waking one takes 50 µs, five times what a LoRA's product takes. So no
-thread but the one that runs the steps may have any.
+GNU's OpenMP keeps a pool of threads for each thread that opened a parallel region. While all pools together
+have no more threads than there are cores, waiting threads spin; otherwise they sleep almost at once (see
+`gomp_throttled_spin_count_var` in libgomp). To wake one takes 50 µs, five times as long as a LoRA's product.
+So only one thread may have a pool.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import torch
 
 CORES = torch.get_num_threads()
 
-_SOFTLY = 1  # omp_pause_soft
+_OMP_PAUSE_SOFT = 1
 _own = threading.local()
 
 
-def take_cores() -> None:
-    """The thread that calls this computes on all cores from now on."""
-    if getattr(_own, "taken", False):
+def claim_cores() -> None:
+    """Lets the calling thread compute on all cores, and every thread that has not computed yet on one."""
+    if getattr(_own, "claimed", False):
         return
-    torch.get_num_threads()  # torch sets up a thread when it is first asked on it, and what was said is lost
+    torch.get_num_threads()  # The first call on a thread initialises it and would undo the setting.
     torch.set_num_threads(CORES)
-    # Torch's word holds for the thread that says it, and for all that have not computed before.
-    saying = threading.Thread(target=torch.set_num_threads, args=(1,))
-    saying.start()
-    saying.join()
-    _own.taken = True
+    # torch applies a setting to the thread that makes it, and to all threads that have not computed yet.
+    setter = threading.Thread(target=torch.set_num_threads, args=(1,))
+    setter.start()
+    setter.join()
+    _own.claimed = True
 
 
-def give_back_cores() -> None:
-    """The thread that calls this has used the cores, and needs them no more."""
+def release_cores() -> None:
+    """Ends the pool of the calling thread, which computes on one core from now on."""
     torch.set_num_threads(1)
-    # Of LLVM's or Microsoft's OpenMP there is nothing to end: they count each thread's own alone.
+    # LLVM's and Microsoft's OpenMP have no such function, and need none: they count each pool alone.
     end_threads = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     if end_threads:
-        end_threads(_SOFTLY)
-    _own.taken = False
+        end_threads(_OMP_PAUSE_SOFT)
+    _own.claimed = False

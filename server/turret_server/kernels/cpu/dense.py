@@ -1,8 +1,8 @@
-"""The product with a weight that is not quantised, the head's above all.
+"""The product with a weight that is not quantised: the head.
 
-Few tokens make it a matter of reading the weight once, from memory, in the order in which it lies there:
-matrix libraries take three times as long. Four rows of the weight are multiplied with four tokens at a
-time; each product is summed lane by lane over the features, in float32, whatever the other tokens are.
+With few tokens, its time is that of reading the weight once, in memory order; a matrix library takes three
+times as long. Four rows of the weight are multiplied by four tokens at a time. Each product is summed lane by
+lane over the features in float32, in the same order whatever the other tokens are.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from turret_server.kernels.cpu.jit import as_array, compiled
-from turret_server.kernels.cpu.lanes import lane_sums, prefetch, zeros
-from turret_server.kernels.cpu.pairs import PAIRS, add_dots
-from turret_server.kernels.cpu.parallel import on_all_threads
+from turret_server.kernels.cpu.llvm.jit import as_array, compiled
+from turret_server.kernels.cpu.llvm.pairs import PAIR_WIDTH, dot_rows
+from turret_server.kernels.cpu.llvm.parallel import run_parallel
+from turret_server.kernels.cpu.llvm.vectors import prefetch, reduce_add, zeros
 
-_AHEAD = 4
 _TILE = 4  # rows, and tokens, whose products are in registers together
+_AHEAD = 4  # rows between the product and the prefetch
 
 
-def fits(weight_OI: torch.Tensor) -> bool:
-    """Whether `linear` takes it."""
-    return weight_OI.is_contiguous() and not weight_OI.shape[1] % PAIRS
+def is_supported(weight_OI: torch.Tensor) -> bool:
+    """Whether `linear` takes the weight: contiguous, with whole vectors of pairs in a row."""
+    return weight_OI.is_contiguous() and not weight_OI.shape[1] % PAIR_WIDTH
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
@@ -34,28 +34,29 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
 
 @compiled
 def _linear(y_TO: Any, x_TI: Any, weight_OI: Any) -> None:
-    on_all_threads(_multiply, (y_TO, x_TI, weight_OI))
+    run_parallel(_linear_rows, (y_TO, x_TI, weight_OI))
 
 
 @compiled
-def _multiply(worker: int, workers: int, y_TO: Any, x_TI: Any, weight_OI: Any) -> None:
-    """This worker's rows of the weight, which lie together."""
+def _linear_rows(worker: int, workers: int, arguments: Any) -> None:
+    """This worker's rows of the weight, which are consecutive."""
+    y_TO, x_TI, weight_OI = arguments
     num_tokens, num_rows = y_TO.shape
     width = x_TI.shape[1]
     num_tiles = -(-num_rows // _TILE)
     for tile in range(num_tiles * worker // workers, num_tiles * (worker + 1) // workers):
         row = tile * _TILE
-        rows = _four(row * width, num_rows - row, width)
+        rows = (weight_OI, _tile_starts(row * width, num_rows - row, width))
         columns = min(_TILE, num_rows - row)
         token = 0
         while token < num_tokens:
             x, count = token * width, min(_TILE, num_tokens - token)
             if count == 1:
-                of_one = _products(zeros(4), x_TI, (x,), weight_OI, rows, width)
+                of_one = _products(zeros(4), (x_TI, (x,)), rows, width)
                 for j in range(columns):
                     y_TO[token, row + j] = of_one[j]
             else:
-                products = _products(zeros(16), x_TI, _four(x, count, width), weight_OI, rows, width)
+                products = _products(zeros(16), (x_TI, _tile_starts(x, count, width)), rows, width)
                 for i in range(count):
                     for j in range(columns):
                         y_TO[token + i, row + j] = products[i * _TILE + j]
@@ -63,17 +64,18 @@ def _multiply(worker: int, workers: int, y_TO: Any, x_TI: Any, weight_OI: Any) -
 
 
 @compiled
-def _four(start: int, count: int, stride: int) -> Any:
-    """Where four rows begin. Where rows run out, the last is taken again."""
+def _tile_starts(start: int, count: int, stride: int) -> Any:
+    """Where four rows begin; if there are fewer, the last is repeated."""
     last = min(count, _TILE) - 1
     return (start, start + min(1, last) * stride, start + min(2, last) * stride, start + last * stride)
 
 
 @compiled
-def _products(sums: Any, x: Any, x_starts: Any, weight: Any, starts: Any, width: int) -> Any:
-    """Every token times every row; `sums` are zeros, one a product."""
+def _products(sums: Any, x: Any, rows: Any, width: int) -> Any:
+    """Every token times every row of the weight, as (array, starts); `sums` are one zero vector a product."""
+    weight, starts = rows
     ahead = min(_AHEAD * width, len(weight) * width - starts[0] - 4 * width)
-    for i in range(0, width, PAIRS):
+    for i in range(0, width, PAIR_WIDTH):
         prefetch(weight, starts, i + ahead)
-        sums = add_dots(sums, x, x_starts, weight, starts, i)
-    return lane_sums(sums)
+        sums = dot_rows(sums, x, rows, i)
+    return reduce_add(sums)

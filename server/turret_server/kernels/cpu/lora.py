@@ -1,39 +1,59 @@
-"""LoRA rows applied straight from the arena, each token with those of its segment.
+"""LoRA rows applied straight from the arena, to each token those of its segment.
 
-A decode step reads each row once; a long segment reads its rows once per block of tokens. What a token
-gets is summed in one order, whatever else is in the step: a row's product with a token lane by lane over
-the features, then the rows of an output one after the other, then what the output was.
+A decode step reads each row once; a long segment reads its rows once per block of tokens. A token's result is
+summed in one order, whatever else is in the step: a row's product with the token lane by lane over the
+features, then the rows one after another, then the base's output.
 
-For the letters in tensor names see `ops.py`. Arrays without letters are flat.
+For shape suffixes see `ops.py`. Arrays without letters are flat.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from turret_server.kernels.cpu.jit import compiled
-from turret_server.kernels.cpu.lanes import add, add_outer, splat, zeros
-from turret_server.kernels.cpu.parallel import on_all_threads
-from turret_server.kernels.cpu.vector import SPAN, dots, load_span, store_span
+from turret_server.kernels.cpu.llvm.jit import compiled
+from turret_server.kernels.cpu.llvm.pairs import PAIR_WIDTH, dot_rows
+from turret_server.kernels.cpu.llvm.parallel import run_parallel
+from turret_server.kernels.cpu.llvm.vectors import (
+    LANES,
+    SPAN,
+    add,
+    broadcast,
+    fma_outer,
+    load_masked,
+    load_span,
+    reduce_add,
+    store_span,
+    zeros,
+)
 from turret_server.kernels.ops import LoraRows
 
 _BLOCK = 64  # tokens of a segment that one thread takes at a time
-_MIN_COLUMNS = 4 * SPAN  # of the output, likewise
+_MIN_COLUMNS = 4 * SPAN  # out features that one thread takes at a time, at least
 _TILE = 4  # tokens and rows whose products are in registers together
 
 
+class _Tile(NamedTuple):
+    """Tokens start … end - 1 of a segment, with its rows first … last - 1."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
 def lora_add(y_TO: Any, x_TI: Any, arena: Any, rows: LoraRows) -> None:
-    """See `ops.Ops`; of arrays."""
-    _lora_add(y_TO, x_TI, arena, *_arrays(rows))
+    """`Ops.lora_add` on arrays."""
+    _lora_add(y_TO, x_TI, arena, _arrays(rows))
 
 
 @lru_cache(maxsize=2048)
-def runs(rows: LoraRows, in_features: int, out_features: int, run: int) -> Any:
-    """Where the runs of so many numbers begin that the rows consist of, in the order of reading."""
+def prefetch_offsets(rows: LoraRows, in_features: int, out_features: int, run: int) -> Any:
+    """The rows, cut into runs of `run` elements: where each begins, in the order of reading."""
     starts = [
         (offsets_R[:, None] + torch.arange(0, width, run)).flatten()
         for offsets_R, width in ((rows.a_offsets_R, in_features), (rows.b_offsets_R, out_features))
@@ -43,152 +63,129 @@ def runs(rows: LoraRows, in_features: int, out_features: int, run: int) -> Any:
 
 @lru_cache(maxsize=2048)
 def _arrays(rows: LoraRows) -> tuple[Any, ...]:
-    """What the kernel takes of the rows: 154 linears of a model of 1.1 B ask again in every step."""
-    segments_4S = np.array(
+    """The kernel's view of the rows. Kept: a decode step of a 1.1 B model asks for that of 154 linears."""
+    segments_S4 = np.array(
         (rows.token_starts, rows.token_ends, rows.row_bounds[:-1], rows.row_bounds[1:]), np.int64
-    )
-    return segments_4S, rows.a_offsets_R.numpy(), rows.b_offsets_R.numpy(), rows.weights_R.numpy()
+    ).T.copy()
+    return segments_S4, rows.a_offsets_R.numpy(), rows.b_offsets_R.numpy(), rows.weights_R.numpy()
 
 
 @compiled
-def _lora_add(
-    y_TO: Any,
-    x_TI: Any,
-    arena: Any,
-    segments_4S: Any,
-    a_offsets_R: Any,
-    b_offsets_R: Any,
-    weights_R: Any,
-) -> None:
+def _lora_add(y_TO: Any, x_TI: Any, arena: Any, rows: Any) -> None:
+    segments_S4, a_offsets_R, b_offsets_R, weights_R = rows
     max_rank = 0
-    for segment in range(segments_4S.shape[1]):
-        max_rank = max(max_rank, segments_4S[3, segment] - segments_4S[2, segment])
-    shrunk = np.empty(len(y_TO) * max_rank, np.float32)
-    on_all_threads(_shrink, (shrunk, max_rank, x_TI, arena, segments_4S, a_offsets_R, weights_R))
-    on_all_threads(_expand, (shrunk, max_rank, y_TO, arena, segments_4S, b_offsets_R))
+    for segment in range(len(segments_S4)):
+        max_rank = max(max_rank, segments_S4[segment, 3] - segments_S4[segment, 2])
+    shrunk_TR = np.empty((len(y_TO), max_rank), np.float32)
+    run_parallel(_shrink, (shrunk_TR, x_TI, arena, (segments_S4, a_offsets_R, weights_R)))
+    run_parallel(_expand, (y_TO, shrunk_TR, arena, (segments_S4, b_offsets_R)))
 
 
 @compiled
-def _shrink(
-    worker: int,
-    workers: int,
-    shrunk: Any,
-    max_rank: int,
-    x_TI: Any,
-    arena: Any,
-    segments_4S: Any,
-    a_offsets_R: Any,
-    weights_R: Any,
-) -> None:
-    """This worker's part of shrunk[t, r] = weights[r] · (A_r · x[t]), r from the segment's first on."""
+def _shrink(worker: int, workers: int, arguments: Any) -> None:
+    """This worker's part of shrunk[t, r] = weights[r] · (A_r · x[t]), with r counted from the segment's first
+    row.
+    """
+    shrunk_TR, x_TI, arena, (segments_S4, a_offsets_R, weights_R) = arguments
     item = 0
-    for segment in range(segments_4S.shape[1]):
-        start, end, first, last = segments_4S[:, segment]
+    for segment in range(len(segments_S4)):
+        start, end, first, last = segments_S4[segment]
         for block in range(start, end, _BLOCK):
             for row in range(first, last, _TILE):
                 if item % workers == worker:
-                    into = block * max_rank + row - first
-                    tokens = min(_BLOCK, end - block)
-                    _shrink_rows(
-                        shrunk[into:],
-                        max_rank,
-                        x_TI,
-                        block,
-                        tokens,
-                        arena,
-                        a_offsets_R[row:last],
-                        weights_R[row:last],
-                    )
+                    tile = _Tile(block, min(block + _BLOCK, end), row, last)
+                    _shrink_tile((shrunk_TR, row - first), x_TI, arena, (a_offsets_R, weights_R), tile)
                 item += 1
 
 
 @compiled
-def _shrink_rows(
-    shrunk: Any,
-    max_rank: int,
-    x_TI: Any,
-    start: int,
-    tokens: int,
-    arena: Any,
-    offsets: Any,
-    weights: Any,
-) -> None:
-    """The first four of some rows, for a block of tokens. Where rows run out, the last is taken again."""
-    rows = min(_TILE, len(offsets))
-    four = (offsets[0], offsets[min(1, rows - 1)], offsets[min(2, rows - 1)], offsets[rows - 1])
+def _shrink_tile(target: Any, x_TI: Any, arena: Any, rows: Any, tile: Any) -> None:
+    """Up to four rows, for a block of tokens; if there are fewer, the last is repeated. `target` is (shrunk,
+    its first column), `rows` (offsets, weights).
+    """
+    shrunk_TR, column = target
+    offsets_R, weights_R = rows
+    first = tile.first
+    count = min(_TILE, tile.last - first)
+    four = (
+        arena,
+        (
+            offsets_R[first],
+            offsets_R[first + min(1, count - 1)],
+            offsets_R[first + min(2, count - 1)],
+            offsets_R[first + count - 1],
+        ),
+    )
     width = x_TI.shape[1]
-    token = 0
-    while token < tokens:
-        x = (start + token) * width
-        if token + _TILE <= tokens:
+    token = tile.start
+    while token < tile.end:
+        x = token * width
+        if token + _TILE <= tile.end:
             xs = (x, x + width, x + 2 * width, x + 3 * width)
-            products = dots(zeros(16), x_TI, xs, arena, four, width)
+            products = _dots(zeros(16), (x_TI, xs), four, width)
             for i in range(_TILE):
-                for j in range(rows):
-                    shrunk[(token + i) * max_rank + j] = weights[j] * products[i * _TILE + j]
+                for j in range(count):
+                    shrunk_TR[token + i, column + j] = weights_R[first + j] * products[i * _TILE + j]
             token += _TILE
         else:
-            products_of_one = dots(zeros(4), x_TI, (x,), arena, four, width)
-            for j in range(rows):
-                shrunk[token * max_rank + j] = weights[j] * products_of_one[j]
+            products_of_one = _dots(zeros(4), (x_TI, (x,)), four, width)
+            for j in range(count):
+                shrunk_TR[token, column + j] = weights_R[first + j] * products_of_one[j]
             token += 1
 
 
 @compiled
-def _expand(
-    worker: int,
-    workers: int,
-    shrunk: Any,
-    max_rank: int,
-    y_TO: Any,
-    arena: Any,
-    segments_4S: Any,
-    b_offsets_R: Any,
-) -> None:
+def _dots(sums: Any, a: Any, b: Any, width: int) -> Any:
+    """Every row of `a` times every row of `b`, as (array, starts), over `width` elements; `sums` are one zero
+    vector a product.
+    """
+    full = width - width % PAIR_WIDTH
+    for i in range(0, full, PAIR_WIDTH):
+        sums = dot_rows(sums, a, b, i)
+    for i in range(full, width, LANES):
+        rest = width - i
+        sums = fma_outer(sums, load_masked(a[0], a[1], i, rest), load_masked(b[0], b[1], i, rest))
+    return reduce_add(sums)
+
+
+@compiled
+def _expand(worker: int, workers: int, arguments: Any) -> None:
     """This worker's part of y[t] += Σ_r shrunk[t, r] · B_r."""
+    y_TO, shrunk_TR, arena, (segments_S4, b_offsets_R) = arguments
     width = y_TO.shape[1]
     columns = max(_MIN_COLUMNS, -(-width // (workers * SPAN)) * SPAN)
     item = 0
-    for segment in range(segments_4S.shape[1]):
-        start, end, first, last = segments_4S[:, segment]
+    for segment in range(len(segments_S4)):
+        start, end, first, last = segments_S4[segment]
         for block in range(start, end, _BLOCK):
             for column in range(0, width, columns):
                 if item % workers == worker:
+                    tile = _Tile(block, min(end, block + _BLOCK), first, last)
                     for at in range(column, min(column + columns, width), SPAN):
-                        _expand_span(
-                            shrunk,
-                            max_rank,
-                            y_TO,
-                            block,
-                            min(end, block + _BLOCK),
-                            at,
-                            arena,
-                            b_offsets_R[first:last],
-                        )
+                        _expand_span((y_TO, at), shrunk_TR, arena, b_offsets_R, tile)
                 item += 1
 
 
 @compiled
-def _expand_span(
-    shrunk: Any, max_rank: int, y_TO: Any, start: int, end: int, column: int, arena: Any, offsets: Any
-) -> None:
-    """One span of columns, for a block of tokens."""
+def _expand_span(target: Any, shrunk_TR: Any, arena: Any, offsets_R: Any, tile: Any) -> None:
+    """One span of columns, for a block of tokens. `target` is (y, first column)."""
+    y_TO, column = target
     width = y_TO.shape[1]
     count = width - column
-    token = start
-    while token < end:
-        s = token * max_rank
+    rank = tile.last - tile.first
+    token = tile.start
+    while token < tile.end:
         into = token * width + column
-        if token + _TILE <= end:
+        if token + _TILE <= tile.end:
             sums = zeros(16)
-            for row in range(len(offsets)):
+            for row in range(rank):
                 scales = (
-                    splat(shrunk[s + row]),
-                    splat(shrunk[s + row + max_rank]),
-                    splat(shrunk[s + row + 2 * max_rank]),
-                    splat(shrunk[s + row + 3 * max_rank]),
+                    broadcast(shrunk_TR[token, row]),
+                    broadcast(shrunk_TR[token + 1, row]),
+                    broadcast(shrunk_TR[token + 2, row]),
+                    broadcast(shrunk_TR[token + 3, row]),
                 )
-                sums = add_outer(sums, scales, load_span(arena, offsets[row] + column, count))
+                sums = fma_outer(sums, scales, load_span(arena, offsets_R[tile.first + row] + column, count))
             _add_to(y_TO, into, sums[0:4], count)
             _add_to(y_TO, into + width, sums[4:8], count)
             _add_to(y_TO, into + 2 * width, sums[8:12], count)
@@ -196,9 +193,10 @@ def _expand_span(
             token += _TILE
         else:
             sums_of_one = zeros(4)
-            for row in range(len(offsets)):
-                scale = (splat(shrunk[s + row]),)
-                sums_of_one = add_outer(sums_of_one, scale, load_span(arena, offsets[row] + column, count))
+            for row in range(rank):
+                scale = (broadcast(shrunk_TR[token, row]),)
+                b = load_span(arena, offsets_R[tile.first + row] + column, count)
+                sums_of_one = fma_outer(sums_of_one, scale, b)
             _add_to(y_TO, into, sums_of_one, count)
             token += 1
 

@@ -1,74 +1,94 @@
-"""The NF4 product for CPUs: codes are looked up in registers, and multiplied as bfloat16 where the CPU can
-and the activations are, else as float32.
+"""The NF4 product: codes are dequantised in registers, and multiplied as bfloat16 where the CPU and the
+activations allow it, otherwise as float32. `../README.md` draws the layout and the tiles.
 
-The out features are shared out to the threads in blocks of 64, which four vectors hold. Of a block, the
-products of 64 in features, one quantisation block, are summed in float32, pair by pair, then scaled and
-added to the sum of the quantisation blocks before: the order is the same for every token, whatever the step.
-A few tokens look the codes up as they go, four tokens at a time; many share what was looked up once.
+Threads share the out features in blocks of 64, which are four vectors. The products of a block with 64 in
+features, one quantisation block, are summed in float32 pair by pair, scaled, and added to the sum of the
+quantisation blocks before: the same order for every token, whatever the step. With few tokens, codes are
+dequantised while they are multiplied, four tokens at a time; many tokens share values dequantised once.
 
 Shapes: J blocks of out features, L quantisation blocks of a row, C the 64 out features of a block.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-from turret_server.kernels.cpu.jit import as_array, compiled
-from turret_server.kernels.cpu.lanes import LANES, add_scaled, load, prefetch, zeros
-from turret_server.kernels.cpu.pairs import (
-    CAN_LOOK_UP,
-    HAS_PAIRS,
-    PAIRS,
-    add_products,
+from turret_server.kernels.cpu.llvm.jit import as_array, compiled
+from turret_server.kernels.cpu.llvm.pairs import (
+    HAS_BF16_DOT,
+    HAS_PERMUTE,
+    PAIR_WIDTH,
+    dot_broadcast,
     load_pairs,
-    look_up,
+    lookup_nf4,
     store_pairs,
 )
-from turret_server.kernels.cpu.parallel import on_all_threads
-from turret_server.kernels.cpu.vector import SPAN, load_span, store_span
+from turret_server.kernels.cpu.llvm.parallel import run_parallel
+from turret_server.kernels.cpu.llvm.vectors import (
+    LANES,
+    SPAN,
+    accumulate_scaled,
+    load,
+    load_span,
+    store_span,
+    zeros,
+)
+from turret_server.kernels.cpu.llvm.vectors import prefetch as prefetch_line
 from turret_server.kernels.ops import NF4Weight, PackedNF4Weight
 
-_COLUMNS = 64  # out features in a block
-_VECTORS = 4  # that hold them
+PREFETCH_RUN = 512  # elements that one prefetch offset stands for
+
+_COLUMNS = 64  # out features of a block
+_VECTORS = 4  # of a block of out features
 _DEPTH = 64  # in features that share a scale
 _GROUP = 8  # in features, four pairs, whose codes share a word
-_WORDS = _VECTORS * PAIRS  # of uint16, that hold the codes of a group
-_TOKENS = 128  # whose sums are kept at a time, in the second-level cache
-_MANY = 20  # tokens, for which looking up first is worth its writing and reading
-_TILE = 5  # of those many, whose sums fill the registers
-_FEW = 4  # tokens, likewise, beside what looking up takes
-_LINE = 64  # bytes in a cache line
-RUN = 512  # numbers that are asked for together
+_WORDS = _VECTORS * PAIR_WIDTH  # of uint16, with the codes of a group
+_TOKENS = 128  # whose sums stay in the L2 cache
+_MANY = 20  # tokens from which on values are dequantised once, into the L1 cache
+_TILE = 5  # tokens of many, whose sums fill the registers
+_FEW = 4  # tokens of few, whose sums leave registers to dequantise in
+_LINE = 64  # bytes of a cache line
+
+
+class _Block(NamedTuple):
+    """64 in features of 64 out features: codes from words[word] on, the values of the codes, the scales."""
+
+    words: Any
+    word: int
+    table: Any
+    scales: Any
 
 
 def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
-    """Bring codes and scales into the order in which activations of `dtype` read them; out features are
-    filled up to whole blocks. A weight whose quantisation blocks are of another size, or go over the ends of
-    its rows, stays what it is, and so does every weight where the CPU cannot look up.
+    """Reorders codes and scales as the kernel reads them for activations of `dtype`.
 
-    `data` [J, in / 8, 4, 16, 2] of uint16: of word [j, g, v, n, p], bits 4q … 4q + 4 are the code of out
-    feature 64j + 16v + n and in feature 8g + 2q + p. `absmax` [J, L, 64] of `dtype`. `code` [32], the sixteen
-    values twice, of the type that is multiplied.
+    Out features are padded to whole blocks. Returns the weight itself where the kernel does not apply: a CPU
+    without a permute instruction, quantisation blocks of another size than 64, or rows that are no whole
+    number of them.
+
+    `data` [J, in / 8, 4, 16, 2] of uint16: bits 4q … 4q + 3 of word [j, g, v, n, p] are the code of out
+    feature 64j + 16v + n and in feature 8g + 2q + p. `absmax` [J, L, 64] of `dtype`. `code` [32]: the 16
+    values twice, in the dtype of the multiplication.
     """
     state = weight.state
-    if not CAN_LOOK_UP or state.blocksize != _DEPTH or weight.in_features % _DEPTH:
+    if not HAS_PERMUTE or state.blocksize != _DEPTH or weight.in_features % _DEPTH:
         return weight
     num_blocks = -(-weight.out_features // _COLUMNS)
-    filling = (0, 0, 0, num_blocks * _COLUMNS - weight.out_features)
+    padding = (0, 0, 0, num_blocks * _COLUMNS - weight.out_features)
     packed = weight.data.view(torch.uint8).reshape(weight.out_features, -1)
     codes_OI = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
-    codes = torch.nn.functional.pad(codes_OI, filling).view(num_blocks, _VECTORS, 16, -1, 4, 2).short()
+    codes = torch.nn.functional.pad(codes_OI, padding).view(num_blocks, _VECTORS, 16, -1, 4, 2).short()
     words = codes[..., 0, :] | codes[..., 1, :] << 4 | codes[..., 2, :] << 8 | codes[..., 3, :] << 12
-    scales_OL = torch.nn.functional.pad(_scales(state).view(weight.out_features, -1), filling)
+    scales_OL = torch.nn.functional.pad(_scales(state).view(weight.out_features, -1), padding)
     return PackedNF4Weight(
         data=words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint16),
         absmax=scales_OL.to(dtype).view(num_blocks, _COLUMNS, -1).transpose(1, 2).contiguous(),
-        code=state.code.to(dtype if HAS_PAIRS else torch.float32).repeat(2),
+        code=state.code.to(dtype if HAS_BF16_DOT else torch.float32).repeat(2),
         block_size=_DEPTH,
         in_features=weight.in_features,
         out_features=weight.out_features,
@@ -82,111 +102,97 @@ def _scales(state: QuantState) -> torch.Tensor:
     return scales.float()
 
 
-def multiply(y_TO: Any, x_TI: Any, weight: PackedNF4Weight, arena: Any, soon_N: Any) -> None:
-    """`nf4_linear` of `ops.Ops`, of arrays. `soon_N` is where in the arena the runs of `RUN` numbers lie that
-    are read next.
+def multiply(y_TO: Any, x_TI: Any, weight: PackedNF4Weight, prefetch: tuple[Any, Any]) -> None:
+    """`Ops.nf4_linear` on arrays.
+
+    `prefetch` is (arena, offsets): runs of `PREFETCH_RUN` elements, read by the next kernel, which are
+    fetched while this one waits for its registers.
     """
     arrays = _arrays.get(weight)
     if arrays is None:
         arrays = _arrays[weight] = as_array(weight.data), as_array(weight.absmax), as_array(weight.code)
-    _linear(y_TO, x_TI, *arrays, arena, soon_N)
+    _linear(y_TO, x_TI, arrays, prefetch)
 
 
-# What the kernel takes of each weight: making it takes longer than to multiply a small one.
+# By weight: to make the views takes longer than to multiply a small one.
 _arrays: WeakKeyDictionary[PackedNF4Weight, tuple[Any, Any, Any]] = WeakKeyDictionary()
 
 
 @compiled
-def _linear(y_TO: Any, x_TI: Any, words: Any, absmax_JLC: Any, code: Any, arena: Any, soon_N: Any) -> None:
-    on_all_threads(_multiply, (y_TO, x_TI, words, absmax_JLC, code, arena, soon_N))
+def _linear(y_TO: Any, x_TI: Any, weight: Any, prefetch: Any) -> None:
+    run_parallel(_linear_blocks, (y_TO, x_TI, weight, prefetch))
 
 
 @compiled
-def _multiply(
-    worker: int,
-    workers: int,
-    y_TO: Any,
-    x_TI: Any,
-    words: Any,
-    absmax_JLC: Any,
-    code: Any,
-    arena: Any,
-    soon_N: Any,
-) -> None:
-    """This worker's blocks of out features, which lie together."""
+def _linear_blocks(worker: int, workers: int, arguments: Any) -> None:
+    """This worker's blocks of out features, which are consecutive."""
+    y_TO, x_TI, weight, (arena, offsets_N) = arguments
+    words, absmax_JLC, code = weight
     num_blocks, num_tokens, num_in = len(absmax_JLC), len(x_TI), x_TI.shape[1]
     start, end = num_blocks * worker // workers, num_blocks * (worker + 1) // workers
     sums_TC = np.empty((min(num_tokens, _TOKENS), _COLUMNS), np.float32)
     values = np.empty(_DEPTH * _COLUMNS, code.dtype)
     table = load_pairs(code, 0, 1)
-    own_N = soon_N[len(soon_N) * worker // workers : len(soon_N) * (worker + 1) // workers]
+    own_N = offsets_N[len(offsets_N) * worker // workers : len(offsets_N) * (worker + 1) // workers]
     for block in range(start, end):
         for first in range(0, num_tokens, _TOKENS):
             tokens = min(_TOKENS, num_tokens - first)
             sums_TC[:tokens] = 0
             for depth in range(0, num_in, _DEPTH):
-                place = block * num_in + depth
+                at = block * num_in + depth
                 if first == 0:
-                    _ask_for_some(arena, own_N, place - start * num_in, (end - start) * num_in)
-                _add_depth(
-                    sums_TC, tokens, x_TI, first * num_in + depth, words, table, values, absmax_JLC, place
-                )
-            _write(y_TO, first, tokens, block * _COLUMNS, sums_TC)
+                    done, total = at - start * num_in, (end - start) * num_in
+                    low, high = len(own_N) * done // total, len(own_N) * (done + _DEPTH) // total
+                    _prefetch(arena, own_N, low, high)
+                scales = load(absmax_JLC, _vector_starts(at), 0)
+                weights = _Block(words, at // _GROUP * _WORDS, table, scales)
+                _add_products((sums_TC, tokens), (x_TI, first * num_in + depth), weights, values)
+            _write((y_TO, first, block * _COLUMNS), sums_TC, tokens)
 
 
 @compiled
-def _ask_for_some(arena: Any, soon_N: Any, done: int, total: int) -> None:
-    """The runs whose turn it is when so much of the work is done, so that memory is busy all the time."""
-    for n in range(len(soon_N) * done // total, len(soon_N) * (done + _DEPTH) // total):
-        for line in range(0, RUN, _LINE // arena.itemsize):
-            prefetch(arena, (soon_N[n],), line)
+def _prefetch(arena: Any, offsets_N: Any, low: int, high: int) -> None:
+    """The runs from low up to high: a part after each block, so that memory is busy all the time."""
+    for n in range(low, high):
+        for line in range(0, PREFETCH_RUN, _LINE // arena.itemsize):
+            prefetch_line(arena, (offsets_N[n],), line)
 
 
 @compiled
-def _add_depth(
-    sums_TC: Any,
-    tokens: int,
-    x_TI: Any,
-    x: int,
-    words: Any,
-    table: Any,
-    values: Any,
-    absmax_JLC: Any,
-    place: int,
-) -> None:
-    """Add 64 in features, from the first token's at x on, to the sums. `place` is where their scales lie, and
-    _GROUP-th of their codes.
+def _add_products(target: Any, x: Any, block: Any, values: Any) -> None:
+    """Adds the block's products to the sums of all tokens. `target` is (sums, number of tokens), `x` (array,
+    where the first token's in features begin), `values` scratch memory.
     """
+    sums_TC, tokens = target
+    x_TI, start = x
     width = x_TI.shape[1]
-    word, scales = place // _GROUP * _WORDS, load(absmax_JLC, _row_of_vectors(place), 0)
     token = 0
     if tokens >= _MANY:
-        _look_up_depth(values, words, word, table)
+        _dequantize(values, block)
         while token + _TILE <= tokens:
-            at, row = token * _COLUMNS, x + token * width
-            _add_kept(sums_TC, _five(at, _COLUMNS), x_TI, _five(row, width), values, scales)
+            into, rows = _five(token * _COLUMNS, _COLUMNS), _five(start + token * width, width)
+            _add_dequantized((sums_TC, into), (x_TI, rows), values, block.scales)
             token += _TILE
     while token < tokens:
-        at, row, rest = token * _COLUMNS, x + token * width, tokens - token
+        at, row, rest = token * _COLUMNS, start + token * width, tokens - token
         if rest == 1:
-            _add_found(sums_TC, (at,), x_TI, (row,), words, word, table, scales, zeros(4))
+            _add_packed((sums_TC, (at,)), (x_TI, (row,)), block, zeros(4))
         elif rest == 2:
-            into, rows = (at, at + _COLUMNS), (row, row + width)
-            _add_found(sums_TC, into, x_TI, rows, words, word, table, scales, zeros(8))
+            _add_packed((sums_TC, (at, at + _COLUMNS)), (x_TI, (row, row + width)), block, zeros(8))
         else:
             into, rows = _four(at, rest, _COLUMNS), _four(row, rest, width)
-            _add_found(sums_TC, into, x_TI, rows, words, word, table, scales, zeros(16))
+            _add_packed((sums_TC, into), (x_TI, rows), block, zeros(16))
         token += _FEW
 
 
 @compiled
-def _row_of_vectors(start: int) -> Any:
+def _vector_starts(start: int) -> Any:
     return (start, start + LANES, start + 2 * LANES, start + 3 * LANES)
 
 
 @compiled
 def _four(start: int, count: int, stride: int) -> Any:
-    """Where four tokens begin. Where tokens run out, the last is taken again."""
+    """Where four tokens begin; if there are fewer, the last is repeated."""
     last = min(count, _FEW) - 1
     return (start, start + min(1, last) * stride, start + min(2, last) * stride, start + last * stride)
 
@@ -197,41 +203,48 @@ def _five(start: int, stride: int) -> Any:
 
 
 @compiled
-def _look_up_depth(values: Any, words: Any, word: int, table: Any) -> None:
-    """The numbers of 64 in features, pair by pair."""
+def _dequantize(values: Any, block: Any) -> None:
+    """The unscaled values of a block, pair by pair."""
     for group in range(_DEPTH // _GROUP):
-        codes, at = load_pairs(words, word + group * _WORDS, 4), group * 4 * _WORDS
-        store_pairs(values, at, look_up(table, codes, 0))
-        store_pairs(values, at + _WORDS, look_up(table, codes, 1))
-        store_pairs(values, at + 2 * _WORDS, look_up(table, codes, 2))
-        store_pairs(values, at + 3 * _WORDS, look_up(table, codes, 3))
+        codes, at = load_pairs(block.words, block.word + group * _WORDS, 4), group * 4 * _WORDS
+        store_pairs(values, at, lookup_nf4(block.table, codes, 0))
+        store_pairs(values, at + _WORDS, lookup_nf4(block.table, codes, 1))
+        store_pairs(values, at + 2 * _WORDS, lookup_nf4(block.table, codes, 2))
+        store_pairs(values, at + 3 * _WORDS, lookup_nf4(block.table, codes, 3))
 
 
 @compiled
-def _add_kept(sums_TC: Any, into: Any, x_TI: Any, rows: Any, values: Any, scales: Any) -> None:
-    """Multiply a tile of tokens with what was looked up."""
+def _add_dequantized(target: Any, x: Any, values: Any, scales: Any) -> None:
+    """Multiplies a tile of tokens by dequantised values; `target` and `x` are (array, token starts)."""
+    sums_TC, into = target
+    x_TI, rows = x
     own = zeros(20)
     for pair in range(_DEPTH // 2):
-        own = add_products(own, x_TI, rows, 2 * pair, load_pairs(values, pair * _WORDS, 4))
-    add_scaled(sums_TC, into, own, scales)
+        own = dot_broadcast(own, x_TI, rows, 2 * pair, load_pairs(values, pair * _WORDS, 4))
+    accumulate_scaled(sums_TC, into, own, scales)
 
 
 @compiled
-def _add_found(
-    sums_TC: Any, into: Any, x_TI: Any, rows: Any, words: Any, word: int, table: Any, scales: Any, own: Any
-) -> None:
-    """Multiply a tile of tokens with what is looked up meanwhile; `own` are zeros, one a token and vector."""
+def _add_packed(target: Any, x: Any, block: Any, own: Any) -> None:
+    """Multiplies a tile of tokens by a block that is dequantised on the way.
+
+    `target` and `x` are (array, token starts), `own` are four zero vectors a token.
+    """
+    sums_TC, into = target
+    x_TI, rows = x
     for group in range(_DEPTH // _GROUP):
-        codes, at = load_pairs(words, word + group * _WORDS, 4), group * _GROUP
-        own = add_products(own, x_TI, rows, at, look_up(table, codes, 0))
-        own = add_products(own, x_TI, rows, at + 2, look_up(table, codes, 1))
-        own = add_products(own, x_TI, rows, at + 4, look_up(table, codes, 2))
-        own = add_products(own, x_TI, rows, at + 6, look_up(table, codes, 3))
-    add_scaled(sums_TC, into, own, scales)
+        codes, at = load_pairs(block.words, block.word + group * _WORDS, 4), group * _GROUP
+        own = dot_broadcast(own, x_TI, rows, at, lookup_nf4(block.table, codes, 0))
+        own = dot_broadcast(own, x_TI, rows, at + 2, lookup_nf4(block.table, codes, 1))
+        own = dot_broadcast(own, x_TI, rows, at + 4, lookup_nf4(block.table, codes, 2))
+        own = dot_broadcast(own, x_TI, rows, at + 6, lookup_nf4(block.table, codes, 3))
+    accumulate_scaled(sums_TC, into, own, block.scales)
 
 
 @compiled
-def _write(y_TO: Any, first: int, tokens: int, column: int, sums_TC: Any) -> None:
+def _write(target: Any, sums_TC: Any, tokens: int) -> None:
+    """`target` is (y, first token, first column)."""
+    y_TO, first, column = target
     width = y_TO.shape[1]
     for token in range(tokens):
         sums = load_span(sums_TC, token * _COLUMNS, SPAN)

@@ -1,16 +1,15 @@
-"""Attention over pages on a GPU, for decode and prefill (FlashAttention-2, arXiv 2307.08691; the split over
-the context is Flash-Decoding's).
+"""Attention over pages on a GPU, for decode and prefill: FlashAttention-2 (arXiv 2307.08691), and
+Flash-Decoding's split over the context.
 
-The query heads that share a key-value head are rows of one matrix, those of several tokens of a sequence
-below each other. Sequences whose rows are few are split over their context, after a number of positions
-that follows from its length, and the parts are weighed together; the others go through their context in
-tiles of rows. What a token gets depends on its own sequence and on how many of its tokens the step has, not
-on the others.
+The query heads that share a key-value head are rows of one matrix, token after token. Sequences with few rows
+are split over their context into parts whose length follows from the context's, and the parts are combined;
+the others go through their context in tiles of rows. A token's result depends on its own sequence and on the
+number of its tokens in the step, not on other sequences.
 
-Nothing here waits for the device. A CUDA graph can be recorded around it with a `TiledBatch` in static
-buffers, whose tiles beyond those in use have no tokens, and the most splits that they may come to need.
+Nothing here synchronises with the device. A CUDA graph can be captured around it with a `TiledBatch` in
+static buffers, whose unused tiles have no tokens, and with the largest number of splits that may be needed.
 
-For the letters in tensor names see `ops.py`.
+For shape suffixes see `ops.py`.
 """
 
 from __future__ import annotations
@@ -23,47 +22,47 @@ import torch
 import triton
 from numpy.typing import NDArray
 
-from turret_server.kernels.gpu.attention_kernels import EVERYTHING, attend_tile, combine_splits, write_tokens
+from turret_server.kernels.gpu.attention_kernels import UNLIMITED, attend_tile, combine_splits, write_tokens
 from turret_server.kernels.gpu.jit import dot_type, to_device
 from turret_server.kernels.ops import AttentionBatch, AttentionParams
 
-_FEW_ROWS = 16
-_MANY_ROWS = 64
-_SPLIT = 256  # positions, or a multiple of them where that makes too many splits
-_MOST_SPLITS = 32
-_KEY_BYTES = 1 << 14  # of the keys that a program reads at a time
+_SPLIT_ROWS = 16
+_UNSPLIT_ROWS = 64
+_SPLIT = 256  # positions of a split, or a multiple where that makes more than `_MAX_SPLITS`
+_MAX_SPLITS = 32
+_KEY_BYTES = 1 << 14  # of the keys that a program loads at a time
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiles:
-    """Tokens of one sequence each, [N, 4] in int32: sequence, first token, how many, position of the first.
+    """Tiles of tokens of one sequence, int32 [N, 4]: sequence, first token, number of tokens, position of the
+    first token.
 
-    `few_N4` are sequences that are split over the context, into no more than `num_splits`; so many programs
-    share them as `num_programs` says.
+    `split_N4` are split over the context into at most `num_splits` parts, shared by `num_programs` programs.
     """
 
-    few_N4: torch.Tensor
-    many_N4: torch.Tensor
+    split_N4: torch.Tensor
+    unsplit_N4: torch.Tensor
     num_splits: int
     num_programs: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledBatch(AttentionBatch):
-    """A batch whose tiles lie on the device already; what the host knows of its lengths is not read.
+    """A batch whose tiles are on the device already; the lengths on the host are not read.
 
-    Its block tables may lie end to end: then they are [N, 1], and a tile's sequence is where its own begins.
+    Block tables may be concatenated: then they are [N, 1], and a tile's sequence is where its table begins.
     """
 
     tiles: AttentionTiles
 
 
 def make_tiles(batch: AttentionBatch, group: int, device: torch.device) -> AttentionTiles:
-    """`group` is the number of query heads that share a key-value head."""
+    """The tiles of a batch; `group` is the number of query heads of a key-value head."""
     bounds, contexts = batch.query_bounds.numpy(), batch.context_lengths_Q.numpy()
     counts = np.diff(bounds)
-    is_few = counts * group <= _rows(_FEW_ROWS, group)
-    size = np.where(is_few, np.maximum(counts, 1), _rows(_MANY_ROWS, group) // group)
+    is_split = counts * group <= _tile_rows(_SPLIT_ROWS, group)
+    size = np.where(is_split, np.maximum(counts, 1), _tile_rows(_UNSPLIT_ROWS, group) // group)
     num_tiles = -(-counts // size)
     sequence = np.repeat(np.arange(len(counts)), num_tiles)
     inside = np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
@@ -77,29 +76,29 @@ def make_tiles(batch: AttentionBatch, group: int, device: torch.device) -> Atten
         ),
         axis=1,
     )
-    few = is_few[sequence]
-    num_splits = int(_num_splits(contexts[is_few]).max(initial=0))
+    splits_N = is_split[sequence]
+    num_splits = int(_num_splits(contexts[is_split]).max(initial=0))
     return AttentionTiles(
-        few_N4=to_device(tiles_N4[few], device),
-        many_N4=to_device(tiles_N4[~few], device),
+        split_N4=to_device(tiles_N4[splits_N], device),
+        unsplit_N4=to_device(tiles_N4[~splits_N], device),
         num_splits=num_splits,
         num_programs=num_splits,
     )
 
 
-def most_splits(context: int) -> int:
-    """Of a sequence that is no longer."""
-    return min(-(-context // _SPLIT), _MOST_SPLITS)
+def max_splits(context: int) -> int:
+    """The largest number of splits of a context up to this length."""
+    return min(-(-context // _SPLIT), _MAX_SPLITS)
 
 
 def _num_splits(contexts: NDArray[np.int64]) -> NDArray[np.int64]:
     smallest = -(-contexts // _SPLIT)
-    return -(-smallest // np.maximum(-(-smallest // _MOST_SPLITS), 1))
+    return -(-smallest // np.maximum(-(-smallest // _MAX_SPLITS), 1))
 
 
-def _rows(least: int, group: int) -> int:
-    """Of a tile: at least one token's."""
-    return max(least, int(triton.next_power_of_2(group)))
+def _tile_rows(minimum: int, group: int) -> int:
+    """Rows of a tile: those of one token at least."""
+    return max(minimum, int(triton.next_power_of_2(group)))
 
 
 def write_kv(
@@ -142,11 +141,11 @@ def attend(
     out_THD = query_THD.new_empty(num_tokens, num_heads, head_dim)
     if query_THD.stride(2) != 1:
         query_THD = query_THD.contiguous()
-    window = params.window or EVERYTHING
+    window = params.window or UNLIMITED
     sinks_H = out_THD if params.sinks_H is None else params.sinks_H
     has_sinks = params.sinks_H is not None
-    whole = triton.next_power_of_2(max(16, head_dim))
-    shape = {"GROUP": group, "DIM": head_dim, "WHOLE": whole, "HAS_SINKS": has_sinks}
+    padded_dim = triton.next_power_of_2(max(16, head_dim))
+    shape = {"GROUP": group, "DIM": head_dim, "WHOLE": padded_dim, "HAS_SINKS": has_sinks}
 
     def launch(tiles_N4: torch.Tensor, programs: int, parts: tuple[torch.Tensor, ...], **how: Any) -> None:
         attend_tile[(len(tiles_N4), num_kv_heads, programs)](
@@ -167,40 +166,40 @@ def attend(
             window,
             tiles.num_splits,
             BLOCK=kv_P2BKD.shape[2],
-            KEYS=max(16, min(64, _KEY_BYTES // (whole * query_THD.element_size()))),
+            KEYS=max(16, min(64, _KEY_BYTES // (padded_dim * query_THD.element_size()))),
             HAS_SOFTCAP=bool(params.softcap),
-            MOST_SPLITS=_MOST_SPLITS,
+            MAX_SPLITS=_MAX_SPLITS,
             DOT=dot_type(query_THD.dtype),
             num_warps=4,
             **shape,
             **how,
         )
 
-    if len(tiles.many_N4):
+    if len(tiles.unsplit_N4):
         unused = (out_THD, out_THD, out_THD)
-        # The queries too are in shared memory then, of which float32 takes up twice as much.
+        # Here the queries are in shared memory too, of which float32 needs twice as much.
         stages = 1 if query_THD.dtype == torch.float32 else 2
-        rows = _rows(_MANY_ROWS, group)
-        launch(tiles.many_N4, 1, unused, ROWS=rows, SPLIT=EVERYTHING, num_stages=stages)
-    if len(tiles.few_N4):
-        rows = _rows(_FEW_ROWS, group)
-        at = (len(tiles.few_N4), num_kv_heads, tiles.num_splits, rows)
+        rows = _tile_rows(_UNSPLIT_ROWS, group)
+        launch(tiles.unsplit_N4, 1, unused, ROWS=rows, SPLIT=UNLIMITED, num_stages=stages)
+    if len(tiles.split_N4):
+        rows = _tile_rows(_SPLIT_ROWS, group)
+        at = (len(tiles.split_N4), num_kv_heads, tiles.num_splits, rows)
         tops, totals = query_THD.new_empty(2, *at, dtype=torch.float32)
-        sums = query_THD.new_empty(*at, whole, dtype=torch.float32)
+        sums = query_THD.new_empty(*at, padded_dim, dtype=torch.float32)
         parts = (sums, tops, totals)
-        launch(tiles.few_N4, tiles.num_programs, parts, ROWS=rows, SPLIT=_SPLIT, num_stages=3)
-        combine_splits[(len(tiles.few_N4), num_kv_heads)](
+        launch(tiles.split_N4, tiles.num_programs, parts, ROWS=rows, SPLIT=_SPLIT, num_stages=3)
+        combine_splits[(len(tiles.split_N4), num_kv_heads)](
             out_THD,
             sums,
             tops,
             totals,
-            tiles.few_N4,
+            tiles.split_N4,
             sinks_H,
             tiles.num_splits,
             window,
             ROWS=rows,
             SPLIT=_SPLIT,
-            MOST_SPLITS=_MOST_SPLITS,
+            MAX_SPLITS=_MAX_SPLITS,
             **shape,
         )
     return out_THD

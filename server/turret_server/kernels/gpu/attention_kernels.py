@@ -1,6 +1,6 @@
-"""The kernels of `gpu_attention.py`, which says what they do together.
+"""The kernels that `attention.py` launches and explains.
 
-For the letters in tensor names see `ops.py`.
+For shape suffixes see `ops.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import triton.language as tl
 
 from turret_server.kernels.gpu.jit import EXACT, inlined, kernel
 
-EVERYTHING = 1 << 30  # tokens: no window, no split
+UNLIMITED = 1 << 30  # tokens of a window or a split
 
-_NO_SPLIT: tl.constexpr = tl.constexpr(EVERYTHING)
+_NO_SPLIT: tl.constexpr = tl.constexpr(UNLIMITED)
 _LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
@@ -34,7 +34,7 @@ def write_tokens(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """A token whose page is below 0 is written nowhere."""
+    """Writes each token's key and value to its slot; a page below 0 marks padding."""
     token = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, WIDTH)
     head, dim = index // DIM, index % DIM
@@ -76,10 +76,11 @@ def attend_tile(
     HAS_SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ) -> None:
-    """A tile's rows over its context, or over some of the splits of it, of which the largest score, the sum
-    of weights and that of weighted values remain.
+    """A tile's rows over its context, or over some of its splits.
+
+    A split stores its largest score, its sum of weights and its sum of weighted values.
     """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     sequence, first_token = tl.load(tiles_N4 + tile * 4), tl.load(tiles_N4 + tile * 4 + 1)
@@ -134,7 +135,7 @@ def attend_tile(
             HAS_SINKS,
         )
     else:
-        size = _split_size(high, SPLIT, MOST_SPLITS)
+        size = _split_size(high, SPLIT, MAX_SPLITS)
         for split in range(low // size + tl.program_id(2), tl.cdiv(high, size), tl.num_programs(2)):
             top, total, result = _over(
                 q,
@@ -163,9 +164,9 @@ def attend_tile(
 
 
 @inlined
-def _split_size(context: tl.tensor, SPLIT: tl.constexpr, MOST_SPLITS: tl.constexpr) -> tl.tensor:
-    """Positions of a split: a sequence's own length says how many."""
-    return tl.cdiv(tl.cdiv(context, SPLIT), MOST_SPLITS) * SPLIT
+def _split_size(context: tl.tensor, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr) -> tl.tensor:
+    """Positions of a split, from the length of the sequence alone."""
+    return tl.cdiv(tl.cdiv(context, SPLIT), MAX_SPLITS) * SPLIT
 
 
 @inlined
@@ -189,7 +190,7 @@ def _over(
     WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Largest score, sum of weights and of weighted values over some positions; scores to the base of 2."""
+    """Largest score, sum of weights and sum of weighted values over positions; scores are in base 2."""
     dim = tl.arange(0, WHOLE)
     has_dim = dim < DIM
     top = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -207,7 +208,7 @@ def _over(
         seen = (key_position[None, :] <= row_position) & (key_position[None, :] > row_position - window)
         scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # Rows that have seen nothing yet: −inf − −inf is not a number.
+        # A row that has seen no position yet would compute −inf − −inf.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights, fade = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
         v_in = kv_in + value_offset + place[:, None] + dim[None, :]
@@ -231,13 +232,13 @@ def combine_splits(
     window: tl.tensor,
     ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     WHOLE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ) -> None:
-    """Weigh the splits of a tile's context together, in their order."""
+    """Combines the splits of a tile's context, in their order."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     first_token = tl.load(tiles_N4 + tile * 4 + 1)
     count, position = tl.load(tiles_N4 + tile * 4 + 2), tl.load(tiles_N4 + tile * 4 + 3)
@@ -247,7 +248,7 @@ def combine_splits(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, WHOLE), tl.float32)
-    size = _split_size(position + count, SPLIT, MOST_SPLITS)
+    size = _split_size(position + count, SPLIT, MAX_SPLITS)
     for split in range(tl.maximum(position - window + 1, 0) // size, tl.cdiv(position + count, size)):
         at = ((tile * tl.num_programs(1) + kv_head) * num_splits + split).to(tl.int64) * ROWS + row
         split_top = tl.load(tops + at)
@@ -294,7 +295,7 @@ def _finish(
     WHOLE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ) -> None:
-    """Divide by the sum of weights, sinks among them, and store."""
+    """Divides by the sum of weights, including sinks, and stores."""
     if HAS_SINKS:
         sink = tl.load(sinks_H + head).to(tl.float32) * _LOG2_E
         base = tl.maximum(top, sink)
@@ -309,6 +310,6 @@ def _finish(
 
 @inlined
 def _tanh(x: tl.tensor) -> tl.tensor:
-    shrunk = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))  # exp(−2 |x|), which cannot overflow
+    shrunk = tl.exp2(tl.abs(x) * (-2.0 * _LOG2_E))  # exp(−2 |x|) never overflows
     tanh = (1.0 - shrunk) / (1.0 + shrunk)
     return tl.where(x < 0, -tanh, tanh)

@@ -1,6 +1,6 @@
-"""How the GPU kernels are compiled: by Triton, on first call, and kept on disk for the next start.
+"""Compiles the GPU kernels with Triton on their first call; Triton caches the machine code on disk.
 
-With TRITON_INTERPRET=1, set before Triton is imported, they run on a CPU, slowly, for tests.
+With TRITON_INTERPRET=1, set before Triton is imported, they run in its interpreter on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-# The interpreter has no matrix product of bfloat16. In float32 it is the same: products are exact there.
+# The interpreter has no bfloat16 matrix product. float32 gives the same: products are exact there.
 _DOT_TYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -23,24 +23,25 @@ _DOT_TYPES = {
 
 
 def kernel(*varying: str) -> Callable[[Callable[..., None]], Any]:
-    """A kernel, to be launched as function[grid](arguments).
+    """Decorates a kernel that is launched as function[grid](arguments).
 
-    `varying` are numbers that differ from step to step: no code is compiled for some of their values.
+    Triton compiles no special versions for values of the arguments named in `varying`, which differ from step
+    to step.
     """
     return lambda function: triton.jit(function, do_not_specialize=list(varying))
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """What kernels call."""
+    """Decorates a function that kernels call."""
     return triton.jit(function)
 
 
 def dot_type(dtype: torch.dtype) -> Any:
-    """What matrices of a dtype are multiplied in; sums are of float32."""
+    """The dtype in which matrices of a dtype are multiplied; sums are in float32."""
     return _DOT_TYPES[dtype]
 
 
-# Matrix products of float32 run on tensor cores in three parts that lose nothing to speak of.
+# float32 matrix products run on tensor cores in three TF32 parts, with nearly float32's precision.
 EXACT: tl.constexpr = tl.constexpr("tf32x3")
 
 
@@ -52,6 +53,6 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def to_device(table: Any, device: torch.device) -> torch.Tensor:
-    """A numpy table as int32 on the device; the host does not wait for the copy."""
+    """An array as int32 on the device; the copy is asynchronous."""
     host = torch.from_numpy(np.ascontiguousarray(table, np.int32))
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

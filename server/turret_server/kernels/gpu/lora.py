@@ -1,15 +1,14 @@
-"""LoRA rows applied straight from the arena, each token with those of its segment (Punica's SGMV,
+"""LoRA rows applied straight from the arena, to each token those of its segment (Punica's SGMV,
 arXiv 2310.18547, with ragged ranks and scattered rows).
 
-The work is a table of tiles, each up to 16 tokens of one segment; a decode step has one for each segment, a
-long segment many. What a token gets does not depend on the tile it is in: its product with a row is summed
-over the in features in parts that depend on their number alone, then over the rows in their order, then
-with what the output was.
+The work is a table of tiles of up to 16 tokens of one segment. A token's result does not depend on its tile:
+its product with a row is summed over the in features in parts that depend on their number alone, then over
+the rows in order, then with the base's output.
 
-Nothing here waits for the device. A CUDA graph can be recorded around it with rows that are `TiledRows` in
-static buffers, whose tiles beyond those in use have no tokens.
+Nothing here synchronises with the device. A CUDA graph can be captured around it with `TiledRows` in static
+buffers, whose unused tiles have no tokens.
 
-For the letters in tensor names see `ops.py`.
+For shape suffixes see `ops.py`.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from turret_server.kernels.gpu.jit import EXACT, dot_type, inlined, kernel, to_d
 from turret_server.kernels.ops import LoraRows
 
 TOKENS = 16  # of a tile
-_ROWS = 16  # that go through the tensor cores together
-_MOST_GROUPS = 4  # of rows that have programs of their own; further ones come after them
-_SHRUNK = 128  # in features that a program reads at a time
+_ROWS = 16  # of one tensor core product
+_MAX_GROUPS = 4  # of rows with programs of their own; these go through further groups in turn
+_SHRUNK = 128  # in features that a program loads at a time
 _EXPANDED = 128  # out features of a program
-_PER_PART = 512  # in features, of which a product is a part
-_MOST_PARTS = 16
+_PER_PART = 512  # in features of one part of a sum
+_MAX_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TiledRows(LoraRows):
-    """Rows whose tiles lie on the device already; what the host knows of segments is not read.
+    """Rows whose tiles are on the device already; the segments on the host are not read.
 
-    `tiles_N4` are int32: first token, end of the tokens, first row, end of the rows. Tiles have no more than
-    16 tokens and `max_rank` rows.
+    `tiles_N4` are int32: first token, end of the tokens, first row, end of the rows. A tile has at most 16
+    tokens and `max_rank` rows.
     """
 
     tiles_N4: torch.Tensor
@@ -63,9 +62,9 @@ def _tiles(
     row_bounds: tuple[int, ...],
     device: torch.device,
 ) -> tuple[torch.Tensor, int]:
-    """The tiles, and the most rows that one has.
+    """The tiles, and the largest number of rows of one.
 
-    They are the same for every layer, and in decoding for every step until the batch changes.
+    Cached: they are the same for every layer, and for every decode step until the batch changes.
     """
     starts, ends, bounds = (np.array(each, np.int64) for each in (token_starts, token_ends, row_bounds))
     ranks = np.diff(bounds)
@@ -86,14 +85,14 @@ def add_tiles(
     max_rank: int,
     rows: LoraRows,
 ) -> None:
-    """For the tiles see `TiledRows`; of `rows` only the tensors count."""
+    """`lora_add` for tiles as in `TiledRows`; only the tensors of `rows` are read."""
     assert y_TO.is_contiguous()
     x_TI = x_TI.contiguous()
     num_tokens, num_in = x_TI.shape
     num_out = y_TO.shape[1]
-    parts = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(num_in, _PER_PART)))
+    parts = min(_MAX_PARTS, triton.next_power_of_2(triton.cdiv(num_in, _PER_PART)))
     shrunk_PTR = torch.empty(parts, num_tokens, max_rank, dtype=torch.float32, device=x_TI.device)
-    groups = min(_MOST_GROUPS, triton.cdiv(max_rank, _ROWS))
+    groups = min(_MAX_GROUPS, triton.cdiv(max_rank, _ROWS))
     _shrink[(len(tiles_N4), groups, parts)](
         shrunk_PTR,
         x_TI,
@@ -162,7 +161,7 @@ def _shrink(
         row = above + tl.arange(0, ROWS)
         has_row = first + row < last
         offsets = tl.load(a_offsets_R + first + row, has_row, 0)
-        # Rows begin wherever the arena had room. Where they begin on 8 elements, loads are wide.
+        # A row can begin at any element of the arena. If all begin at multiples of 8, loads are wide.
         if tl.max(offsets % 8, 0) == 0:
             a_in = arena + tl.multiple_of(offsets, 8)[None, :]
             product = _dots(x_in, a_in, has_token, has_row, low, high, TOKENS, ROWS, COLUMNS, DOT)
@@ -187,7 +186,7 @@ def _dots(
     COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
 ) -> tl.tensor:
-    """Products of tokens and rows over the in features from low up to high."""
+    """Products of tokens and rows over in features low … high - 1."""
     total = tl.zeros((TOKENS, ROWS), tl.float32)
     for start in range(low, high, COLUMNS):
         column = start + tl.arange(0, COLUMNS)

@@ -1,14 +1,14 @@
-"""The NF4 product on a GPU: weights are read packed and looked up on the way to the tensor cores.
+"""The NF4 product on a GPU: packed weights are dequantised on the way to the tensor cores.
 
-A weight is packed in tiles of 64 out features and one quantisation block, each without gaps, in the order
-in which they are read; its scales stay in rows. A byte holds two elements that lie half a block apart.
+A weight is packed into contiguous tiles of 64 out features by one quantisation block, in reading order; its
+scales stay in rows. A byte holds two elements that are half a block apart.
 
-The tile of the weight is the product's left matrix and the tokens are its columns, so that a token's sum
-runs over the blocks in the same order however many tokens there are; the split of the sum depends on the
-weight's shape and the GPU alone. That holds up to `MOST_FUSED` tokens. More are multiplied by the matrix
-library with a weight made whole in scratch memory, whose order is the library's affair.
+The tile of the weight is the left matrix of the product and the tokens are its columns, so a token's sum runs
+over the blocks in the same order for any number of tokens; how the sum is split depends on the weight's shape
+and the GPU alone. This holds up to `MAX_FUSED_TOKENS` tokens. Above, the weight is dequantised to scratch
+memory and multiplied by the matrix library, in the library's order.
 
-For the letters in tensor names see `ops.py`.
+For shape suffixes see `ops.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from bitsandbytes.functional import dequantize_blockwise
 from turret_server.kernels.gpu.jit import EXACT, dot_type, kernel, num_multiprocessors
 from turret_server.kernels.ops import NF4Weight, PackedNF4Weight
 
-MOST_FUSED = 64
+MAX_FUSED_TOKENS = 64
 
 _TILE = 64  # out features
 _LARGEST_BLOCK = 128
-_FEWEST_BLOCKS = 4  # that are worth a program of their own
-_STAGES = 5  # tiles that are on their way while one is multiplied
-_SUMMED = 1024  # outputs that one program sums up
+_MIN_BLOCKS = 4  # of a program
+_STAGES = 5  # tiles in flight while one is multiplied
+_SUMMED = 1024  # outputs of a program that adds up splits
 
 
 def is_packable(weight: NF4Weight) -> bool:
+    """Whether the kernel takes the weight: rows of whole quantisation blocks of at most 128."""
     block: int = weight.state.blocksize
     return block <= _LARGEST_BLOCK and weight.in_features % block == 0
 
 
 def pack(weight: NF4Weight, dtype: torch.dtype) -> PackedNF4Weight:
-    """Bring bitsandbytes' rows of nibbles, the first of two in the higher four bits, into tiles."""
+    """Reorders bitsandbytes' rows of nibbles, whose first is in the higher four bits, into tiles."""
     state, block = weight.state, weight.state.blocksize
     absmax = state.absmax
     if state.nested:
@@ -55,7 +56,7 @@ def pack(weight: NF4Weight, dtype: torch.dtype) -> PackedNF4Weight:
 
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """With rows of zeros up to a whole number of tiles."""
+    """Padded with rows of zeros to a whole number of tiles."""
     missing = -len(rows) % _TILE
     return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
@@ -63,8 +64,8 @@ def _padded(rows: torch.Tensor) -> torch.Tensor:
 def linear(x_TI: torch.Tensor, weight: PackedNF4Weight) -> torch.Tensor:
     """See `ops.Ops`."""
     x_TI = x_TI.contiguous()
-    if len(x_TI) > MOST_FUSED:
-        return torch.nn.functional.linear(x_TI, dequantise(weight))
+    if len(x_TI) > MAX_FUSED_TOKENS:
+        return torch.nn.functional.linear(x_TI, dequantize(weight))
     num_tokens = len(x_TI)
     y_TO = torch.empty(num_tokens, weight.out_features, dtype=x_TI.dtype, device=x_TI.device)
     num_tiles, num_blocks = weight.data.shape[:2]
@@ -95,11 +96,11 @@ def linear(x_TI: torch.Tensor, weight: PackedNF4Weight) -> torch.Tensor:
     return y_TO
 
 
-def dequantise(weight: PackedNF4Weight) -> torch.Tensor:
+def dequantize(weight: PackedNF4Weight) -> torch.Tensor:
     """The weight in the compute dtype, [O, I]."""
     shape = (weight.out_features, weight.in_features)
     weight_OI = torch.empty(shape, dtype=weight.code.dtype, device=weight.data.device)
-    _dequantise[weight.data.shape[:2]](
+    _dequantize[weight.data.shape[:2]](
         weight_OI,
         weight.data,
         weight.absmax,
@@ -112,9 +113,9 @@ def dequantise(weight: PackedNF4Weight) -> torch.Tensor:
 
 
 def _num_splits(num_tiles: int, num_blocks: int, num_multiprocessors: int) -> int:
-    """Into how many parts a sum is split, for about two programs on each multiprocessor."""
+    """Parts of a sum, for about two programs on each multiprocessor."""
     wanted = 2 * num_multiprocessors // num_tiles
-    return max(1, min(wanted, num_blocks // _FEWEST_BLOCKS))
+    return max(1, min(wanted, num_blocks // _MIN_BLOCKS))
 
 
 @kernel("num_tokens", "num_splits")
@@ -174,7 +175,7 @@ def _sum_splits(
 
 
 @kernel()
-def _dequantise(
+def _dequantize(
     weight_OI: tl.tensor,
     data: tl.tensor,
     absmax: tl.tensor,

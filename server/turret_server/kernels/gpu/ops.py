@@ -1,24 +1,26 @@
-"""The ops for GPUs: kernels in Triton, and the matrix library for many tokens."""
+"""The ops for GPUs, in Triton; and RMSNorm, which no other file needs."""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 
 from turret_server.kernels.gpu import attention as gpu_attention
 from turret_server.kernels.gpu import lora as gpu_lora
 from turret_server.kernels.gpu import nf4 as gpu_nf4
-from turret_server.kernels.gpu import norm as gpu_norm
+from turret_server.kernels.gpu.jit import kernel
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 from turret_server.kernels.reference import ReferenceOps
 
 
 class GpuOps:
-    """See `ops.Ops`. What holds of a token's result in company is said beside each kernel."""
+    """See `ops.Ops`. Each kernel's file says whether a token's bits depend on the rest of the step."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._reference = ReferenceOps()
-        # Every layer of a step asks with the same batch. Kept, so that its identity is nobody else's.
+        # Every layer of a step has the same batch. It is kept, so that no other batch gets its identity.
         self._tiles: tuple[AttentionBatch, int, gpu_attention.AttentionTiles] | None = None
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
@@ -33,7 +35,13 @@ class GpuOps:
         return self._reference.linear(x_TI, weight_OI)
 
     def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
-        return gpu_norm.rms_norm(x_TI, weight_I, epsilon)
+        x_TI = x_TI.contiguous()
+        num_rows, width = x_TI.shape
+        y_TI = torch.empty_like(x_TI, dtype=torch.promote_types(x_TI.dtype, weight_I.dtype))
+        padded = triton.next_power_of_2(width)
+        num_warps = max(1, min(8, padded // 256))
+        _rms_norm[(num_rows,)](y_TI, x_TI, weight_I, epsilon, width, WHOLE=padded, num_warps=num_warps)
+        return y_TI
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         gpu_lora.lora_add(y_TO, x_TI, arena, rows)
@@ -65,3 +73,23 @@ class GpuOps:
             self._tiles = batch, group, gpu_attention.make_tiles(batch, group, query_THD.device)
         tiles = self._tiles[2]
         return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, tiles, params)
+
+
+@kernel()
+def _rms_norm(
+    y_TI: tl.tensor,
+    x_TI: tl.tensor,
+    weight_I: tl.tensor,
+    epsilon: tl.tensor,
+    width: tl.tensor,
+    WHOLE: tl.constexpr,
+) -> None:
+    """A row to a program; its sum does not depend on the other rows."""
+    start = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, WHOLE)
+    inside = column < width
+    stored = tl.load(x_TI + start + column, inside, 0.0)
+    x = stored.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
+    weight = tl.load(weight_I + column, inside, 0.0).to(tl.float32)
+    tl.store(y_TI + start + column, (x * scale).to(stored.dtype).to(tl.float32) * weight, inside)

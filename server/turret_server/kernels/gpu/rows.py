@@ -1,9 +1,8 @@
-"""The LoRA rows of a step's adapters put together on the GPU, for every linear at once.
+"""Gathers the LoRA rows of a step's adapters on the GPU, for every linear at once.
 
-What a CUDA graph reads must stay where it is. So an adapter has a directory of its own, written once when it
-becomes resident, and a step says only which directories its tokens use; a kernel in the graph copies what
-stands in them to where the graph's LoRA kernels look. Which adapters a step mixes is then a matter of a few
-hundred bytes, however many linears and rows they have.
+A CUDA graph reads from fixed addresses. So each resident adapter has a directory, written once, and a step
+passes only which directories its tokens use; a kernel in the graph copies their entries to the buffers that
+the graph's LoRA kernels read. A step passes a few hundred bytes, however many linears and rows there are.
 
 Shape suffixes: M linears, N tiles, P pairs of a tile's and an adapter, R rows, W rows of the largest linear
 of an adapter.
@@ -21,15 +20,15 @@ import triton.language as tl
 from turret_server.kernels.gpu.jit import kernel
 from turret_server.kernels.gpu.lora import TiledRows
 
-# Of a tile: the rows of all its adapters in one linear.
-MOST_ROWS = 128
+# Rows of all adapters of a tile in one linear.
+MAX_TILE_ROWS = 128
 
-_AT_ONCE = 64  # rows that a program copies
+_COPIED_ROWS = 64  # that a program copies at a time
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRows:
-    """What an adapter adds to one linear: arena offsets of the rows of A and of B, int64 [R]."""
+    """An adapter's rows in one linear: arena offsets of the rows of A and of B, int64 [R]."""
 
     scaling: float
     a_offsets_R: torch.Tensor
@@ -38,8 +37,8 @@ class LinearRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directory:
-    """An adapter's rows in every linear, int64 [M, 2 + 2 · width]: how many, the bits of the scaling in
-    float64, offsets of A, offsets of B. `width` are the rows of the linear that has most.
+    """An adapter's rows in every linear, int64 [M, 2 + 2 · width]: their number, the bits of the scaling in
+    float64, offsets of A, offsets of B. `width` is the largest number of rows in a linear.
     """
 
     table_MX: torch.Tensor
@@ -47,7 +46,7 @@ class Directory:
 
 
 def make_directory(linears: Sequence[LinearRows | None], device: torch.device) -> Directory:
-    """`linears` are in the order of the model; None where the adapter adds nothing."""
+    """`linears` are in the model's order, None where the adapter has no rows."""
     width = max(len(each.a_offsets_R) for each in linears if each)
     table_MX = np.zeros((len(linears), 2 + 2 * width), np.int64)
     for row_X, each in zip(table_MX, linears, strict=True):
@@ -60,13 +59,13 @@ def make_directory(linears: Sequence[LinearRows | None], device: torch.device) -
 
 
 def float_bits(number: float) -> int:
-    """A float64, to be kept among int64."""
+    """The bits of a float64 as an int64."""
     return int(np.float64(number).view(np.int64))
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """Where `gather` puts rows: those of tile n in linear m are from (m · N + n) · `MOST_ROWS` on."""
+    """The output of `gather`: the rows of tile n in linear m begin at (m · N + n) · `MAX_TILE_ROWS`."""
 
     tiles_MN4: torch.Tensor
     a_offsets_R: torch.Tensor
@@ -75,7 +74,7 @@ class StepRows:
 
     @classmethod
     def empty(cls, num_linears: int, num_tiles: int, device: torch.device) -> StepRows:
-        num_rows = num_linears * num_tiles * MOST_ROWS
+        num_rows = num_linears * num_tiles * MAX_TILE_ROWS
         return cls(
             torch.zeros(num_linears, num_tiles, 4, dtype=torch.int32, device=device),
             torch.zeros(num_rows, dtype=torch.int64, device=device),
@@ -84,7 +83,7 @@ class StepRows:
         )
 
     def of_tiles(self, num_tiles: int) -> StepRows:
-        """The same for fewer tiles, in the same memory."""
+        """A view for fewer tiles, in the same memory."""
         num_linears = len(self.tiles_MN4)
         tiles = self.tiles_MN4.view(-1)[: num_linears * num_tiles * 4]
         return replace(self, tiles_MN4=tiles.view(num_linears, num_tiles, 4))
@@ -98,12 +97,12 @@ class StepRows:
             b_offsets_R=self.b_offsets_R,
             weights_R=self.weights_R,
             tiles_N4=self.tiles_MN4[index],
-            max_rank=MOST_ROWS,
+            max_rank=MAX_TILE_ROWS,
         )
 
 
 def gather(into: StepRows, tiles_N4: torch.Tensor, pairs_P3: torch.Tensor) -> None:
-    """Put the rows of every linear together.
+    """Gathers the rows of every tile in every linear.
 
     `tiles_N4` are int32: first token, end of the tokens, first pair, end of the pairs. `pairs_P3` are int64:
     the address of a directory's table, its width, the bits of the adapter's weight in float64.
@@ -115,8 +114,8 @@ def gather(into: StepRows, tiles_N4: torch.Tensor, pairs_P3: torch.Tensor) -> No
         into.weights_R,
         tiles_N4,
         pairs_P3,
-        MOST=MOST_ROWS,
-        COUNT=_AT_ONCE,
+        MOST=MAX_TILE_ROWS,
+        COUNT=_COPIED_ROWS,
         num_warps=2,
     )
 
@@ -152,7 +151,7 @@ def _gather(
             tl.store(weights_R + into, tl.zeros((COUNT,), tl.float32) + scale, here)
         done += rank
     tl.store(tiles_MN4 + place * 4, start)
-    # Without rows there is nothing to do for its tokens.
+    # A tile without rows has no tokens.
     tl.store(tiles_MN4 + place * 4 + 1, tl.where(done > 0, end, start))
     tl.store(tiles_MN4 + place * 4 + 2, place * MOST)
     tl.store(tiles_MN4 + place * 4 + 3, place * MOST + done)

@@ -9,7 +9,7 @@ import sys
 SCRIPT = """
 import os, threading, time
 import torch
-from turret_server.kernels.cpu.cores import CORES, give_back_cores, take_cores
+from turret_server.kernels.cpu.cores import CORES, release_cores, claim_cores
 
 def on_a_thread(work):
     thread = threading.Thread(target=work)
@@ -21,15 +21,15 @@ def compute():
     print(torch.get_num_threads(), end=" ")
 
 def take_and_compute():
-    take_cores()
+    claim_cores()
     compute()
     on_a_thread(compute)
-    take_cores()
+    claim_cores()
     compute()
 
 compute()
 before = len(os.listdir("/proc/self/task"))
-give_back_cores()
+release_cores()
 while len(os.listdir("/proc/self/task")) == before:  # a thread may need a moment to end
     time.sleep(0.01)
 compute()

@@ -122,3 +122,13 @@ def test_an_adapted_linear_is_the_product_and_the_rows(dtype, num_in, num_out):
     assert torch.equal(ops.adapted_linear(x, weight, arena, None), expected)
     ops.lora_add(expected, x, arena, rows)
     assert torch.equal(ops.adapted_linear(x, weight, arena, rows), expected)
+
+
+def test_rows_are_read_from_the_arena_that_is_given():
+    ops, (arena, rows) = CpuOps(torch.float32), lora(torch.float32, 32, 64, [(0, 3, 4)])
+    x, other = torch.randn(3, 32), torch.randn(len(arena))
+    for own in (arena, other, arena):
+        y, expected = torch.zeros(3, 64), torch.zeros(3, 64)
+        ops.lora_add(y, x, own, rows)
+        ReferenceOps().lora_add(expected, x, own, rows)
+        assert_close(y, expected, torch.float32, 32)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
 from turret_server.kernels import CpuOps, NF4Weight, PackedNF4Weight, ReferenceOps, select_ops
+from turret_server.kernels.cpu import nf4 as cpu_nf4
 
 CPU = torch.device("cpu")
 OPS = {dtype: CpuOps(dtype) for dtype in (torch.bfloat16, torch.float32)}
@@ -77,6 +80,22 @@ def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(dtype, out_f
     assert OPS[dtype].pack_nf4(unpacked) is unpacked
     x = torch.randn(3, in_features, dtype=dtype)
     torch.testing.assert_close(OPS[dtype].nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked))
+
+
+def test_nothing_of_a_weight_that_is_dropped_stays():
+    packed = OPS[torch.float32].pack_nf4(weight(64, 64))
+    OPS[torch.float32].nf4_linear(torch.ones(1, 64), packed)
+    assert packed in cpu_nf4._arrays
+    data, known = weakref.ref(packed.data), len(cpu_nf4._arrays)
+    del packed
+    gc.collect()
+    assert data() is None
+    assert len(cpu_nf4._arrays) == known - 1
+
+
+@each_dtype
+def test_a_cpu_takes_the_kernels_for_cpus(dtype):
+    assert isinstance(select_ops(CPU, dtype), CpuOps)
 
 
 def test_a_dtype_without_kernels_takes_the_reference():

@@ -118,14 +118,14 @@ def test_tiles_without_tokens_do_nothing():
     kv, batch = paged(torch.float32, [(1, 300), (1, 7)])
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64, sinks=True)
     used = make_tiles(batch, 2, DEVICE)
-    few_N4 = torch.cat((used.few_N4, used.few_N4.new_zeros(3, 4)))
-    tiles = AttentionTiles(few_N4, used.many_N4, used.num_splits + 2, num_programs=1)
+    split_N4 = torch.cat((used.split_N4, used.split_N4.new_zeros(3, 4)))
+    tiles = AttentionTiles(split_N4, used.unsplit_N4, used.num_splits + 2, num_programs=1)
     found = attend(query, kv, batch.block_tables_QM, tiles, how)
     assert_close(found, ReferenceOps().paged_attention(query, kv, batch, how))
 
 
 def test_a_long_context_has_longer_splits_and_not_more(monkeypatch):
-    monkeypatch.setattr(gpu_attention, "_MOST_SPLITS", 2)
+    monkeypatch.setattr(gpu_attention, "_MAX_SPLITS", 2)
     kv, batch = paged(torch.float32, [(1, 1100), (1, 300), (1, 513)])
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64, window=900)
     tiles = make_tiles(batch, 2, DEVICE)

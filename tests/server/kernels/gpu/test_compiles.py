@@ -21,11 +21,11 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.split()) == {
-        "_dequantise",
+        "_dequantize",
         "_expand",
         "_gather",
         "_multiply",
-        "_norm",
+        "_rms_norm",
         "_shrink",
         "_sum_splits",
         "attend_tile",

@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from support.kernel_inputs import DEVICE
 from turret_server.kernels import NF4Weight, PackedNF4Weight, ReferenceOps
-from turret_server.kernels.gpu.nf4 import MOST_FUSED, dequantise
+from turret_server.kernels.gpu.nf4 import MAX_FUSED_TOKENS, dequantize
 from turret_server.kernels.gpu.ops import GpuOps
 
 # What is rounded to the dtype: codes, scales and the sum, where the reference in float32 rounds nothing.
@@ -27,7 +27,7 @@ def assert_close(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("num_tokens", [1, 17, MOST_FUSED, MOST_FUSED + 1])
+@pytest.mark.parametrize("num_tokens", [1, 17, MAX_FUSED_TOKENS, MAX_FUSED_TOKENS + 1])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (130, 192), (7, 1024)])
 def test_the_product_is_the_references(dtype, num_tokens, out_features, in_features):
     whole = weight(dtype, out_features, in_features)
@@ -39,7 +39,7 @@ def test_the_product_is_the_references(dtype, num_tokens, out_features, in_featu
     assert_close(found, ReferenceOps().nf4_linear(x.float(), whole), dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [5, MOST_FUSED + 1])
+@pytest.mark.parametrize("num_tokens", [5, MAX_FUSED_TOKENS + 1])
 @pytest.mark.parametrize(("block_size", "nested"), [(32, True), (128, True), (64, False)])
 def test_other_quantisation_is_read_as_well(num_tokens, block_size, nested):
     whole = weight(torch.float32, 70, 256, block_size=block_size, nested=nested)
@@ -52,7 +52,7 @@ def test_the_weight_made_whole_is_bitsandbytes_own():
     whole = weight(torch.float32, 100, 192)
     packed = GpuOps(torch.float32).pack_nf4(whole)
     assert isinstance(packed, PackedNF4Weight)
-    torch.testing.assert_close(dequantise(packed), dequantize_4bit(whole.data, whole.state), atol=0, rtol=0)
+    torch.testing.assert_close(dequantize(packed), dequantize_4bit(whole.data, whole.state), atol=0, rtol=0)
 
 
 def test_a_packed_weight_takes_four_and_a_quarter_bits():

@@ -11,7 +11,7 @@ from support.kernel_inputs import DEVICE, lora
 from turret_server.kernels import LoraRows, ReferenceOps
 from turret_server.kernels.gpu.lora import lora_add
 from turret_server.kernels.gpu.rows import (
-    MOST_ROWS,
+    MAX_TILE_ROWS,
     LinearRows,
     StepRows,
     float_bits,
@@ -131,7 +131,7 @@ def test_smaller_batches_use_the_same_memory(num_tiles):
 
 
 def test_as_many_rows_as_a_tile_may_have():
-    arena, (one, two) = adapters((MOST_ROWS - 1, 8, 8), (1, 8, 8))
+    arena, (one, two) = adapters((MAX_TILE_ROWS - 1, 8, 8), (1, 8, 8))
     tiles = [(0, 1, [(one, 1.0), (two, 1.0)]), (1, 2, [(two, 1.0)])]
     into = gathered(tiles, num_tiles=2)
     x, y = tokens(2)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
-from turret_server.kernels.cpu import jit
+from turret_server.kernels.cpu.llvm import jit
 
 SOURCE = """
-from turret_server.kernels.cpu.jit import compiled
+from turret_server.kernels.cpu.llvm.jit import compiled
 
 @compiled
 def double(x):

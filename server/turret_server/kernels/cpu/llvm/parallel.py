@@ -1,12 +1,12 @@
 """Runs a kernel on the threads of torch's OpenMP pool.
 
-numba's own pools are others: its OpenMP layer asks for `libgomp.so.1.0.0` by that name and so loads a second
-copy beside torch's. Two pools fight, since threads that wait for work spin, and steps then take milliseconds
-longer than their kernels. So the region is opened through the OpenMP that is loaded already. Where there is
-none of GNU's interface, as on macOS, kernels run on one thread.
+numba's OpenMP layer loads a second copy of libgomp beside torch's. Threads that wait for work spin, so two
+pools slow each other down, and steps take milliseconds longer than their kernels. So the parallel region is
+opened through the OpenMP that torch has loaded. Where that is not GNU's, as on macOS, kernels run on one
+thread.
 """
 
-# ruff: noqa: ARG001, ARG005 (the signatures are numba's and OpenMP's)
+# ruff: noqa: ARG001, ARG005 (numba and OpenMP fix the signatures)
 from __future__ import annotations
 
 import ctypes
@@ -22,7 +22,7 @@ from turret_server.kernels.cpu.cores import CORES
 _POINTER = ir.IntType(8).as_pointer()
 _INT = ir.IntType(32)
 _VOID = ir.VoidType()
-_PLACEHOLDERS = (
+_SINGLE_THREADED = (
     ("omp_get_thread_num", ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)),
     ("omp_get_num_threads", ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)),
     (
@@ -35,11 +35,11 @@ _PLACEHOLDERS = (
 
 
 def _bind() -> int:
-    """Tell LLVM where the functions are, and how many threads there will be."""
+    """Gives LLVM the addresses of OpenMP's functions; the number of threads of a region."""
     loaded = ctypes.CDLL(None)
     has_gomp = hasattr(loaded, "GOMP_parallel")
-    for name, placeholder in _PLACEHOLDERS:
-        function = getattr(loaded, name) if has_gomp else placeholder
+    for name, substitute in _SINGLE_THREADED:
+        function = getattr(loaded, name) if has_gomp else substitute
         binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     return CORES if has_gomp else 1
 
@@ -50,9 +50,9 @@ _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
 
 
 @_intrinsic
-def on_all_threads(typing: Any, kernel: Any, arguments: Any) -> Any:
-    """Run kernel(worker, workers, *arguments) once for every worker; it must not raise."""
-    call = kernel.get_call_type(typing, (types.intp, types.intp, *arguments.types), {})
+def run_parallel(typing: Any, kernel: Any, arguments: Any) -> Any:
+    """Runs kernel(worker, workers, arguments) once for every worker; it must not raise."""
+    call = kernel.get_call_type(typing, (types.intp, types.intp, arguments), {})
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         compiled = kernel.dispatcher.get_compile_result(call)
@@ -68,8 +68,8 @@ def on_all_threads(typing: Any, kernel: Any, arguments: Any) -> Any:
 
 
 def _body(context: Any, module: Any, kernel: Any, arguments: Any) -> Any:
-    """A C function that calls the kernel with the arguments it gets a pointer to."""
-    name = module.get_unique_name("on_all_threads")
+    """A C function that takes a pointer to the arguments and calls the kernel."""
+    name = module.get_unique_name("run_parallel")
     body = ir.Function(module, ir.FunctionType(_VOID, [_POINTER]), name)
     body.linkage = "internal"
     builder = ir.IRBuilder(body.append_basic_block())
@@ -86,7 +86,7 @@ def _body(context: Any, module: Any, kernel: Any, arguments: Any) -> Any:
         context.declare_function(module, kernel),
         kernel.restype,
         kernel.argtypes,
-        [worker, workers, *cgutils.unpack_tuple(builder, values)],
+        [worker, workers, values],
     )
     builder.ret_void()
     return body
