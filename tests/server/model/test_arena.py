@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -64,3 +65,16 @@ def test_rows_are_written_where_they_are_read():
     assert torch.equal(arena.flat[100:108], torch.arange(8.0))
     assert not arena.flat[:100].any()
     assert not arena.flat[108:].any()
+
+
+def test_an_arena_on_a_cpu_takes_memory_only_as_it_is_written():
+    """Zeros that were written would be resident: 1 GiB of them."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    arena = Arena(base(8), 1 << 30, dtype=torch.bfloat16, device=CPU)
+    assert arena.flat[-1] == 0
+    assert process.memory_info().rss - before < 1 << 27
+
+
+def test_an_arena_may_have_no_pages():
+    assert Arena(base(8), 0, dtype=torch.bfloat16, device=CPU).num_pages == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from turret_server.engine.request import SamplingParams
@@ -47,19 +48,73 @@ def test_virtual_tokens_are_read_as_some_token_and_say_whose_they_are():
     assert batch.virtual == ((1, "revision", 3),)
 
 
-def test_neighbours_with_the_same_adapters_are_one_segment_of_what_is_active():
-    def using(name: str, sequence_id: int, active_from: int = 0) -> SequenceStep:
-        return SequenceStep(
-            sequence_id=sequence_id,
-            token_ids=(1, 2),
-            start=4,
-            block_table=(1, 2),
-            adapters=((name, 1.0),),
-            active_from=active_from,
-        )
-
-    batch = batch_of(
-        using("b", 1), using("a", 2), using("b", 3), using("c", 4, 5), resident=dict.fromkeys("abc", NO_ROWS)
+def using(sequence_id: int, *adapters: tuple[str, float], active_from: int = 0, **options) -> SequenceStep:
+    """Two tokens, at positions 4 and 5."""
+    return SequenceStep(
+        **{
+            "sequence_id": sequence_id,
+            "token_ids": (1, 2),
+            "start": 4,
+            "block_table": (1, 2),
+            "adapters": adapters,
+            "active_from": active_from,
+            **options,
+        }
     )
-    assert batch.deltas
-    assert [(segment.start, segment.end) for segment in batch.deltas.segments] == [(0, 2), (2, 6), (7, 8)]
+
+
+def bounds(deltas) -> list[tuple[int, int]]:
+    return [(segment.start, segment.end) for segment in deltas.segments] if deltas else []
+
+
+def segments_of(*sequences: SequenceStep) -> list[tuple[int, int]]:
+    return bounds(batch_of(*sequences, resident=dict.fromkeys("abc", NO_ROWS)).deltas)
+
+
+def test_neighbours_with_the_same_adapters_are_one_segment_of_what_is_active():
+    a, b, c = ("a", 1.0), ("b", 1.0), ("c", 1.0)
+    assert segments_of(using(1, b), using(2, a), using(3, b), using(4, c, active_from=5)) == [
+        (0, 2),
+        (2, 6),
+        (7, 8),
+    ]
+
+
+def test_neighbours_of_an_activated_lora_stay_apart_where_a_gap_lies_between():
+    a = ("a", 1.0)
+    assert segments_of(using(1, a), using(2, a, active_from=5), using(3, a)) == [(0, 2), (3, 6)]
+
+
+def test_the_same_adapter_with_another_weight_is_another_segment():
+    assert segments_of(using(1, ("a", 1.0)), using(2, ("a", 0.5))) == [(0, 2), (2, 4)]
+    both = ("a", 1.0), ("b", 1.0)
+    assert segments_of(using(1, *both), using(2, *both[:1]), using(3, *both)) == [(0, 2), (2, 6)]
+
+
+@pytest.mark.parametrize(
+    ("active_from", "expected"), [(0, [(0, 2)]), (4, [(0, 2)]), (5, [(1, 2)]), (6, []), (9, [])]
+)
+def test_an_adapter_applies_from_the_position_where_it_is_active(active_from, expected):
+    assert segments_of(using(1, ("a", 1.0), active_from=active_from)) == expected
+
+
+@pytest.mark.parametrize(("active_from", "expected"), [(0, [(1, 2)]), (5, [(1, 2)]), (6, []), (7, [])])
+def test_the_head_applies_adapters_to_the_sampled_tokens_where_they_are_active(active_from, expected):
+    """The last token is at position 5; segments count the sequences that sample."""
+    batch = batch_of(
+        using(1, sampling=SAMPLING),
+        using(2, ("a", 1.0)),
+        using(3, ("a", 1.0), active_from=active_from, sampling=SAMPLING),
+        resident={"a": NO_ROWS},
+    )
+    assert [sequence.sequence_id for sequence in batch.sampled] == [1, 3]
+    assert batch.last_S.tolist() == [1, 5]
+    assert bounds(batch.head_deltas) == expected
+
+
+def test_adapters_without_rows_make_no_segment_and_do_not_part_their_neighbours():
+    prefix = ("prefix", 1.0)
+    batch = batch_of(using(1, prefix), using(2, ("a", 1.0), prefix), using(3), resident={"a": NO_ROWS})
+    [segment] = batch.deltas.segments
+    assert segment.adapters == ((NO_ROWS, 1.0),)
+    assert batch_of(using(1, prefix), resident={}).deltas is None
