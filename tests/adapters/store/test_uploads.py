@@ -270,3 +270,11 @@ def test_another_config_with_the_same_tensors_is_another_upload(store: AdapterSt
         upload.write(0, TENSORS[:3])
         with store.receive(digest(TENSORS), b"{}", 7) as other:
             assert other.offset == 0
+
+
+def test_an_upload_of_what_is_stored_already_leaves_nothing_behind(store: AdapterStore) -> None:
+    for owner in ("alice", "bob"):
+        with receive(store, owner=owner) as upload:
+            upload.write(0, TENSORS)
+            assert upload.finish() == revision()
+        assert partial(store) == []
