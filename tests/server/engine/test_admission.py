@@ -50,6 +50,22 @@ def test_so_many_tokens_may_wait_and_no_more():
     assert queue.num_queued == 2
 
 
+def test_the_tokens_of_one_that_leaves_make_room():
+    queue = admission(max_tokens=100)
+    first, second = request(60), request(40)
+    queue.enter(first)
+    queue.enter(second)
+    queue.leave(first)
+    queue.enter(request(60))
+
+
+def test_a_step_that_took_no_time_is_fast():
+    queue = admission(max_requests=1)
+    queue.record_step(10, 0.0)
+    queue.enter(request())
+    assert refusal(queue, request()).retry_after == pytest.approx(0.1)
+
+
 def test_one_that_is_larger_than_the_queue_may_wait_alone():
     queue = admission(max_tokens=100)
     large = request(500)

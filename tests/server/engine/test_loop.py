@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import pytest
 
 from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_server import logs
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.request import FinishReason, Output
@@ -19,6 +21,7 @@ from turret_server.errors import (
     DeadlineError,
     GenerationFailedError,
     QueueFullError,
+    QuotaExceededError,
     RequestTooLargeError,
     ShuttingDownError,
 )
@@ -51,7 +54,13 @@ class Gate(FakeDevice):
 
 
 class Served:
-    def __init__(self, tenant_limits: TenantLimits = TenantLimits()) -> None:  # noqa: B008 (frozen)
+    def __init__(
+        self,
+        tenant_limits: TenantLimits = TenantLimits(),  # noqa: B008 (frozen)
+        *,
+        weights: Mapping[str, float] | None = None,
+        max_adapter_pages: Mapping[str, int] | None = None,
+    ) -> None:
         self.device = Gate()
         self.now = 0.0
         self.on_stats: Callable[[EngineStats], None] = lambda _: None
@@ -62,7 +71,8 @@ class Served:
             page_elements=PAGE_ELEMENTS,
             block_size=BLOCK_SIZE,
             limits=Limits(max_batch_tokens=32, max_batch_requests=2, max_step_seconds=1.0),
-            tenants=lambda _: tenant_limits,
+            tenants=lambda tenant: replace(tenant_limits, weight=(weights or {}).get(tenant, 1.0)),
+            max_adapter_pages=(max_adapter_pages or {}).get,
             on_stats=self._record,
             clock=lambda: self.now,
         )
@@ -465,6 +475,145 @@ def test_an_adapter_is_made_resident_before_a_request_names_it(served):
     served.settle()
     assert not served.engine.is_resident(spec.revision)
     assert free_pages(served) == NUM_PAGES
+
+
+def test_an_adapter_is_resident_once_it_is_loaded():
+    served = Served()
+    served.device.immediate = False
+    served.engine.prefetch(LORA)
+    served.engine.step()
+    assert not served.engine.is_resident("lora")
+    served.device.complete()
+    served.engine.step()
+    assert served.engine.is_resident("lora")
+
+
+# What the engine's parts tell each other, seen from outside: the engine is stepped by hand
+
+
+def steps(served: Served, count: int = 20) -> None:
+    for _ in range(count):
+        served.engine.step()
+
+
+def test_an_adapter_is_checked_against_its_tenants_quota():
+    served = Served(max_adapter_pages={"a": 4})
+    served.engine.check_adapter(adapter(0, 4), "a")
+    with pytest.raises(QuotaExceededError, match="'a' may take 4 pages of the arena, and this one needs 5"):
+        served.engine.check_adapter(adapter(0, 5), "a")
+    served.engine.check_adapter(adapter(0, 5), "b")
+
+
+def test_an_adapter_is_loaded_ahead_within_its_tenants_quota():
+    served = Served(max_adapter_pages={"a": 4})
+    for spec in (adapter(0, 3), adapter(0, 2)):
+        served.engine.prefetch(spec, "a")
+    steps(served)
+    assert [served.engine.is_resident(revision) for revision in ("0-3", "0-2")] == [True, False]
+
+
+def test_a_prompt_that_would_leave_too_little_is_refused_before_it_is_computed():
+    served = Served()
+    for num_tokens, refused in ((8 * BLOCK_SIZE, False), (8 * BLOCK_SIZE + 1, True)):
+        pin = make_run(range(num_tokens), pinned=True).job
+        with pytest.raises(RequestTooLargeError) if refused else contextlib.nullcontext():
+            served.engine.pin_prompt(pin)
+
+
+def test_requests_that_no_longer_fit_beside_adapters_that_are_pinned_fail():
+    served = Served()
+    large, small = (make_run(range(BLOCK_SIZE * blocks), max_tokens=1) for blocks in (14, 12))
+    served.submit(large)
+    served.submit(small)
+    served.engine.pin_adapters("name", (LORA,))
+    steps(served)
+    assert isinstance(large.error, RequestTooLargeError)
+    assert small.end is FinishReason.LENGTH
+
+
+def test_a_refused_request_is_told_to_come_back_by_the_speed_of_the_engine():
+    served = Served(TenantLimits(max_queued_requests=1))
+
+    def second(_: Step) -> None:
+        served.now += 1.0
+
+    served.device.before = second
+    served.submit(make_run(range(8), max_tokens=3))
+    steps(served)
+    served.submit(make_run(range(20), max_tokens=10))
+    with pytest.raises(QueueFullError) as refused:
+        served.submit(make_run([1]))
+    # Eight tokens in the first second, one in each of two others.
+    assert 30 / 8 < refused.value.retry_after < 30 / 6
+
+
+def test_steps_are_made_as_large_as_their_time_allows():
+    served = Served()
+
+    def slow(step: Step) -> None:
+        served.now += 0.05 * step.num_tokens
+
+    served.device.before = slow
+    sizes: list[int] = []
+    served.on_stats = lambda stats: sizes.append(stats.step.num_tokens if stats.step else 0)
+    for first in (0, 100):
+        served.submit(make_run(range(first, first + 50), max_tokens=1))
+        steps(served)
+    # A step may take a second.
+    assert max(sizes) == 20
+
+
+def test_the_adapter_of_the_tenant_with_less_weight_goes_first():
+    for heavy in "ab":
+        served = Served(weights={heavy: 4.0})
+        for tenant, spec in (("a", adapter(0, 6)), ("b", adapter(0, 5))):
+            served.engine.prefetch(spec, tenant)
+        steps(served)
+        served.submit(make_run([1], adapter(0, 7), tenant="c"))
+        steps(served)
+        assert served.engine.is_resident("0-6") == (heavy == "a")
+        assert served.engine.is_resident("0-5") == (heavy == "b")
+
+
+def test_service_is_charged_by_the_weight_of_the_tenant():
+    served = Served(weights={"a": 4.0})
+    for tenant in "ab":
+        served.submit(make_run(range(8), tenant=tenant, max_tokens=9))
+    served.engine.step()
+    queue = served.engine._scheduler.waiting
+    assert queue.counter("b") == 4 * queue.counter("a") > 0
+
+
+def test_the_log_line_of_a_failed_request_has_its_fields(caplog):
+    def fail(_: Step) -> None:
+        raise ValueError("no such page")
+
+    seen: list[dict[str, object]] = []
+    served = Served()
+    served.device.before = fail
+    run = make_run([1])
+    run.job = replace(run.job, about={"request_id": "abc"})
+    served.submit(run)
+
+    def see(record: logging.LogRecord) -> bool:
+        if "failed: the step failed" in record.getMessage():
+            seen.append(dict(logs.bound()))
+        return True
+
+    caplog.handler.addFilter(see)
+    steps(served)
+    assert seen == [{"request_id": "abc"}]
+
+
+def test_an_engine_that_stops_has_not_failed(served):
+    told: list[str] = []
+    served.engine.on_failure = lambda: told.append("failed")
+    served.engine.stop()
+    assert not served.engine.failed
+    assert told == []
+
+
+# Statistics
 
 
 def test_statistics_say_who_has_the_pages(served):

@@ -426,7 +426,7 @@ def test_it_belongs_to_the_tenant_that_used_it_last(world):
 def test_one_was_last_used_when_its_last_request_ended(world):
     resident = world.fill(LORA)
     world.acquire(resident, "a")
-    world.fill(OTHER)
+    begin(world, world.fill(OTHER))
     for _ in range(9):
         world.tick()
     world.release(resident, "a")
