@@ -87,7 +87,7 @@ def test_what_would_leave_too_little_for_requests_is_not_pinned(config, adapter_
         arena = served.parts.arena
         needed = client.load_adapter("bard", folder).arena_bytes // arena.page_bytes
         client.pin_prompt("rules", [5] * (arena.num_pages // 2 - needed + 1) * arena.block_size)
-        said = f"'poet' takes {needed} and others take"
+        said = f"'poet' needs {needed} and others take"
         with pytest.raises(FailedPreconditionError, match=said) as refused:
             client.load_adapter("poet", folder)
         assert refused.value.reason == "ADAPTER_TOO_LARGE"
