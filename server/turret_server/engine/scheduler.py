@@ -132,7 +132,7 @@ class Scheduler:
         self.allocation = Allocation(pool, cache, residency, block_size)
         self.pacing = Pacing(limits.max_batch_tokens, limits.max_step_seconds)
         self.num_preempted = 0
-        self._on_start = on_dequeue
+        self._on_dequeue = on_dequeue
         self._by_id: dict[int, Sequence] = {}
         self._plan = _Plan(budget=0)
 
@@ -344,7 +344,7 @@ class Scheduler:
     def _leave_queue(self, sequence: Sequence) -> None:
         if not sequence.dequeued:
             sequence.dequeued = True
-            self._on_start(sequence.job)
+            self._on_dequeue(sequence.job)
 
     def _update_virtual_tokens(self, resident: Resident, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)

@@ -77,6 +77,14 @@ def test_turns_go_by_cost_and_weight():
     assert Counter(tenants(queue, 21)) == {"a": 6, "b": 3, "c": 12}
 
 
+def test_the_shortest_prompt_costs_as_much_as_the_token_that_it_generates():
+    queue = queue_of()
+    for _ in range(4):
+        waiting(queue, "a", tokens=1)
+        waiting(queue, "b", tokens=int(GENERATED_COST))
+    assert tenants(queue) == "abababab"
+
+
 def test_the_tenant_that_was_given_least_is_first():
     queue = queue_of(b=2.0)
     for tenant in "ab":
@@ -112,6 +120,7 @@ def test_a_newcomer_stands_where_the_last_who_waited_stood():
     only = waiting(queue, "a")
     queue.charge("a", 70.0)
     queue.remove(only)
+    assert queue.counter("never seen") == 70.0
     waiting(queue, "b")
     assert queue.counter("b") == 70.0
 

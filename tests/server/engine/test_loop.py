@@ -512,6 +512,20 @@ def test_an_adapter_is_loaded_ahead_within_its_tenants_quota():
     assert [served.engine.is_resident(revision) for revision in ("0-3", "0-2")] == [True, False]
 
 
+def test_a_request_fails_where_its_tenants_quota_is_lowered_while_it_waits():
+    quotas = {"a": 4}
+    served = Served(max_adapter_pages=quotas)
+    runs = served.submit(make_run([1], LORA, tenant="a", max_tokens=9))
+    waits = served.submit(make_run([1], adapter(0, 3), tenant="a"))
+    steps(served, 3)
+    assert runs.tokens
+    assert not waits.outputs
+    quotas["a"] = 2
+    served.engine.step()
+    assert isinstance(waits.error, QuotaExceededError)
+    assert not runs.end
+
+
 def test_a_prompt_that_would_leave_too_little_is_refused_before_it_is_computed():
     served = Served()
     for num_tokens, refused in ((8 * BLOCK_SIZE, False), (8 * BLOCK_SIZE + 1, True)):

@@ -9,6 +9,7 @@ import pytest
 from support.fake_device import Simulation, expected_tokens, make_run, make_spec
 from turret_adapters.spec import PrefixKind
 from turret_server.engine.request import FinishReason
+from turret_server.engine.residency.residency import MAX_LOADING, Residency
 from turret_server.engine.step import StepResult
 from turret_server.errors import (
     AdapterUnavailableError,
@@ -155,6 +156,17 @@ def test_what_was_generated_is_found_again():
     assert second.outputs[0].cached_tokens == 8
 
 
+def test_blocks_of_a_request_that_failed_are_not_found_again():
+    simulation = Simulation(max_batch_tokens=4)
+    failed = simulation.submit(range(8))
+    simulation.step()
+    simulation.step(lambda _: {failed.job.request_id: "NaN"})
+    assert isinstance(failed.error, GenerationFailedError)
+    again = simulation.submit(range(8))
+    simulation.finish()
+    assert again.outputs[0].cached_tokens == 0
+
+
 def test_running_requests_share_a_beginning():
     simulation = Simulation()
     first = simulation.submit(range(8), max_tokens=9)
@@ -240,6 +252,17 @@ def test_virtual_tokens_are_computed_in_chunks_before_the_requests_start():
     assert finished(stream, run)
 
 
+def test_virtual_tokens_of_several_adapters_are_computed_in_one_step():
+    simulation = Simulation()
+    for name in "ab":
+        simulation.residency.prefetch(prefix(3, PrefixKind.EMBEDDING, name))
+    simulation.drain_inbox()
+    assert sorted(lengths(simulation.step()).values()) == [3, 3]
+    assert [(resident.ready, resident.last_used) for resident in simulation.residency] == [
+        (True, simulation.pool.clock)
+    ] * 2
+
+
 def test_virtual_tokens_are_computed_once_for_all_requests():
     simulation = Simulation()
     adapter = prefix(7, PrefixKind.EMBEDDING, slab_pages=1)
@@ -271,6 +294,47 @@ def test_others_pass_a_request_whose_adapter_is_on_its_way():
     simulation.device.complete()
     simulation.step()
     assert len(first.tokens) == 1
+
+
+def test_others_pass_requests_whose_adapters_cannot_be_loaded_yet():
+    """Those of the same tenant as well, where as many are being loaded as may be at once."""
+    simulation = Simulation(num_pages=32, immediate=False)
+    for index in range(MAX_LOADING + 2):
+        simulation.submit([1], make_spec(f"r{index}", slab_pages=1))
+    warm = simulation.submit([2])
+    simulation.step()
+    assert len(warm.tokens) == 1
+    simulation.finish()
+
+
+def test_adapters_are_loaded_ahead_for_a_few_requests_only():
+    simulation = Simulation(num_pages=64, max_batch_requests=4)
+    running = [simulation.submit([1], max_tokens=12) for _ in range(4)]
+    simulation.step()
+    for index in range(20):
+        simulation.submit([1], make_spec(f"r{index}", slab_pages=1))
+    for _ in range(6):
+        simulation.step()
+    assert not any(run.end for run in running)
+    assert len(list(simulation.residency)) == 8
+    simulation.finish()
+
+
+def test_of_many_that_wait_a_few_are_looked_at(monkeypatch):
+    simulation = Simulation(num_pages=64, max_batch_requests=2, immediate=False)
+    for index in range(50):
+        simulation.submit([1], make_spec(f"r{index}", slab_pages=1))
+    looked_at = []
+    ensure_all = Residency.ensure_all
+
+    def count(residency, specs, tenant):
+        looked_at.append(specs)
+        return ensure_all(residency, specs, tenant)
+
+    monkeypatch.setattr(Residency, "ensure_all", count)
+    simulation.step()
+    assert len(looked_at) == 2 * 4
+    simulation.finish()
 
 
 def test_nobody_passes_a_request_for_which_there_are_no_pages():
@@ -427,6 +491,18 @@ def test_a_revision_that_is_dropped_ends_its_requests_first():
 
 
 # Pages that run out
+
+
+def test_what_gave_way_is_counted_by_the_step():
+    simulation = Simulation(num_pages=5, block_size=2)
+    simulation.residency.prefetch(make_spec("idle", slab_pages=2))
+    runs = [simulation.submit([token], max_tokens=8) for token in range(2)]
+    counted = []
+    while not finished(*runs):
+        simulation.step()
+        counted.append((simulation.scheduler.num_preempted, simulation.residency.num_evicted))
+    assert sum(num_preempted for num_preempted, _ in counted) == 1
+    assert sum(num_evicted for _, num_evicted in counted) == 1
 
 
 def test_the_youngest_gives_way_and_goes_on_later():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fake_device import Simulation
 from turret_server.engine.scheduler import Pacing
 
 PROBE = 16
@@ -66,6 +67,18 @@ def test_a_few_tokens_say_little_and_change_nothing():
     before = pacing.budget(0)
     pacing.record(0, PROBE - 1, 1.0)
     assert pacing.budget(0) == before
+
+
+def test_streams_and_prompt_tokens_of_a_step_are_told_apart(monkeypatch):
+    simulation = Simulation()
+    simulation.submit([1], max_tokens=9)
+    simulation.step()
+    recorded = []
+    monkeypatch.setattr(Pacing, "record", lambda _, *step: recorded.append(step))
+    simulation.submit(range(10, 13))
+    simulation.step()
+    simulation.step()
+    assert recorded == [(1, 3, 0.0), (2, 0, 0.0)]
 
 
 @given(

@@ -126,12 +126,40 @@ def test_the_tenant_that_was_given_most_gives_way():
 
 def test_of_a_tenants_requests_the_one_with_the_least_to_compute_again_gives_way():
     simulation = Simulation(num_pages=11, block_size=1)
-    long, short = simulation.submit(range(6), max_tokens=5), simulation.submit([1], max_tokens=5)
+    short, long = simulation.submit([1], max_tokens=5), simulation.submit(range(6), max_tokens=5)
     step_until(simulation, lambda: simulation.scheduler.num_preempted)
     [gone] = simulation.scheduler.waiting
     assert gone.job is short.job
     simulation.finish()
     assert finished(long, short)
+
+
+def test_one_that_gave_way_is_spared_the_next_time():
+    simulation = Simulation(num_pages=11, block_size=1)
+    short, long = simulation.submit([1], max_tokens=5), simulation.submit(range(6), max_tokens=5)
+    step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    [gone] = simulation.scheduler.waiting
+    assert gone.job is short.job
+    assert gone.num_preempted == 1
+    simulation.finish()
+    [first, second] = [Sequence.of(run.job) for run in (simulation.submit([1]), simulation.submit(range(6)))]
+    first.num_preempted, second.num_computed = 1, 6
+    simulation.scheduler.running += [first, second]
+    assert simulation.scheduler._victim() is second
+    simulation.scheduler.running.clear()
+    simulation.finish()
+    assert finished(long)
+
+
+def test_chunks_that_are_computed_again_are_charged_once():
+    simulation = Simulation(max_batch_tokens=3)
+    run = simulation.submit(range(6), max_tokens=2)
+    step_until(simulation, lambda: run.tokens)
+    simulation.scheduler._preempt(simulation.scheduler.running[0])
+    while simulation.cache.num_idle:
+        simulation.cache.evict()
+    assert len(step_until(simulation, lambda: run.end)) == 3
+    assert simulation.scheduler.waiting.counter("default") == 6 + 2 * 2
 
 
 def test_a_cold_adapter_holds_up_no_other_tenant():
