@@ -148,7 +148,7 @@ def test_a_record_that_is_stale_or_spoilt_ends_in_no_wrong_answer(start, adapter
             with pytest.raises(TurretError):
                 client.generate(PROMPT, adapter="poet", max_tokens=2)
             assert client.get_adapter("poet").state is AdapterState.FAILED
-            assert "written down" in client.get_adapter("poet").error
+            assert "recorded" in client.get_adapter("poet").error
         else:
             assert len(read) == 1
             assert answers(client) == before
