@@ -124,7 +124,7 @@ def test_the_same_recipe_gives_the_same_bytes(base_dir, tokenizer, tmp_path):
 
 
 def test_a_base_that_the_recipe_does_not_ask_for_is_refused(base_dir, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="nf4_base=True"):
+    with pytest.raises(ValueError, match="nf4_base: expected a base loaded with nf4=True"):
         train_adapter(load_base(base_dir, nf4=False), tokenizer, EXAMPLES, RECIPES["qlora"], tmp_path)
 
 
