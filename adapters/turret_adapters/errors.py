@@ -1,24 +1,23 @@
 """The exceptions that a user's adapter, source or store can cause.
 
 AdapterError
-├── AdapterNotFoundError     NOT_FOUND            ADAPTER_NOT_FOUND         no adapter has this name
-├── AdapterTaskError         INVALID_ARGUMENT     ADAPTER_TASK              the task is missing or out of
-range ├── AdapterCompositionError  INVALID_ARGUMENT     ADAPTER_COMPOSITION       these adapters do not
-combine ├── AdapterSourceError       NOT_FOUND            ADAPTER_SOURCE_NOT_FOUND  no adapter at the source
-├── AdapterFormatError       INVALID_ARGUMENT     ADAPTER_INVALID           broken files or unsupported
-content ├── AdapterBaseError         FAILED_PRECONDITION  ADAPTER_BASE_MISMATCH     made for another base
-model ├── SourceForbiddenError     PERMISSION_DENIED    SOURCE_FORBIDDEN          the policy does not allow
-the source ├── SourceTooLargeError      INVALID_ARGUMENT     SOURCE_TOO_LARGE          more bytes than the
-limit ├── SourceUnavailableError   UNAVAILABLE          SOURCE_UNAVAILABLE        the source does not answer
-in time ├── UploadError              INVALID_ARGUMENT     UPLOAD_INVALID            the bytes differ from the
-announced ones ├── RevisionNotFoundError    NOT_FOUND            REVISION_NOT_FOUND        not in the store or
-the history ├── RevisionCorruptError     DATA_LOSS            REVISION_CORRUPT          the stored bytes have
-changed ├── NamesCorruptError        DATA_LOSS            NAMES_CORRUPT             the database of names is
-unreadable ├── StoreBusyError           UNAVAILABLE          STORE_BUSY                in use by another
-server or call ├── OwnerLimitError          RESOURCE_EXHAUSTED   QUOTA_EXCEEDED            the owner's quota
-is used up ├── StoreFullError           RESOURCE_EXHAUSTED   STORE_FULL                the disk or the store's
-budget is full └── StoreFailedError         INTERNAL             STORE_FAILED              the disk failed, or
-its permissions
+├── AdapterNotFoundError    NOT_FOUND           ADAPTER_NOT_FOUND        no adapter has this name
+├── AdapterTaskError        INVALID_ARGUMENT    ADAPTER_TASK             the task is missing or out of range
+├── AdapterCompositionError INVALID_ARGUMENT    ADAPTER_COMPOSITION      these adapters do not combine
+├── AdapterSourceError      NOT_FOUND           ADAPTER_SOURCE_NOT_FOUND no adapter at the source
+├── AdapterFormatError      INVALID_ARGUMENT    ADAPTER_INVALID          broken files or unsupported content
+├── AdapterBaseError        FAILED_PRECONDITION ADAPTER_BASE_MISMATCH    made for another base model
+├── SourceForbiddenError    PERMISSION_DENIED   SOURCE_FORBIDDEN         the policy does not allow the source
+├── SourceTooLargeError     INVALID_ARGUMENT    SOURCE_TOO_LARGE         more bytes than the limit
+├── SourceUnavailableError  UNAVAILABLE         SOURCE_UNAVAILABLE       the source does not answer in time
+├── UploadError             INVALID_ARGUMENT    UPLOAD_INVALID           not the announced bytes
+├── RevisionNotFoundError   NOT_FOUND           REVISION_NOT_FOUND       not in the store or the history
+├── RevisionCorruptError    DATA_LOSS           REVISION_CORRUPT         the stored bytes have changed
+├── NamesCorruptError       DATA_LOSS           NAMES_CORRUPT            the database of names is unreadable
+├── StoreBusyError          UNAVAILABLE         STORE_BUSY               in use by another server or call
+├── OwnerLimitError         RESOURCE_EXHAUSTED  QUOTA_EXCEEDED           the owner's quota is used up
+├── StoreFullError          RESOURCE_EXHAUSTED  STORE_FULL               the disk or the budget is full
+└── StoreFailedError        INTERNAL            STORE_FAILED             the disk failed, or its permissions
 
 Each class has a stable reason and the name of a gRPC code.
 """

@@ -56,9 +56,12 @@ class HostMemory:
     def __len__(self) -> int:
         return len(self._cached)
 
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
+        """Returns the adapter in page-locked memory if that is used here. It copies, so hold no lock."""
+        return adapter.page_locked() if self._page_locked else adapter
+
     def put(self, adapter: HostAdapter) -> None:
-        """Adds an adapter, which stays in memory until it is evicted."""
-        adapter = adapter.page_locked() if self._page_locked else adapter
+        """Adds a prepared adapter, which stays in memory until it is evicted."""
         with self._lock:
             self._known[adapter.spec.revision] = adapter.spec
             self._cache(adapter)
@@ -108,7 +111,7 @@ class HostMemory:
                 f"revision {revision}: expected the shapes that were recorded when it was loaded, found "
                 "others; load it again"
             )
-        adapter = adapter.page_locked() if self._page_locked else adapter
+        adapter = self.prepare(adapter)
         with self._lock:
             self.num_reads += 1
             if revision in self._known:

@@ -119,15 +119,12 @@ class AdapterLibrary:
 
     @contextmanager
     def _held(self, revision: str) -> Iterator[HostAdapter]:
-        succeeded = False
         try:
             yield self.read(revision)
-            succeeded = True
         finally:
             self.store.release(revision)
-            if not succeeded:
-                with self._lock:
-                    self._unneeded.add(revision)
+            with self._lock:
+                self._unneeded.add(revision)
             self._clean_up()
 
     def _clean_up(self) -> None:

@@ -118,6 +118,7 @@ class AdapterRegistry:
 
     def publish(self, name: str, adapter: HostAdapter) -> None:
         """Makes `name` point at the adapter's revision."""
+        adapter = self._memory.prepare(adapter)
         with self._lock:
             self._memory.put(adapter)
             self._point(name, adapter.spec)
@@ -142,6 +143,7 @@ class AdapterRegistry:
     def add(self, adapter: HostAdapter) -> None:
         """Adds a revision without a name, and holds it until `unhold`."""
         revision = adapter.spec.revision
+        adapter = self._memory.prepare(adapter)
         with self._lock:
             self._memory.put(adapter)
             self._specs[revision] = adapter.spec

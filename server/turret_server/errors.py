@@ -164,7 +164,7 @@ class UsageLogFailedError(TurretError):
 
 
 class GenerationFailedError(TurretError):
-    """A step failed for this request only."""
+    """Computing the request failed; the message says whether the whole engine did."""
 
     reason = "GENERATION_FAILED"
     code = "INTERNAL"

@@ -438,3 +438,12 @@ def test_the_marks_of_a_folder_are_kept_with_its_name(library: AdapterLibrary, f
         library.publish("poet", adapter, str(folder), source_marks="marks")
     assert library.names.current()["poet"].source_marks == "marks"
     library.close()
+
+
+def test_what_the_block_does_not_publish_does_not_stay(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    with library.fetch(str(folder)):
+        pass
+    assert not kept.revisions()
+    library.close()

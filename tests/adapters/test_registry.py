@@ -15,6 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from support.fake_device import make_spec
 from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
+from turret_adapters.host_memory import HostMemory
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_adapters.spec import TASK_MARK, Part, PrefixKind, RowGroup
 from turret_adapters.store.names import Split
@@ -27,6 +28,24 @@ def host(revision: str) -> HostAdapter:
 
 def acquire(registry: AdapterRegistry, name: str) -> Lease:
     return registry.acquire([Named(name)])
+
+
+class Preparing(HostMemory):
+    """Notes whether the registry was locked while an adapter was copied to page-locked memory."""
+
+    registry: AdapterRegistry
+
+    def prepare(self, adapter: HostAdapter) -> HostAdapter:
+        assert not self.registry._lock.locked()
+        return super().prepare(adapter)
+
+
+def test_the_registry_is_not_locked_while_tensors_are_copied_to_page_locked_memory():
+    memory = Preparing()
+    memory.registry = AdapterRegistry(memory)
+    memory.registry.publish("poet", host("1"))
+    memory.registry.add(host("2"))
+    assert len(memory) == 2
 
 
 class Watched(AdapterRegistry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 from click.testing import CliRunner, Result
@@ -105,6 +106,8 @@ def test_ctrl_c_ends_it_with_what_was_measured(served, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Tests that run in the background of a shell ignore SIGINT, and their children would, too.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     until(lambda: served.metric("turret_requests_total", outcome="ok") > before + 10)
     process.send_signal(signal.SIGINT)

@@ -195,9 +195,9 @@ class Absent(MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 from prometheus_client import CollectorRegistry
 from turret_server.config import ServerConfig
-from turret_server.app.build import request_records
+from turret_server.app.build import open_request_log
 
-with request_records(ServerConfig(model="m", otel=sys.argv[1] == "on"), CollectorRegistry()):
+with open_request_log(ServerConfig(model="m", otel=sys.argv[1] == "on"), CollectorRegistry()):
     assert not [name for name in sys.modules if name.startswith("opentelemetry")]
     print("served")
 """

@@ -55,7 +55,7 @@ def test_requests_without_a_key_are_drawn_each(client, poet):
 def test_a_split_that_ends_lets_its_requests_end(client, poet, served):
     old, new = poet
     client.set_traffic_split("poet", old, 100)
-    stream = client.stream(PROMPT, adapter="poet", max_tokens=60, routing_key="me")
+    stream = client.stream(PROMPT, adapter="poet", max_tokens=220, routing_key="me")
     assert next(stream).revision == old
     assert client.get_adapter("poet").draining_revisions == ()
     ended = client.set_traffic_split("poet", "", 0)

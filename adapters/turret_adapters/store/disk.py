@@ -20,6 +20,8 @@ LOG_AFTER_SECONDS = 3.0
 log = logging.getLogger(__name__)
 
 _LOCK_NAME = "lock"
+_NAMES = ("names.sqlite", "names.sqlite-wal", "names.sqlite-shm")
+_ENTRIES = {_LOCK_NAME, *_NAMES, "adapters", "staging", "uploads", "leases"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -38,6 +40,14 @@ def errors_of_the_store(root: Path) -> Iterator[None]:
             f"store {str(root)!r}: {str(error.strerror or error).lower()} "
             "(the server must be able to write in that folder)"
         ) from error
+
+
+def make_root(root: Path) -> None:
+    """Makes the root of a store. It becomes private unless it is somebody's folder with other contents, such
+    as /tmp; the folders and files of the store in it are private in any case.
+    """
+    if not root.exists() or {place.name for place in root.iterdir()} <= _ENTRIES:
+        make_private(root)
 
 
 def make_private(folder: Path) -> Path:

@@ -29,7 +29,14 @@ from turret_adapters.errors import (
     StoreFullError,
 )
 from turret_adapters.formats.files import REVISION_LENGTH, digest_of_folder, sync
-from turret_adapters.store.disk import LoggedLock, errors_of_the_store, lock_store, make_private, seal
+from turret_adapters.store.disk import (
+    LoggedLock,
+    errors_of_the_store,
+    lock_store,
+    make_private,
+    make_root,
+    seal,
+)
 from turret_adapters.store.uploads import Upload, Uploads
 
 _REVISION = re.compile(rf"[0-9a-f]{{{REVISION_LENGTH}}}")
@@ -59,7 +66,7 @@ class AdapterStore:
         self._lock = LoggedLock(root)
         self._held: Counter[str] = Counter()
         with errors_of_the_store(root):
-            make_private(root)
+            make_root(root)
             self._process_lock = lock_store(root)
             try:
                 self._adapters = make_private(root / "adapters")
@@ -158,7 +165,7 @@ class AdapterStore:
                 os.utime(folder)
                 return folder
         raise RevisionNotFoundError(
-            f"revision {revision!r} is not in the store {str(self.root)!r}; load it from its source again"
+            f"revision {revision!r} is not in the store; load it from its source again"
         )
 
     def peek(self, revision: str) -> Path:

@@ -312,7 +312,7 @@ class Scheduler:
         """
         lost = next((resident.error for resident in sequence.awaited if resident.error), None)
         if lost:
-            self.fail(sequence, AdapterUnavailableError(f"the adapter failed to load: {lost}; try again"))
+            self.fail(sequence, AdapterUnavailableError(f"the adapter failed to load: {lost}"))
             return True
         specs = [use.spec for use in sequence.job.adapters]
         residents = self.residency.ensure_all(specs, sequence.tenant)

@@ -41,7 +41,8 @@ class LazyAdapters:
         # A queue of its own: names in requests of strangers do not delay explicit loads.
         self._loads = LoadQueue()
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._missing: OrderedDict[str, tuple[float, AdapterError]] = OrderedDict()
+        # Until when a name counts as missing, and why: a text, for an error keeps the frames that raised it.
+        self._missing: OrderedDict[str, tuple[float, str]] = OrderedDict()
         lifecycle.mark_on_demand(self._source_of)
 
     async def ensure_loaded(self, names: Iterable[str]) -> None:
@@ -57,9 +58,9 @@ class LazyAdapters:
                 await self._load_once(name)
 
     async def _load_once(self, name: str) -> None:
-        until, error = self._missing.get(name, (0.0, None))
-        if error and self._clock() < until:
-            raise _not_found(name, error)
+        until, why = self._missing.get(name, (0.0, ""))
+        if self._clock() < until:
+            raise _not_found(name, why)
         if name not in self._loading:
             self._loading[name] = asyncio.create_task(self._load(name))
             self._loading[name].add_done_callback(partial(self._loaded, name))
@@ -76,18 +77,18 @@ class LazyAdapters:
         try:
             await self._loads.submit(load)
         except AdapterError as error:
-            self._missing[name] = (self._clock() + MISSING_SECONDS, error)
+            self._missing[name] = (self._clock() + MISSING_SECONDS, str(error))
             self._missing.move_to_end(name)
             while len(self._missing) > MAX_MISSING:
                 self._missing.popitem(last=False)
-            raise _not_found(name, error) from error
+            raise _not_found(name, str(error)) from error
         self._missing.pop(name, None)
 
     def _source_of(self, name: str) -> str:
         return self._source.replace(NAME_MARK, name)
 
 
-def _not_found(name: str, error: AdapterError) -> AdapterNotFoundError:
+def _not_found(name: str, why: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(
-        f"no adapter is loaded under the name {name!r}, and its source has none", name=name, why=str(error)
+        f"no adapter is loaded under the name {name!r}, and its source has none", name=name, why=why
     )

@@ -149,7 +149,9 @@ def _check_size(start: UploadStart, tenant: Tenant) -> None:
 
 async def _next(parts: UploadParts, seconds: float) -> UploadStart | UploadChunk | None:
     try:
-        return await asyncio.wait_for(anext(parts, None), seconds)
+        # Not `wait_for`, which on Python 3.11 loses a cancellation that comes with the part.
+        async with asyncio.timeout(seconds):
+            return await anext(parts, None)
     except TimeoutError as error:
         raise DeadlineError(
             f"no bytes came for {IDLE_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} a second; "

@@ -51,9 +51,7 @@ class RequestSpans:
         self._model = model
 
     def __call__(self, record: RequestRecord) -> None:
-        """Export the spans of a request that has ended. The parent is the caller's span, if the call names "
-        "one.
-        """
+        """Export the spans of a request that has ended, below the caller's span if the call names one."""
         assert record.ended is not None
         operation = "pin_prompt" if isinstance(record.job, PromptPin) else "text_completion"
         # The wall clock is read once, so that phases keep their order when it jumps.

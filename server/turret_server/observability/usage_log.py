@@ -4,10 +4,10 @@ An entry is written and fsynced before `append`'s future is done, and the client
 after that. So
 
 - a request whose end its client received has exactly one line, whatever kills the process or the machine, as
-far as the disk keeps what it has acknowledged;
+  far as the disk keeps what it has acknowledged;
 - no request has two lines;
 - a request whose end its client did not receive, because the client disconnected, the disk failed or the
-server was killed, has one line or none. One that a crash ended has none: its tokens are not billed.
+  server was killed, has one line or none. One that a crash ended has none: its tokens are not billed.
 
 A line that a crash left unfinished is cut off at the next start. While the file cannot be written (the disk
 is full or fails), `check` raises, so that no request begins that could not be billed. Requests that run
@@ -143,9 +143,8 @@ class UsageLog:
     def _write(self, lines: bytes) -> None:
         size = os.fstat(self._handle).st_size
         if self._torn_at is not None:
-            # Also if only fsync failed: the kernel may have dropped those pages and report the next fsync as
-            # a
-            # success, so they are written again.
+            # Also if only fsync failed: the kernel may have dropped those pages and report the next fsync
+            # as a success, so they are written again.
             size = min(size, self._torn_at)
             os.ftruncate(self._handle, size)
             self._torn_at = None

@@ -59,6 +59,10 @@ def end_with(context: Any, error: Exception) -> None:
         # Raised by the health service, which has set the status.
         error.__traceback__ = error.__context__ = None
         return
+    if isinstance(error, grpc.aio.BaseError):
+        # A response could not be written: the client has gone, and nobody reads a status.
+        log.debug("a client disconnected: %s", error)
+        return
     if isinstance(error, TurretError | AdapterError):
         status = to_status(error)
     else:

@@ -25,7 +25,8 @@ from turret_server.rpc.drain import RunningCalls
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Otherwise two servers could share one port in silence.
     ("grpc.so_reuseport", 0),
-    # Larger than any prompt or chunk of an upload. A message is in memory before its caller is known.
+    # Larger than any prompt or chunk of an upload. A call that is not authenticated yet may have one message
+    # in memory.
     ("grpc.max_receive_message_length", 4 * 2**20),
     # A key, a tenant and trace headers. Beyond the first some calls are refused, beyond the second all.
     ("grpc.max_metadata_size", 8 * 2**10),
@@ -79,7 +80,7 @@ class RpcServer:
         calls: RunningCalls,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
-        """`calls` is one of the interceptors. Without credentials nothing is encrypted."""
+        """`calls` are those that the interceptor counts. Without credentials nothing is encrypted."""
         self.calls = calls
         self._credentials = credentials
         most = ("grpc.max_allowed_incoming_connections", _most_connections())

@@ -39,9 +39,7 @@ class TlsFiles:
         )
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The configuration from this connection on; None if it has not changed. Called before each "
-        "handshake.
-        """
+        """The configuration from this connection on; None if unchanged. Called before each handshake."""
         try:
             contents = self._contents()
             if contents == self._taken:

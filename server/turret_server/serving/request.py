@@ -1,6 +1,4 @@
-"""Requests and answers of the service as plain data. Every door translates its own messages to and from "
-"these.
-"""
+"""Requests and answers of the service as plain data, to and from which every door translates its messages."""
 
 from __future__ import annotations
 

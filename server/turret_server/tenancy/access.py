@@ -11,11 +11,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError
+from turret_adapters.errors import (
+    AdapterNotFoundError,
+    NamesCorruptError,
+    RevisionCorruptError,
+    SourceForbiddenError,
+    StoreBusyError,
+    StoreFailedError,
+    StoreFullError,
+)
 from turret_adapters.sources.filesystems import hub_url
 from turret_adapters.sources.policy import Policy
 from turret_server.errors import PermissionDeniedError
 from turret_server.tenancy.tenants import Tenant
+
+_STORE_ERRORS = (NamesCorruptError, RevisionCorruptError, StoreBusyError, StoreFailedError, StoreFullError)
 
 
 def check_use(tenant: Tenant, names: Iterable[str]) -> None:
@@ -55,8 +65,8 @@ def check_unload(tenant: Tenant, name: str) -> None:
 
 @contextmanager
 def errors_visible_to(tenant: Tenant) -> Iterator[None]:
-    """Removes from errors in the block why an adapter could not be loaded, unless the tenant may load it:
-    the reason may contain paths and URLs of the operator.
+    """Removes from errors in the block what may contain paths and URLs of the operator: why an adapter could
+    not be loaded, unless the tenant may load it, and what failed in the store, unless it is an administrator.
     """
     try:
         yield
@@ -64,6 +74,10 @@ def errors_visible_to(tenant: Tenant) -> Iterator[None]:
         if error.why and not tenant.may_load(error.name):
             raise AdapterNotFoundError(error.message) from error
         raise
+    except _STORE_ERRORS as error:
+        if tenant.admin:
+            raise
+        raise type(error)("the adapter's files could not be read; ask the server's operator") from error
 
 
 def check_source(tenant: Tenant, source: str) -> None:

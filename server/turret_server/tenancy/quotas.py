@@ -77,12 +77,13 @@ class Quotas:
         if tenant.tokens_per_minute is not None:
             self._check_tokens(tenant, account, charge, tenant.tokens_per_minute)
         account.num_requests += 1
-        account.tokens -= charge.num_most
+        taken = 0 if tenant.tokens_per_minute is None else charge.num_most
+        account.tokens -= taken
         try:
             yield charge
         finally:
             account.num_requests -= 1
-            account.tokens += charge.num_most - charge.num_used
+            account.tokens += max(taken - charge.num_used, 0)
 
     def _account(self, tenant: Tenant) -> _Account:
         """With the tokens that have returned since it was last used."""

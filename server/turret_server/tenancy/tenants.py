@@ -138,9 +138,7 @@ class TenantTable:
         return self._tenants.get(name) or Tenant(name=name, limits=self._default)
 
     def by_key(self, key: str) -> Tenant | None:
-        """The tenant of a key. The lookup is by digest, so that its time tells nothing of use about other "
-        "keys.
-        """
+        """The tenant of a key, found by its digest, so that the time tells nothing about other keys."""
         return self._by_key.get(digest_of(key))
 
     def by_identities(self, identities: Iterable[str]) -> Tenant | None:

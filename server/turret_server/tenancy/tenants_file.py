@@ -58,9 +58,7 @@ class TenantsFile:
         return self.table.max_device_bytes(tenant)
 
     def look(self) -> None:
-        """Reload the file if it has changed. If it is invalid, keep the last valid table and log why, "
-        "once.
-        """
+        """Reload the file if it has changed. Of an invalid one, log the error once and change nothing."""
         assert self._path
         try:
             content = self._read(self._path)

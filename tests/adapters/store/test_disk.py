@@ -250,3 +250,17 @@ def test_holding_and_releasing_touch_no_file(open_store: Callable[..., AdapterSt
     (tmp_path / "gone").rename(store.root / "adapters")
     store.remove(found)
     assert store.revisions() == {}
+
+
+def test_a_folder_with_other_contents_stays_as_it_is_and_the_store_in_it_is_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "somebodys").mkdir()
+    AdapterStore(tmp_path).close()
+    found = modes(tmp_path)
+    assert found.pop(tmp_path.name) == 0o755
+    assert {name: found[name] for name in ("adapters", "staging", "uploads")} == {
+        "adapters": 0o700,
+        "staging": 0o700,
+        "uploads": 0o700,
+    }
+    assert found["lock"] == 0o600

@@ -29,7 +29,7 @@ from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
 from turret_server.errors import ConfigError
-from turret_server.lifecycle.publishing import AdapterLifecycle
+from turret_server.lifecycle.cleanup import CleanupWorker
 from turret_server.model.runner import ModelRunner
 from turret_server.observability.usage_log import UsageLog
 from turret_server.tenancy.tenants import Tenant, TenantTable
@@ -185,7 +185,7 @@ def test_settings_reach_the_parts_which_are_closed_in_reverse(
 ) -> None:
     closed: list[str] = []
     for part, method in (
-        (Engine, "stop"), (AdapterLifecycle, "close"), (ModelRunner, "close"), (AdapterLibrary, "close"),
+        (Engine, "stop"), (CleanupWorker, "close"), (ModelRunner, "close"), (AdapterLibrary, "close"),
         (UsageLog, "close"),
     ):  # fmt: skip
         close = getattr(part, method)
@@ -217,4 +217,4 @@ def test_settings_reach_the_parts_which_are_closed_in_reverse(
         assert parts.registry._memory.max_bytes == 3 * 2**20
         assert parts.lifecycle._library.store.max_bytes == 5 * 2**20
         assert not closed
-    assert closed == ["Engine", "AdapterLifecycle", "ModelRunner", "AdapterLibrary", "UsageLog"]
+    assert closed == ["Engine", "CleanupWorker", "ModelRunner", "AdapterLibrary", "UsageLog"]

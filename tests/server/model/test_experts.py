@@ -109,7 +109,7 @@ def make_adapter(
         pair = StackedPair(
             experts=[f"experts.{projection}.{expert}" for expert in range(EXPERTS)],
             shape=base.modules[f"experts.{projection}.0"],
-            place=projection,
+            key=projection,
             rank=rank,
             scaling=0.5,
         )

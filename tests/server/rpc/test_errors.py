@@ -131,3 +131,10 @@ def test_a_message_that_just_fits_is_not_cut():
     for length, cut in ((1024, False), (1025, True)):
         message = to_status(InvalidRequestError("x" * length)).message
         assert message == ("x" * 1024 + (" …" if cut else ""))
+
+
+def test_a_response_that_its_client_does_not_take_is_no_error_of_the_server(caplog):
+    with caplog.at_level("INFO"):
+        call = ended(grpc.aio.UsageError("ExecuteBatchError"))
+    assert caplog.records == []
+    assert call.code is None

@@ -68,3 +68,26 @@ async def test_a_request_that_does_not_come_ends_the_call(reader, monkeypatch):
     with pytest.raises(DeadlineError, match=r"within 0\.01 s"):
         await reader.one(silent())
     assert closed.is_set()
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_cancellation_that_comes_with_the_request_is_not_lost(reader, turns):
+    sent: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def requests():
+        yield await sent.get()
+
+    async def handler():
+        await reader.one(requests())
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(handler())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    sent.put_nowait(DATA)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    for _ in range(8):
+        await asyncio.sleep(0)
+    assert task.cancelled()

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import pytest
 
-from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError
+from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError, StoreFailedError
 from turret_adapters.registry import AdapterRegistry
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import PermissionDeniedError
-from turret_server.tenancy.access import check_change, check_source, check_unload, check_use
+from turret_server.tenancy.access import (
+    check_change,
+    check_source,
+    check_unload,
+    check_use,
+    errors_visible_to,
+)
 from turret_server.tenancy.tenants import Tenant
 
 ACME = Tenant(
@@ -69,3 +75,12 @@ def test_a_tenant_loads_only_from_its_own_places(folders):
 
 def test_an_admin_loads_from_wherever_the_server_may():
     check_source(Tenant(name="root", limits=TenantLimits(), admin=True), "/anywhere")
+
+
+def test_paths_of_the_store_are_for_administrators():
+    told = StoreFailedError("store '/srv/turret': no such file")
+    with pytest.raises(StoreFailedError, match="ask the server's operator"), errors_visible_to(ACME):
+        raise told
+    admin = Tenant(name="root", limits=TenantLimits(), admin=True)
+    with pytest.raises(StoreFailedError, match="/srv/turret"), errors_visible_to(admin):
+        raise told

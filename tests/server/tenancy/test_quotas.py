@@ -151,3 +151,9 @@ def test_never_more_tokens_than_a_minutes_and_those_that_came_back(requests):
         total += charge.num_used
         assert total <= 120 + (clock.now - start) * 2 + 1e-3
         clock.now += pause
+
+
+def test_without_a_quota_of_tokens_none_are_owed_when_there_is_one(quotas):
+    run(quotas, tenant(max_concurrent_requests=5), 10**6, 10, 10)
+    _, end = begin(quotas, tenant(tokens_per_minute=100, max_concurrent_requests=5), 50, 50)
+    end.close()
