@@ -225,7 +225,7 @@ def test_tensors_for_a_gpu_are_locked_when_they_are_added_and_when_they_are_read
     for page_locked in (True, False):
         memory = HostMemory(0, disk.read, page_locked=page_locked)
         memory.max_bytes = None
-        memory.put(adapter("added"))
+        memory.put(memory.prepare(adapter("added")))
         memory.know(adapter("read").spec)
         for revision in ("added", "read"):
             assert (memory.get(revision).prompt_embeddings is marker) == page_locked

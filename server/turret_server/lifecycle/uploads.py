@@ -148,12 +148,15 @@ def _check_size(start: UploadStart, tenant: Tenant) -> None:
 
 
 async def _next(parts: UploadParts, seconds: float) -> UploadStart | UploadChunk | None:
+    late = DeadlineError(
+        f"no bytes came for {IDLE_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} a second; "
+        "upload again to continue where it stopped"
+    )
+    if seconds <= 0:
+        raise late
     try:
         # Not `wait_for`, which on Python 3.11 loses a cancellation that comes with the part.
         async with asyncio.timeout(seconds):
             return await anext(parts, None)
     except TimeoutError as error:
-        raise DeadlineError(
-            f"no bytes came for {IDLE_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} a second; "
-            "upload again to continue where it stopped"
-        ) from error
+        raise late from error

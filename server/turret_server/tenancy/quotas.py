@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,17 +78,19 @@ class Quotas:
         if tenant.tokens_per_minute is not None:
             self._check_tokens(tenant, account, charge, tenant.tokens_per_minute)
         account.num_requests += 1
-        taken = 0 if tenant.tokens_per_minute is None else charge.num_most
-        account.tokens -= taken
+        account.tokens -= charge.num_most
         try:
             yield charge
         finally:
             account.num_requests -= 1
-            account.tokens += max(taken - charge.num_used, 0)
+            account.tokens += charge.num_most - charge.num_used
 
     def _account(self, tenant: Tenant) -> _Account:
         """With the tokens that have returned since it was last used."""
-        now, per_minute = self._clock(), tenant.tokens_per_minute or 0
+        now, per_minute = self._clock(), tenant.tokens_per_minute
+        if per_minute is None:
+            # Without a quota nothing is owed: one that the tenants file adds later begins full.
+            return self._accounts.setdefault(tenant.name, _Account(math.inf, now))
         account = self._accounts.setdefault(tenant.name, _Account(per_minute, now))
         account.tokens = min(account.tokens + (now - account.time) * per_minute / 60, per_minute)
         account.time = now
