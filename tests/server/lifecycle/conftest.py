@@ -237,6 +237,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def retries_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cleanup, "FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(cleanup, "MAX_RETRY_SECONDS", 0.05)
 
 
 @pytest.fixture
