@@ -244,6 +244,13 @@ def test_freed_memory_returns_to_the_system():
     assert last
 
 
+def test_a_load_returns_the_memory_that_it_freed(llama, tmp_path, monkeypatch):
+    returned = []
+    monkeypatch.setattr(load_module, "_return_freed_memory", lambda: returned.append(True))
+    load(llama, tmp_path)
+    assert returned == [True]
+
+
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "expected"),
     [(5, 1, {5}), ([5, 6], 1, {5, 6}), (0, 1, {0}), (None, 1, {1}), (None, 0, {0}), (None, None, set())],

@@ -281,7 +281,7 @@ def test_close_ends_the_threads_and_starts_no_further_copy(runner, adapters, hos
     closing = threading.Thread(target=runner.close)
     closing.start()
     pool = runner._loaders
-    while not pool._shutdown:
+    while closing.is_alive() and not pool._shutdown:
         pass
     with pool._shutdown_lock:  # held while what waits is cancelled
         release.set()
