@@ -15,6 +15,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba.core import cgutils, types
+from numba.core.types.containers import BaseTuple
 from numba.extending import intrinsic
 
 from turret_server.kernels.cpu.cores import CORES
@@ -58,13 +59,32 @@ def run_parallel(typing: Any, kernel: Any, arguments: Any) -> Any:
         compiled = kernel.dispatcher.get_compile_result(call)
         context.active_code_library.add_linking_library(compiled.library)
         body = _body(context, builder.module, compiled.fndesc, values[1].type)
-        data = builder.bitcast(cgutils.alloca_once_value(builder, values[1]), _POINTER)
+        borrowed = _borrowed(context, builder, arguments, values[1])
+        data = builder.bitcast(cgutils.alloca_once_value(builder, borrowed), _POINTER)
         opened = ir.FunctionType(_VOID, [body.type, _POINTER, _INT, _INT])
         parallel = cgutils.get_or_insert_function(builder.module, opened, "GOMP_parallel")
         builder.call(parallel, [body, data, ir.Constant(_INT, 0), ir.Constant(_INT, 0)])
         return context.get_dummy_value()
 
     return types.none(kernel, arguments), generate
+
+
+def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value with arrays that own no memory: numba counts no references to them.
+
+    The caller keeps the arrays for the whole region. Counting is atomic, and the threads would take the
+    counts' cache lines from each other in the innermost loops.
+    """
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo, array.parent = (
+            cgutils.get_null_value(each.type) for each in (array.meminfo, array.parent)
+        )
+        return array._getvalue()  # noqa: SLF001 (numba's name for it)
+    if isinstance(kind, BaseTuple):
+        parts = zip(kind, cgutils.unpack_tuple(builder, value), strict=True)
+        return context.make_tuple(builder, kind, [_borrowed(context, builder, *part) for part in parts])
+    return value
 
 
 def _body(context: Any, module: Any, kernel: Any, arguments: Any) -> Any:
