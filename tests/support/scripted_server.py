@@ -101,6 +101,8 @@ class ScriptedServer(
         failure: Status that every call ends with instead; streams after their first response.
         endless: Streams repeat their first chunk for ever.
         hold: Calls do not end by themselves; streams send their first response.
+        generation: The response of Generate.
+        chunks: The responses of GenerateStream.
         adapters: Adapters of ListAdapters, two per page.
         prompts: Prompts of ListPinnedPrompts.
         downloads: Downloads of ListDownloads.
@@ -117,6 +119,8 @@ class ScriptedServer(
         self.failure: grpc.Status | None = None
         self.endless = False
         self.hold = False
+        self.generation = GENERATION
+        self.chunks: Sequence[inference_pb2.GenerateStreamResponse] = CHUNKS
         self.adapters: Sequence[adapters_pb2.Adapter] = (PIRATE,)
         self.prompts: Sequence[prompts_pb2.PinnedPrompt] = (RULES,)
         self.downloads: Sequence[adapters_pb2.Download] = ()
@@ -144,15 +148,15 @@ class ScriptedServer(
     def Generate(self, request, context):
         self._begin(request, context)
         self._hold_or_fail(context)
-        return GENERATION
+        return self.generation
 
     def GenerateStream(self, request, context) -> Iterator[inference_pb2.GenerateStreamResponse]:
         self._begin(request, context)
-        yield CHUNKS[0]
+        yield self.chunks[0]
         while self.endless:
-            yield CHUNKS[0]
+            yield self.chunks[0]
         self._hold_or_fail(context)
-        yield from CHUNKS[1:]
+        yield from self.chunks[1:]
 
     def LoadAdapter(self, request, context):
         self._begin(request, context)

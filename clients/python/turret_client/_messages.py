@@ -99,7 +99,7 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
     return Generation(
         text=response.text,
         token_ids=tuple(response.token_ids),
-        finish_reason=_FINISH_REASONS[response.finish_reason],
+        finish_reason=_FINISH_REASONS.get(response.finish_reason, FinishReason.UNSPECIFIED),
         usage=_usage_from(response.usage),
         revision=response.revision,
     )
@@ -110,7 +110,11 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
         text=response.text,
         token_ids=tuple(response.token_ids),
         revision=response.revision,
-        finish_reason=_FINISH_REASONS.get(response.finish_reason),
+        finish_reason=(
+            _FINISH_REASONS.get(response.finish_reason, FinishReason.UNSPECIFIED)
+            if response.finish_reason
+            else None
+        ),
         usage=_usage_from(response.usage) if response.HasField("usage") else None,
     )
 

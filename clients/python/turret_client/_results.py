@@ -9,6 +9,8 @@ from enum import StrEnum
 class FinishReason(StrEnum):
     """Why a generation ended."""
 
+    UNSPECIFIED = "unspecified"
+    """A reason unknown to this version of the client."""
     STOP = "stop"
     """An end-of-sequence token or a stop string."""
     LENGTH = "length"

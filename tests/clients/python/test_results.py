@@ -289,9 +289,20 @@ def test_every_value_of_the_protocol_has_its_member(call, server, field, enum):
 
 def test_every_finish_reason_of_the_protocol_has_its_member():
     values = inference_pb2.FinishReason.keys()
-    assert [value.removeprefix("FINISH_REASON_") for value in values[1:]] == [
+    assert [value.removeprefix("FINISH_REASON_") for value in values] == [
         member.name for member in FinishReason
     ]
+
+
+def test_a_finish_reason_of_a_newer_server_is_unspecified(call, server):
+    unknown = max(inference_pb2.FinishReason.values()) + 1
+    server.generation = inference_pb2.GenerateResponse(finish_reason=unknown)
+    server.chunks = (
+        inference_pb2.GenerateStreamResponse(),
+        inference_pb2.GenerateStreamResponse(finish_reason=unknown),
+    )
+    assert call("generate", "Hello").finish_reason == FinishReason.UNSPECIFIED
+    assert [chunk.finish_reason for chunk in call("stream", "Hello")] == [None, FinishReason.UNSPECIFIED]
 
 
 @pytest.mark.parametrize(
