@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
-import torch
 from prometheus_client import CollectorRegistry
 
-from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry
@@ -21,6 +18,7 @@ from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import lora_rows, slab_layout
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
+from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
 from turret_server.config import NAME_MARK, ServerConfig, parse_size
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine
@@ -66,13 +64,6 @@ from turret_server.tenancy.tenants import TenantTable
 from turret_server.tenancy.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
-
-_CPU = torch.device("cpu")
-# Of the memory that is free once the model is loaded. A GPU keeps the rest for activations; a CPU's memory
-# belongs to other processes too.
-_DEFAULT_FRACTION = {"cuda": 0.8, "cpu": 0.25}
-_DEFAULT_MAX_BYTES = {"cpu": 4 * 2**30}
-_DEFAULT_HOST_MEMORY = "0.25"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +116,8 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         loaded, arena = _load_model(config)
         library = stack.enter_context(closing(_make_library(config, store, loaded)))
         unowned.pop_all()  # the library closes it
-    host_bytes = _budget("--host-memory", config.host_memory or _DEFAULT_HOST_MEMORY, _CPU)
     page_locked = loaded.device.type == "cuda"
-    memory = HostMemory(host_bytes, library.read, page_locked=page_locked)
+    memory = HostMemory(host_bytes(config.host_memory), library.read, page_locked=page_locked)
     registry = AdapterRegistry(memory)
     runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler)))
     runner.check()
@@ -275,47 +265,10 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
     loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
-    arena = Arena(loaded.base, _arena_bytes(config.memory, device), dtype=dtype, device=device)
+    arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
     if not arena.num_pages:
         raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
     return loaded, arena
-
-
-def _arena_bytes(memory: str | None, device: torch.device) -> int:
-    if memory is None:
-        wanted = int(_free_bytes(device) * _DEFAULT_FRACTION[device.type])
-        return min(wanted, _DEFAULT_MAX_BYTES.get(device.type, wanted))
-    return _budget("--memory", memory, device)
-
-
-def _budget(flag: str, memory: str, device: torch.device) -> int:
-    """Bytes for a size or a fraction of the device's free memory.
-
-    Raises:
-        ConfigError: that is more than is free.
-    """
-    size = parse_size(memory)
-    assert size, "ServerConfig has validated it"
-    free = _free_bytes(device)
-    wanted = int(free * size.number if size.is_fraction else size.number)
-    if not 0 < wanted <= free:
-        raise ConfigError(
-            f"{flag} {memory}: {wanted} bytes are more than the free memory of {device.type}, {free} bytes"
-        )
-    return wanted
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def _max_adapter_bytes() -> int:
-    """Maximum size of an adapter's files: an eighth of this machine's memory, because several adapters load
-    at once and each is in memory twice while its rows are built.
-    """
-    return min(MAX_CONFIG_BYTES + MAX_TENSORS_BYTES, psutil.virtual_memory().total // 8)
 
 
 def _open_store(config: ServerConfig) -> AdapterStore:
@@ -344,7 +297,7 @@ def _source_policy(config: ServerConfig) -> Policy:
         folders.append(config.adapters)
     if not config.allow_source and config.is_local:
         folders = [Path("/")]
-    return Policy(roots=tuple(folders), urls=urls, max_bytes=_max_adapter_bytes())
+    return Policy(roots=tuple(folders), urls=urls, max_bytes=max_adapter_bytes())
 
 
 def _make_engine(

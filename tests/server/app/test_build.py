@@ -7,18 +7,12 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
-import torch
 
 from support.adapter_files import write_folder
-from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_adapters.library import AdapterLibrary
 from turret_server.app.build import (
-    _arena_bytes,
-    _budget,
     _check_access,
     _load_adapters,
     _source_policy,
@@ -68,40 +62,6 @@ def test_certificates_of_an_authority_are_enough_and_it_is_told_what_that_means(
     assert not caplog.messages
 
 
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("memory", "wanted"),
-    [("64MiB", 64 * 2**20), ("1GB", 2**30), ("1.5 KiB", 1536), ("2048", 2048), ("3k", 3072)],
-)
-def test_memory_is_a_size(memory: str, wanted: int) -> None:
-    assert _arena_bytes(memory, CPU) == wanted
-
-
-def test_memory_is_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert _arena_bytes("0.25", CPU) == 250
-    assert _arena_bytes("1", CPU) == 1000
-
-
-@pytest.mark.parametrize(("free", "wanted"), [(1000, 250), (2**40, 4 * 2**30)])
-def test_the_default_on_a_cpu_is_a_quarter_of_the_free_memory_and_at_most_4_gib(
-    monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
-) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
-    assert _arena_bytes(None, CPU) == wanted
-
-
-def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert _budget("--host-memory", "1000", CPU) == 1000
-    with pytest.raises(ConfigError, match=r"--host-memory 1001: .*1001 bytes.* cpu, 1000 bytes"):
-        _budget("--host-memory", "1001", CPU)
-    with pytest.raises(ConfigError, match=r"--memory 0.0001"):  # of 1000 bytes none is left
-        _arena_bytes("0.0001", CPU)
-
-
 def test_a_server_on_loopback_loads_from_any_folder_unless_sources_are_named() -> None:
     local = {"listen": "127.0.0.1:1"}
     assert _source_policy(config(**local)).roots == (Path("/"),)
@@ -142,13 +102,6 @@ def test_an_authentication_hook_closes_the_server() -> None:
     access = load_access(config(auth_hook="os.path:basename"))
     assert access.auth_hook is not None
     assert not access.tenants.table.is_open
-
-
-def test_an_adapter_is_at_most_an_eighth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=800))
-    assert _source_policy(config()).max_bytes == 100
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**60))
-    assert _source_policy(config()).max_bytes == MAX_CONFIG_BYTES + MAX_TENSORS_BYTES
 
 
 class ChangedAtTheStart:

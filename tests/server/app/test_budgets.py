@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
+from turret_server.app import budgets
+from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
+from turret_server.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("memory", "wanted"),
+    [("64MiB", 64 * 2**20), ("1GB", 2**30), ("1.5 KiB", 1536), ("2048", 2048), ("3k", 3072)],
+)
+def test_memory_is_a_size(memory: str, wanted: int) -> None:
+    assert arena_bytes(memory, CPU) == wanted
+
+
+def test_memory_is_a_fraction_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert arena_bytes("0.25", CPU) == 250
+    assert arena_bytes("1", CPU) == 1000
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(1000, 250), (2**40, 4 * 2**30)])
+def test_the_default_on_a_cpu_is_a_quarter_of_the_free_memory_and_at_most_4_gib(
+    monkeypatch: pytest.MonkeyPatch, free: int, wanted: int
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert arena_bytes(None, CPU) == wanted
+
+
+def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert host_bytes("1000") == 1000
+    with pytest.raises(ConfigError, match=r"--host-memory 1001: .*1001 bytes.* cpu, 1000 bytes"):
+        host_bytes("1001")
+    with pytest.raises(ConfigError, match=r"--memory 0.0001"):  # of 1000 bytes none is left
+        arena_bytes("0.0001", CPU)
+
+
+def test_host_memory_is_a_quarter_of_the_free_memory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert host_bytes(None) == 250
+
+
+def test_an_adapter_is_at_most_an_eighth_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=800))
+    assert max_adapter_bytes() == 100
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**60))
+    assert max_adapter_bytes() == MAX_CONFIG_BYTES + MAX_TENSORS_BYTES
+
+
+@pytest.fixture
+def container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Uses 600 bytes, of which the kernel would give up 100; the machine has 2,000 free of 8,000."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2000, total=8000))
+    monkeypatch.setattr(budgets, "_CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("600\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\nactive_file 0\n")
+    return tmp_path
+
+
+def test_a_containers_limit_counts(container: Path) -> None:
+    (container / "memory.max").write_text("1300\n")
+    assert host_bytes("1") == 800
+    assert max_adapter_bytes() == 162
+    (container / "memory.max").write_text("400\n")
+    with pytest.raises(ConfigError, match="the free memory of cpu, 0 bytes"):
+        host_bytes("1")
+
+
+def test_the_machines_memory_counts_where_it_is_less_than_the_containers_limit(container: Path) -> None:
+    (container / "memory.max").write_text("90000\n")
+    assert (host_bytes("1"), max_adapter_bytes()) == (2000, 1000)
+
+
+def test_a_container_without_a_limit_has_the_machines_memory(container: Path) -> None:
+    (container / "memory.max").write_text("max\n")
+    assert (host_bytes("1"), max_adapter_bytes()) == (2000, 1000)
