@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret_server.errors import ConfigError
+from turret_server.rpc import server as module
+from turret_server.rpc.server import LIVENESS
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICES = [f"turret.v1.{name}Service" for name in ("Inference", "Adapter", "Prompt")]
+
+
+async def test_services_are_ready_from_ready_to_drain_and_the_process_lives_all_the_time(door):
+    async def statuses():
+        return [await door.status(service) for service in ("", *SERVICES, LIVENESS)]
+
+    assert await statuses() == [NOT_SERVING] * 4 + [SERVING]
+    await door.server.ready()
+    assert await statuses() == [SERVING] * 5
+    await door.server.drain()
+    assert await statuses() == [NOT_SERVING] * 4 + [SERVING]
+
+
+async def test_a_server_that_drains_refuses_new_calls(open_door):
+    door = await open_door(prompts=SimpleNamespace(list=lambda _: []))
+    await door.prompts.ListPinnedPrompts(prompts_pb2.ListPinnedPromptsRequest())
+    await door.server.drain()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await door.prompts.ListPinnedPrompts(prompts_pb2.ListPinnedPromptsRequest())
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in refused.value.details()
+
+
+async def test_a_server_that_stops_lets_running_calls_finish(open_door):
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def load(*_):
+        entered.set()
+        await go_on.wait()
+        raise ConfigError("done")
+
+    door = await open_door(administration=SimpleNamespace(load=load))
+    call = door.adapters.LoadAdapter(adapters_pb2.LoadAdapterRequest())
+    await entered.wait()
+    watch = door.health.Watch(health_pb2.HealthCheckRequest(service=LIVENESS))
+    assert (await watch.read()).status == SERVING
+    stopping = asyncio.create_task(door.server.stop(600))
+    # Whoever watches the health learns of the end before the connection is closed.
+    assert (await watch.read()).status == NOT_SERVING
+    watch.cancel()
+    go_on.set()
+    assert (await call.details(), await stopping) == ("done", None)
+
+
+async def test_a_port_that_is_in_use_is_refused(open_door):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        door = await open_door()
+        with pytest.raises(ConfigError, match=f"--listen {address}: .* name another"):
+            await door.server.start(address)
+
+
+async def test_two_servers_do_not_share_a_port(open_door):
+    first, second = await open_door(), await open_door()
+    with pytest.raises(ConfigError):
+        await second.server.start(f"127.0.0.1:{first.port}")
+
+
+async def test_reflection_lists_all_services(door):
+    stub = reflection_pb2_grpc.ServerReflectionStub(door.channel)
+    call = stub.ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    answer = await call.read()
+    await call.done_writing()
+    found = {service.name for service in answer.list_services_response.service}
+    assert found == {*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME}
+
+
+async def test_a_message_beyond_the_limit_of_the_transport_is_refused(open_door, scripted):
+    generate = scripted()
+    door = await open_door(generation=SimpleNamespace(generate=generate))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await door.inference.Generate(inference_pb2.GenerateRequest(text="x" * (5 << 20)))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert generate.calls == []
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "allowed", "connections"),
+    [
+        # As many files as the system allows, and not fewer than before.
+        (1024, 4096, 4096, 4096 - 512),
+        (1024, 2**20, 2**16, 2**16 - 512),
+        (1024, resource.RLIM_INFINITY, 2**16, 2**16 - 512),
+        (2**17, 2**20, 2**17, 2**17 - 512),
+        # Of few files connections get half.
+        (256, 400, 400, 200),
+    ],
+)
+def test_connections_leave_files_for_the_server(monkeypatch, soft, hard, allowed, connections):
+    limits = {}
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (soft, hard)}.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
+    assert module._most_connections() == connections
+    assert limits == {resource.RLIMIT_NOFILE: (allowed, hard)}
