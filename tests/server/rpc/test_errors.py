@@ -49,9 +49,14 @@ def test_a_full_queue_says_when_to_try_again(seconds):
 
 
 def test_a_message_too_long_for_a_header_is_cut_between_characters():
-    status = to_status(InvalidRequestError("ü" * 5000))
-    assert len(status.message.encode()) < 1100
-    assert set(status.message) == {"ü", " ", "…"}
+    for beginning in ("", "x"):  # the limit is between two characters, and within one
+        status = to_status(InvalidRequestError(beginning + "ü" * 5000))
+        assert len(status.message.encode()) < 1100
+        assert set(status.message) == {*beginning, "ü", " ", "…"}
+
+
+def test_a_name_that_is_no_utf8_is_escaped():
+    assert to_status(InvalidRequestError("/srv/\udcff")).message == "/srv/\\udcff"
 
 
 def test_the_tree_in_the_docstring_is_the_tree():
