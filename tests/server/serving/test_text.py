@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
-from support.models import save_tokenizer
 from turret_server.serving.text import TextStream
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def run(codec, token_ids, stop=()):

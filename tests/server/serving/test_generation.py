@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+
+from support.fake_device import make_spec
+from turret_adapters.host import HostAdapter
+from turret_adapters.spec import Split
+from turret_server import logs
+from turret_server.engine.request import FinishReason as EngineFinishReason
+from turret_server.engine.request import Output, SamplingParams
+from turret_server.errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
+from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, Usage
+
+REQUEST = GenerationRequest(prompt=[5, 6, 7])
+
+
+async def job_of(services, caller, request=REQUEST):
+    services.engine.answer([9])
+    await services.generate(request, caller)
+    return services.engine.jobs.pop()
+
+
+async def test_sampling_parameters_reach_the_sampler(services, admin):
+    request = replace(REQUEST, max_tokens=4, temperature=0.5, top_p=0.25, top_k=6, seed=8, priority=-4)
+    job = await job_of(services, admin, request)
+    assert job.sampling == SamplingParams(max_tokens=4, temperature=0.5, top_p=0.25, top_k=6, seed=8)
+    assert job.priority == -4
+    assert job.stop_token_ids == {1}
+
+
+async def test_a_seed_is_drawn_where_none_is_given(services, admin):
+    drawn = [(await job_of(services, admin)).sampling.seed for _ in range(8)]
+    assert len(set(drawn)) == 8
+    assert max(drawn).bit_length() > 32
+    assert (await job_of(services, admin, replace(REQUEST, seed=0))).sampling.seed == 0
+
+
+async def test_without_max_tokens_the_answer_fills_the_context_that_virtual_tokens_leave(services, admin):
+    request = replace(REQUEST, adapters=[AdapterRef(name="first")])
+    assert (await job_of(services, admin, request)).sampling.max_tokens == 64 - 3 - 2
+    with pytest.raises(PromptTooLongError):
+        await job_of(services, admin, replace(request, max_tokens=60))
+
+
+async def test_the_engines_log_lines_name_the_request(services, admin):
+    with logs.about({"request_id": "request-1"}):
+        job = await job_of(services, admin, replace(REQUEST, adapters=[AdapterRef(name="poet")]))
+        assert (job.about["request_id"], job.about["adapter"]) == ("request-1", "poet")
+
+
+async def test_a_routing_key_decides_in_a_split(services, admin):
+    services.registry.add(HostAdapter(spec=make_spec("9" * 32, slab_pages=1), deltas={}))
+    services.registry.split("poet", Split("9" * 32, 50))
+    found = {}
+    for key in map(str, range(20)):
+        request = replace(REQUEST, adapters=[AdapterRef(name="poet")], routing_key=key)
+        jobs = [await job_of(services, admin, request) for _ in range(2)]
+        [found[key]] = {job.adapters[0].spec.revision for job in jobs}
+    assert set(found.values()) == {"1" * 32, "9" * 32}
+
+
+async def test_an_answer_comes_in_chunks_and_its_usage_with_the_last(services, admin, codec):
+    token_ids = codec.encode("the fox")
+    services.engine.answer(token_ids)
+    chunks = await services.generate(replace(REQUEST, adapters=[AdapterRef(name="poet")]), admin)
+    assert "".join(chunk.text for chunk in chunks) == "the fox"
+    assert [chunk.token_ids for chunk in chunks] == [(each,) for each in token_ids]
+    assert {chunk.revision for chunk in chunks} == {"1" * 32}
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+    assert chunks[-1].usage == Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=len(chunks))
+
+
+@pytest.mark.parametrize("end", [EngineFinishReason.LENGTH, EngineFinishReason.STOP])
+async def test_text_that_was_held_back_comes_with_the_end_and_its_reason(services, admin, codec, end):
+    services.engine.answer(codec.encode("axy"), end)
+    chunks = await services.generate(replace(REQUEST, stop=("xyz",)), admin)
+    assert [chunk.text for chunk in chunks] == ["a", "", "xy"]
+    assert chunks[-1].finish_reason == FinishReason(end.value)
+
+
+async def test_a_stop_string_ends_an_answer_whatever_the_engine_has_beyond(services, admin, codec):
+    services.engine.answer(codec.encode("axyzb"))
+    chunks = await services.generate(replace(REQUEST, stop=("xyz",)), admin)
+    assert [chunk.text for chunk in chunks] == ["a", "", "", ""]
+    assert chunks[-1].finish_reason is FinishReason.STOP
+    assert chunks[-1].usage.generated_tokens == 4
+    assert services.usage.entries[-1]["finish_reason"] == "stop"
+    assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
+
+
+@pytest.mark.parametrize("stop", ["xyz", "z"])
+async def test_a_stop_string_with_the_last_token_counts_as_a_stop(services, admin, codec, stop):
+    services.engine.answer(codec.encode("axyz"))
+    chunks = await services.generate(replace(REQUEST, stop=(stop,)), admin)
+    assert "".join(chunk.text for chunk in chunks) == "axyz".removesuffix(stop)
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+async def test_a_request_is_in_the_usage_log_before_its_last_chunk_comes(services, admin):
+    services.engine.answer([9, 10])
+    entries = services.usage.entries
+    async with aclosing(services.generation.generate(REQUEST, admin)) as chunks:
+        await anext(chunks)
+        assert entries == []
+        last = await anext(chunks)
+        assert (last.finish_reason, len(entries)) == (FinishReason.LENGTH, 1)
+    assert len(entries) == 1
+    assert services.count("ok") == 1
+
+
+async def test_an_error_of_the_engine_ends_the_answer_and_releases_everything(services, admin):
+    services.engine.outputs = [
+        Output(token_id=9),
+        Output(error=OutOfMemoryError("no memory"), finish_reason=EngineFinishReason.FAILED),
+    ]
+    chunks = services.generation.generate(replace(REQUEST, adapters=[AdapterRef(name="poet")]), admin)
+    assert (await anext(chunks)).token_ids == (9,)
+    with pytest.raises(OutOfMemoryError):
+        await anext(chunks)
+    assert services.registry.status("poet").active_requests == 0
+    assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
+    assert services.count("out_of_memory") == 1
+    assert services.used("acme", "poet", "generated") == 1
+
+
+async def test_closing_an_answer_cancels_its_job_at_once(services, admin):
+    services.engine.answer([9, 10])
+    async with aclosing(services.generation.generate(REQUEST, admin)) as chunks:
+        await anext(chunks)
+        assert [what for what, _ in services.engine.calls] == ["submit"]
+    assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
+    assert services.count("cancelled") == 1
+
+
+@pytest.mark.parametrize("change", [{"top_p": 2.0}, {"adapters": [AdapterRef(name="a b")]}, {"prompt": None}])
+async def test_an_invalid_request_never_reaches_the_engine_and_is_counted(services, admin, change):
+    with pytest.raises(InvalidRequestError):
+        await services.generate(replace(REQUEST, **change), admin)
+    assert services.engine.calls == []
+    assert services.count("invalid_request") == 1
