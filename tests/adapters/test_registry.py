@@ -16,7 +16,7 @@ from support.fake_device import make_spec
 from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.registry import AdapterRegistry, Lease, Named
+from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
 from turret_adapters.spec import TASK_MARK, Part, PrefixKind, RowGroup
 from turret_adapters.store.names import Split
 
@@ -524,3 +524,107 @@ def test_nothing_is_left_of_what_was_unloaded_and_released(registry):
     assert (registry._names, registry._specs, registry._needed, registry._joined) == ({}, {}, {}, {})
     assert (len(registry._memory), registry._memory._known) == (0, {})
     assert len(set(registry.gone)) == len(registry.gone), "each is dropped once"
+
+
+def test_the_last_request_of_an_unloaded_name_ends_it_for_all_who_listen(registry):
+    told = []
+    registry.publish("poet", host("1"))
+    held = acquire(registry, "poet")
+    registry.remove("poet")
+    registry.on_change = told.append
+    registry.release(held)
+    assert told == [AdapterStatus(name="poet", spec=host("1").spec, unloaded=True)]
+
+
+def test_splits_are_told_and_a_failure_that_a_revision_outlives_is_not(registry):
+    told = []
+    registry.add(host("1"))
+    registry.publish("poet", host("2"))
+    registry.on_change = told.append
+    for split in (Split("1", 30), None):
+        registry.split("poet", split)
+        assert told.pop() == registry.status("poet")
+    registry.fail("poet", "no such folder")
+    assert told == []
+
+
+def test_removing_returns_what_was_removed_and_tells_what_is_left(registry):
+    """`b` has no request, `c` and `a` have: in the order of their requests."""
+    told, leases = [], []
+    for revision in "cab":
+        registry.publish("poet", host(revision))
+        leases.append(acquire(registry, "poet"))
+    registry.release(leases.pop())
+    registry.on_change = told.append
+    removed = registry.remove("poet")
+    assert (removed.spec, removed.active_requests, removed.error) == (host("b").spec, 0, "")
+    assert (removed.draining_revisions, removed.unloaded) == (("a", "c"), True)
+    assert told == [registry.status("poet")]
+    assert (told[0].spec, told[0].active_requests) == (host("c").spec, 1), "the last of those that drain"
+    assert told[0].draining_revisions == ("a", "c")
+
+
+def test_a_name_that_failed_is_removed_with_its_error(registry):
+    registry.fail("poet", "no such folder")
+    assert registry.remove("poet") == AdapterStatus(name="poet", spec=None, unloaded=True)
+
+
+def test_a_name_is_known_while_it_has_a_revision_or_an_error(registry):
+    assert not registry.knows("poet")
+    registry.fail("poet", "no such folder")
+    assert registry.knows("poet")
+    registry.publish("poet", host("1"))
+    assert registry.knows("poet")
+    held = acquire(registry, "poet")
+    registry.remove("poet")
+    assert not registry.knows("poet"), "it only drains"
+    registry.release(held)
+    assert not registry.knows("poet")
+
+
+def test_who_looks_sees_all_names_and_no_change_comes_between(registry):
+    for name in ("poet", "bard"):
+        registry.publish(name, host("1"))
+    seen = []
+    registry.look(lambda statuses: seen.append((statuses, registry._lock.locked())))
+    assert seen == [(registry.statuses(), True)]
+    told = []
+    registry.on_change = told.append
+    registry.tell("poet")
+    registry.tell("nobody")
+    assert told == [registry.status("poet")]
+
+
+def test_tasks_are_joined_like_whole_adapters_and_are_there_as_long_as_they_are_needed(registry):
+    def with_tasks(revision: str, *values: int) -> HostAdapter:
+        tasks = tuple(
+            replace(prefix(str(value), 2), spec=make_spec(f"{revision}{TASK_MARK}{task}", num_virtual=2))
+            for task, value in enumerate(values)
+        )
+        return replace(multitask(revision, len(values)), tasks=tasks)
+
+    registry.publish("many", with_tasks("1", 10, 11))
+    registry.publish("first", prefix("2", 3))
+    lease = registry.acquire([Named("many", task=1), Named("first"), Named("many", task=0)])
+    assert lease.revision == f"1{TASK_MARK}1+2+1{TASK_MARK}0"
+    [(joined, weight)] = lease.uses
+    assert (joined.num_virtual_tokens, joined.revision, weight) == (7, lease.joined, 1.0)
+    assert [name for name, _ in lease.pins] == ["many", "first", "many"]
+    assert registry.status("many").active_requests == 2
+    assert registry.tensors(joined.revision).prefix_kv.flatten()[::2].tolist() == [11, 11, 2, 2, 2, 10, 10]
+    needed = [joined.revision, "1", f"1{TASK_MARK}0", "2"]
+    assert all(map(registry.has, needed))
+    for name in ("many", "first"):
+        registry.remove(name)
+    assert all(map(registry.has, needed))
+    registry.release(lease)
+    assert not any(map(registry.has, needed))
+    assert sorted(registry.gone) == sorted([*needed, f"1{TASK_MARK}1"])
+
+
+def test_a_request_of_one_adapter_joins_nothing(registry):
+    registry.publish("first", prefix("1", 2))
+    lease = registry.acquire([Named("first")])
+    assert (lease.joined, lease.uses) == (None, ((prefix("1", 2).spec, 1.0),))
+    registry.release(lease)
+    assert registry.gone == []
