@@ -48,3 +48,27 @@ def test_equal_rows_of_two_adapters_are_one_object():
     assert first == (RowGroup("m", Part.LORA_A, 2, 4), RowGroup("m", Part.LORA_B, 2, 3))
     assert first is second
     assert row_groups({"n": deltas[0]["m"]}) != first
+
+
+def test_every_tensor_of_an_adapter_and_its_tasks_is_page_locked_and_nothing_else_changes(monkeypatch):
+    """Page-locked memory needs a GPU; here a copy with one more in each element stands for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    delta = ModuleDelta(
+        rows={Part.LORA_A: torch.zeros(1, 2), Part.TOKENS: torch.zeros(2, 2)}, scaling=2.5, token_ids=(3, 5)
+    )
+    task = prompt("1#0", torch.zeros(2, 3))
+    adapter = HostAdapter(
+        spec=make_spec("1"), deltas={"m": delta, "n": delta}, prefix_kv=torch.zeros(1, 2), tasks=(task,)
+    )
+    locked = adapter.page_locked()
+    assert (locked.spec, locked.deltas.keys()) == (adapter.spec, {"m", "n"})
+    for each in locked.deltas.values():
+        assert {part: rows_NX.mean() for part, rows_NX in each.rows.items()} == {
+            Part.LORA_A: 1,
+            Part.TOKENS: 1,
+        }
+        assert (each.scaling, each.token_ids) == (2.5, (3, 5))
+    assert locked.prefix_kv.mean() == locked.tasks[0].prompt_embeddings.mean() == 1
+    assert (locked.prompt_embeddings, locked.tasks[0].prefix_kv) == (None, None)
+    assert locked.tasks[0].spec == task.spec
+    assert adapter.prefix_kv.mean() == 0, "requests that copy from it go on"

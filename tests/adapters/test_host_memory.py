@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.fake_device import make_spec
+from support.guarded import guard
 from turret_adapters.errors import AdapterSourceError, RevisionCorruptError
 from turret_adapters.host import HostAdapter, ModuleDelta
 from turret_adapters.host_memory import HostMemory
@@ -230,3 +231,52 @@ def test_tensors_for_a_gpu_are_locked_when_they_are_added_and_when_they_are_read
         for revision in ("added", "read"):
             assert (memory.get(revision).prompt_embeddings is marker) == page_locked
         assert memory.num_reads == 1
+
+
+def test_what_is_in_memory_is_read_and_written_under_its_lock(disk):
+    memory = HostMemory(80, disk.read)
+    guard(memory, memory._lock.locked, "_known", "_cached", "_reading")
+    memory.know(adapter("known").spec)
+    for revision in "123":
+        memory.put(adapter(revision))
+    for revision in ("1", "known", "1"):
+        assert memory.get(revision).spec.revision == revision
+    memory.drop("1")
+    assert disk.reads == {"1": 1, "known": 1}
+
+
+def test_memory_without_a_budget_evicts_nothing(disk):
+    memory = HostMemory(read=disk.read)
+    for number in range(50):
+        memory.put(adapter(str(number), 1000))
+    assert (len(memory), memory.max_bytes) == (50, None)
+
+
+def test_as_many_go_as_it_takes_for_a_large_one_and_no_more(disk):
+    memory = HostMemory(120, disk.read)
+    for revision in "123":
+        memory.put(adapter(revision))
+    memory.put(adapter("large", 20))
+    assert (len(memory), memory.num_bytes) == (2, 120)
+    for revision in ("3", "large"):
+        memory.get(revision)
+    assert disk.reads == {}
+
+
+def test_a_revision_that_is_not_readable_is_tried_again_and_counts_once_it_is_read():
+    tries = []
+
+    def read(revision: str) -> HostAdapter:
+        tries.append(revision)
+        if len(tries) < 3:
+            raise AdapterSourceError("the disk is busy")
+        return adapter(revision)
+
+    memory = HostMemory(None, read)
+    memory.know(adapter("1").spec)
+    for _ in range(2):
+        with pytest.raises(AdapterSourceError, match="busy"):
+            memory.get("1")
+        assert (memory.num_reads, len(memory)) == (0, 0)
+    assert memory.get("1") is memory.get("1")
+    assert memory.num_reads == 1

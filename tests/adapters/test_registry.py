@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from support.fake_device import make_spec
-from turret_adapters.errors import AdapterCompositionError, AdapterNotFoundError, AdapterTaskError
+from support.guarded import guard
+from turret_adapters.errors import (
+    AdapterCompositionError,
+    AdapterNotFoundError,
+    AdapterSourceError,
+    AdapterTaskError,
+)
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.registry import AdapterRegistry, AdapterStatus, Lease, Named
@@ -628,3 +634,35 @@ def test_a_request_of_one_adapter_joins_nothing(registry):
     assert (lease.joined, lease.uses) == (None, ((prefix("1", 2).spec, 1.0),))
     registry.release(lease)
     assert registry.gone == []
+
+
+def test_the_registrys_books_are_read_and_written_under_its_lock(registry):
+    guard(registry, registry._lock.locked, "_names", "_specs", "_needed", "_joined")
+    registry.publish("poet", host("1"))
+    registry.publish_unread("poet", host("2").spec)
+    registry.publish("poet", host("3"))
+    registry.add(host("4"))
+    assert registry.hold("4")
+    registry.split("poet", Split("4", 50))
+    for _ in range(2):
+        registry.unhold("4")
+    for name, revision in (("first", "5"), ("second", "6")):
+        registry.publish(name, prefix(revision, 2))
+    lease = registry.acquire([Named("poet"), Named("first"), Named("second")])
+    assert registry.tensors(lease.joined).spec.revision == lease.joined
+    assert registry.tensors("3").spec == host("3").spec
+    assert registry.serves("poet", "4")
+    assert registry.knows("poet")
+    assert registry.has("3")
+    assert [registry.status(status.name) for status in registry.statuses()] == registry.statuses()
+    registry.look(lambda statuses: None)
+    registry.tell("poet")
+    registry.fail("bard", "no such folder")
+    for name in ("poet", "bard", "first"):
+        registry.remove(name)
+    registry.release(lease)
+    registry.publish_unread("sailor", host("7").spec)
+    with pytest.raises(AdapterSourceError):
+        registry.tensors("7")
+    registry._lose("7", AdapterSourceError("lost"))
+    assert registry.status("sailor").error == "lost"

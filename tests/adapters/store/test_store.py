@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from support.adapter_files import add, digest, files, read_folder, revision, write_folder
+from support.guarded import guard
 from turret_adapters.errors import (
     AdapterFormatError,
     AdapterSourceError,
@@ -325,3 +326,81 @@ def test_a_collection_that_fails_half_way_leaves_nothing_in_staging(
     assert leftovers(store) == []
     monkeypatch.undo()
     assert len(store.collect(nothing)) == 2
+
+
+def use_staging(store: AdapterStore, _found: str, _staged: Path) -> None:
+    with store.staging():
+        pass
+
+
+def lose(folder: Path) -> None:
+    """A file takes its place: what is in it is neither read, written nor listed, not even by root."""
+    folder.rename(folder.with_name(f"{folder.name}-gone"))
+    folder.touch()
+
+
+@pytest.mark.parametrize(
+    ("lost", "use"),
+    [
+        ("staging", use_staging),
+        ("adapters", lambda store, _, staged: store.adopt(staged)),
+        ("uploads", lambda store, *_: store.receive(digest(), b"{}", 7)),
+        ("adapters", lambda store, found, _: store.path(found)),
+        ("adapters", lambda store, *_: store.revisions()),
+        ("adapters", lambda store, found, _: store.verify(found)),
+        ("adapters/{found}/adapter_config.json", lambda store, found, _: store.verify(found)),
+        ("adapters", lambda store, found, _: store.hold(found)),
+        ("adapters", lambda store, found, _: store.remove(found)),
+        ("staging", lambda store, found, _: store.remove(found)),
+        ("adapters", lambda store, *_: store.collect(nothing)),
+        ("uploads", lambda store, *_: store.collect(nothing)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_disk_that_fails_is_told_with_the_stores_folder_and_holds_nothing(
+    lost: str, use: Callable[..., object], store: AdapterStore, tmp_path: Path
+) -> None:
+    found = add(store, write_folder(tmp_path / "source"))
+    store.release(found)
+    if lost.endswith(".json"):
+        place = store.root / lost.format(found=found)
+        place.unlink()
+        place.mkdir()
+    else:
+        lose(store.root / lost)
+    with pytest.raises(StoreFailedError, match=f"^store {str(store.root)!r}: "):
+        use(store, found, write_folder(tmp_path / "other", b"other"))
+    assert not store._held
+    assert store._lock._lock.acquire(blocking=False)
+
+
+def test_nothing_comes_between_finding_a_revision_and_holding_or_deleting_it(
+    open_store: Callable[..., AdapterStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(28)
+    guard(store, store._lock._lock.locked, "_held")
+    for name in ("_sizes", "_hide", "path"):
+        monkeypatch.setattr(store, name, locked(store, getattr(store, name)))
+    monkeypatch.setattr(store._uploads, "open", locked(store, store._uploads.open))
+    monkeypatch.setattr(store._uploads, "expire", locked(store, store._uploads.expire))
+    found = add(store, write_folder(tmp_path / "source"))
+    (store.peek(found) / TENSORS_NAME).unlink()
+    assert add(store, tmp_path / "source") == found, "a spoilt one is replaced"
+    store.release(found)
+    store.hold(found)
+    assert store.revisions() == {found: 28}
+    store.receive(digest(b"other"), b"{}", 5).close()
+    store.release(found)
+    store.release(found)
+    store.remove(found)
+    for index in range(2):
+        store.release(add(store, write_folder(tmp_path / "source", b"tensor%d" % index)))
+    assert store.collect(locked(store, nothing)) == [revision(b"tensor0")]
+
+
+def locked(store: AdapterStore, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        assert store._lock._lock.locked()
+        return function(*arguments)
+
+    return call

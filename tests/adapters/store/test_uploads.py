@@ -278,3 +278,62 @@ def test_an_upload_of_what_is_stored_already_leaves_nothing_behind(store: Adapte
             upload.write(0, TENSORS)
             assert upload.finish() == revision()
         assert partial(store) == []
+
+
+def test_an_upload_whose_bytes_are_gone_is_told_with_the_stores_folder(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS)
+        (folder,) = partial(store)
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(StoreFailedError, match=f"^store {str(store.root)!r}: "):
+            upload.finish()
+    assert not store._held
+
+
+def test_an_upload_that_was_killed_before_its_first_byte_expires(
+    open_store: Callable[..., AdapterStore],
+) -> None:
+    store = open_store()
+    receive(store).close()
+    (folder,) = partial(store)
+    (folder / "adapter_model.safetensors").unlink()
+    store = open_store()
+    assert partial(store) == []
+
+
+def test_an_upload_that_has_expired_is_begun_again(store: AdapterStore) -> None:
+    with receive(store) as upload:
+        upload.write(0, TENSORS[:3])
+    (folder,) = partial(store)
+    then = time.time() - uploads.KEPT_SECONDS - 60
+    os.utime(folder / "adapter_model.safetensors", (then, then))
+    receive(store, b"other").close()
+    assert folder not in partial(store), "every upload that begins ends those that have expired"
+    with receive(store) as upload:
+        assert upload.offset == 0
+        upload.write(0, TENSORS[:3])
+    os.utime(folder / "adapter_model.safetensors", (then, then))
+    with receive(store) as upload:
+        assert upload.offset == 0
+
+
+def test_the_number_of_all_tenants_uploads_is_limited(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
+    with receive(store, owner="alice"), receive(store, owner="bob"):
+        with pytest.raises(StoreFullError, match="at most 2 uploads of .* found 2 others"):
+            receive(store, owner="carol")
+        assert len(partial(store)) == 2
+    with receive(store, owner="carol"):
+        assert len(partial(store)) == 2, "the oldest of those that nobody continues made room"
+
+
+def test_a_tenants_own_idle_upload_makes_room_and_no_others(open_store: Callable[..., AdapterStore]) -> None:
+    store = open_store(28)
+    receive(store, b"tensor0", owner="bob").close()
+    (others,) = partial(store)
+    for tensors in (b"tensor1", b"tensor2", b"tensor3"):
+        receive(store, tensors).close()
+    assert others in partial(store)
+    assert len(partial(store)) == 3
