@@ -15,6 +15,7 @@ from turret_adapters.errors import (
     AdapterFormatError,
     OwnerLimitError,
     RevisionCorruptError,
+    RevisionNotFoundError,
     SourceTooLargeError,
     SourceUnavailableError,
     StoreBusyError,
@@ -446,4 +447,17 @@ def test_what_the_block_does_not_publish_does_not_stay(
     with library.fetch(str(folder)):
         pass
     assert not kept.revisions()
+    library.close()
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_stored_file_that_is_missing_is_damage_and_not_a_missing_source(
+    missing: str, library: AdapterLibrary, folder: Path
+) -> None:
+    revision = publish(library, "poet", folder)
+    (library.store.peek(revision) / missing).unlink()
+    with pytest.raises(RevisionCorruptError, match=f"revision {revision} .* repairs it"):
+        library.read(revision)
+    with pytest.raises(RevisionNotFoundError):
+        library.read("0" * len(revision))
     library.close()

@@ -77,7 +77,9 @@ def resolve(path: str) -> Path:
     if CONFIG_NAME not in names:
         more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
         found = f"{', '.join(map(repr, names[:MAX_NAMES_SHOWN]))}{more}" if names else "an empty one"
-        raise AdapterSourceError(f"{path!r}: expected a folder with {CONFIG_NAME}, found {found}")
+        raise AdapterSourceError(
+            f"{path!r}: expected a folder with {CONFIG_NAME}, found {found}"
+        ) from FileNotFoundError(CONFIG_NAME)
     return folder
 
 
