@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.guarded import guard
 from turret_adapters.errors import (
     AdapterFormatError,
     OwnerLimitError,
@@ -24,10 +25,12 @@ from turret_adapters.errors import (
 from turret_adapters.formats.files import digest_of_folder
 from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
+from turret_adapters.sources.fetch import Download
 from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store.names import Names, Ownership
 from turret_adapters.store.store import AdapterStore
+from turret_adapters.store.uploads import Upload
 
 
 @pytest.fixture
@@ -450,6 +453,144 @@ def test_what_the_block_does_not_publish_does_not_stay(
     library.close()
 
 
+def test_nothing_is_remembered_of_revisions_that_were_deleted(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path, other_folder: Path
+) -> None:
+    with library.fetch(str(folder)) as first:
+        pass
+    assert (kept.revisions(), library._unneeded) == ({}, set())
+    publish(library, "poet", folder)
+    library.keep(first.spec.revision)
+    limits = Ownership(max_bytes=first.spec.file_bytes * 3 // 2)
+    with library.fetch(str(folder)) as first:
+        library.publish("poet", first, "", limits)
+    with library.fetch(str(other_folder)) as second:
+        library.publish("poet", second, "", limits)
+    assert library._unneeded == {first.spec.revision}, "it is kept"
+    library.let_go(first.spec.revision)
+    assert kept.revisions().keys() == {second.spec.revision}
+    assert (library._unneeded, library._kept) == (set(), set())
+    library.close()
+
+
+def test_what_disappeared_from_the_store_needs_no_deletion(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    with library.fetch(str(folder)) as adapter:
+        kept.peek(adapter.spec.revision).rename(folder.parent / "gone")
+    assert not library._unneeded
+    library.close()
+
+
+def test_the_librarys_books_are_read_and_written_under_its_lock(
+    library: AdapterLibrary, folder: Path, other_folder: Path
+) -> None:
+    guard(library, library._lock.locked, "_kept", "_unneeded")
+    guard(library.downloads, library.downloads._lock.locked, "_running")
+    revision = publish(library, "poet", folder)
+    assert library.keep(revision)
+    assert not library.keep(revision)
+    with library.fetch(str(other_folder)) as other:
+        assert library.downloads.running == []
+        library.publish("poet", other, "", Ownership(max_bytes=2 * other.spec.file_bytes))
+    library.rollback(library.names.rollback_target("poet"))
+    library.let_go(revision)
+    library.close()
+
+
+def test_a_fetch_is_listed_under_its_name_and_one_without_a_name_under_none(
+    library: AdapterLibrary, folder: Path
+) -> None:
+    for arguments, name in (({"name": "poet"}, "poet"), ({}, "")):
+        seen: list[Download] = []
+        with library.fetch(
+            str(folder), lambda *_: seen.extend(library.downloads.running), **arguments
+        ) as adapter:
+            assert library.downloads.running == []
+        assert {each.name for each in seen} == {name}
+        assert seen[-1].num_done == seen[-1].num_total
+    assert library.downloads.num_bytes == 2 * seen[-1].num_done > adapter.spec.file_bytes
+    library.close()
+
+
+def upload_of(kept: AdapterStore, folder: Path) -> Upload:
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    config = (folder / "adapter_config.json").read_bytes()
+    upload = kept.receive(digest_of_folder(folder), config, len(data))
+    upload.write(upload.offset, data[upload.offset :])
+    return upload
+
+
+def test_what_is_uploaded_is_read_and_stays_if_it_is_named(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path, other_folder: Path
+) -> None:
+    with upload_of(kept, folder) as upload, library.finish(upload) as adapter:
+        library.publish("poet", adapter, "")
+    published = library.names.current()["poet"]
+    assert (published.revision, published.owner, published.source_marks) == (adapter.spec.revision, "", "")
+    with upload_of(kept, other_folder) as upload, library.finish(upload):
+        pass
+    assert kept.revisions().keys() == {adapter.spec.revision}
+    assert not kept._held
+    library.close()
+
+
+def test_an_upload_that_ends_while_the_server_stops_goes_on_after_its_restart(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    with upload_of(kept, folder) as upload:
+        library.interrupt()
+        with pytest.raises(SourceUnavailableError, match="is stopping"), library.finish(upload):
+            pass
+    assert kept.revisions() == {}
+    with upload_of(kept, folder) as upload:
+        assert upload.offset == upload.size, "all of it is still there"
+    library.close()
+
+
+def test_a_library_closes_once_an_upload_has_been_read(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    with ThreadPoolExecutor() as pool, upload_of(kept, folder) as upload:
+        with library.finish(upload) as adapter:
+            closing = pool.submit(library.close)
+            library.publish("poet", adapter, "")
+            assert not closing.done()
+        closing.result()
+
+
+def test_a_revision_exactly_as_large_as_allowed_is_fetched_and_read(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    config, tensors = (
+        (folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
+    kept.max_bytes = config + tensors
+    library._policy = replace(library._policy, max_bytes=config + tensors)
+    revision = publish(library, "poet", folder)
+    assert library.read(revision).spec.revision == revision
+    library._policy = replace(library._policy, max_bytes=tensors - 1)
+    with pytest.raises(SourceTooLargeError, match=f"at most {tensors - 1} bytes"):
+        library.read(revision)
+    library.close()
+
+
+def test_a_load_that_exceeds_the_budget_evicts_what_cannot_be_rolled_back_to_at_once(
+    library: AdapterLibrary, kept: AdapterStore, sound: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of a name's history the current revision and the one before stay."""
+    folders = [
+        replace(sound["LORA"], fields=sound["LORA"].fields | {"revision": str(number)}).write(
+            tmp_path / str(number)
+        )
+        for number in range(4)
+    ]
+    kept.max_bytes = 2 * sum(file.stat().st_size for file in folders[0].iterdir())
+    found = [publish(library, "poet", folder) for folder in folders]
+    assert kept.revisions().keys() == set(found[2:])
+    library.close()
+
+
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_stored_file_that_is_missing_is_damage_and_not_a_missing_source(
     missing: str, library: AdapterLibrary, folder: Path
@@ -460,4 +601,17 @@ def test_a_stored_file_that_is_missing_is_damage_and_not_a_missing_source(
         library.read(revision)
     with pytest.raises(RevisionNotFoundError):
         library.read("0" * len(revision))
+    library.close()
+
+
+def test_records_that_cannot_be_written_only_cost_time(
+    library: AdapterLibrary, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with library.fetch(str(folder)) as adapter:
+        library.publish("poet", adapter, "")
+    for name in ("save_record", "tidy_records", "forget_record"):
+        monkeypatch.setattr(library.names, name, fail)
+    library.save_record(adapter.spec)
+    library.forget_record(adapter.spec.revision)
+    assert library.recorded().keys() == {adapter.spec.revision}
     library.close()

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from turret_adapters.errors import (
     RevisionNotFoundError,
     StoreBusyError,
     StoreFailedError,
+    StoreFullError,
 )
 from turret_adapters.store import names_database as module
 from turret_adapters.store.names import MAX_HISTORY, Names, Record, Split
@@ -326,3 +328,80 @@ def test_a_record_stays_as_long_as_a_name_has_its_revision(open_names: Callable[
     llama.forget_record("r1")
     assert llama.records() == {}
     assert qwen.records() == {"r1": other}
+
+
+def test_a_disk_that_fills_up_is_told_and_changes_nothing(names: Names, tmp_path: Path) -> None:
+    names.publish("poet", "r1", "")
+    database = names._database._connection
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreFullError, match=f"names '{tmp_path}/names.sqlite': the disk is full"):
+        names.publish("poet", "r2", "x" * 100_000)
+    database.execute("PRAGMA max_page_count = 1000000")
+    assert revisions(names) == ["r1"]
+    names.publish("poet", "r2", "x" * 100_000)
+    assert revisions(names) == ["r2", "r1"]
+
+
+def test_a_database_that_is_not_writable_is_told(names: Names, tmp_path: Path) -> None:
+    names._database._connection.execute("PRAGMA query_only = 1")
+    with pytest.raises(StoreFailedError, match=r"names\.sqlite': .*must be able to write in that folder"):
+        names.publish("poet", "r1", "")
+    names._database._connection.execute("PRAGMA query_only = 0")
+    names.publish("poet", "r1", "")
+    assert serving(names) == {"poet": "r1"}
+
+
+def test_a_database_without_its_tables_is_corrupt(names: Names) -> None:
+    names._database._connection.execute("DROP TABLE published")
+    with pytest.raises(NamesCorruptError, match=r"no such table.*move it and its -wal and -shm files away"):
+        names.current()
+
+
+def test_a_file_system_without_shared_memory_is_refused_before_anything_is_written(
+    open_names: Callable[..., Names], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+
+    def without_shared_memory(path: Path, **options: Any) -> sqlite3.Connection:
+        return connect(f"file:{path}?vfs=unix-dotfile", uri=True, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.sqlite3, "connect", without_shared_memory)
+        with pytest.raises(StoreFailedError, match="put the store on a local disk"):
+            open_names()
+    assert (tmp_path / "names.sqlite").stat().st_size == 0
+    assert serving(open_names()) == {}
+
+
+def test_a_closed_database_is_an_error_of_the_program(open_names: Callable[..., Names]) -> None:
+    names = open_names()
+    names.close()
+    with pytest.raises(sqlite3.ProgrammingError):
+        names.current()
+
+
+def test_closing_waits_for_what_is_being_written(open_names: Callable[..., Names]) -> None:
+    names = open_names()
+    with ThreadPoolExecutor(1) as pool, names._database.transaction() as database:
+        closing = pool.submit(names.close)
+        database.execute("DELETE FROM published")
+        assert not closing.done()
+    closing.result()
+
+
+def test_what_is_published_without_an_owner_or_marks_has_none(names: Names) -> None:
+    published = names.publish("poet", "r1", "")
+    assert (published.owner, published.source_marks) == ("", "")
+    assert names.records() == {}
+    assert names.history("poet") == [published] == [names.current()["poet"]]
+
+
+def test_the_other_names_of_a_split_or_rolled_back_name_stay(names: Names) -> None:
+    for name in ("poet", "bard"):
+        for revision in ("r1", "r2", "r3"):
+            names.publish(name, revision, "")
+        names.split(name, "r1", 30)
+    names.rollback("poet", "r1")
+    assert (revisions(names, "poet"), revisions(names, "bard")) == (["r1"], ["r3", "r2", "r1"])
+    assert names.splits() == {"bard": Split("r1", 30)}
