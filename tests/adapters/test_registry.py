@@ -655,7 +655,7 @@ def test_the_registrys_books_are_read_and_written_under_its_lock(registry):
     assert registry.knows("poet")
     assert registry.has("3")
     assert [registry.status(status.name) for status in registry.statuses()] == registry.statuses()
-    registry.look(lambda statuses: None)
+    registry.look(list)
     registry.tell("poet")
     registry.fail("bard", "no such folder")
     for name in ("poet", "bard", "first"):

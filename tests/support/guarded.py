@@ -1,4 +1,4 @@
-"""Sees whether what a lock protects is used without it: a race that a test with threads sees only by chance."""
+"""Whether what a lock protects is used without it: a race that a test with threads sees only by chance."""
 
 from __future__ import annotations
 

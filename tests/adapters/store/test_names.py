@@ -343,7 +343,7 @@ def test_a_disk_that_fills_up_is_told_and_changes_nothing(names: Names, tmp_path
     assert revisions(names) == ["r2", "r1"]
 
 
-def test_a_database_that_is_not_writable_is_told(names: Names, tmp_path: Path) -> None:
+def test_a_database_that_is_not_writable_is_told(names: Names) -> None:
     names._database._connection.execute("PRAGMA query_only = 1")
     with pytest.raises(StoreFailedError, match=r"names\.sqlite': .*must be able to write in that folder"):
         names.publish("poet", "r1", "")

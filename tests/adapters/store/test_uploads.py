@@ -322,7 +322,7 @@ def test_the_number_of_all_tenants_uploads_is_limited(
 ) -> None:
     monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
     with receive(store, owner="alice"), receive(store, owner="bob"):
-        with pytest.raises(StoreFullError, match="at most 2 uploads of .* found 2 others"):
+        with pytest.raises(StoreFullError, match=r"at most 2 uploads of .* found 2 others"):
             receive(store, owner="carol")
         assert len(partial(store)) == 2
     with receive(store, owner="carol"):
