@@ -57,21 +57,29 @@ def test_a_stream_that_nobody_reads_makes_no_call(server):
 
 
 INTERRUPTED = """
-import signal, sys
-from contextlib import suppress
+import faulthandler, signal, sys
 from turret_client import Client
 
+faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1], "w"))
 signal.signal(signal.SIGINT, signal.default_int_handler)
-client = Client(sys.argv[1])
+client = Client(sys.argv[2])
 try:
-    result = getattr(client, sys.argv[2])(*sys.argv[3:])
-    for chunk in [] if sys.argv[2] == "generate" else result:
+    result = getattr(client, sys.argv[3])(*sys.argv[4:])
+    for chunk in [] if sys.argv[3] == "generate" else result:
         pass
 except KeyboardInterrupt as interrupt:
     kept = interrupt  # and with it the frames, so that no destructor cancels the call
     print("interrupted", flush=True)
     sys.stdin.read()
 """
+
+
+def waits_for_the_server(process, stacks) -> bool:
+    """Whether one of the stacks that SIGUSR1 writes is in the client's wait for a response. An interrupt
+    before it, between the start of a call and the wait, would find nothing that cancels the call.
+    """
+    process.send_signal(signal.SIGUSR1)
+    return any("_sync.py" in each and " in wait\n" in each for each in stacks.read_text().split("\n\n"))
 
 
 @pytest.mark.parametrize(
@@ -84,13 +92,15 @@ def test_ctrl_c_cancels_while_the_process_goes_on(server, tmp_path, call):
         (tmp_path / "adapter_config.json").write_bytes(b"{}")
         (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
         call = (*call, str(tmp_path))
+    stacks = tmp_path / "stacks"
     with subprocess.Popen(  # noqa: S603 (our own code)
-        [sys.executable, "-c", INTERRUPTED, server.address, *call],
+        [sys.executable, "-c", INTERRUPTED, str(stacks), server.address, *call],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
         assert server.began.wait(HANG_S)
+        until(lambda: waits_for_the_server(process, stacks))
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
         assert ended(server)
