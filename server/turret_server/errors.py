@@ -130,6 +130,7 @@ class TooManyCallsError(TurretError):
 
     reason = "TOO_MANY_CALLS"
     code = "RESOURCE_EXHAUSTED"
+    retry_after = 1.0
 
 
 class SlowWatcherError(TurretError):

@@ -210,7 +210,8 @@ def open_request_log(config: ServerConfig, registry: CollectorRegistry) -> Itera
                 if not (error.name or "").startswith("opentelemetry"):
                     raise
                 raise ConfigError(
-                    '--otel: OpenTelemetry is not installed; install it with: pip install "turret[otel]"'
+                    "--otel: OpenTelemetry is not installed; in Turret's source folder, install it with: "
+                    'pip install ".[otel]"'
                 ) from error
             on_end = stack.enter_context(tracing(config.model))
         yield RequestLog(RequestMetrics(registry), usage_log, on_end)

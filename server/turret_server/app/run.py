@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -28,10 +29,33 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         UnsupportedModelError: the model cannot be served.
         GenerationFailedError: the engine failed; a new process may do better.
     """
+    # Before the model, which takes minutes to load.
+    _check_port("--listen", config.listen)
+    if config.metrics:
+        _check_port("--metrics", config.metrics)
     with assemble(config) as parts:
         if config.metrics:
             _serve_metrics(config.metrics, parts.metrics)
         asyncio.run(_serve(config, parts, signals))
+
+
+def _check_port(flag: str, address: str) -> None:
+    """Check that the port can be opened.
+
+    Raises:
+        ConfigError: another program uses it, or this machine does not have the address.
+    """
+    host, port = split_address(address)
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {address}: the port cannot be opened ({error.strerror}); stop the program that uses it, "
+            "or choose another"
+        ) from error
 
 
 def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
@@ -77,7 +101,7 @@ class Shutdown:
 
     def request(self) -> None:
         if self.requested.is_set():
-            self._server.calls.hurry()
+            self._server.calls.skip_grace()
         self.requested.set()
 
     async def drain(self, grace: float) -> None:
@@ -87,7 +111,7 @@ class Shutdown:
         self._parts.watches.close()
         if not engine.failed:
             log.info("stopping: %d running calls have %g s to finish", calls.num_running, grace)
-            await calls.wait(grace)
+            await calls.wait_grace(grace)
         if calls.num_running:
             log.warning("%d calls have not finished and are ended now", calls.num_running)
         # Takes no longer than a step. It sends every request its end.

@@ -19,6 +19,7 @@ class RunningCalls:
         self._running: set[asyncio.Task[Any]] = set()
         self._refusing = False
         self._ending = False
+        self._skip_grace = False
         self._settled = asyncio.Event()
 
     @property
@@ -30,14 +31,20 @@ class RunningCalls:
         self._refusing = True
 
     async def wait(self, seconds: float) -> None:
-        """Wait until no call runs or `hurry` is called, at most `seconds`."""
+        """Wait until no call runs, at most `seconds`."""
         self._settled.clear()
         if self._running:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), seconds)
 
-    def hurry(self) -> None:
-        """End `wait` now."""
+    async def wait_grace(self, seconds: float) -> None:
+        """Wait like `wait`, but only until `skip_grace` is called, also if that was before."""
+        if not self._skip_grace:
+            await self.wait(seconds)
+
+    def skip_grace(self) -> None:
+        """End the grace period now, or before it begins."""
+        self._skip_grace = True
         self._settled.set()
 
     def end(self) -> None:

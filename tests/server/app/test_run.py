@@ -56,11 +56,11 @@ main(sys.argv[1:])
 """
 
 
-def start(program: str, model: Path, cache: Path) -> subprocess.Popen[str]:
+def start(program: str, model: Path, cache: Path, *more: str) -> subprocess.Popen[str]:
     arguments = ("--model", str(model), "--cache", str(cache), "--store", str(cache / "store"))
-    ports = ("--listen", "127.0.0.1:0", "--metrics", "none", "--memory", "1MiB")
+    arguments += ("--listen", "127.0.0.1:0", "--metrics", "none", "--memory", "1MiB", *more)
     return subprocess.Popen(  # noqa: S603 -- our own code
-        ["/usr/bin/env", "--default-signal=INT", sys.executable, "-c", program, "serve", *arguments, *ports],
+        ["/usr/bin/env", "--default-signal=INT", sys.executable, "-c", program, "serve", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -97,6 +97,19 @@ def test_a_second_server_on_a_store_is_refused_in_one_sentence_before_the_model_
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("flag", ["--listen", "--metrics"])
+def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(flag, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with start(LOADING, tmp_path, tmp_path, flag, address) as server:
+            out, log = server.communicate(timeout=HANG_S)
+    assert (server.returncode, out) == (2, "")
+    assert log.splitlines()[-1] == (
+        f"error: {flag} {address}: the port cannot be opened (Address already in use); stop the program that "
+        "uses it, or choose another (INVALID_CONFIG)"
+    )
+
+
 def test_a_start_that_fails_frees_the_store(tmp_path):
     config = ServerConfig(model=str(tmp_path / "none"), store=tmp_path / "store", device="cpu")
     with pytest.raises(ConfigError, match="--model"), assemble(config):
@@ -124,7 +137,8 @@ class Recorded:
         self.lifecycle = SimpleNamespace(interrupt=note("lifecycle.interrupt"))
         self.calls = SimpleNamespace(
             num_running=num_running,
-            hurry=note("calls.hurry"),
+            skip_grace=note("calls.skip_grace"),
+            wait_grace=self._note_async("calls.wait_grace"),
             wait=self._note_async("calls.wait"),
             end=note("calls.end"),
         )
@@ -147,7 +161,7 @@ async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ende
     assert parts.used == [
         "drain",
         "watches.close",
-        "calls.wait 30",
+        "calls.wait_grace 30",
         "engine.stop",
         "calls.wait 2.0",
         "calls.end",
@@ -179,4 +193,4 @@ async def test_a_second_request_ends_the_grace_period():
     shutdown.request()
     assert (shutdown.requested.is_set(), parts.used) == (True, [])
     shutdown.request()
-    assert parts.used == ["calls.hurry"]
+    assert parts.used == ["calls.skip_grace"]

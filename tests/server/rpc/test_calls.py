@@ -18,4 +18,4 @@ def test_streams_without_authentication_are_bounded_and_give_their_places_back(m
             streams.enter_context(interceptor._open_stream())
             with pytest.raises(TooManyCallsError) as refused:
                 streams.enter_context(interceptor._open_stream())
-            assert refused.value.metadata == {"limit": "2"}
+            assert (refused.value.metadata, refused.value.retry_after) == ({"limit": "2"}, 1.0)

@@ -57,16 +57,31 @@ async def test_a_wait_ends_with_the_last_call():
     await calls.wait(600)
 
 
-async def test_a_wait_ends_when_somebody_hurries_or_its_time_is_over():
+async def test_the_grace_period_ends_with_its_time_or_when_it_is_skipped_also_before_it_began():
     calls = RunningCalls()
     held = await begin(calls, never)
-    await calls.wait(0)
-    waiting = asyncio.create_task(calls.wait(600))
+    await calls.wait_grace(0)
+    waiting = asyncio.create_task(calls.wait_grace(600))
     await asyncio.sleep(0)
-    calls.hurry()
+    assert not waiting.done()
+    calls.skip_grace()
     await waiting
+    await calls.wait_grace(600)
     assert calls.num_running == 1
     held.cancel()
+
+
+async def test_what_skips_the_grace_period_does_not_shorten_the_wait_for_statuses():
+    calls = RunningCalls()
+    held = await begin(calls, never)
+    calls.skip_grace()
+    waiting = asyncio.create_task(calls.wait(600))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    calls.end()
+    with pytest.raises(ShuttingDownError):
+        await held
+    await waiting
 
 
 async def test_a_call_that_is_ended_is_told_and_one_that_its_client_ends_is_not():
