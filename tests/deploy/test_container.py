@@ -154,14 +154,12 @@ def test_clients_find_the_server_at_their_default_address(service, settings):
 
 def test_folders_are_mounted_where_the_server_looks(service, settings):
     mounted = {volume.removesuffix(":ro").rpartition(":")[2] for volume in service["volumes"]}
-    assert mounted == {settings["--model"], settings["--adapters"], settings["--cache"]}
+    assert mounted == {settings["--model"], settings["--adapters"], settings["--cache"], settings["--store"]}
 
 
-def test_the_cache_is_writable(instructions, settings):
-    assert any(
-        name == "RUN" and arguments.endswith(f"--owner=turret --group=turret {settings['--cache']}")
-        for name, arguments in instructions
-    )
+def test_the_cache_and_the_store_are_writable(instructions, settings):
+    folders = f"--owner=turret --group=turret {settings['--cache']} {settings['--store']}"
+    assert any(name == "RUN" and arguments.endswith(folders) for name, arguments in instructions)
 
 
 def test_named_volumes_are_declared(compose):

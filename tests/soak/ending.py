@@ -33,7 +33,7 @@ def calm(server: ServerProcess) -> None:
 
     def is_calm() -> bool:
         metrics = read_metrics(server.metrics_url)
-        busy = (f"turret_{what}" for what in ("running_requests", "waiting_requests", "filling_adapters"))
+        busy = (f"turret_{what}" for what in ("running_requests", "waiting_requests", "loading_adapters"))
         return not (any(metrics[name] for name in busy) or pages_of(metrics)["sequence"])
 
     until(is_calm, _CALMS_DOWN_SECONDS)

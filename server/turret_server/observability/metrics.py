@@ -76,7 +76,7 @@ class EngineMetrics:
             registry=registry,
         )
         self._loading = Gauge(
-            "turret_filling_adapters", "Adapters on their way into the arena.", registry=registry
+            "turret_loading_adapters", "Adapters that are being copied into the arena.", registry=registry
         )
         self._pages = Gauge("turret_arena_pages", "Pages by owner.", ["owner"], registry=registry)
         Gauge("turret_arena_page_bytes", "Size of a page.", registry=registry).set(page_bytes)

@@ -63,7 +63,7 @@ def test_states_of_the_engine_are_gauges_and_events_add_up(registry, value):
         )
     assert value("turret_running_requests") == 20
     assert value("turret_waiting_requests") == 40
-    assert value("turret_filling_adapters") == 60
+    assert value("turret_loading_adapters") == 60
     assert value("turret_preemptions_total") == 3
     assert value("turret_adapter_evictions_total") == 6
     assert value("turret_step_failures_total") == 9
