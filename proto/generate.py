@@ -85,7 +85,7 @@ class Field:
 
     @property
     def allowed(self) -> str:
-        """The bounds in words, such as "0 to 100"; empty without bounds."""
+        """The bounds in words, such as "from 0 to 100"; empty without bounds."""
         bounds = [self._numbers, self._items, self._lengths]
         return ", ".join(filter(None, bounds))
 
@@ -319,7 +319,7 @@ def client_options(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
     ]
     for field in requests:
         annotation = field.annotation("Sequence[str]").removesuffix(" | None")
-        lines.append(f"    {field.name}: {annotation}{' | None' if field.optional else ''}")
+        lines.append(f"    {field.name}: {annotation} | None")
     return "\n".join(lines) + "\n"
 
 
@@ -367,7 +367,8 @@ def _click_arguments(field: Field) -> Iterator[str]:
             yield "show_default=True"
     yield f'metavar="{ {"int": "N", "float": "F", "str": "S"}[field.kind] }"'
     # click shows the range of a number and a default by itself.
-    yield f"help={_literal(field.description(numbers=False, default=field.optional))}"
+    text = field.description(numbers=False, default=field.optional or bool(field.unset))
+    yield f"help={_literal(text + ' Repeatable.' * field.repeated)}"
 
 
 def reference_table(requests: Sequence[Field]) -> str:

@@ -155,6 +155,10 @@ class AdapterSpec:
             num_pages = self._num_slab_pages[page_elements] = slab_layout(self.rows, page_elements).num_pages
         return num_pages
 
+    def num_pages(self, page_elements: int, block_size: int) -> int:
+        """The pages that it takes in the arena: those of its rows, and of its virtual tokens (one task's)."""
+        return self.num_slab_pages(page_elements) + -(-self.num_virtual_tokens // block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class Split:

@@ -159,7 +159,7 @@ class ServerConfig:
     """
 
     model: str = field(
-        metadata=_about(Group.MODEL, "PATH_OR_HUB_ID", "Base model: a folder, or an id on the Hub.")
+        metadata=_about(Group.MODEL, "PATH_OR_HUB_ID", "Base model: a folder, or an id on the Hub. Required.")
     )
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata=_about(Group.MODEL, "DEVICE", "Device to compute on.")
@@ -245,8 +245,8 @@ class ServerConfig:
         metadata=_about(
             Group.MEMORY,
             "SIZE",
-            'Maximum size of adapters in the store, such as "50GiB"; revisions that no name needs are '
-            "deleted first.",
+            'Size to keep the store below, such as "50GiB": the least recently used revisions that no name '
+            "needs are deleted. Revisions in use may exceed it.",
             _ABSOLUTE_SIZE,
             default_text="no limit",
         ),
@@ -409,7 +409,7 @@ class ServerConfig:
             Group.LOGGING,
             "",
             "Send a trace of every request over OTLP (gRPC), as the OTEL_* environment variables say. Needs "
-            '"turret[otel]".',
+            'the extra "otel".',
         ),
     )
 
@@ -467,7 +467,7 @@ class Setting:
         if text == self.unset:
             return None
         if self.kind is tuple:
-            return tuple(text.split(","))
+            return tuple(part.strip() for part in text.split(","))
         try:
             return _SWITCH[text.lower()] if self.kind is bool else self.kind(text)
         except (KeyError, ValueError):

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from turret_client import Adapter, AdapterRevision, Client
 
-# How often the progress of a load is asked for.
-_LOOK_SECONDS = 0.2
+# Between requests for the progress of a load.
+_POLL_SECONDS = 0.2
 
 
 @click.group(
@@ -37,7 +37,8 @@ Examples:
   turret adapters load pirate /srv/adapters/pirate
   turret adapters list
   turret adapters validate ./pirate --model HuggingFaceTB/SmolLM2-135M
-"""
+""",
+    short_help="Manage adapters.",
 )
 def adapters() -> None:
     """Load, replace, unload and inspect adapters of a server; validate and convert adapters without one."""
@@ -216,24 +217,24 @@ class _Bar:
 @contextmanager
 def _downloading(client: Client, name: str) -> Iterator[None]:
     """Shows the progress of the server's download for `name` on a terminal, until the block ends."""
-    over = threading.Event()
+    done = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         with _Bar("Loading") as bar, suppress(TurretError):
-            while not over.wait(_LOOK_SECONDS):
+            while not done.wait(_POLL_SECONDS):
                 for each in client.list_downloads():
                     if each.name == name and each.total_bytes is not None:
                         bar.show(each.done_bytes, each.total_bytes)
 
-    looking = threading.Thread(target=look)
+    thread = threading.Thread(target=poll)
     if sys.stderr.isatty():
-        looking.start()
+        thread.start()
     try:
         yield
     finally:
-        over.set()
-        if looking.is_alive():
-            looking.join()
+        done.set()
+        if thread.is_alive():
+            thread.join()
 
 
 @adapters.command(
@@ -295,6 +296,7 @@ def _details(adapter: Adapter) -> str:
         "revision": adapter.revision or "-",
         "rank": str(adapter.max_rank or "-"),
         "virtual tokens": str(adapter.num_virtual_tokens or "-"),
+        "tasks": str(adapter.num_tasks or "-"),
         "parameters": f"{adapter.num_parameters:,}",
         "file": format_size(adapter.file_bytes),
         "arena": format_size(adapter.arena_bytes),
@@ -306,8 +308,8 @@ def _details(adapter: Adapter) -> str:
     width = max(map(len, lines))
     if split := adapter.traffic_split:
         lines["split"] = f"{split.percent} % go to {split.revision}"
-    told = [f"{key.ljust(width)}  {value}" for key, value in lines.items()]
-    return "\n".join([*told, *(f"{'history'.ljust(width)}  {_history(each)}" for each in adapter.history)])
+    rows = [f"{key.ljust(width)}  {value}" for key, value in lines.items()]
+    return "\n".join([*rows, *(f"{'history'.ljust(width)}  {_history(each)}" for each in adapter.history)])
 
 
 def _history(published: AdapterRevision) -> str:

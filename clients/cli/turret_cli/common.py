@@ -99,6 +99,13 @@ _server_options = [
         callback=_keep,
         help="PEM file of the private key of --tls-cert.",
     ),
+    click.option(
+        "--tenant",
+        metavar="NAME",
+        expose_value=False,
+        callback=_keep,
+        help='Tenant of the call. Default: the tenant of the API key, or "default".',
+    ),
 ]
 
 
@@ -111,41 +118,45 @@ def server_option(command: _Command) -> _Command:
 
 def connection_options() -> ConnectionOptions:
     """The connection options of the running command."""
-    return cast("ConnectionOptions", click.get_current_context().meta.get(_CONNECTION, {}))
+    options = click.get_current_context().meta.get(_CONNECTION, {})
+    if ("cert" in options) != ("key" in options):
+        raise click.UsageError("Give --tls-cert and --tls-key together.")
+    return cast("ConnectionOptions", options)
 
 
-def connect(server: str, *, tenant: str | None = None) -> Client:
+def connect(server: str) -> Client:
     """A client with the connection options. Its `with` block cancels the call, however the block is left."""
-    return Client(server, **connection_options() | {"tenant": tenant})
+    return Client(server, **connection_options())
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 
 def _adapter_ref(value: str) -> AdapterRef:
-    """From NAME, NAME#TASK, NAME=WEIGHT or NAME#TASK=WEIGHT."""
-    named, _, weight = value.partition("=")
-    name, _, task = named.partition("#")
+    """From NAME, NAME#TASK, NAME=WEIGHT or NAME#TASK=WEIGHT, where NAME may have a revision."""
+    named, has_weight, weight = value.partition("=")
+    name, has_task, task = named.partition("#")
     try:
         return AdapterRef(
-            name=name, weight=float(weight) if weight else 1.0, task=int(task) if task else None
+            name=name, weight=float(weight) if has_weight else 1.0, task=int(task) if has_task else None
         )
     except ValueError as error:
-        raise click.BadParameter(f"expected NAME[#TASK][=WEIGHT], found {value!r}") from error
+        raise click.BadParameter(f"expected NAME[@REVISION][#TASK][=WEIGHT], found {value!r}") from error
 
 
 adapter_option = click.option(
     "--adapter",
     multiple=True,
     callback=lambda _ctx, _param, values: [_adapter_ref(value) for value in values],
-    metavar="NAME[#TASK][=WEIGHT]",
+    metavar="NAME[@REVISION][#TASK][=WEIGHT]",
     help="Adapter to use; repeat it to compose several. Without it: the base model.",
 )
 
 
-def read_stdin(prompt: str | None) -> str:
-    if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("Give a PROMPT, or pipe one in.")
+def read_stdin(argument: str, given: str | None) -> str:
+    """The prompt from standard input, for an argument that is missing or "-"."""
+    if given is None and sys.stdin.isatty():
+        raise click.UsageError(f"Give {argument}, or pipe it in.")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

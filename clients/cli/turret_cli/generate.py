@@ -29,23 +29,16 @@ Examples:
 @adapter_option
 @server_option
 @generation_options
-@click.option(
-    "--tenant",
-    metavar="NAME",
-    help='Tenant of the request. Default: the tenant of the API key, or "default".',
-)
 @click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
 @json_option
-def generate(
-    prompt: str | None, *, server: str, tenant: str | None, no_stream: bool, as_json: bool, **options: Any
-) -> None:
+def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool, **options: Any) -> None:
     """Generate text from PROMPT and print it as it arrives.
 
     Without PROMPT, or if it is "-", the prompt is read from standard input; one trailing newline is removed.
     Ctrl-C cancels the request.
     """
-    text = read_stdin(prompt) if prompt in (None, "-") else prompt
-    with connect(server, tenant=tenant) as client:
+    text = read_stdin("PROMPT", prompt) if prompt in (None, "-") else prompt
+    with connect(server) as client:
         if no_stream:
             generation = client.generate(text, **options)
             click.echo(to_json(generation) if as_json else generation.text)

@@ -49,7 +49,8 @@ GENERATION_OPTIONS = {
         "--stop",
         multiple=True,
         metavar="S",
-        help="Stop strings: generation ends before the first of them. At most 16, each 1 to 256 characters.",
+        help="Stop strings: generation ends before the first of them. At most 16, each 1 to 256 "
+        "characters. Repeatable.",
     ),
     "priority": click.option(
         "--priority",
@@ -73,7 +74,8 @@ GENERATION_OPTIONS = {
         default="",
         metavar="S",
         help="Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same "
-        "revision of the adapter. A user or conversation id, for example. At most 128 characters.",
+        "revision of the adapter. A user or conversation id, for example. At most 128 characters. "
+        "Default: each request is assigned at random.",
     ),
 }
 

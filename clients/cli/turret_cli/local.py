@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from turret_cli.common import FailureError
+from turret_cli.common import FailureError, WrongSettingError
 
 if TYPE_CHECKING:
     from turret_adapters.host import HostAdapter
@@ -30,22 +30,26 @@ def server_code(extra: str) -> Iterator[None]:
     """Turns the errors of the server's packages into errors of the command line.
 
     Raises:
-        FailureError: an error with a reason, or a dependency is not installed; `extra` brings it.
+        WrongSettingError: a setting of the server is wrong.
+        FailureError: another error with a reason, or a dependency is not installed; `extra` brings it.
     """
     from turret_adapters.errors import AdapterError  # noqa: PLC0415
-    from turret_server.errors import TurretError  # noqa: PLC0415
+    from turret_server.errors import ConfigError, TurretError  # noqa: PLC0415
 
     # Its warning that an optional kernel was not found concerns nobody here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
+    except ConfigError as error:
+        raise WrongSettingError(str(error), error.reason) from error
     except (AdapterError, TurretError) as error:
         raise FailureError(str(error), error.reason) from error
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("turret"):
             raise
         raise FailureError(
-            f'{error.name} is not installed; install it with: pip install "turret[{extra}]"'
+            f"{error.name} is not installed; in Turret's source folder, install it with: "
+            f'pip install ".[{extra}]"'
         ) from error
 
 

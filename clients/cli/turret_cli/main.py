@@ -15,7 +15,7 @@ from turret_cli.prompts import prompts
 from turret_cli.serve import serve
 from turret_cli.tenants import tenants
 from turret_cli.validate import validate
-from turret_client import TurretError
+from turret_client import InternalError, TurretError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 
@@ -29,7 +29,10 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)
         except TurretError as error:
-            raise FailureError(str(error), error.reason) from error
+            message = str(error)
+            if isinstance(error, InternalError) and error.request_id:
+                message += f"; request id {error.request_id}"
+            raise FailureError(message, error.reason) from error
 
 
 @click.group(

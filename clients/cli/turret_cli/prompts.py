@@ -31,7 +31,8 @@ Examples:
   turret prompts pin rules --file system-prompt.txt --adapter pirate
   turret prompts list
   turret prompts unpin rules
-"""
+""",
+    short_help="Pin prompts in the prefix cache.",
 )
 def prompts() -> None:
     """Pin prompts in the prefix cache: requests that begin with one compute only the rest.
@@ -83,7 +84,7 @@ def pin(
     """
     if text is not None and file is not None:
         raise click.UsageError("Give TEXT or --file, not both.")
-    prompt = _read(file) if file else read_stdin(text) if text in (None, "-") else text
+    prompt = _read(file) if file else read_stdin("TEXT", text) if text in (None, "-") else text
     with connect(server) as client:
         _print([client.pin_prompt(name, prompt, adapter=adapter, cache_salt=cache_salt)], as_json=as_json)
 

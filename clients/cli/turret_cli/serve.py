@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from turret_cli.common import WrongSettingError
 from turret_cli.local import server_code
 
 if TYPE_CHECKING:
@@ -86,15 +85,12 @@ def serve(*, config: Path | None, **flags: Any) -> None:
     from turret_server import logs  # noqa: PLC0415
     from turret_server.app.signals import StopSignals  # noqa: PLC0415
     from turret_server.config import GivenSettings  # noqa: PLC0415
-    from turret_server.errors import ConfigError  # noqa: PLC0415
 
     source = click.get_current_context().get_parameter_source
     given = {name: value for name, value in flags.items() if source(name) is ParameterSource.COMMANDLINE}
-    try:
+    with server_code("server"):
         settings = GivenSettings(given, os.environ, config)
         validated = settings.config()
-    except ConfigError as error:
-        raise WrongSettingError(str(error), error.reason) from error
     signals = StopSignals()
     with signals.handled(), server_code("server"), settings.named_as_given():
         logs.set_up(validated.log_level, validated.log_format)

@@ -35,7 +35,8 @@ A tenants file:
   keys = ["sha256:..."]
   admin = true
   share_cache = true
-"""
+""",
+    short_help="Create API keys.",
 )
 def tenants() -> None:
     """Create API keys for the tenants of `turret serve --tenants FILE`.
@@ -60,8 +61,16 @@ def key(name: str, *, as_json: bool) -> None:
     The key is printed once and stored nowhere; the file contains only its digest. To rotate keys, give the
     tenant a second one before you remove the first.
     """
-    from turret_server.tenancy.keys import digest_of, new_key  # noqa: PLC0415 -- only here, see `local`
+    # Imported only here, see `local`.
+    from turret_server.config import NAME  # noqa: PLC0415
+    from turret_server.tenancy.keys import digest_of, new_key  # noqa: PLC0415
 
+    if not NAME.fullmatch(name):
+        raise click.BadParameter(
+            "expected 1 to 128 of the characters a-z A-Z 0-9 . _ -, the first a letter or a digit; found "
+            f"{name!r}",
+            param_hint="NAME",
+        )
     made = new_key()
     if as_json:
         click.echo(json.dumps({"tenant": name, "key": made, "digest": digest_of(made)}))

@@ -39,7 +39,6 @@ def validate(path: str, *, model: str, as_json: bool) -> None:
 
 
 def _validate(path: Path, model: str) -> dict[str, Any]:
-    from turret_adapters.spec import slab_layout  # noqa: PLC0415
     from turret_server.model.arena import Arena  # noqa: PLC0415
     from turret_server.model.describe import describe_model  # noqa: PLC0415
     from turret_server.model.load import select_device, select_dtype  # noqa: PLC0415
@@ -49,9 +48,7 @@ def _validate(path: Path, model: str) -> dict[str, Any]:
     spec = adapter.spec
     device = select_device("auto")
     arena = Arena(base, 0, dtype=select_dtype("auto", device), device=device)
-    # As the engine's Residency counts them.
-    pages = slab_layout(spec.rows, arena.page_elements).num_pages
-    pages += -(-spec.num_virtual_tokens // arena.block_size)
+    pages = spec.num_pages(arena.page_elements, arena.block_size) * max(spec.num_tasks, 1)
     ranks = _ranks(adapter, base)
     return {
         "method": spec.method.value,
@@ -100,7 +97,6 @@ def _dtypes(path: Path) -> list[str]:
 
 def _describe(found: dict[str, Any]) -> str:
     page = f"{format_size(found['page_bytes'])} in {found['page_dtype']}"
-    each = " for each task" if found["num_tasks"] else ""
     lines = {
         "method": found["method"],
         "revision": found["revision"],
@@ -111,7 +107,7 @@ def _describe(found: dict[str, Any]) -> str:
         "invocation": " ".join(map(str, found["invocation_tokens"])) or "-",
         "parameters": f"{found['num_parameters']:,}",
         "file": f"{format_size(found['file_bytes'])} in {' and '.join(found['dtypes'])}",
-        "arena": f"{format_size(found['arena_bytes'])}: {found['arena_pages']} pages of {page}{each}",
+        "arena": f"{format_size(found['arena_bytes'])}: {found['arena_pages']} pages of {page}",
     }
     width = max(map(len, lines))
     return "\n".join(f"{key.ljust(width)}  {value}" for key, value in lines.items())

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from turret_client._options import AdapterArgument, GenerationOptions
     from turret_client._results import Adapter, Chunk, Download, Generation, PinnedPrompt
 
+_PAGE_SIZE = 1000  # the largest that servers allow
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
@@ -242,7 +243,7 @@ class AsyncClient:
     async def list_adapters(self) -> list[Adapter]:
         """Returns all adapters, sorted by name."""
         adapters: list[Adapter] = []
-        request = adapters_pb2.ListAdaptersRequest()
+        request = adapters_pb2.ListAdaptersRequest(page_size=_PAGE_SIZE)
         while True:
             page = await self._answer(self._adapters.ListAdapters, request)
             adapters.extend(map(adapter_from, page.adapters))

@@ -53,11 +53,11 @@ class GenerationOptions(TypedDict, total=False):
 
     adapter: AdapterArgument
     max_tokens: int | None
-    temperature: float
+    temperature: float | None
     top_p: float | None
-    top_k: int
+    top_k: int | None
     seed: int | None
-    stop: Sequence[str]
-    priority: int
-    cache_salt: str
-    routing_key: str
+    stop: Sequence[str] | None
+    priority: int | None
+    cache_salt: str | None
+    routing_key: str | None

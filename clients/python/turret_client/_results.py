@@ -61,7 +61,7 @@ class AdapterState(StrEnum):
     UNSPECIFIED = "unspecified"
     """A state unknown to this version of the client."""
     STAGED = "staged"
-    """In host memory."""
+    """Not in the arena: in host memory, or in the store only."""
     RESIDENT = "resident"
     """In the arena's pages, ready for the next step."""
     DRAINING = "draining"
@@ -123,7 +123,7 @@ class Adapter:
         num_parameters: Number of elements of its tensors.
         max_rank: Largest LoRA rank of its modules; 0 without LoRA.
         num_virtual_tokens: Virtual tokens before the prompt; 0 if it has none.
-        file_bytes: Size of its safetensors file.
+        file_bytes: Size of its files, adapter_config.json and the safetensors file.
         arena_bytes: Bytes that it takes in the arena when resident, in whole pages.
         active_requests: Waiting and running requests of this revision.
         draining_revisions: Other revisions with in-flight requests: replaced ones, and earlier ones that

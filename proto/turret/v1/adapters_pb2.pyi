@@ -28,7 +28,7 @@ class _AdapterStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterS
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_STATE_UNSPECIFIED: _AdapterState.ValueType  # 0
     ADAPTER_STATE_STAGED: _AdapterState.ValueType  # 1
-    """In host memory."""
+    """Not in the arena: in host memory, or in the store only."""
     ADAPTER_STATE_RESIDENT: _AdapterState.ValueType  # 2
     """In the arena's pages, ready for the next step."""
     ADAPTER_STATE_DRAINING: _AdapterState.ValueType  # 3
@@ -42,7 +42,7 @@ class AdapterState(_AdapterState, metaclass=_AdapterStateEnumTypeWrapper): ...
 
 ADAPTER_STATE_UNSPECIFIED: AdapterState.ValueType  # 0
 ADAPTER_STATE_STAGED: AdapterState.ValueType  # 1
-"""In host memory."""
+"""Not in the arena: in host memory, or in the store only."""
 ADAPTER_STATE_RESIDENT: AdapterState.ValueType  # 2
 """In the arena's pages, ready for the next step."""
 ADAPTER_STATE_DRAINING: AdapterState.ValueType  # 3
@@ -531,7 +531,7 @@ class Adapter(_message.Message):
     num_virtual_tokens: _builtins.int
     """Virtual tokens before the prompt; 0 if it has none."""
     file_bytes: _builtins.int
-    """Size of its safetensors file in bytes."""
+    """Size of its files in bytes: adapter_config.json and the safetensors file."""
     arena_bytes: _builtins.int
     """Bytes that it takes in the arena when resident, in whole pages."""
     active_requests: _builtins.int

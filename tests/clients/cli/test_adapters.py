@@ -88,6 +88,7 @@ def test_show_tells_all(turret):
         "revision        0123456789abcdef0123456789abcdef",
         "rank            16",
         "virtual tokens  -",
+        "tasks           -",
         "parameters      4,500,000",
         "file            17.2 MiB",
         "arena           9.0 MiB",

@@ -77,5 +77,7 @@ def test_what_is_not_installed_is_named(tmp_path):
         cwd=tmp_path,
         text=True,
     )
-    expected = 'error: peft is not installed; install it with: pip install "turret[train]"\n'
+    expected = (
+        'error: peft is not installed; in Turret\'s source folder, install it with: pip install ".[train]"\n'
+    )
     assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)

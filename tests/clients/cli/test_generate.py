@@ -88,11 +88,11 @@ def test_an_adapter_may_have_a_task_and_a_weight(turret, server, value, ref):
     assert list(server.requests[0].adapters)[1:] == [inference_pb2.AdapterRef(**ref)]
 
 
-@pytest.mark.parametrize("value", ["pirate=much", "many#one"])
+@pytest.mark.parametrize("value", ["pirate=much", "many#one", "pirate=", "many#", "many#=1"])
 def test_a_task_or_a_weight_that_is_no_number_is_a_usage_error(turret, value):
     result = turret("generate", "--adapter", value, "Hello")
     assert result.exit_code == 2
-    assert "NAME[#TASK][=WEIGHT]" in result.stderr
+    assert "NAME[@REVISION][#TASK][=WEIGHT]" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)])

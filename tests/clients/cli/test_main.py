@@ -110,6 +110,14 @@ def test_an_error_is_one_line_and_exits_1(turret, server, arguments):
     assert (result.exit_code, result.stderr) == (1, "error: no adapter pirate (ADAPTER_NOT_FOUND)\n")
 
 
+def test_an_internal_error_names_the_request_for_a_report(turret, server):
+    server.failure = script.failure(
+        grpc.StatusCode.INTERNAL, "the step failed", reason="INTERNAL", request_id="r-17"
+    )
+    result = turret("generate", "Hello")
+    assert result.stderr == "error: the step failed; request id r-17 (INTERNAL)\n"
+
+
 def test_no_server_there():
     result = CliRunner().invoke(main, ["adapters", "list", "--server", "127.0.0.1:1"])
     assert result.exit_code == 1
@@ -173,7 +181,13 @@ def test_tenants_key_imports_only_what_makes_keys():
         text=True,
         check=False,
     )
-    expected = ["turret_server", "turret_server.tenancy", "turret_server.tenancy.keys"]
+    expected = [
+        "turret_server",
+        "turret_server.config",
+        "turret_server.errors",
+        "turret_server.tenancy",
+        "turret_server.tenancy.keys",
+    ]
     assert (run.returncode, run.stderr) == (0, f"{expected}\n")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,6 +39,13 @@ def test_pin_sends_every_option(prompts, server):
 def test_pin_reads_standard_input(prompts, server, arguments):
     prompts("pin", "rules", *arguments, stdin="Be brief.\n\n")
     assert [request.text for request in server.requests] == ["Be brief.\n"]
+
+
+def test_pin_names_its_argument_at_a_terminal(prompts, server, monkeypatch):
+    monkeypatch.setattr("turret_cli.common.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    result = prompts("pin", "rules")
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "Give TEXT, or pipe it in." in result.stderr
 
 
 def test_pin_reads_a_file(prompts, server, tmp_path):

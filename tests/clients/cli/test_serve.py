@@ -157,21 +157,21 @@ def test_wrong_usage_exits_2(served, arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("error", "reason", "status"),
     [
-        (ConfigError("--memory 2GiB: more than is free"), "INVALID_CONFIG"),
-        (GenerationFailedError("--memory 2GiB: more than is free"), "GENERATION_FAILED"),
-        (AdapterSourceError("--memory 2GiB: more than is free"), "ADAPTER_SOURCE_NOT_FOUND"),
+        (ConfigError("--memory 2GiB: more than is free"), "INVALID_CONFIG", 2),
+        (GenerationFailedError("--memory 2GiB: more than is free"), "GENERATION_FAILED", 1),
+        (AdapterSourceError("--memory 2GiB: more than is free"), "ADAPTER_SOURCE_NOT_FOUND", 1),
     ],
 )
-def test_an_error_of_the_server_is_one_line_and_exits_1(serving, error, reason):
+def test_an_error_of_the_server_is_one_line_and_exits_2_if_a_setting_is_wrong(serving, error, reason, status):
     def fail(*_: object) -> None:
         raise error
 
     serving(fail)
     result = run("--model", "m", "--memory", "2GiB")
     expected = f"error: --memory 2GiB: more than is free ({reason})\n"
-    assert (result.exit_code, result.stderr) == (1, expected)
+    assert (result.exit_code, result.stderr) == (status, expected)
 
 
 def test_an_error_of_the_start_names_the_setting_as_it_was_given(serving):
@@ -244,5 +244,6 @@ def test_it_says_what_to_install():
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert done.stderr.endswith(' is not installed; install it with: pip install "turret[server]"\n')
+    install = "in Turret's source folder, install it with: pip install"
+    assert done.stderr.endswith(f' is not installed; {install} ".[server]"\n')
     assert done.stderr.count("\n") == 1

@@ -28,7 +28,13 @@ def test_json():
     assert parse_tenants("FILE", content.encode(), TenantLimits()).by_key(found["key"])
 
 
-@pytest.mark.parametrize(
+def test_a_name_that_no_tenant_may_have_gets_no_key():
+    result = CliRunner().invoke(main, ["tenants", "key", 'a"b'])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "expected 1 to 128 of the characters a-z A-Z 0-9 . _ -" in result.stderr
+
+
+COMMANDS = pytest.mark.parametrize(
     "command",
     [
         ("adapters", "list"),
@@ -43,6 +49,26 @@ def test_json():
     ],
     ids=" ".join,
 )
+
+
+@COMMANDS
+def test_every_command_sends_the_tenant(server, command):
+    CliRunner().invoke(main, [*command, "--server", server.address, "--tenant", "acme"])
+    assert server.tenants
+    assert set(server.tenants) == {"acme"}
+
+
+@pytest.mark.parametrize(("option", "file"), [("--tls-cert", "c.pem"), ("--tls-key", "k.pem")])
+@COMMANDS
+def test_a_certificate_without_its_key_is_wrong_usage(server, command, option, file, tmp_path):
+    (tmp_path / file).touch()
+    arguments = [*command, "--server", server.address, option, str(tmp_path / file)]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "Give --tls-cert and --tls-key together." in result.stderr
+
+
+@COMMANDS
 def test_every_command_sends_the_key(server, command):
     for arguments, env in ((["--api-key", "k"], {}), ([], {"TURRET_API_KEY": "k"})):
         server.authorizations.clear()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from turret_adapters.errors import AdapterError
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.spec import ModuleKind
 from turret_cli.main import main
-from turret_server.engine.kv.pages import PagePool
-from turret_server.engine.residency.residency import Residency
 from turret_server.model.arena import Arena
 from turret_server.model.describe import CheckpointWeights, describe_model
 from turret_server.model.load import LoadedModel, ModelWeights, load_model
@@ -90,14 +87,8 @@ def test_validate_says_what_the_server_will(kind, turret, base_of, adapter_of):
     base = describe_model(str(model))
     spec = read_adapter(path, base, CheckpointWeights(str(model), base)).spec
     arena = Arena(base, 0, dtype=torch.float32, device=CPU)
-    residency = Residency(
-        pool=PagePool(0),
-        memory=Mock(),
-        page_elements=arena.page_elements,
-        block_size=arena.block_size,
-        post=Mock(),
-    )
-    assert found["arena_pages"] == residency.num_pages(spec)
+    num_pages = spec.num_pages(arena.page_elements, arena.block_size)
+    assert found["arena_pages"] == num_pages * max(spec.num_tasks, 1)
     assert found["arena_bytes"] == found["arena_pages"] * found["page_bytes"]
     assert found["page_bytes"] == arena.page_elements * getattr(torch, found["page_dtype"]).itemsize
     assert (found["method"], found["max_rank"]) == (spec.method.value, spec.max_rank)
@@ -171,7 +162,7 @@ def test_saved_copies_are_held_against_the_models_weights(turret, base_of, adapt
 def test_a_model_that_is_not_there_or_not_served_is_refused(turret, adapter_of, tmp_path):
     path = adapter_of("llama", "lora")
     result = turret("adapters", "validate", path, "--model", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.endswith(" (INVALID_CONFIG)\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     result = turret("adapters", "validate", path, "--model", tmp_path)
@@ -197,5 +188,8 @@ def test_what_is_not_installed_is_named(tmp_path):
         cwd=tmp_path,
         text=True,
     )
-    expected = 'error: torch is not installed; install it with: pip install "turret[server]"\n'
+    expected = (
+        "error: torch is not installed; in Turret's source folder, install it with: "
+        'pip install ".[server]"\n'
+    )
     assert (run.returncode, run.stdout, run.stderr) == (1, "", expected)

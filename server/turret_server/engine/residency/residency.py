@@ -91,7 +91,7 @@ class Residency:
 
     def num_pages(self, spec: AdapterSpec) -> int:
         """Pages that a revision takes when resident."""
-        return spec.num_slab_pages(self.page_elements) + -(-spec.num_virtual_tokens // self.block_size)
+        return spec.num_pages(self.page_elements, self.block_size)
 
     def get(self, revision: str) -> Resident | None:
         return self._residents.get(revision)
