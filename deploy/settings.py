@@ -22,7 +22,9 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    before, _, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(BEGIN)
+    if not (begin and END in rest):
+        raise SystemExit(f"{README} has no markers {BEGIN.strip()} and {END}")
     return before + BEGIN + table() + END + rest.partition(END)[2]
 
 
