@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,3 +72,18 @@ def test_held_text_comes_at_the_end_when_it_became_none(codec):
     pieces, stream = run(codec, codec.encode("axy"), ["xyz"])
     assert "".join(pieces) == "axy"
     assert not stream.stopped
+
+
+@pytest.mark.parametrize("stop", [["h", "e"], ["e", "h"]])
+def test_of_two_stop_strings_in_one_token_the_first_in_the_text_ends_it(codec, stop):
+    assert len(codec.encode("the")) == 1
+    pieces, stream = run(codec, codec.encode("the"), stop)
+    assert (pieces, stream.stopped) == (["t"], True)
+
+
+def test_a_stop_string_may_come_with_the_bytes_that_never_became_a_character(codec):
+    *cut, _ = codec.encode("a🙂")
+    pieces, stream = run(codec, cut, ["\N{REPLACEMENT CHARACTER}"])
+    assert ("".join(pieces), stream.stopped) == ("a", True)
+    pieces, stream = run(codec, cut, ["a\N{REPLACEMENT CHARACTER}b"])
+    assert ("".join(pieces), stream.stopped) == ("a\N{REPLACEMENT CHARACTER}", False)
