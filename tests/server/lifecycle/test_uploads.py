@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 
 from support.adapter_files import digest
-from turret_adapters.errors import AdapterError, UploadError
+from turret_adapters.errors import AdapterError, AdapterNotFoundError, UploadError
 from turret_server.engine.admission import TenantLimits
-from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
+from turret_server.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    QuotaExceededError,
+    TooManyCallsError,
+)
 from turret_server.lifecycle import uploads
 from turret_server.lifecycle.threads import LoadQueue
 from turret_server.lifecycle.uploads import IDLE_SECONDS, AdapterUploads, UploadChunk, UploadStart
@@ -206,3 +212,46 @@ async def test_uploads_that_wait_for_the_disk_delay_nothing_else(site, receiver,
         # In the default executor they would leave it no thread.
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 60) == "done"
     assert await asyncio.gather(*waiting) == [[0, "poet"]] * len(tenants)
+
+
+@pytest.mark.parametrize("sends_start", [False, True])
+async def test_who_sends_nothing_is_cut_off(receiver, sent, monkeypatch, sends_start):
+    monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.01)
+
+    async def silent():
+        if sends_start:
+            yield sent.start()
+        await asyncio.Event().wait()
+
+    with pytest.raises(DeadlineError, match="no bytes came"):
+        await receive(receiver, silent())
+    assert receiver._num_open == {}
+    assert receiver._loads._num_of_tenant == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("a b", InvalidRequestError), ("shared", PermissionDeniedError), ("others", AdapterNotFoundError)],
+)
+async def test_who_may_not_load_a_name_uploads_nothing(receiver, sent, name, error):
+    who = Tenant(name="acme", limits=TenantLimits(), use=("shared",), load=("acme-*",))
+    with pytest.raises(error):
+        await receive(receiver, sequence(sent.start(name=name)), who)
+
+
+async def test_an_upload_is_its_tenants(site, receiver, sent):
+    who = tenant(max_adapters=1)
+    assert await receive(receiver, sent.parts(), who) == [0, "poet"]
+    with pytest.raises(QuotaExceededError) as refused:
+        await receive(receiver, sent.parts(name="bard"), who)
+    assert refused.value.metadata == {"tenant": "acme", "quota": "max_adapters"}
+    assert [each.source for each in site.names.histories(["poet"])["poet"]] == ["upload"]
+
+
+async def test_each_tenant_continues_its_own_upload(receiver, sent):
+    other = Tenant(name="bolt", limits=TenantLimits(), admin=True)
+    with pytest.raises(UploadError):
+        await receive(receiver, sequence(sent.start(), UploadChunk(offset=0, data=sent.tensors[:CHUNK])))
+    for who, offset in ((other, 0), (tenant(), CHUNK)):
+        async with aclosing(receiver.receive(sent.parts(), who)) as events:
+            assert await anext(events) == offset
