@@ -79,12 +79,14 @@ def stream_during(
     threads = [threading.Thread(target=run, args=(index,)) for index in range(num_streams)]
     for thread in threads:
         thread.start()
-    time.sleep(seconds)
-    event()
-    time.sleep(seconds)
-    over.set()
-    for thread in threads:
-        thread.join()
+    try:
+        time.sleep(seconds)
+        event()
+        time.sleep(seconds)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
     return streamed
 
 
