@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from turret_cli.common import format_size, format_table
 from turret_client import Client
 from turret_demo.load import Ask, Streamed, ask_all, exact_match, seconds_per_token, stream_during
 from turret_demo.server import Server
-from turret_demo.tables import kib, mib, percent, print_table
 from turret_demo.tasks import TASKS
 from turret_demo.training import DEFAULT_FOLDER, EARLY_ADAPTER, Trained, ensure_trained
 
@@ -55,7 +56,7 @@ def main() -> int:
         _comparison(client, trained, asks, scores)
     print(f"\n{time.monotonic() - started:.0f} s in all; the server's log is {DEFAULT_FOLDER / 'server.log'}")
     passed = swapped and all(min(alone, mixed) >= _PASSING_SCORE for _, alone, mixed in scores.values())
-    print("Everything as it should be." if passed else "NOT as it should be: see above.")
+    print("All checks passed." if passed else "Some checks failed; see above.")
     return 0 if passed else 1
 
 
@@ -86,8 +87,8 @@ def _swap(client: Client, trained: Trained, asks: Mapping[str, Sequence[Ask]]) -
     new = client.get_adapter(EARLY_ADAPTER).revision
     new_answers = ask_all(client, own)
     expected |= {(new, ask.prompt): answer.text for ask, answer in zip(own, new_answers, strict=True)}
-    print(f"   exact match of the old revision {percent(exact_match(own, old_answers))}, "
-          f"of the new one {percent(exact_match(own, new_answers))}")  # fmt: skip
+    print(f"   exact match of the old revision {_percent(exact_match(own, old_answers))}, "
+          f"of the new one {_percent(exact_match(own, new_answers))}")  # fmt: skip
     return _report_swap(streamed, expected, old, moment[0])
 
 
@@ -103,7 +104,7 @@ def _report_swap(
     print(f"   {len(streamed)} streams, {len(failed)} failed; {len(own)} of them on {EARLY_ADAPTER}:")
     print(f"   {len(across)} began on the old revision, were running at the swap and ended on the old one")
     print(f"   {len(after)} began after it, {len(stale)} of them on the old revision")
-    print(f"   {len(wrong)} answered anything but what their revision answers without a swap")
+    print(f"   {len(wrong)} answers differ from their revision's answer without a swap")
     return bool(across) and bool(after) and not failed and not wrong and not stale
 
 
@@ -164,32 +165,19 @@ def _comparison(
                 name,
                 report.method,
                 f"{report.trainable_parameters:,}",
-                kib(report.file_bytes),
-                mib(report.peak_memory_bytes),
+                format_size(report.file_bytes),
+                "-" if report.peak_memory_bytes is None else format_size(report.peak_memory_bytes),
                 f"{report.seconds:.0f} s",
-                kib(client.get_adapter(name).arena_bytes),
+                format_size(client.get_adapter(name).arena_bytes),
                 f"{(per_token[name] - base_seconds) * 1000:+.2f} ms",
-                percent(base),
-                percent(alone),
-                percent(mixed),
+                _percent(base),
+                _percent(alone),
+                _percent(mixed),
             )
         )
-    print_table(
-        (
-            "adapter",
-            "method",
-            "trainable",
-            "file",
-            "memory",
-            "time",
-            "arena",
-            "a token",
-            "base",
-            "alone",
-            "mixed",
-        ),
-        rows,
-    )
+    words = ("adapter", "method")
+    numbers = ("trainable", "file", "memory", "time", "arena", "a token", "base", "alone", "mixed")
+    print(textwrap.indent(format_table(words, numbers, rows), "   "))
     print(
         "   trainable: parameters; memory, time: of training, two adapters at a time where there are two "
         "cores;\n   arena: of the server, when resident; a token: what it adds to the base's "
@@ -197,6 +185,10 @@ def _comparison(
         "   base, alone, mixed: exact match of the base without the adapter, of the adapter in batches of "
         "its own,\n   and in one batch of all."
     )
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.0f} %"
 
 
 if __name__ == "__main__":
