@@ -67,7 +67,7 @@ class Turret:
             concurrency=len(batch.adapters),
             num_requests=len(batch.adapters),
             adapters=tuple(named),
-            popularity=Popularity(turns=True),
+            popularity=Popularity(round_robin=True),
             prompt_tokens=(batch.prompt_tokens, batch.prompt_tokens),
             max_tokens=batch.max_tokens,
             seed=batch.seed,

@@ -64,7 +64,7 @@ def test_adapters_by_count_by_name_and_none(bench, client, tmp_path):
     file = tmp_path / "run.json"
     names = [adapter.name for adapter in client.list_adapters()]
     for arguments, expected in (
-        (("--adapters", "2", "--popularity", "turns"), set(names[:2])),
+        (("--adapters", "2", "--popularity", "round-robin"), set(names[:2])),
         (("--adapters", names[1]), {names[1]}),
         ((), {""}),
     ):
@@ -84,7 +84,7 @@ def test_a_plot_is_drawn(bench, tmp_path):
         (("--adapters", "nobody-*"), "--adapters nobody-*: no adapter of the server matches"),
         (("--adapters", "9999"), "--adapters 9999: the server has"),
         (("--concurrency", "2", "--rate", "1"), "either --concurrency"),
-        (("--popularity", "zipf"), "expected uniform, turns or zipf:S"),
+        (("--popularity", "zipf"), "expected uniform, round-robin or zipf:S"),
         (("--prompt-tokens", "9-3"), "expected N or MIN-MAX"),
         (("--plot", "run.jpeg"), "must end in one of"),
         (("--json", "/nowhere/run.json"), "the folder /nowhere does not exist"),

@@ -64,9 +64,9 @@ Examples:
     callback=_popularity,
     default="uniform",
     show_default=True,
-    metavar="uniform|zipf:S|turns",
+    metavar="uniform|zipf:S|round-robin",
     help="Distribution of requests over the adapters. zipf:1.1 picks the adapter of rank k with weight "
-    "1/k^1.1; with turns, concurrent requests use different adapters.",
+    "1/k^1.1; with round-robin, concurrent requests use different adapters.",
 )
 @click.option(
     "--concurrency",

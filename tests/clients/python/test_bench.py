@@ -155,7 +155,7 @@ def test_failures_are_recorded_under_their_reason(server):
     assert summary.request_seconds is None
 
 
-@pytest.mark.parametrize("popularity", ["uniform", "zipf:1.1", "turns"])
+@pytest.mark.parametrize("popularity", ["uniform", "zipf:1.1", "round-robin"])
 def test_the_same_seed_sends_the_same(popularity):
     def planned(seed: int) -> list[object]:
         workload = Workload(
@@ -180,21 +180,34 @@ def test_zipf_asks_for_adapters_in_proportion_to_their_rank():
         assert counts[name] / counts["a"] == pytest.approx(1 / rank, rel=0.1)
 
 
-def test_taking_turns_gives_requests_that_run_together_different_adapters():
+def test_round_robin_gives_concurrent_requests_different_adapters():
     workload = Workload(
-        concurrency=3, num_requests=6, adapters=("a", "b", "c"), popularity=Popularity(turns=True)
+        concurrency=3, num_requests=6, adapters=("a", "b", "c"), popularity=Popularity(round_robin=True)
     )
     assert [planned.adapter for planned in workload.requests()] == ["a", "b", "c"] * 2
 
 
-def test_prompt_lengths_fill_their_range():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_requests": 1}, "set exactly one of concurrency and rate"),
+        ({"num_requests": 1, "concurrency": 2, "rate": 1.0}, "set exactly one of concurrency and rate"),
+        ({"concurrency": 2}, "set num_requests, duration or both"),
+    ],
+)
+def test_an_invalid_workload_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Workload(**arguments)
+
+
+def test_prompt_lengths_span_their_range():
     workload = Workload(rate=1.0, num_requests=500, prompt_tokens=(3, 6))
     assert {len(planned.prompt) for planned in workload.requests()} == {3, 4, 5, 6}
 
 
 @pytest.mark.parametrize("text", ["zipf", "zipf:0", "zipf:-1", "zipf:a", "gauss", ""])
-def test_what_is_no_popularity_is_refused(text):
-    with pytest.raises(ValueError, match=r"expected uniform, turns or zipf:S"):
+def test_an_invalid_popularity_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected uniform, round-robin or zipf:S"):
         Popularity.parse(text)
 
 

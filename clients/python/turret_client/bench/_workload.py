@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, repeat
 
 # Ids that every vocabulary contains. Latencies do not depend on which tokens a prompt contains.
 _TOKEN_IDS = range(16, 256)
@@ -19,46 +19,41 @@ class Popularity:
     Attributes:
         zipf: Exponent of the Zipf distribution: the k-th adapter, from 1, is chosen in proportion to
             1 / k**zipf. 0 is uniform.
-        turns: Round robin instead, so that concurrent requests use different adapters.
+        round_robin: Each adapter in turn instead, so that concurrent requests use different adapters.
     """
 
     zipf: float = 0.0
-    turns: bool = False
+    round_robin: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Popularity:
-        """Parses "uniform", "turns" or "zipf:S".
+        """Parses "uniform", "round-robin" or "zipf:S".
 
         Raises:
             ValueError: The text is none of these, or S is not above 0.
         """
-        if text in ("uniform", "turns"):
-            return cls(turns=text == "turns")
+        if text in ("uniform", "round-robin"):
+            return cls(round_robin=text == "round-robin")
         name, _, exponent = text.partition(":")
         with suppress(ValueError):
             if name == "zipf" and float(exponent) > 0:
                 return cls(zipf=float(exponent))
-        raise ValueError(f"expected uniform, turns or zipf:S with S above 0, found {text!r}")
+        raise ValueError(f"expected uniform, round-robin or zipf:S with S above 0, found {text!r}")
 
     def choices(self, adapters: tuple[str, ...], rng: random.Random) -> Iterator[str | None]:
         """Endless choices; None, the base model, if there are no adapters."""
+        if not adapters:
+            yield from repeat(None)
+        if self.round_robin:
+            yield from cycle(adapters)
         weights = list(accumulate((rank + 1) ** -self.zipf for rank in range(len(adapters))))
-        turn = 0
         while True:
-            if not adapters:
-                yield None
-            elif self.turns:
-                yield adapters[turn % len(adapters)]
-            else:
-                yield rng.choices(adapters, cum_weights=weights)[0]
-            turn += 1
+            yield rng.choices(adapters, cum_weights=weights)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """A load on a server.
-
-    Set exactly one of `concurrency` and `rate`, and at least one of `num_requests` and `duration`.
 
     Attributes:
         concurrency: Closed loop: number of requests in flight at any time.
@@ -71,6 +66,10 @@ class Workload:
         prompt_tokens: Smallest and largest length of a prompt; lengths are distributed uniformly.
         max_tokens: Maximum number of tokens to generate per request.
         seed: The same seed gives the same prompts, adapters and arrivals.
+
+    Raises:
+        ValueError: Not exactly one of `concurrency` and `rate` is set, or neither `num_requests` nor
+            `duration`.
     """
 
     concurrency: int | None = None
@@ -84,8 +83,10 @@ class Workload:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        assert (self.concurrency is None) != (self.rate is None)
-        assert self.num_requests is not None or self.duration is not None
+        if (self.concurrency is None) == (self.rate is None):
+            raise ValueError("set exactly one of concurrency and rate")
+        if self.num_requests is None and self.duration is None:
+            raise ValueError("set num_requests, duration or both")
 
     def requests(self) -> Iterator[Planned]:
         """The requests in order; endless if `num_requests` is None."""
@@ -98,12 +99,11 @@ class Workload:
     def _planned(self, purpose: str, count: int | None) -> Iterator[Planned]:
         rng = random.Random(f"{self.seed} {purpose}")  # noqa: S311 (a load, not a secret)
         names = self.popularity.choices(self.adapters, rng)
-        index, due = 0, 0.0
-        while count is None or index < count:
+        due = 0.0
+        for _ in repeat(None) if count is None else range(count):
             length = rng.randint(*self.prompt_tokens)
             prompt = tuple(rng.choices(_TOKEN_IDS, k=length))
-            yield Planned(index=index, due=due, adapter=next(names), prompt=prompt)
-            index += 1
+            yield Planned(due=due, adapter=next(names), prompt=prompt)
             due += rng.expovariate(self.rate) if self.rate else 0.0
 
 
@@ -111,7 +111,6 @@ class Workload:
 class Planned:
     """A request to send. `due` is in seconds after the start; 0 in a closed loop."""
 
-    index: int
     due: float
     adapter: str | None
     prompt: tuple[int, ...]
