@@ -24,7 +24,7 @@ demo: $(READY)  ## Train a base model and five adapters, serve them in one batch
 test: $(READY)  ## Run the test suite, without what test-all runs
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m 'not slow'
 
-test-all: $(READY)  ## Run the tests that take minutes or need a browser, Ray, Prometheus or a real model
+test-all: $(READY)  ## Run the tests that take minutes
 	@$(BIN)/python -m pytest --quiet -m slow
 
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
@@ -43,10 +43,10 @@ load: $(READY)  ## Serve 2,000 adapters on memory for 40, and a long prompt besi
 	@PYTHONPATH=tests $(BIN)/python -m load.many_adapters
 	@PYTHONPATH=tests $(BIN)/python -m load.long_prompt
 
-soak: $(READY)  ## Twenty minutes of everything at once on a server short of everything; writes tests/soak/RESULTS.md
+soak: $(READY)  ## Soak test: 20 minutes of mixed load on a server short of memory and disk; writes tests/soak/RESULTS.md
 	@PYTHONPATH=tests $(BIN)/python -m soak.run $(ARGS)
 
-chaos: $(READY)  ## Kill a server fifty times under load and start it again; writes tests/chaos/RESULTS.md
+chaos: $(READY)  ## Kill a server 50 times under load and restart it each time; writes tests/chaos/RESULTS.md
 	@PYTHONPATH=tests $(BIN)/python -m chaos.run $(ARGS)
 
 page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
