@@ -270,7 +270,7 @@ def test_a_split_ends_with_its_name(registry):
     assert registry.statuses() == []
 
 
-def test_every_change_of_a_name_is_told(registry):
+def test_every_change_of_a_name_is_published(registry):
     told = []
     registry.on_change = told.append
     registry.publish("poet", host("1"))
@@ -489,7 +489,7 @@ def test_prefixes_of_one_request_become_one_in_their_order(registry):
         ([Named("prefix"), Named("prompt")], "prefixes of one kind in a request"),
     ],
 )
-def test_what_cannot_be_composed_is_refused_by_name_and_pins_nothing(registry, named, said):
+def test_an_invalid_composition_is_refused_by_name_and_pins_nothing(registry, named, said):
     registry.publish("poet", host("1"))
     registry.publish("prefix", prefix("2", 2))
     gain = replace(make_spec("3"), rows=(RowGroup("m", Part.GAIN, 1, 4),))

@@ -124,7 +124,9 @@ def test_numbers_that_are_none(send, config, place):
         assert (answer.code, answer.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_INVALID")
 
 
-def test_an_adapter_that_overflows_spoils_nobodys_pages(send, config, place, evil, good, expected):
+def test_an_adapter_that_overflows_does_not_corrupt_the_pages_of_others(
+    send, config, place, evil, good, expected
+):
     """Its keys and values are no numbers; whoever gets their pages next must not meet them."""
     weights = load_file(place.folder / "own" / "adapter_model.safetensors")
     huge = save({key: tensor.clone().fill_(3e38) for key, tensor in weights.items()})

@@ -120,7 +120,7 @@ def test_pinned_prompts_of_others_cannot_be_unpinned(channel, good, pinned):
     good.unpin_prompt("rules")
 
 
-def test_why_an_adapter_failed_is_told_to_those_alone_who_may_load_it(channel, place):
+def test_the_error_of_a_failed_adapter_is_shown_only_to_tenants_that_may_load_it(channel, place):
     adapters = adapters_pb2_grpc.AdapterServiceStub(channel)
     inference = inference_pb2_grpc.InferenceServiceStub(channel)
     root = str(place.secret.parent.parent)

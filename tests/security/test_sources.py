@@ -48,7 +48,7 @@ def test_paths_out_of_its_folder(load, place):
         (place.folder / name).unlink()
 
 
-def test_what_is_elsewhere_is_not_told(load, place):
+def test_errors_do_not_reveal_files_outside_the_sources(load, place):
     """Also not whether there is a link, by a path that goes through it and back."""
     (place.secret.parent / "deep").symlink_to("/usr/lib")
     back = "/".join([".."] * 3)

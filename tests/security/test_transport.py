@@ -117,7 +117,7 @@ def test_a_handshake_that_is_never_finished(place):
             assert client.list_adapters()
 
 
-def test_messages_of_strangers_wait_on_the_connection(place):
+def test_messages_of_unauthenticated_clients_are_not_read(place):
     """Half a message on every stream of a few connections: what is not known is not read."""
     prefix = b"\0" + struct.pack(">I", 4_000_000)
     before = place.memory()

@@ -69,7 +69,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-def test_nothing_that_a_stranger_says_begins_a_line_or_moves_the_cursor(lines, text):
+def test_untrusted_text_starts_no_line_and_does_not_move_the_cursor(lines, text):
     logger, written = lines
     with logs.about({"tenant": text}):
         logger.info("from %s", text)
@@ -81,7 +81,7 @@ def test_nothing_that_a_stranger_says_begins_a_line_or_moves_the_cursor(lines, t
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-def test_lines_of_an_exception_are_told_from_others(lines, text):
+def test_lines_of_a_traceback_are_indented(lines, text):
     logger, written = lines
     logger.error("it failed", exc_info=raised(text))
     first, *trace = written("human")
@@ -96,7 +96,7 @@ def test_lines_of_an_exception_are_told_from_others(lines, text):
     ("value", "said"),
     [("a b", '"a b"'), ('a"b', r'"a\"b"'), ("a=b", '"a=b"'), ("", '""'), ("é", r'"\u00e9"'), (3, "3")],
 )
-def test_a_field_of_a_line_for_people_can_be_told_from_the_next(lines, value, said):
+def test_fields_of_a_human_readable_line_are_unambiguous(lines, value, said):
     logger, written = lines
     logger.info("x", extra={"fields": {"key": value, "next": "1"}})
     assert written("human")[0].endswith(f"x key={said} next=1")

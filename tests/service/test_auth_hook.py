@@ -91,7 +91,7 @@ def test_keys_of_the_file_go_on_and_nobody_else_does(address):
             nobody.list_adapters()
 
 
-def test_where_the_authority_breaks_nobody_is_let_in_and_nothing_is_told(address):
+def test_when_the_auth_hook_fails_calls_are_refused_without_its_details(address):
     with grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/turret.v1.AdapterService/ListAdapters").future(
             b"", metadata=(("authorization", "Bearer breaks"),)

@@ -61,7 +61,7 @@ def test_a_task_is_chosen_by_its_number(client):
         (["lora"] * 9, "INVALID_REQUEST"),
     ],
 )
-def test_what_cannot_be_is_refused_and_pins_nothing(client, named, reason):
+def test_an_invalid_composition_is_refused_and_pins_nothing(client, named, reason):
     with pytest.raises(InvalidArgumentError) as refused:
         client.generate(PROMPT, adapter=named)
     assert refused.value.reason == reason

@@ -120,7 +120,7 @@ def test_what_runs_finishes_while_new_calls_are_refused(base_of, adapter_of, cac
 
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_what_does_not_finish_in_the_grace_time_is_told(base_of, cache, tmp_path, hurried):
+def test_calls_that_do_not_finish_within_the_grace_time_fail(base_of, cache, tmp_path, hurried):
     grace = "600" if hurried else "0.2"
     with (
         server_of(base_of, cache, tmp_path, "--grace", grace) as server,
@@ -142,9 +142,7 @@ def test_what_does_not_finish_in_the_grace_time_is_told(base_of, cache, tmp_path
         assert told(server, "have not finished and are ended now")
 
 
-def test_an_upload_that_does_not_finish_is_told_and_goes_on_with_the_next_server(
-    base_of, adapter_of, cache, tmp_path
-):
+def test_an_upload_interrupted_by_a_shutdown_resumes_at_the_next_server(base_of, adapter_of, cache, tmp_path):
     folder = adapter_of("llama", "lora")
     with (
         server_of(base_of, cache, tmp_path, "--grace", "0.2") as server,

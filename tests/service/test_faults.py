@@ -190,7 +190,7 @@ def test_draws_are_the_same_when_a_step_is_computed_again(client, sampler):
         sampler.error = None
 
 
-def test_a_lost_device_is_told_apart_from_a_step_that_fails(served, monkeypatch):
+def test_a_lost_device_is_distinguished_from_a_failed_step(served, monkeypatch):
     """Every later call fails after it, so that nothing is left but to start again."""
     from turret_server.engine.step import DeviceLostError  # noqa: PLC0415
 
@@ -219,7 +219,7 @@ main(sys.argv[1:])
 """
 
 
-def test_an_engine_that_dies_tells_its_requests_and_ends_the_process(base_of, tmp_path):
+def test_a_fatal_error_of_the_engine_fails_its_requests_and_ends_the_process(base_of, tmp_path):
     script = tmp_path / "broken_server.py"
     script.write_text(BROKEN_SERVER)
     program = (sys.executable, str(script))

@@ -95,7 +95,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_the_arithmetic(client)
     assert refused.value.reason == "PROMPT_TOO_LONG"
 
 
-def test_the_context_can_be_filled_to_the_last_token_and_no_further(client):
+def test_a_request_may_use_the_whole_context_and_no_more(client):
     room = 6
     assert len(client.generate([5] * (MAX_CONTEXT - room), max_tokens=room).token_ids) == room
     with pytest.raises(InvalidArgumentError):

@@ -114,7 +114,7 @@ def test_calls_of_nobody_that_is_known_are_counted_by_reason(served, metadata, r
     assert counted() == before + 1
 
 
-def test_what_is_brought_is_counted(served, adapter_of):
+def test_downloaded_bytes_are_counted(served, adapter_of):
     before = served.metric("turret_adapter_downloaded_bytes_total")
     with Client(served.address, api_key="acme-key") as client:
         client.load_adapter("lora", str(adapter_of("llama", "lora")))

@@ -68,7 +68,7 @@ def test_a_folder_says_what_its_names_serve(base_of, adapter_of, cache, tmp_path
     assert after["changes"] != before["changes"]
 
 
-def test_a_revision_that_the_disk_spoiled_is_not_served(base_of, adapter_of, cache, tmp_path):
+def test_a_revision_that_was_corrupted_on_disk_is_not_served(base_of, adapter_of, cache, tmp_path):
     store = tmp_path / "store"
     arguments = ("--store", str(store), "--memory", "8MiB")
     with server_process(base_of("llama"), cache, *arguments) as server, Client(server.address) as client:

@@ -98,7 +98,7 @@ def test_folders_that_are_as_they_were_are_not_read(start, adapter_of, read, tmp
     assert after["changes"] != before["changes"]
 
 
-def test_what_the_disk_spoils_unseen_ends_in_failed_at_the_first_request(start, adapter_of, tmp_path):
+def test_a_corrupted_revision_becomes_failed_at_its_first_request(start, adapter_of, tmp_path):
     with start() as client:
         revision = client.load_adapter("poet", str(adapter_of("llama", "lora"))).revision
         client.load_adapter("bard", str(adapter_of("llama", "prefix")))
@@ -122,7 +122,7 @@ def test_what_the_disk_spoils_unseen_ends_in_failed_at_the_first_request(start, 
 
 
 @pytest.mark.parametrize("spoilt", ["bytes", "reader", "marks", "spec"])
-def test_a_record_that_is_stale_or_spoilt_ends_in_no_wrong_answer(start, adapter_of, tmp_path, read, spoilt):
+def test_a_stale_or_corrupt_record_gives_no_wrong_answer(start, adapter_of, tmp_path, read, spoilt):
     with start() as client:
         client.load_adapter("poet", str(adapter_of("llama", "lora")))
         before = answers(client)

@@ -173,13 +173,13 @@ def test_a_tenant_sees_what_it_may_use(client_of):
         assert {adapter.name for adapter in islice(changes, 2)} == {"acme-lora", "shared"}
 
 
-def test_where_an_adapter_came_from_is_told_to_those_who_may_load_it(client_of):
+def test_the_source_of_an_adapter_is_shown_only_to_tenants_that_may_load_it(client_of):
     assert [each.source for each in client_of("bolt").get_adapter("bolt-lora").history] == [""]
     assert client_of("acme").get_adapter("acme-lora").history[0].source
     assert client_of("operator").get_adapter("bolt-lora").history[0].source
 
 
-def test_a_tenant_is_not_told_of_changes_to_what_it_may_not_use(client_of, adapter_of):
+def test_a_watch_omits_adapters_that_the_tenant_may_not_use(client_of, adapter_of):
     with closing(client_of("bolt").watch_adapters()) as changes:
         list(islice(changes, 2))
         client_of("operator").load_adapter("acme-new", str(adapter_of("llama", "lora", seed=1)))

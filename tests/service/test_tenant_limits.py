@@ -150,7 +150,7 @@ def test_a_tenants_requests_hold_so_much_of_the_arena(client_of, sources, served
         served.parts.access.tenants.look()
 
 
-def test_a_tenant_has_so_many_loads_at_once_and_is_told_to_come_back(client_of, sources, served, monkeypatch):
+def test_concurrent_loads_of_a_tenant_are_limited_with_retry_after(client_of, sources, served, monkeypatch):
     client = client_of("loads")
     fetch, begun, gate = served.parts.lifecycle._library.fetch, threading.Event(), threading.Event()
 

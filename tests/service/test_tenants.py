@@ -86,7 +86,7 @@ def num_queued(served) -> int:
     return served.parts.engine._admission.num_queued
 
 
-def test_a_tenant_may_queue_what_its_table_says_and_is_told_when_to_come_back(queue):
+def test_the_queue_of_a_tenant_is_limited_with_retry_after(queue):
     with queue() as add:
         waiting = add("small")
         refused = add("small").exception(timeout=HANG_S)

@@ -130,7 +130,7 @@ def test_a_renewed_certificate_holds_for_new_connections(encrypted, authority, o
     assert generate(encrypted.address, ca=authority.pem)
 
 
-def test_a_key_that_is_not_its_certificates_changes_nothing_and_is_told_once(
+def test_a_key_that_does_not_match_its_certificate_changes_nothing_and_is_logged_once(
     encrypted, authority, folder, caplog
 ):
     cert = (folder / "server-cert.pem").read_bytes()

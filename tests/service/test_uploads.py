@@ -138,7 +138,7 @@ async def test_many_send_at_once(served, adapter_of):
 
 
 @pytest.mark.usefixtures("forget", "small_chunks")
-def test_an_upload_goes_on_where_it_broke_off(client, served, folder, store):
+def test_an_interrupted_upload_resumes(client, served, folder, store):
     tensors = (folder / "adapter_model.safetensors").read_bytes()
     with Wire(served.address) as wire:
         wire.send(start(folder))
@@ -239,7 +239,7 @@ def test_what_cannot_be_served_leaves_the_name_as_it_was(client, folder, store):
     client.unload_adapter("sent")
 
 
-def test_a_folder_without_tensors_is_told_before_anything_is_sent(client, folder):
+def test_a_folder_without_tensors_is_refused_before_anything_is_sent(client, folder):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="safetensors"):
         client.upload_adapter("sent", folder)

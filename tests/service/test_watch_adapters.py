@@ -73,7 +73,7 @@ def test_a_watch_begins_with_what_is_there(served):
         pass
 
 
-def test_every_change_is_told_in_order(client, served, adapter_of):
+def test_every_change_is_watched_in_order(client, served, adapter_of):
     with watching(served) as watcher, watching(served) as other:
         first = client.load_adapter("mine", str(adapter_of("llama", "lora", seed=21))).revision
         assert watcher.until("mine", AdapterState.RESIDENT)[0] == (AdapterState.STAGED, first)
@@ -88,7 +88,7 @@ def test_every_change_is_told_in_order(client, served, adapter_of):
         assert revisions[-1] == first
 
 
-def test_draining_is_told_from_its_beginning_to_its_end(client, served, adapter_of):
+def test_a_watch_shows_when_draining_starts_and_ends(client, served, adapter_of):
     first = client.load_adapter("mine", str(adapter_of("llama", "lora", seed=21))).revision
     with watching(served) as watcher:
         stream = client.stream(PROMPT, adapter="mine", max_tokens=60)
@@ -108,7 +108,7 @@ def test_draining_is_told_from_its_beginning_to_its_end(client, served, adapter_
         assert watcher.until("mine", AdapterState.UNLOADED)[-1][0] is AdapterState.UNLOADED
 
 
-def test_a_failure_is_told(client, served):
+def test_a_watch_shows_a_failure(client, served):
     with watching(served) as watcher:
         served.parts.registry.fail("broken", "no such folder")
         told = watcher.next()
@@ -119,7 +119,7 @@ def test_a_failure_is_told(client, served):
         client.get_adapter("broken")
 
 
-def test_who_is_too_slow_is_told_so(served, monkeypatch):
+def test_a_watcher_that_is_too_slow_fails(served, monkeypatch):
     with watching(served) as watcher:
         monkeypatch.setattr(watches, "MAX_PENDING", 0)
         served.parts.registry.tell("lora")

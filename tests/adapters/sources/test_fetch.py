@@ -61,7 +61,7 @@ def zipped(tensors: bytes = b"tensors") -> bytes:
     return data.getvalue()
 
 
-def test_a_folder_that_takes_too_long_is_given_up(store: AdapterStore, tmp_path: Path) -> None:
+def test_reading_a_folder_has_a_time_limit(store: AdapterStore, tmp_path: Path) -> None:
     write_folder(tmp_path / "poet", b"tensors")
     with pytest.raises(SourceUnavailableError, match="expected the adapter within 0 s"):
         fetch_into(store, str(tmp_path / "poet"), Policy(roots=(tmp_path,), timeout=0.0))
@@ -278,7 +278,7 @@ def test_a_host_without_address(store: AdapterStore) -> None:
         fetch_into(store, "https://absent.invalid/poet", Policy(urls=("https://",)))
 
 
-def test_a_fetch_that_is_given_up_leaves_nothing(web: Web, policy: Policy, store: AdapterStore) -> None:
+def test_an_aborted_fetch_leaves_nothing(web: Web, policy: Policy, store: AdapterStore) -> None:
     def give_up(_done: int, _total: int | None) -> None:
         raise KeyboardInterrupt
 

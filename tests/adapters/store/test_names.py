@@ -285,7 +285,7 @@ def test_a_database_that_somebody_keeps_locked_is_busy(names: Names, tmp_path: P
     names.publish("poet", "r1", "")
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StoreFailedError):
         Names(tmp_path / "absent" / "names.sqlite", "llama")
     (tmp_path / "names.sqlite").mkdir()

@@ -48,7 +48,9 @@ def test_a_spec_comes_back_as_it_was(spec: AdapterSpec) -> None:
 
 
 @given(SPECS, st.data())
-def test_what_is_spoilt_is_no_spec_or_told_by_its_parts(spec: AdapterSpec, data: st.DataObject) -> None:
+def test_a_corrupt_record_is_rejected_or_decodes_to_the_same_spec(
+    spec: AdapterSpec, data: st.DataObject
+) -> None:
     record = bytearray(encode(spec))
     at = data.draw(st.integers(0, len(record) - 1))
     record[at] ^= data.draw(st.integers(1, 255))

@@ -100,7 +100,7 @@ def test_a_source_that_changes_under_the_copy_is_refused(store: AdapterStore, tm
     assert leftovers(store) == []
 
 
-def test_a_copy_that_is_given_up_leaves_nothing(store: AdapterStore, tmp_path: Path) -> None:
+def test_an_aborted_copy_leaves_nothing(store: AdapterStore, tmp_path: Path) -> None:
     def give_up(_done: int, _total: int | None) -> None:
         raise KeyboardInterrupt
 
@@ -221,7 +221,7 @@ def test_many_at_once_store_one_revision(open_store: Callable[..., AdapterStore]
     assert leftovers(store) == []
 
 
-def test_a_disk_without_room_is_told_and_nothing_stays(
+def test_a_full_disk_is_reported_and_nothing_stays(
     open_store: Callable[..., AdapterStore], tmp_path: Path
 ) -> None:
     # The kernel refuses to write beyond the limit as it would on a full disk.
@@ -254,7 +254,7 @@ def test_a_disk_without_room_is_told_and_nothing_stays(
     assert store.revisions() == {}
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreFailedError, match="write in that folder"):
         AdapterStore(tmp_path / "file" / "store")

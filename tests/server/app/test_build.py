@@ -76,7 +76,7 @@ def test_an_open_server_is_reached_from_elsewhere_only_if_that_is_asked_for() ->
     _check_access(config(listen="127.0.0.1:50051"), OPEN)
 
 
-def test_certificates_of_an_authority_are_enough_and_it_is_told_what_that_means(
+def test_a_client_certificate_authority_is_enough_and_its_permissions_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     certified = config(tls_cert=PEM, tls_key=PEM, tls_client_ca=PEM)

@@ -545,7 +545,7 @@ def test_requests_that_no_longer_fit_beside_adapters_that_are_pinned_fail():
     assert small.end is FinishReason.LENGTH
 
 
-def test_a_refused_request_is_told_to_come_back_by_the_speed_of_the_engine():
+def test_retry_after_of_a_refused_request_follows_the_speed_of_the_engine():
     served = Served(TenantLimits(max_queued_requests=1))
 
     def second(_: Step) -> None:

@@ -86,7 +86,7 @@ def test_a_step_that_needs_too_much_memory_goes_through_in_parts(simulation):
     assert simulation.runner.num_failures > 0
 
 
-def test_what_needs_too_much_memory_alone_is_told_so(simulation):
+def test_a_request_that_runs_out_of_memory_alone_fails_with_out_of_memory(simulation):
     simulation.broken.most = 9
     large, small = simulation.submit(range(20)), simulation.submit(range(3), LORA)
     simulation.finish()

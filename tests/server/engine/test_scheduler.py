@@ -211,7 +211,7 @@ def test_the_cache_makes_room():
 
 @KINDS
 @pytest.mark.parametrize(("num_virtual", "copies"), [(3, 1), (4, 0), (6, 1), (8, 0)])
-def test_only_a_partly_filled_page_of_a_prefix_is_copied(kind, num_virtual, copies):
+def test_only_a_partial_page_of_a_prefix_is_copied(kind, num_virtual, copies):
     simulation = Simulation()
     adapter = prefix(num_virtual, kind)
     simulation.submit([1], adapter, max_tokens=9)
@@ -228,7 +228,7 @@ def test_only_a_partly_filled_page_of_a_prefix_is_copied(kind, num_virtual, copi
     assert finished(*simulation.runs)
 
 
-def test_a_partly_filled_page_that_was_filled_up_before_is_found_instead_of_copied():
+def test_a_partial_page_that_was_completed_before_is_found_in_the_prefix_cache():
     simulation = Simulation()
     for _ in range(2):
         run = simulation.submit(range(6), prefix(3), max_tokens=1)

@@ -69,7 +69,7 @@ def test_a_few_tokens_say_little_and_change_nothing():
     assert pacing.budget(0) == before
 
 
-def test_streams_and_prompt_tokens_of_a_step_are_told_apart(monkeypatch):
+def test_streams_and_prompt_tokens_of_a_step_are_counted_separately(monkeypatch):
     simulation = Simulation()
     simulation.submit([1], max_tokens=9)
     simulation.step()

@@ -52,7 +52,7 @@ def test_entries_of_many_threads_are_there_once_each_when_they_say_so(path):
     assert sorted(read(path)) == list(range(200))
 
 
-def test_an_entry_is_told_after_its_fsync_and_those_that_came_meanwhile_share_the_next(path, monkeypatch):
+def test_an_entry_is_acknowledged_after_its_fsync_and_later_ones_share_the_next(path, monkeypatch):
     """The gate stands in an fsync: what is on its way then is not told, and one more is for all of it."""
     syncing, go_on, real, num_syncs = threading.Event(), threading.Event(), os.fsync, 0
 
@@ -107,7 +107,7 @@ def test_what_is_no_file_or_cannot_be_made_is_refused(tmp_path):
         UsageLog(Path("/dev/full"))
 
 
-def test_a_second_server_is_told_to_use_another_file(path):
+def test_a_second_server_must_use_another_file(path):
     with closing(UsageLog(path)), pytest.raises(ConfigError, match="another process writes it"):
         UsageLog(path)
     UsageLog(path).close()
@@ -207,7 +207,7 @@ for thread in range(8):
 """
 
 
-def test_whatever_was_told_before_a_kill_is_there_once(path):
+def test_entries_acknowledged_before_a_kill_are_in_the_log_once(path):
     told: list[int] = []
     for life in range(12):
         first = 1_000_000 * life

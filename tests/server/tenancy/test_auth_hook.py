@@ -56,7 +56,7 @@ async def test_a_plain_function_holds_up_nobody():
     assert await asking == "acme"
 
 
-async def test_its_refusal_is_told_in_its_words():
+async def test_a_refusal_of_the_hook_keeps_its_message():
     def refuse(*_):
         raise UnauthenticatedError("sign in again")
 
@@ -84,7 +84,7 @@ async def broken_later(*_):
         lambda: "acme",
     ],
 )
-async def test_whatever_else_it_does_is_told_as_unavailable_and_logged(function, caplog):
+async def test_other_errors_of_the_hook_are_unavailable_and_logged(function, caplog):
     with pytest.raises(AuthUnavailableError) as refused:
         await AuthHook("x:y", function).ask([], [])
     assert "secret" not in str(refused.value)

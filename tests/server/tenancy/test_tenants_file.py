@@ -62,7 +62,7 @@ def test_a_link_that_comes_to_point_elsewhere_is_a_change(path, tmp_path):
         (None, "No such file"),
     ],
 )
-def test_a_file_that_is_not_sound_changes_nothing_and_is_told_once(path, caplog, content, said):
+def test_an_invalid_file_changes_nothing_and_is_logged_once(path, caplog, content, said):
     tenants = TenantsFile(path, DEFAULT)
     path.unlink() if content is None else path.write_text(content)
     with caplog.at_level(logging.ERROR):
@@ -76,7 +76,7 @@ def test_a_file_that_is_not_sound_changes_nothing_and_is_told_once(path, caplog,
     assert knows(tenants) == ["acme", "bolt"]
 
 
-def test_the_same_complaint_after_a_sound_file_is_told_again(path, caplog):
+def test_the_same_error_after_a_valid_file_is_logged_again(path, caplog):
     tenants = TenantsFile(path, DEFAULT)
     for content in ("[", BOLT, "["):
         path.write_text(content)

@@ -98,7 +98,7 @@ def test_others_go_on_while_it_waits(world):
     assert world.bring(C, tenant="bolt")
 
 
-def test_what_others_brought_counts_while_it_is_used(world):
+def test_adapters_that_others_loaded_count_while_they_are_in_use(world):
     world.end(world.use(C, tenant="bolt"), tenant="bolt")
     world.use(A)
     world.use(B)
@@ -137,7 +137,7 @@ def test_nothing_is_evicted_in_vain(world):
     assert world.there() == {"a", "b"}
 
 
-def test_what_it_loads_is_brought_ahead_only_as_far_as_it_may_be(world):
+def test_a_prefetch_stays_within_the_quota(world):
     for spec in (A, B, C):
         world.residency.prefetch(spec, "acme")
     assert world.there() == {"a", "b"}

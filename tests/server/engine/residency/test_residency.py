@@ -99,7 +99,7 @@ def test_one_with_embeddings_is_computed_once_they_are_there(world):
     assert world.to_compute() == []
 
 
-def test_it_is_filled_once_however_often_it_is_asked_for(world):
+def test_repeated_requests_for_an_adapter_load_it_once(world):
     assert world.ensure(LORA) is world.ensure(LORA)
     assert len(world.device.pending) == 1
 
@@ -223,7 +223,7 @@ def test_users_that_are_let_go_too_often_are_noticed():
         world.release(world.fill(LORA), "a")
 
 
-def test_no_more_are_filled_at_once_than_may():
+def test_concurrent_loads_are_limited():
     world = World(2 * MAX_LOADING)
     specs = [make_spec(f"r{index}", slab_pages=1) for index in range(MAX_LOADING + 1)]
     assert all(world.ensure(spec).pages for spec in specs[:-1])
@@ -381,7 +381,7 @@ def test_every_idle_one_can_be_evicted_however_old_the_order_is():
     assert world.num_idle == 7
 
 
-def test_one_that_is_pinned_is_filled_and_makes_no_room(world):
+def test_a_pinned_adapter_is_loaded_and_not_evicted(world):
     world.pin("poet", (LORA,))
     assert world.load_pinned()
     world.complete()
@@ -437,7 +437,7 @@ def test_one_was_last_used_when_its_last_request_ended(world):
     world.complete()
 
 
-def test_one_that_is_pinned_and_finds_no_room_is_told(world):
+def test_a_pinned_adapter_without_room_is_loaded_once_there_is_room(world):
     user = world.fill(make_spec("large", slab_pages=6))
     world.acquire(user, "a")
     world.pin("poet", (LORA,))
@@ -449,7 +449,7 @@ def test_one_that_is_pinned_and_finds_no_room_is_told(world):
     assert world.get("lora").pinned
 
 
-def test_one_that_is_pinned_and_cannot_be_filled_is_tried_again_when_it_is_pinned_again(world):
+def test_a_failed_load_of_a_pinned_adapter_is_retried_when_it_is_pinned_again(world):
     world.pin("poet", (LORA,))
     world.load_pinned()
     world.complete(error="no memory")
