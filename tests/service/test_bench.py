@@ -29,7 +29,7 @@ def bench(served):
 def test_what_it_says_is_what_the_server_did(bench, served, tmp_path):
     before = served.metric("turret_generated_tokens_total")
     file = tmp_path / "run.json"
-    result = bench("--adapters", "lora*", "--requests", "6", "--concurrency", "3", "--json", str(file))
+    result = bench("--adapters", "lora*", "--requests", "6", "--concurrency", "3", "--output", str(file))
     assert result.exit_code == 0, result.stderr
     assert "6 succeeded, 0 failed" in result.stdout
     found = json.loads(file.read_text())
@@ -53,7 +53,7 @@ def test_an_open_loop_counts_failures_by_reason(bench, tmp_path):
     file = tmp_path / "run.json"
     # Longer than the model's context: the server refuses them.
     result = bench(
-        "--rate", "50", "--requests", "5", "--warm-up", "0", "--prompt-tokens", "5000", "--json", str(file)
+        "--rate", "50", "--requests", "5", "--warm-up", "0", "--prompt-tokens", "5000", "--output", str(file)
     )
     assert result.exit_code == 1
     assert json.loads(file.read_text())["errors"] == {"PROMPT_TOO_LONG": 5}
@@ -68,7 +68,7 @@ def test_adapters_by_count_by_name_and_none(bench, client, tmp_path):
         (("--adapters", names[1]), {names[1]}),
         ((), {""}),
     ):
-        assert bench("--requests", "4", "--json", str(file), *arguments).exit_code == 0
+        assert bench("--requests", "4", "--output", str(file), *arguments).exit_code == 0
         assert set(json.loads(file.read_text())["adapters"]) == expected
 
 
@@ -87,10 +87,10 @@ def test_a_plot_is_drawn(bench, tmp_path):
         (("--popularity", "zipf"), "expected uniform, round-robin or zipf:S"),
         (("--prompt-tokens", "9-3"), "expected N or MIN-MAX"),
         (("--plot", "run.jpeg"), "must end in one of"),
-        (("--json", "/nowhere/run.json"), "the folder /nowhere does not exist"),
+        (("--output", "/nowhere/run.json"), "/nowhere/run.json cannot be written: No such file or directory"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_sent(bench, served, arguments, said):
+def test_invalid_options_are_refused_before_anything_is_sent(bench, served, arguments, said):
     before = served.metric("turret_prompt_tokens_total")
     result = bench(*arguments)
     assert result.exit_code == 2
@@ -102,7 +102,7 @@ def test_ctrl_c_ends_it_with_what_was_measured(served, tmp_path):
     file = tmp_path / "run.json"
     before = served.metric("turret_requests_total", outcome="ok")
     process = subprocess.Popen(  # noqa: S603 (the command is this test's)
-        [TURRET, "bench", *FEW, "--duration", "3600", "--json", str(file), "--server", served.address],
+        [TURRET, "bench", *FEW, "--duration", "3600", "--output", str(file), "--server", served.address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from turret_cli.common import connection_options, server_option
+from turret_cli.common import FailureError, connection_options, server_option
 from turret_client import Adapter, AdapterState, AsyncClient
 from turret_client.bench import Latencies, LoadGenerator, Popularity, Record, Summary, Workload, summarise
 
@@ -46,7 +46,7 @@ def _popularity(_ctx: click.Context, _param: click.Parameter, value: str) -> Pop
 Examples:
   turret bench
   turret bench --adapters "*" --concurrency 32 --requests 320
-  turret bench --adapters 100 --popularity zipf:1.1 --rate 4 --duration 60 --json run.json
+  turret bench --adapters 100 --popularity zipf:1.1 --rate 4 --duration 60 --output run.json
   turret bench --adapters pirate --adapters "tenant-*" --prompt-tokens 64-512 --plot run.svg
 """
 )
@@ -125,11 +125,11 @@ Examples:
     help="Seed of the workload. The same seed gives the same requests.",
 )
 @click.option(
-    "--json",
-    "json_file",
+    "--output",
+    "output_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Write the settings, the results and the time of every token as JSON.",
+    help="Write the settings, the results and the time of every token to a JSON file.",
 )
 @click.option(
     "--plot",
@@ -151,7 +151,7 @@ def bench(
     max_tokens: int,
     warm_up: int,
     seed: int,
-    json_file: Path | None,
+    output_file: Path | None,
     plot_file: Path | None,
 ) -> None:
     """Measure a running server under load.
@@ -162,11 +162,11 @@ def bench(
     """
     if concurrency and rate:
         raise click.UsageError("Give either --concurrency (a closed loop) or --rate (an open loop).")
-    for file in (json_file, plot_file):
-        if file and not file.parent.is_dir():
-            raise click.UsageError(f"{file}: the folder {file.parent} does not exist.")
     if plot_file:
         _check_plot(plot_file)
+    for file in (output_file, plot_file):
+        if file:
+            _check_writable(file)
     workload = Workload(
         concurrency=None if rate else concurrency or _DEFAULT_CONCURRENCY,
         rate=rate,
@@ -180,16 +180,18 @@ def bench(
     )
     generator, interrupted = asyncio.run(_measure(server, workload, warm_up))
     summary = summarise(generator.records, generator.seconds)
-    if json_file:
-        settings = {"server": server, "workload": asdict(workload), "interrupted": interrupted}
-        json_file.write_text(json.dumps(settings | summary.as_json(generator.records)) + "\n")
-    if plot_file:
-        _save_plot(plot_file, generator.records)
     click.echo(_table(summary))
+    if output_file:
+        settings = {"server": server, "workload": asdict(workload), "interrupted": interrupted}
+        with _write_errors(output_file):
+            output_file.write_text(json.dumps(settings | summary.as_json(generator.records)) + "\n")
+    if plot_file:
+        with _write_errors(plot_file):
+            _save_plot(plot_file, generator.records)
     if interrupted:
         raise KeyboardInterrupt
     if not summary.succeeded:
-        sys.exit(1)
+        raise FailureError("no request succeeded; the table counts the errors by reason")
 
 
 async def _adapters(server: str, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -277,6 +279,31 @@ def _latency_line(title: str, latencies: Latencies | None) -> str:
     return f"{title:12}" + "".join(f"{value * 1000:9,.1f} ms" for value in values)
 
 
+def _check_writable(file: Path) -> None:
+    """Check before the run that the file can be written after it, and leave the file as it was.
+
+    Raises:
+        click.UsageError: The file cannot be created. For an existing file click has checked the permissions.
+    """
+    if not file.exists():
+        target = file.resolve()
+        try:
+            target.touch()
+            target.unlink()
+        except OSError as error:
+            raise click.UsageError(
+                f"{file} cannot be written: {error.strerror}; choose another file"
+            ) from error
+
+
+@contextmanager
+def _write_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FailureError(f"{file} was not written: {error.strerror}") from error
+
+
 def _check_plot(file: Path) -> None:
     """Check before the run that the plot can be drawn after it.
 
@@ -297,9 +324,12 @@ def _save_plot(file: Path, records: Sequence[Record]) -> None:
     first, inter, over_time = figure.subplots(1, 3)
     waits = [record.token_seconds[0] - record.due for record in records if record.token_seconds]
     gaps = [after - before for record in records for before, after in pairwise(record.token_seconds)]
-    for axes, title, seconds in ((first, "first token", waits), (inter, "inter token", gaps)):
+    for axes, title, seconds, unit in (
+        (first, "first token", waits, "requests"),
+        (inter, "inter token", gaps, "tokens"),
+    ):
         axes.ecdf([1000 * value for value in seconds] or [0.0])
-        axes.set(title=title, xlabel="ms", ylabel="share of requests", xlim=(0, None))
+        axes.set(title=title, xlabel="ms", ylabel=f"share of {unit}", xlim=(0, None))
     arrivals = [second for record in records for second in record.token_seconds]
     last = max(arrivals, default=0.0)
     bins = [float(second) for second in range(int(last) + 2)]
