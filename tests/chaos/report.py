@@ -1,4 +1,4 @@
-"""The report of the kills: RESULTS.md."""
+"""The report of the kill test: RESULTS.md."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def write(
 ) -> str:
     """The report; written to RESULTS.md if `results`."""
     starts = sorted(start_seconds)
-    ends: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     for (_, outcome), number in judge.outcomes.items():
-        ends[outcome] += number
+        outcomes[outcome] += number
     text = f"""\
-# Killed, and started again
+# Kill test
 
 `make chaos`: one server in {DTYPE}, killed with SIGKILL at random moments while two clients change six names
-without a pause, one uploads slowly and six ask, and every fifth time while it starts; each time started again
-on the same store. {platform.machine()}, {psutil.cpu_count(logical=False)} cores;
+without a pause, one uploads slowly and six send requests, and every fifth time during startup; each time
+restarted on the same store. {platform.machine()}, {psutil.cpu_count(logical=False)} cores;
 {time.strftime("%Y-%m-%d")}.
 
 - Kills: {kills}. **Violations: {len(judge.violations)}.**
-- From a fork of a process that has imported everything to serving again: median
-  {statistics.median(starts):.1f} s, at most {starts[-1]:.1f} s; from exec, once: {exec_seconds:.1f} s.
-- Answers compared with what their revision is known to say: {judge.checked:,}, of {judge.tokens_checked:,}
-  tokens, those that a kill cut short among them.
+- Time to serve again, forked from a process that has imported everything: median
+  {statistics.median(starts):.1f} s, at most {starts[-1]:.1f} s; from exec: {exec_seconds:.1f} s.
+- Answers compared with the reference answer, including partial ones: {judge.checked:,}, with
+  {judge.tokens_checked:,} tokens.
 
-| how requests ended | |
-|---|---|
-{_rows(ends)}
+| outcome | requests |
+|---|---:|
+{_rows(outcomes)}
 
-| what happened | |
-|---|---|
+| event | count |
+|---|---:|
 {_rows(judge.events)}
 """
     if results:

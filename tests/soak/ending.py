@@ -9,12 +9,12 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-from soak.asking import Asked, ask
 from soak.judge import Judge
 from soak.known import QUESTIONS
+from soak.monitor import pages_of, read_metrics
+from soak.requests import Request, ask
 from soak.setting import EXACT, OPERATOR, PAGES, WATCHED
 from soak.timeline import Timeline
-from soak.vitals import pages_of, read_metrics
 from support.prompts import until
 from support.serving import ServerProcess
 from turret_adapters.formats.files import digest_of_folder
@@ -23,62 +23,65 @@ from turret_client import AsyncClient, Client, NotFoundError
 _REQUESTS = re.compile(r'turret_requests_total\{outcome="(\w+)"\}')
 _USAGE = re.compile(r"turret_usage_(requests|tokens)_total\{(.*)\}")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
-_CALMS_DOWN_SECONDS = 120.0
-# How a request ends that is not let come to its end.
-_CUT_SHORT = {"ok", "cancelled", "deadline_exceeded"}
+_IDLE_SECONDS = 120.0
+# Possible outcomes, in the server's counts, of requests that clients cancelled.
+_CANCELLED = {"ok", "cancelled", "deadline_exceeded"}
 
 
-def calm(server: ServerProcess) -> None:
+def wait_until_idle(server: ServerProcess) -> None:
     """Wait until no request is queued or running."""
 
-    def is_calm() -> bool:
+    def is_idle() -> bool:
         metrics = read_metrics(server.metrics_url)
         busy = (f"turret_{what}" for what in ("running_requests", "waiting_requests", "loading_adapters"))
         return not (any(metrics[name] for name in busy) or pages_of(metrics)["sequence"])
 
-    until(is_calm, _CALMS_DOWN_SECONDS)
+    until(is_idle, _IDLE_SECONDS)
 
 
 async def check_names(address: str, judge: Judge, timeline: Timeline, watched: dict[str, str]) -> None:
-    """Everything is listed, was told to who watches, and answers as it is known. `watched` are the revisions
-    that a watcher was told last.
+    """Check that lists, watch events (`watched`: the last revision of each name) and answers are the known
+    ones.
     """
     async with AsyncClient(address, api_key=OPERATOR) as client:
         listed = {adapter.name: adapter for adapter in await client.list_adapters()}
         known = {name: timeline.now(name).history[0] for name in timeline.names()}
         found = {name: adapter.revision for name, adapter in listed.items()}
-        told = {name: revision for name, revision in watched.items() if revision}
+        seen = {name: revision for name, revision in watched.items() if revision}
         judge.expect(found == known, f"listed {found}, expected {known}")
-        judge.expect(told == known, f"a watcher was told {told}, expected {known}")
+        judge.expect(seen == known, f"the watch saw {seen}, expected {known}")
         for name in known:
             adapter = listed[name]
-            judge.expect(adapter.active_requests == 0, f"{name} has requests that nobody made")
+            judge.expect(adapter.active_requests == 0, f"{name} has active requests after the load")
             judge.expect(adapter.draining_revisions == (), f"{name} drains without requests")
             for question in range(0, len(QUESTIONS), 5):
-                asked = Asked(tenant=OPERATOR, names=(name,), question=question, streamed=False)
-                await ask(client, asked)
-                judge.take(asked)
+                request = Request(tenant=OPERATOR, names=(name,), question=question, streamed=False)
+                await ask(client, request)
+                judge.check(request)
 
 
 def check_counts(metrics: dict[str, float], judge: Judge) -> dict[str, Counter[str]]:
-    """Every request is in the server's counts once, under how it ended. Of those that were cut short nobody
-    knows whether they came to their end first, or ever arrived.
+    """Check that the server counted every request once, under its outcome. Requests that clients cancelled
+    may have finished first, or never have arrived.
     """
     server = Counter({found[1]: int(metrics[key]) for key in metrics if (found := _REQUESTS.fullmatch(key))})
     clients: Counter[str] = Counter()
     for (_, outcome), number in judge.outcomes.items():
         clients[outcome.lower()] += number
-    unsure = clients.pop("left", 0) + clients.pop("killed", 0) + clients.pop("deadline_exceeded", 0)
+    cancelled = clients.pop("cancelled", 0) + clients.pop("killed", 0) + clients.pop("deadline_exceeded", 0)
     for outcome in server.keys() | clients.keys():
-        least, most = clients[outcome], clients[outcome] + unsure * (outcome in _CUT_SHORT)
+        least, most = clients[outcome], clients[outcome] + cancelled * (outcome in _CANCELLED)
         judge.expect(
             least <= server[outcome] <= most,
             f"{outcome}: the server counts {server[outcome]} requests, the clients {least} to {most}",
         )
-    least, most = sum(clients.values()), sum(clients.values()) + unsure
-    judge.expect(least <= server.total() <= most, f"{server.total()} requests, sent were {least} to {most}")
+    least, most = sum(clients.values()), sum(clients.values()) + cancelled
+    judge.expect(
+        least <= server.total() <= most,
+        f"the server counts {server.total()} requests, the clients {least} to {most}",
+    )
     _check_usage(metrics, judge)
-    return {"server": server, "clients": clients, "unsure": Counter(unsure=unsure)}
+    return {"server": server, "clients": clients, "cancelled": Counter(cancelled=cancelled)}
 
 
 def _check_usage(metrics: dict[str, float], judge: Judge) -> None:
@@ -87,12 +90,12 @@ def _check_usage(metrics: dict[str, float], judge: Judge) -> None:
         if found := _USAGE.fullmatch(key):
             labels = dict(_LABEL.findall(found[2]))
             used[labels["tenant"], labels.get("kind", "requests")] += int(value)
-    judge.expect(not used["other", "requests"], "usage that is not counted by tenant")
+    judge.expect(not used["other", "requests"], "usage is not counted by tenant")
     for tenant in EXACT:
         expected = {"requests": judge.outcomes[tenant, "ok"]}
         expected |= {kind: judge.tokens[tenant, kind] for kind in ("prompt", "generated")}
         found = {kind: used[tenant, kind] for kind in expected}
-        judge.expect(found == expected, f"{tenant} used {expected}, and the server counts {found}")
+        judge.expect(found == expected, f"{tenant} used {expected}, but the server counts {found}")
 
 
 def unload_everything(client: Client, server: ServerProcess, root: Path, judge: Judge) -> dict[str, float]:
@@ -102,18 +105,18 @@ def unload_everything(client: Client, server: ServerProcess, root: Path, judge: 
     for adapter in client.list_adapters():
         if adapter.name not in WATCHED:
             client.unload_adapter(adapter.name)
-    until(lambda: not client.list_adapters(), _CALMS_DOWN_SECONDS)
-    calm(server)
+    until(lambda: not client.list_adapters(), _IDLE_SECONDS)
+    wait_until_idle(server)
     metrics = read_metrics(server.metrics_url)
     pages = pages_of(metrics)
-    judge.expect(pages["free"] + pages["cache"] == PAGES, f"pages are left with somebody: {pages}")
-    judge.expect(metrics["turret_host_adapter_bytes"] == 0, "adapters are left in host memory")
+    judge.expect(pages["free"] + pages["cache"] == PAGES, f"pages still have an owner: {pages}")
+    judge.expect(metrics["turret_host_adapter_bytes"] == 0, "adapters remain in host memory")
     for name in ("churn-0", "stable-lora", "watched-0"):
         try:
             client.generate([5], adapter=name)
         except NotFoundError:
             continue
-        judge.complain(f"{name} answers after it was unloaded")
+        judge.violation(f"{name} answers after it was unloaded")
     return metrics
 
 
@@ -121,11 +124,14 @@ def check_store(store: Path, judge: Judge) -> int:
     """Check that a stopped server left complete revisions and nothing else. Returns their number."""
     revisions = list((store / "adapters").iterdir())
     for folder in revisions:
-        judge.expect(digest_of_folder(folder)[:32] == folder.name, f"{folder} is not what it is named after")
-    judge.expect(not list((store / "staging").iterdir()), "something is left in staging")
+        judge.expect(
+            digest_of_folder(folder)[:32] == folder.name,
+            f"{folder} does not have the digest it is named after",
+        )
+    judge.expect(not list((store / "staging").iterdir()), "staging is not empty")
     with closing(sqlite3.connect(store / "names.sqlite")) as database:
         (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
         (names,) = database.execute("SELECT COUNT(*) FROM published").fetchone()
-    judge.expect(verdict == "ok", f"the database of names: {verdict}")
-    judge.expect(names == 0, f"{names} entries of names that were unloaded")
+    judge.expect(verdict == "ok", f"integrity check of names.sqlite: {verdict}")
+    judge.expect(names == 0, f"{names} unloaded names remain in names.sqlite")
     return len(revisions)

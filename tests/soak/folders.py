@@ -1,4 +1,4 @@
-"""Names whose folders appear, change, break and vanish under a server that watches them."""
+"""Creates, changes, corrupts and deletes adapter folders that a server watches."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soak.changes import Shelf, break_folder
+from soak.changes import AdapterSource, corrupt_folder
 from soak.judge import Judge
 from soak.known import Content
 from soak.timeline import State, Timeline
 from turret_client import Client, NotFoundError
 
-_SEEN_SECONDS = 120.0
-# Longer than a folder must stay alike to be looked at.
+_SERVED_SECONDS = 120.0
+# Longer than a folder must stay unchanged before the server reads it.
 _SETTLE_SECONDS = 2.5
 
 
@@ -28,7 +28,7 @@ class FolderChanger:
     client: Client
     root: Path
     names: Sequence[str]
-    shelf: Shelf
+    source: AdapterSource
     judge: Judge
     timeline: Timeline
     pause: float
@@ -36,33 +36,33 @@ class FolderChanger:
     over: threading.Event
 
     def run(self) -> None:
-        self._chance = random.Random(self.seed)
+        self._rng = random.Random(self.seed)
         while not self.over.is_set():
-            name = self._chance.choice(self.names)
+            name = self._rng.choice(self.names)
             state = self.timeline.now(name)
-            changes: list[Callable[[str, State], None]] = [self._appear]
+            changes: list[Callable[[str, State], None]] = [self._write]
             if state.history:
-                changes = [self._appear, self._slowly, self._break, self._vanish]
-            self._chance.choice(changes)(name, state)
-            self.over.wait(self._chance.uniform(0, 2 * self.pause))
+                changes = [self._write, self._replace, self._corrupt, self._delete]
+            self._rng.choice(changes)(name, state)
+            self.over.wait(self._rng.uniform(0, 2 * self.pause))
 
-    def _appear(self, name: str, state: State) -> None:
-        content = self.shelf.new(self._chance)
+    def _write(self, name: str, state: State) -> None:
+        content = self.source.new(self._rng)
         with self.timeline.change(name, state.loaded(content.revision)) as change:
             content.write(self.root / name)
             change.done = self._wait_for(name, content.revision)
-        self.judge.count("folders changed" if state.history else "folders that appeared")
+        self.judge.count("folders changed" if state.history else "folders created")
 
-    def _slowly(self, name: str, state: State) -> None:
+    def _replace(self, name: str, state: State) -> None:
         """Write a folder in pieces with pauses, like a copy over a network, or by one rename."""
-        content = self.shelf.new(self._chance)
+        content = self.source.new(self._rng)
         with self.timeline.change(name, state.loaded(content.revision)) as change:
-            if self._chance.random() < 0.5:
+            if self._rng.random() < 0.5:
                 self._write_in_pieces(content, self.root / name)
             else:
-                self._put_in_place(content, name)
+                self._rename(content, name)
             change.done = self._wait_for(name, content.revision)
-        self.judge.count("folders written in pieces, or put in place")
+        self.judge.count("folders written in pieces or replaced by a rename")
 
     def _write_in_pieces(self, content: Content, folder: Path) -> None:
         (folder / "adapter_config.json").write_bytes(content.config)
@@ -71,32 +71,32 @@ class FolderChanger:
                 file.write(content.tensors[offset : offset + 1 + len(content.tensors) // 4])
                 time.sleep(0.3)
 
-    def _put_in_place(self, content: Content, name: str) -> None:
-        made, old = self.shelf.place(content), self.shelf.folder / f"old-{name}"
+    def _rename(self, content: Content, name: str) -> None:
+        new, old = self.source.write(content), self.source.folder / f"old-{name}"
         (self.root / name).rename(old)
-        made.rename(self.root / name)
+        new.rename(self.root / name)
         shutil.rmtree(old)
 
-    def _break(self, name: str, state: State) -> None:
-        """Break a folder, then repair it: the old revision stays served until the repaired one is."""
-        break_folder(self.root / name, self._chance)
+    def _corrupt(self, name: str, state: State) -> None:
+        """Corrupt a folder, then repair it: the old revision is served until the repaired one is."""
+        corrupt_folder(self.root / name, self._rng)
         time.sleep(_SETTLE_SECONDS)
         adapter = self.client.get_adapter(name)
         self.judge.expect(
-            adapter.revision == state.history[0], f"{name}: a broken folder replaced {state} by {adapter}"
+            adapter.revision == state.history[0], f"{name}: a corrupt folder replaced {state} by {adapter}"
         )
-        self.judge.count("folders broken")
-        self._appear(name, state)
+        self.judge.count("folders corrupted")
+        self._write(name, state)
 
-    def _vanish(self, name: str, _: State) -> None:
+    def _delete(self, name: str, _: State) -> None:
         with self.timeline.change(name, State()) as change:
             shutil.rmtree(self.root / name)
             change.done = self._wait_for(name, "")
-        self.judge.count("folders that vanished")
+        self.judge.count("folders deleted")
 
     def _wait_for(self, name: str, revision: str) -> bool:
         """Wait until the server serves the folder's content."""
-        end = time.monotonic() + _SEEN_SECONDS
+        end = time.monotonic() + _SERVED_SECONDS
         while time.monotonic() < end:
             try:
                 found = self.client.get_adapter(name).revision
@@ -105,5 +105,5 @@ class FolderChanger:
             if found == revision:
                 return True
             time.sleep(0.05)
-        self.judge.complain(f"{name}: the folder's revision {revision or 'none'} was not served in time")
+        self.judge.violation(f"{name}: the folder's revision {revision or 'none'} was not served in time")
         return False

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import click
 
-from soak.asking import Asked, Entry
 from soak.known import QUESTIONS, Answer, KnownAnswers
+from soak.requests import Entry, Request
 from soak.timeline import State, Timeline
 
-# Requests that end in the middle: what came of them must be how the answer begins.
-CUT = {"left", "killed", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
+# Outcomes of partial answers, which must be the beginning of the whole answer.
+PARTIAL = {"cancelled", "killed", "DEADLINE_EXCEEDED", "UNAVAILABLE"}
 
 
 @dataclass
@@ -45,119 +45,120 @@ class Judge:
         with self._lock:
             self.events[event] += number
 
-    def complain(self, what: str) -> None:
+    def violation(self, what: str) -> None:
         with self._lock:
             self.violations.append(what)
         click.echo(f"{time.strftime('%X')} VIOLATION: {what}", err=True)
 
     def expect(self, holds: bool, what: str) -> None:  # noqa: FBT001 -- as in assert
         if not holds:
-            self.complain(what)
+            self.violation(what)
 
-    def take(self, asked: Asked) -> None:
-        """Judge a request that has ended, or whose client has ended."""
+    def check(self, request: Request) -> None:
+        """Check a request that has ended, or whose client has ended."""
         with self._lock:
-            self.outcomes[asked.tenant, asked.outcome] += 1
-            if asked.outcome == "ok":
-                self.tokens[asked.tenant, "prompt"] += len(QUESTIONS[asked.question].prompt)
-                self.tokens[asked.tenant, "generated"] += len(asked.tokens)
-                self.answered[asked.entry] += 1
-        if complaint := self._judge(asked):
-            self.complain(f"{complaint}; {asked}")
+            self.outcomes[request.tenant, request.outcome] += 1
+            if request.outcome == "ok":
+                self.tokens[request.tenant, "prompt"] += len(QUESTIONS[request.question].prompt)
+                self.tokens[request.tenant, "generated"] += len(request.tokens)
+                self.answered[request.entry] += 1
+        if problem := self._problem(request):
+            self.violation(f"{problem}; {request}")
 
-    def _judge(self, asked: Asked) -> str:
-        match asked.outcome:
-            case "ok" | "left" | "killed":
-                return self._answered(asked)
-            case "DEADLINE_EXCEEDED" if asked.timeout is not None:
-                return self._answered(asked)
-            case "UNAVAILABLE" if asked.ended >= self.killed_at:
-                return self._answered(asked)
-        return "" if self._is_explained(asked) else "a status that nothing explains"
+    def _problem(self, request: Request) -> str:
+        match request.outcome:
+            case "ok" | "cancelled" | "killed":
+                return self._check_answer(request)
+            case "DEADLINE_EXCEEDED" if request.timeout is not None:
+                return self._check_answer(request)
+            case "UNAVAILABLE" if request.ended >= self.killed_at:
+                return self._check_answer(request)
+        return "" if self._is_expected(request) else "an unexpected status"
 
-    def _is_explained(self, asked: Asked) -> bool:
-        match asked.outcome:
+    def _is_expected(self, request: Request) -> bool:
+        match request.outcome:
             case "ADAPTER_NOT_FOUND":
-                return self._may_be_absent(asked)
+                return self._may_be_absent(request)
             case "REVISION_NOT_FOUND":
-                return self._may_be_gone(asked)
+                return self._may_be_deleted(request)
             case "QUEUE_FULL":
-                return asked.tenant in self.queue_full
+                return request.tenant in self.queue_full
             case "QUOTA_EXCEEDED":
-                return asked.tenant in self.quota
+                return request.tenant in self.quota
             case "PROMPT_TOO_LONG":
-                return asked.too_long
+                return request.too_long
         return False
 
-    def _answered(self, asked: Asked) -> str:
-        if asked.too_long or any(self._is_forbidden(asked, name) for name in asked.names):
-            return "answered what it must refuse"
-        if asked.revision is None:
-            return "" if asked.outcome in CUT else "answered without a revision"
-        revisions = asked.revision.split("+") if asked.names else []
-        if len(revisions) != len(asked.names) or bool(asked.names) != bool(asked.revision):
-            return "a revision of other adapters than were named"
-        for name, revision in zip(asked.names, revisions, strict=True):
-            if complaint := self._served(asked, name, revision):
-                return complaint
-        expected = self.answers.answer(asked.revision, asked.question)
-        return self._compare(asked, expected) if expected else "a revision that nobody made"
+    def _check_answer(self, request: Request) -> str:
+        if request.too_long or any(self._is_forbidden(request, name) for name in request.names):
+            return "answered a request that must be refused"
+        if request.revision is None:
+            return "" if request.outcome in PARTIAL else "answered without a revision"
+        revisions = request.revision.split("+") if request.names else []
+        if len(revisions) != len(request.names) or bool(request.names) != bool(request.revision):
+            return "the revision does not match the adapters"
+        for name, revision in zip(request.names, revisions, strict=True):
+            if problem := self._check_served(request, name, revision):
+                return problem
+        expected = self.answers.answer(request.revision, request.question)
+        return self._compare(request, expected) if expected else "an unknown revision"
 
-    def _served(self, asked: Asked, named: str, revision: str) -> str:
+    def _check_served(self, request: Request, named: str, revision: str) -> str:
         name, _, beginning = named.partition("@")
-        states = self.timeline.possible(name, asked.began, asked.ended)
+        states = self.timeline.possible(name, request.began, request.ended)
         if beginning:
             if not revision.startswith(beginning):
-                return "another revision than was named"
+                return "not the requested revision"
             found = any(revision in state.history for state in states)
         else:
             found = any(revision in state.served for state in states)
         if not found:
             return f"revision {revision} of {name} was not served at any time of the request"
-        if asked.routing_key and not beginning and len(states) == 1 and states[0].split:
-            return self._routed_alike(name, states[0], asked.routing_key, revision)
+        if request.routing_key and not beginning and len(states) == 1 and states[0].split:
+            return self._check_routing(name, states[0], request.routing_key, revision)
         return ""
 
-    def _routed_alike(self, name: str, state: State, key: str, revision: str) -> str:
+    def _check_routing(self, name: str, state: State, key: str, revision: str) -> str:
         """All requests with the same key use the same revision while the split does not change."""
         with self._lock:
-            self.events["answers of a split with a routing key"] += 1
+            self.events["split answers with a routing key"] += 1
             before = self._routed.setdefault((name, id(state), key), revision)
-        return "" if before == revision else f"routed to {revision}, and before with the same key to {before}"
+        return "" if before == revision else f"routed to {revision}; the same key was routed to {before}"
 
-    def _compare(self, asked: Asked, expected: Answer) -> str:
+    def _compare(self, request: Request, expected: Answer) -> str:
         with self._lock:
             self.checked += 1
-            self.tokens_checked += len(asked.tokens)
-        tokens = tuple(asked.tokens)
-        if asked.outcome in CUT:
+            self.tokens_checked += len(request.tokens)
+        tokens = tuple(request.tokens)
+        if request.outcome in PARTIAL:
             return "" if tokens == expected.tokens[: len(tokens)] else f"wrong tokens, expected {expected}"
-        if (tokens, asked.text, asked.finish) != (expected.tokens, expected.text, expected.finish):
+        if (tokens, request.text, request.finish) != (expected.tokens, expected.text, expected.finish):
             return f"a wrong answer, expected {expected}"
-        if asked.ends != 1:
-            return "not exactly one end"
-        if asked.usage != (len(QUESTIONS[asked.question].prompt), len(tokens)):
-            return "a usage that is not that of the answer"
+        if request.ends != 1:
+            return "not exactly one final message"
+        if request.usage != (len(QUESTIONS[request.question].prompt), len(tokens)):
+            return "the usage does not match the answer"
         return ""
 
-    def _is_forbidden(self, asked: Asked, name: str) -> bool:
-        beginning = self.forbidden.get(asked.tenant)
+    def _is_forbidden(self, request: Request, name: str) -> bool:
+        beginning = self.forbidden.get(request.tenant)
         return beginning is not None and name.startswith(beginning)
 
-    def _may_be_absent(self, asked: Asked) -> bool:
+    def _may_be_absent(self, request: Request) -> bool:
         return any(
-            self._is_forbidden(asked, name) or any(not state.history for state in self._states(asked, name))
-            for name in asked.names
+            self._is_forbidden(request, name)
+            or any(not state.history for state in self._states(request, name))
+            for name in request.names
         )
 
-    def _may_be_gone(self, asked: Asked) -> bool:
+    def _may_be_deleted(self, request: Request) -> bool:
         """Whether the request named a revision that the store was free to delete."""
         return any(
             not any(revision.startswith(beginning) for revision in state.kept)
-            for name in asked.names
+            for name in request.names
             if (beginning := name.partition("@")[2])
-            for state in self._states(asked, name)
+            for state in self._states(request, name)
         )
 
-    def _states(self, asked: Asked, name: str) -> list[State]:
-        return self.timeline.possible(name.partition("@")[0], asked.began, asked.ended)
+    def _states(self, request: Request, name: str) -> list[State]:
+        return self.timeline.possible(name.partition("@")[0], request.began, request.ended)

@@ -15,7 +15,7 @@ from pathlib import Path
 from support.adapter_files import revision, write_folder
 from turret_client import Client, Generation
 
-# Adapters of one name take turns among these, of whatever kind.
+# Revisions of one name use any of these.
 KINDS = (
     *(("lora", seed) for seed in range(3)),
     *(("prefix", seed) for seed in range(2)),
@@ -23,7 +23,7 @@ KINDS = (
     *((kind, 0) for kind in ("lora-all-linear", "lora-layers", "rslora", "dora", "ia3")),
     *((kind, 0) for kind in ("p-tuning-v2", "p-tuning")),
 )
-TOGETHER = ("lora-0", "prefix-0")
+COMPOSED = ("lora-0", "prefix-0")
 BASE = ""
 
 
@@ -39,10 +39,10 @@ def _questions() -> tuple[Question, ...]:
     """Short prompts and long ones, some with a common prefix; each greedy at two lengths and once with a
     seed.
     """
-    chance = random.Random(7)
+    rng = random.Random(7)
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(chance.randrange(50, 250) for _ in range(count))
+        return tuple(rng.randrange(50, 250) for _ in range(count))
 
     beginnings = [tokens(150), tokens(70)]
     prompts = [tokens(5), tokens(24), *(each + tokens(9) for each in beginnings for _ in range(3))]
@@ -116,7 +116,7 @@ class KnownAnswers:
 
 
 def make_contents(base: Path, root: Path, kinds: Iterable[tuple[str, int]] = KINDS) -> list[Content]:
-    from support.adapters import save_adapter  # noqa: PLC0415 (slow, and a client process has no use for it)
+    from support.adapters import save_adapter  # noqa: PLC0415 (slow, and client processes do not need it)
 
     return [
         Content.read(f"{kind}-{seed}", save_adapter(kind, "llama", base, root / f"{kind}-{seed}", seed))
@@ -124,7 +124,7 @@ def make_contents(base: Path, root: Path, kinds: Iterable[tuple[str, int]] = KIN
     ]
 
 
-def learn(
+def record_answers(
     address: str, contents: Sequence[Content], root: Path, questions: Sequence[int] = range(len(QUESTIONS))
 ) -> KnownAnswers:
     """Send all questions, or some of them, to an idle server, one at a time."""
@@ -132,14 +132,14 @@ def learn(
         for content in contents:
             client.load_adapter(content.key, str(content.write(root / content.key)))
         named: list[tuple[str, ...]] = [(), *((content.key,) for content in contents)]
-        if set(TOGETHER) <= {content.key for content in contents}:
-            named.append(TOGETHER)
+        if set(COMPOSED) <= {content.key for content in contents}:
+            named.append(COMPOSED)
         answers = {
             "+".join(names): {index: _ask(client, names, QUESTIONS[index]) for index in questions}
             for names in named
         }
     tables = [tuple(answer.tokens for answer in table.values()) for table in answers.values()]
-    assert len(set(tables)) == len(tables), "two contents answer alike: one for the other would not show"
+    assert len(set(tables)) == len(tables), "two contents have the same answers: a mix-up would not show"
     return KnownAnswers(contents, answers)
 
 

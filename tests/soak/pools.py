@@ -1,7 +1,7 @@
 """Runs `turret` and writes the number of threads in its pools, and the pools' maxima, to a file every second.
 
 A ThreadPoolExecutor starts a thread when none is idle, up to its maximum, and keeps it. From outside the
-process, a pool that fills looks like a leak of threads.
+process, a pool that fills num_checks like a leak of threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A soak: all features at once on a server that is short of pages, host memory and disk (`make soak`).
+"""Soak test: all features at once on a server that is short of pages, host memory and disk (`make soak`).
 
 Tenants stream, cancel and are killed, while adapters are loaded, swapped, rolled back, split, uploaded and
-unloaded, and watched folders break and vanish. Every answer is compared with the known one. The report is
-RESULTS.md; the exit status is 1 if anything was violated.
+unloaded, and watched folders are corrupted and deleted. Every answer is compared with the known one. The
+report is RESULTS.md; the exit status is 1 after any violation.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
-from soak.changes import Changer, Shelf
-from soak.ending import calm, check_counts, check_names, check_store, unload_everything
+from soak.changes import AdapterSource, Changer
+from soak.ending import check_counts, check_names, check_store, unload_everything, wait_until_idle
 from soak.folders import FolderChanger
 from soak.judge import Judge
-from soak.known import learn, make_contents
+from soak.killed_clients import KilledClients
+from soak.known import make_contents, record_answers
 from soak.load import Load, Watcher
-from soak.mortal import Mortals
+from soak.monitor import Monitor, leaks
 from soak.report import Run, write
 from soak.setting import (
     CHURN,
@@ -41,27 +43,26 @@ from soak.setting import (
     STORE_BYTES,
     STORE_SLACK,
     WATCHED,
-    quiet,
-    short_of_everything,
+    constrained_server,
+    idle_server,
 )
 from soak.timeline import State, Timeline
 from soak.usage import check_usage_log
-from soak.vitals import Vitals, leaks
 from support.models import save_model
 from support.serving import ServerProcess
 from turret_client import Client
 
 ROOT = Path(".soak")
-# Two who change names by calls and two who change folders, each about once in so many seconds.
+# Mean pause of the two threads that change adapters by calls and the two that change folders.
 _PAUSE = 0.5
-_MORTALS = 2
+_KILLED_CLIENTS = 2
 _JOIN_SECONDS = 300.0
 
 
 @dataclass
 class Soak:
     server: ServerProcess
-    shelf: Shelf
+    source: AdapterSource
     judge: Judge
     timeline: Timeline
 
@@ -69,7 +70,7 @@ class Soak:
         address, over = self.server.address, threading.Event()
         with Client(address, api_key=OPERATOR) as client:
             self._load_stable(client)
-            vitals = Vitals(
+            monitor = Monitor(
                 pid=self.server.process.pid,
                 url=self.server.metrics_url,
                 store=ROOT / "store",
@@ -77,18 +78,30 @@ class Soak:
                 num_pages=PAGES,
                 host_budget=HOST_BYTES,
                 store_budget=STORE_BYTES + STORE_SLACK,
-                complain=self.judge.complain,
+                violation=self.judge.violation,
             )
             watcher = Watcher(self.judge, address)
-            mortals = Mortals(address, self.judge.take, over)
-            working = [
-                Load(address, self.judge, self.timeline, over).run,
-                *(lambda seed=seed: mortals.run(seed) for seed in range(_MORTALS)),
-                *(self._changer(client, CHURN[seed::2], seed, over).run for seed in range(2)),
-                *(self._folder_changer(client, WATCHED[seed::2], seed, over).run for seed in range(2)),
+            killed_clients = KilledClients(address, self.judge.check, over)
+            targets: list[tuple[str, Callable[[], None]]] = [
+                ("load", Load(address, self.judge, self.timeline, over).run),
+                *(
+                    (f"killed clients {seed}", partial(killed_clients.run, seed))
+                    for seed in range(_KILLED_CLIENTS)
+                ),
+                *(
+                    (f"changes {seed}", self._changer(client, CHURN[seed::2], seed, over).run)
+                    for seed in range(2)
+                ),
+                *(
+                    (f"folders {seed}", self._folder_changer(client, WATCHED[seed::2], seed, over).run)
+                    for seed in range(2)
+                ),
             ]
-            threads = [threading.Thread(target=self._guarded, args=[work, over]) for work in working]
-            vitals.start()
+            threads = [
+                threading.Thread(name=name, target=self._guarded, args=[target, over])
+                for name, target in targets
+            ]
+            monitor.start()
             watcher.start()
             for thread in threads:
                 thread.start()
@@ -97,33 +110,34 @@ class Soak:
             over.set()
             for thread in threads:
                 thread.join(_JOIN_SECONDS)
-                self.judge.expect(not thread.is_alive(), f"{thread.name} does not come to its end")
+                self.judge.expect(not thread.is_alive(), f"{thread.name} does not end")
             elapsed = time.monotonic() - started
-            calm(self.server)
-            watcher.settle(client)
+            wait_until_idle(self.server)
+            watcher.wait_until_current(client)
             asyncio.run(check_names(address, self.judge, self.timeline, watcher.revisions))
-            calm(self.server)
-            vitals.stop()
+            wait_until_idle(self.server)
+            monitor.stop()
             watcher.stop()
             metrics = unload_everything(client, self.server, ROOT, self.judge)
             counts = check_counts(metrics, self.judge)
-        self.judge.count("client processes killed", mortals.killed)
-        return Run(elapsed, self.judge, vitals, metrics, counts)
+        self.judge.count("client processes killed", killed_clients.killed)
+        return Run(elapsed, self.judge, monitor, metrics, counts)
 
-    def _guarded(self, work: Callable[[], None], over: threading.Event) -> None:
+    def _guarded(self, target: Callable[[], None], over: threading.Event) -> None:
+        """Report an error of a thread under the thread's name, and end the run."""
         try:
-            work()
+            target()
         except Exception as error:
-            self.judge.complain(f"{work}: {type(error).__name__}: {error}")
+            self.judge.violation(f"{threading.current_thread().name}: {type(error).__name__}: {error}")
             over.set()
             raise
 
     def _load_stable(self, client: Client) -> None:
-        contents = {content.key: content for content in self.shelf.contents}
+        contents = {content.key: content for content in self.source.contents}
         for name, key in STABLE.items():
             content = contents[key]
             with self.timeline.change(name, State().loaded(content.revision)) as change:
-                client.load_adapter(name, str(self.shelf.place(content)))
+                client.load_adapter(name, str(self.source.write(content)))
                 change.done = True
 
     def _changer(self, client: Client, names: tuple[str, ...], seed: int, over: threading.Event) -> Changer:
@@ -132,7 +146,7 @@ class Soak:
             address=self.server.address,
             api_key=OPERATOR,
             names=names,
-            shelf=self.shelf,
+            source=self.source,
             judge=self.judge,
             timeline=self.timeline,
             pause=_PAUSE,
@@ -147,7 +161,7 @@ class Soak:
             client=client,
             root=ROOT / "watched",
             names=names,
-            shelf=self.shelf,
+            source=self.source,
             judge=self.judge,
             timeline=self.timeline,
             pause=_PAUSE,
@@ -159,33 +173,35 @@ class Soak:
 def check_end(server: ServerProcess, judge: Judge, run: Run) -> None:
     """Check that the server exits on SIGTERM, logged no error, and did not grow."""
     status = server.stop()
-    judge.expect(status == 0, f"the server ended with status {status}")
+    judge.expect(status == 0, f"the server exited with status {status}")
     for line in server.log:
         if any(mark in line for mark in (" ERROR ", " CRITICAL ", "Traceback")):
-            judge.complain(f"the server's log: {line.strip()}")
+            judge.violation(f"the server's log: {line.strip()}")
     run.usage_lines = check_usage_log(ROOT / "usage.jsonl", judge, EXACT)
     run.revisions_left = check_store(ROOT / "store", judge)
-    for leak in leaks(run.vitals.samples):
-        judge.complain(leak)
+    for leak in leaks(run.monitor.samples):
+        judge.violation(leak)
 
 
 @click.command()
 @click.option("--minutes", default=20.0, show_default=True)
 @click.option("--results/--no-results", default=True, help="Whether to write RESULTS.md and memory.svg.")
 def main(minutes: float, results: bool) -> None:  # noqa: FBT001 -- click's
-    """Run the soak; exit with 0 if nothing was violated."""
+    """Run the soak test; exit with 0 if there are no violations."""
     shutil.rmtree(ROOT, ignore_errors=True)
     (ROOT / "model").mkdir(parents=True)
     contents = make_contents(save_model("llama", ROOT / "model"), ROOT / "made")
-    with quiet(ROOT) as server:
-        answers = learn(server.address, contents, ROOT / "learnt")
-    click.echo("the answers are known")
+    with idle_server(ROOT) as server:
+        answers = record_answers(server.address, contents, ROOT / "reference")
+    click.echo("the reference answers are recorded")
     timeline = Timeline()
     judge = Judge(answers, timeline, forbidden=FORBIDDEN, queue_full={SMALL}, quota={POOR})
     with ExitStack() as stack:
-        server = stack.enter_context(short_of_everything(ROOT))
+        server = stack.enter_context(constrained_server(ROOT))
         stack.callback(lambda: (ROOT / "server.log").write_text("".join(server.log)))
-        run = Soak(server, Shelf(ROOT / "sources", contents, judge), judge, timeline).run(60 * minutes)
+        run = Soak(server, AdapterSource(ROOT / "sources", contents, judge), judge, timeline).run(
+            60 * minutes
+        )
         check_end(server, judge, run)
     click.echo(write(run, minutes) if results else run.text())
     sys.exit(1 if judge.violations else 0)

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from soak.mortal import TENANT as MORTAL
+from soak.killed_clients import TENANT as KILLED
 from support.serving import ServerProcess, server_process
 from turret_server.kernels import has_avx512bf16
 from turret_server.tenancy.keys import digest_of
 
-# In which an answer does not depend on its company to the bit, where the CPU has it.
+# Where the CPU has AVX512-BF16, answers in bfloat16 do not depend on the batch.
 DTYPE = "bfloat16" if has_avx512bf16() else "float32"
 
 # Room for some of the adapters in the arena, in host memory and in the store, and for some of the requests.
 PAGES, PAGE_BYTES = 56, {"bfloat16": 6144, "float32": 12288}[DTYPE]
 HOST_BYTES = 150 << 10
 STORE_BYTES = 2500 << 10
-# Loads that run at once have each a revision more in the store until it is collected.
+# Each concurrent load adds a revision to the store until one is deleted.
 STORE_SLACK = 6 * (100 << 10)
 
 STABLE = {
@@ -30,20 +30,20 @@ STABLE = {
 }
 CHURN = tuple(f"churn-{index}" for index in range(6))
 WATCHED = tuple(f"watched-{index}" for index in range(4))
-EVERY = (*STABLE, *CHURN, *WATCHED)
+ALL_NAMES = (*STABLE, *CHURN, *WATCHED)
 
-OPERATOR, FICKLE, SMALL, POOR = "operator", "fickle", "small", "poor"
-# Nobody of these leaves or is killed, so that the server's counts must be theirs to the token.
+OPERATOR, CANCELLING, SMALL, POOR = "operator", "cancelling", "small", "poor"
+# These tenants do not cancel and are not killed, so the server's counts must match exactly.
 EXACT = ("acme", "bolt", SMALL, POOR)
-# Names that do not exist for a tenant begin so.
+# Prefix of the names that a tenant may not use.
 FORBIDDEN = {"bolt": "churn-"}
 _TENANTS = {
     "acme": 'use = ["*"]\nweight = 2.0',
     "bolt": 'use = ["stable-*", "watched-*"]\nshare_cache = true',
     SMALL: 'use = ["*"]\nmax_queued_requests = 1',
     POOR: 'use = ["*"]\ntokens_per_minute = 4000',
-    FICKLE: 'use = ["stable-*"]\nshare_cache = true',
-    MORTAL: 'use = ["stable-*"]',
+    CANCELLING: 'use = ["stable-*"]\nshare_cache = true',
+    KILLED: 'use = ["stable-*"]',
     OPERATOR: "admin = true",
 }
 
@@ -59,7 +59,7 @@ def write_tenants(path: Path) -> Path:
 
 
 @contextmanager
-def short_of_everything(root: Path) -> Iterator[ServerProcess]:
+def constrained_server(root: Path) -> Iterator[ServerProcess]:
     (root / "watched").mkdir()
     arguments = {
         "--dtype": DTYPE,
@@ -80,7 +80,7 @@ def short_of_everything(root: Path) -> Iterator[ServerProcess]:
 
 
 @contextmanager
-def quiet(root: Path) -> Iterator[ServerProcess]:
-    arguments = ("--dtype", DTYPE, "--memory", "64MiB", "--store", str(root / "quiet"))
+def idle_server(root: Path) -> Iterator[ServerProcess]:
+    arguments = ("--dtype", DTYPE, "--memory", "64MiB", "--store", str(root / "idle-store"))
     with server_process(root / "model", root / "cache", *arguments) as server:
         yield server

@@ -1,4 +1,4 @@
-"""The judge of the soak lets nothing pass that is wrong."""
+"""The judge of the soak reports every wrong outcome and accepts the allowed ones."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from soak.asking import Asked
 from soak.judge import Judge
 from soak.known import QUESTIONS, Answer, Content, KnownAnswers
+from soak.requests import Request
 from soak.timeline import State, Timeline
 
 ONE, TWO = Content("one", b"{}", b"1"), Content("two", b"{}", b"2")
@@ -21,7 +21,7 @@ ANSWERS = {
 
 @pytest.fixture
 def judge():
-    """The name `poet` has served `NEWER` for long, and `ONE` before."""
+    """The name `poet` serves `NEWER`, and served `ONE` before."""
     timeline = Timeline()
     timeline.put("poet", State().loaded(ONE.revision).loaded(NEWER.revision))
     answers = KnownAnswers([ONE, TWO], ANSWERS)
@@ -29,7 +29,7 @@ def judge():
     return Judge(answers, timeline, forbidden={"acme": "bolt-"}, queue_full={"small"}, quota={"poor"})
 
 
-RIGHT = Asked(
+RIGHT = Request(
     tenant="acme",
     names=("poet",),
     question=3,
@@ -47,50 +47,50 @@ RIGHT = Asked(
 
 
 def test_the_right_answer_passes(judge):
-    judge.take(RIGHT)
+    judge.check(RIGHT)
     assert judge.violations == []
     assert judge.checked == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tokens": [5, 4]}, "wrong answer"),
         ({"tokens": [5]}, "wrong answer"),
         ({"tokens": [5, 3, 3]}, "wrong answer"),
         ({"text": "z"}, "wrong answer"),
         ({"finish": "stop"}, "wrong answer"),
-        ({"ends": 0}, "one end"),
-        ({"ends": 2}, "one end"),
-        ({"usage": (1, 2)}, "usage"),
+        ({"ends": 0}, "one final message"),
+        ({"ends": 2}, "one final message"),
+        ({"usage": (1, 2)}, "the usage"),
         ({"revision": TWO.revision, "tokens": [6, 3], "text": "y"}, "not served"),
         ({"revision": ONE.revision}, "not served"),
-        ({"revision": ""}, "other adapters"),
+        ({"revision": ""}, "does not match the adapters"),
         ({"revision": None}, "without a revision"),
-        ({"names": (f"poet@{ONE.revision[:8]}",)}, "another revision"),
-        ({"too_long": True}, "must refuse"),
-        ({"outcome": "left", "tokens": [4]}, "wrong tokens"),
-        ({"outcome": "ADAPTER_NOT_FOUND"}, "nothing explains"),
-        ({"outcome": "REVISION_NOT_FOUND"}, "nothing explains"),
-        ({"outcome": "QUEUE_FULL"}, "nothing explains"),
-        ({"outcome": "QUOTA_EXCEEDED"}, "nothing explains"),
-        ({"outcome": "PROMPT_TOO_LONG"}, "nothing explains"),
-        ({"outcome": "DEADLINE_EXCEEDED"}, "nothing explains"),
-        ({"outcome": "UNAVAILABLE"}, "nothing explains"),
-        ({"outcome": "GENERATION_FAILED"}, "nothing explains"),
+        ({"names": (f"poet@{ONE.revision[:8]}",)}, "not the requested revision"),
+        ({"too_long": True}, "must be refused"),
+        ({"outcome": "cancelled", "tokens": [4]}, "wrong tokens"),
+        ({"outcome": "ADAPTER_NOT_FOUND"}, "unexpected status"),
+        ({"outcome": "REVISION_NOT_FOUND"}, "unexpected status"),
+        ({"outcome": "QUEUE_FULL"}, "unexpected status"),
+        ({"outcome": "QUOTA_EXCEEDED"}, "unexpected status"),
+        ({"outcome": "PROMPT_TOO_LONG"}, "unexpected status"),
+        ({"outcome": "DEADLINE_EXCEEDED"}, "unexpected status"),
+        ({"outcome": "UNAVAILABLE"}, "unexpected status"),
+        ({"outcome": "GENERATION_FAILED"}, "unexpected status"),
     ],
     ids=str,
 )
-def test_what_is_wrong_does_not(judge, change, said):
-    judge.take(replace(RIGHT, **change))
+def test_a_wrong_outcome_is_a_violation(judge, change, message):
+    judge.check(replace(RIGHT, **change))
     assert len(judge.violations) == 1
-    assert said in judge.violations[0]
+    assert message in judge.violations[0]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"outcome": "left", "tokens": [5]},
+        {"outcome": "cancelled", "tokens": [5]},
         {"outcome": "killed", "tokens": [], "revision": None},
         {"outcome": "DEADLINE_EXCEEDED", "tokens": [5], "timeout": 1.0},
         {"names": (f"poet@{ONE.revision[:8]}",), "revision": ONE.revision},
@@ -103,23 +103,23 @@ def test_what_is_wrong_does_not(judge, change, said):
     ],
     ids=str,
 )
-def test_what_may_come_of_a_request_passes(judge, change):
-    judge.take(replace(RIGHT, **change))
+def test_an_allowed_outcome_passes(judge, change):
+    judge.check(replace(RIGHT, **change))
     assert judge.violations == []
 
 
-def test_a_killed_server_is_unavailable_afterwards_alone(judge):
+def test_unavailable_is_allowed_only_after_the_server_was_killed(judge):
     judge.killed_at = 5.5
-    judge.take(replace(RIGHT, outcome="UNAVAILABLE", tokens=[5]))
+    judge.check(replace(RIGHT, outcome="UNAVAILABLE", tokens=[5]))
     assert judge.violations == []
-    judge.take(replace(RIGHT, outcome="UNAVAILABLE", ended=5.4))
+    judge.check(replace(RIGHT, outcome="UNAVAILABLE", ended=5.4))
     assert len(judge.violations) == 1
 
 
-def test_the_same_key_goes_to_the_same_revision_of_a_split(judge):
+def test_a_routing_key_must_use_one_revision_of_a_split(judge):
     judge.timeline.put("poet", State((NEWER.revision, ONE.revision), (ONE.revision, 50)))
-    judge.take(replace(RIGHT, routing_key="me"))
-    judge.take(replace(RIGHT, routing_key="you", revision=ONE.revision))
+    judge.check(replace(RIGHT, routing_key="me"))
+    judge.check(replace(RIGHT, routing_key="you", revision=ONE.revision))
     assert judge.violations == []
-    judge.take(replace(RIGHT, routing_key="me", revision=ONE.revision))
+    judge.check(replace(RIGHT, routing_key="me", revision=ONE.revision))
     assert "routed" in judge.violations[0]

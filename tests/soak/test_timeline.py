@@ -1,4 +1,4 @@
-"""What the soak believes of a name is what the real names say."""
+"""The soak's model of a name has the states of the real one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def found(names: Names) -> State:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(STEPS, max_size=60))
-def test_a_state_changes_as_the_names_do(tmp_path_factory, steps):
+def test_states_are_those_of_the_names_database(tmp_path_factory, steps):
     names = Names(tmp_path_factory.mktemp("names") / "names.sqlite", "base")
     state = State()
     for kind, number, percent in steps:
@@ -44,7 +44,7 @@ def test_a_state_changes_as_the_names_do(tmp_path_factory, steps):
     names.close()
 
 
-def test_during_a_change_both_are_possible_and_afterwards_what_came_of_it():
+def test_both_states_are_possible_during_a_change_and_only_the_result_after_it():
     timeline = Timeline()
     before, after = State(("a",)), State(("b", "a"))
     timeline.put("n", before)
@@ -60,12 +60,12 @@ def test_during_a_change_both_are_possible_and_afterwards_what_came_of_it():
     assert timeline.possible("n", 1e9, 1e9) == [after]
 
 
-def test_a_change_of_whose_end_nobody_heard_may_have_been_made():
+def test_an_unacknowledged_change_may_have_been_applied():
     timeline = Timeline()
     timeline.put("n", State(("a",)))
     with pytest.raises(ZeroDivisionError), timeline.change("n", State(("b", "a"))):
         1 / 0  # noqa: B018
-    assert timeline.left() == {"n": [State(("a",)), State(("b", "a"))]}
+    assert timeline.final_states() == {"n": [State(("a",)), State(("b", "a"))]}
     with timeline.change("n", State()) as change:
         change.done = True
-    assert timeline.left() == {"n": [State()]}
+    assert timeline.final_states() == {"n": [State()]}

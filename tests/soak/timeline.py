@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from turret_adapters.store.names import MAX_HISTORY
 
-# What the store keeps of a name whatever its budget.
+# Revisions of a name that the store keeps whatever its budget.
 _KEPT = 2
 
 
@@ -24,8 +24,8 @@ class State:
     """The history of a name, latest first, empty if it is not loaded; and its traffic split, revision and
     percent.
 
-    The store is sure to have those revisions that were among the latest, or in a split, ever since they were
-    last served: a revision that was deleted meanwhile does not come back by a rollback.
+    `kept` are the revisions that the store must have: those that were among the latest, or in a split, ever
+    since they were last served. A rollback does not restore a revision that was deleted meanwhile.
     """
 
     history: tuple[str, ...] = ()
@@ -38,17 +38,17 @@ class State:
 
     def loaded(self, revision: str) -> State:
         if self.history[:1] == (revision,):
-            return self._tidied(self.history)
-        return self._tidied((revision, *self.history)[:MAX_HISTORY])
+            return self._with_history(self.history)
+        return self._with_history((revision, *self.history)[:MAX_HISTORY])
 
     def rolled_back(self, to: int) -> State:
         """The state after a rollback to the revision at this index of the history."""
-        return self._tidied(self.history[to:])
+        return self._with_history(self.history[to:])
 
     def split_to(self, revision: str, percent: int) -> State:
         return self._with(self.history, (revision, percent) if percent else None)
 
-    def _tidied(self, history: tuple[str, ...]) -> State:
+    def _with_history(self, history: tuple[str, ...]) -> State:
         others = set(history) - {history[0]}
         return self._with(history, self.split if self.split and self.split[0] in others else None)
 
@@ -67,7 +67,7 @@ class _Span:
 
 @dataclass
 class Change:
-    """A change in progress; its maker sets `done` if it succeeded."""
+    """A change in progress; set `done` if it succeeded."""
 
     after: State
     done: bool = False
@@ -78,7 +78,7 @@ class Timeline:
     """All methods may be called from any thread. Each name is changed by one thread only."""
 
     _spans: dict[str, list[_Span]] = field(default_factory=dict)
-    _unsure: dict[str, State] = field(default_factory=dict)
+    _unacknowledged: dict[str, State] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def now(self, name: str) -> State:
@@ -97,28 +97,29 @@ class Timeline:
         change = Change(after)
         with self._lock:
             spans = self._spans.setdefault(name, [_Span(State(), 0.0)])
-            before, came = spans[-1], _Span(after, time.monotonic())
-            spans.insert(-1, came)
-            self._unsure.pop(name, None)
+            before, changed = spans[-1], _Span(after, time.monotonic())
+            spans.insert(-1, changed)
+            self._unacknowledged.pop(name, None)
         try:
             yield change
         except BaseException:
-            self._unsure[name] = after
+            self._unacknowledged[name] = after
             raise
         finally:
             with self._lock:
                 if change.done:
-                    spans.remove(came)
-                    spans.append(came)
-                (before if change.done else came).until = time.monotonic()
+                    spans.remove(changed)
+                    spans.append(changed)
+                (before if change.done else changed).until = time.monotonic()
 
-    def left(self) -> dict[str, list[State]]:
+    def final_states(self) -> dict[str, list[State]]:
         """The possible final states of each name: the last known one and, where the outcome of the last
         change is unknown, the one after it.
         """
-        unsure = self._unsure
+        unacknowledged = self._unacknowledged
         return {
-            name: [self.now(name), *([unsure[name]] if name in unsure else [])] for name in list(self._spans)
+            name: [self.now(name), *([unacknowledged[name]] if name in unacknowledged else [])]
+            for name in list(self._spans)
         }
 
     def put(self, name: str, state: State) -> None:

@@ -13,19 +13,19 @@ _ANSWERED = {"stop", "length"}
 
 
 def check_usage_log(path: Path, judge: Judge, exact: Collection[str]) -> int:
-    """Compare it with the answers that were given; of tenants that are `exact` there must be no other. How
-    many lines there are.
+    """Compare the log with the answers that clients received; `exact` tenants must have no other entries.
+    Returns the number of lines.
     """
     content = path.read_bytes()
-    judge.expect(content.endswith(b"\n"), "the usage log ends in a torn line")
+    judge.expect(content.endswith(b"\n"), "the last line of the usage log is truncated")
     entries = []
     for line in content.splitlines():
         try:
             entries.append(json.loads(line))
         except ValueError:
-            judge.complain(f"a torn line in the usage log: {line[:200]!r}")
+            judge.violation(f"a truncated line in the usage log: {line[:200]!r}")
     ids = {entry["id"] for entry in entries}
-    judge.expect(len(ids) == len(entries), f"{len(entries) - len(ids)} requests are twice in the usage log")
+    judge.expect(len(ids) == len(entries), f"{len(entries) - len(ids)} requests are in the usage log twice")
     logged = Counter(
         (
             entry["tenant"],
@@ -38,7 +38,7 @@ def check_usage_log(path: Path, judge: Judge, exact: Collection[str]) -> int:
         if entry["finish_reason"] in _ANSWERED
     )
     lost = judge.answered - logged
-    judge.expect(not lost, f"answers that the usage log lacks: {list(lost.items())[:5]}")
+    judge.expect(not lost, f"answers missing from the usage log: {list(lost.items())[:5]}")
     others = [entry for entry in logged - judge.answered if entry[0] in exact]
-    judge.expect(not others, f"answers that nobody got are in the usage log: {others[:5]}")
+    judge.expect(not others, f"entries of the usage log without an answer: {others[:5]}")
     return len(entries)

@@ -18,10 +18,10 @@ from soak.pools import read_pools
 
 MIB = 2**20
 SAMPLE_SECONDS = 10.0
-_LOOK_SECONDS = 1.0
+_CHECK_SECONDS = 1.0
 # A scrape may fall between two of the gauges that belong together.
 _TRIES = 10
-# Growth over the part of the run that is looked at, as a share of what it is.
+# Allowed growth over the last three quarters of the run, as a share of the mean.
 MAX_GROWTH = 0.03
 
 
@@ -31,8 +31,6 @@ class Sample:
     resident: int
     threads: int
     files: int
-    host_adapters: float
-    store: int
     pooled_threads: int = 0
     pool_capacity: int = 0
 
@@ -64,7 +62,7 @@ def size_of(folder: Path) -> int:
     return total
 
 
-class Vitals(threading.Thread):
+class Monitor(threading.Thread):
     """Checks the server every second until it is stopped, and keeps a sample every ten seconds."""
 
     def __init__(
@@ -77,12 +75,12 @@ class Vitals(threading.Thread):
         num_pages: int,
         host_budget: int,
         store_budget: int,
-        complain: Callable[[str], None],
+        violation: Callable[[str], None],
     ) -> None:
         super().__init__(daemon=True)
         self.samples: list[Sample] = []
-        self.looks = 0
-        self.most: dict[str, float] = {}
+        self.num_checks = 0
+        self.maxima: dict[str, float] = {}
         self._process = psutil.Process(pid)
         self._url = url
         self._adapters = store / "adapters"
@@ -90,29 +88,29 @@ class Vitals(threading.Thread):
         self._num_pages = num_pages
         self._host_budget = host_budget
         self._store_budget = store_budget
-        self._complain = complain
+        self._violation = violation
         self._over = threading.Event()
 
     def run(self) -> None:
         try:
-            self._watch()
+            self._monitor()
         except Exception as error:
-            self._complain(f"the vitals: {type(error).__name__}: {error}")
+            self._violation(f"the monitor failed: {type(error).__name__}: {error}")
             raise
 
-    def _watch(self) -> None:
+    def _monitor(self) -> None:
         started = time.monotonic()
-        while not self._over.wait(_LOOK_SECONDS):
-            metrics = self.look()
+        while not self._over.wait(_CHECK_SECONDS):
+            self.check()
             seconds = time.monotonic() - started
             if not self.samples or seconds - self.samples[-1].seconds >= SAMPLE_SECONDS:
-                self.samples.append(self._sample(seconds, metrics))
+                self.samples.append(self._sample(seconds))
 
     def stop(self) -> None:
         self._over.set()
         self.join()
 
-    def _sample(self, seconds: float, metrics: dict[str, float]) -> Sample:
+    def _sample(self, seconds: float) -> Sample:
         pools = read_pools(self._pools)
         with self._process.oneshot():
             return Sample(
@@ -120,32 +118,29 @@ class Vitals(threading.Thread):
                 self._process.memory_info().rss,
                 self._process.num_threads(),
                 self._process.num_fds(),
-                metrics["turret_host_adapter_bytes"],
-                size_of(self._adapters),
                 pools.threads,
                 pools.capacity,
             )
 
-    def look(self) -> dict[str, float]:
+    def check(self) -> None:
         """Check that every page has an owner and that budgets are kept."""
         for _ in range(_TRIES):
             metrics = read_metrics(self._url)
             pages = pages_of(metrics)
-            sound = sum(pages.values()) == self._num_pages and min(pages.values()) >= 0
-            if sound:
+            consistent = sum(pages.values()) == self._num_pages and min(pages.values()) >= 0
+            if consistent:
                 break
         else:
-            self._complain(f"pages do not add up to {self._num_pages}: {pages}")
-        self.looks += 1
+            self._violation(f"pages do not add up to {self._num_pages}: {pages}")
+        self.num_checks += 1
         for name, value in {**pages, "host": metrics["turret_host_adapter_bytes"]}.items():
-            self.most[name] = max(self.most.get(name, 0), value)
+            self.maxima[name] = max(self.maxima.get(name, 0), value)
         if metrics["turret_host_adapter_bytes"] > self._host_budget:
-            self._complain(f"{metrics['turret_host_adapter_bytes']} bytes of adapters in host memory")
+            self._violation(f"{metrics['turret_host_adapter_bytes']} bytes of adapters in host memory")
         store = size_of(self._adapters)
-        self.most["store"] = max(self.most.get("store", 0), store)
+        self.maxima["store"] = max(self.maxima.get("store", 0), store)
         if store > self._store_budget:
-            self._complain(f"{store} bytes in the store, expected at most {self._store_budget}")
-        return metrics
+            self._violation(f"{store} bytes in the store, expected at most {self._store_budget}")
 
 
 def late(samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -154,19 +149,19 @@ def late(samples: Sequence[Sample]) -> Sequence[Sample]:
 
 
 def slope(samples: Sequence[Sample], what: Callable[[Sample], float]) -> tuple[float, float]:
-    """The mean, and the rise of the least-squares line from the first sample to the last."""
+    """The mean, and the growth of a linear fit from the first sample to the last."""
     seconds = np.array([sample.seconds for sample in samples])
     values = np.array([what(sample) for sample in samples])
-    rise = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(samples) > 1 else 0.0
-    return float(values.mean()), float(rise)
+    growth = np.polyfit(seconds, values, 1)[0] * (seconds[-1] - seconds[0]) if len(samples) > 1 else 0.0
+    return float(values.mean()), float(growth)
 
 
 def slopes(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
-    """Mean and rise, in the last three quarters, of each quantity that must not grow."""
+    """Mean and growth, in the last three quarters, of each quantity that must not grow."""
     return [
         ("resident memory, MiB", *slope(late(samples), lambda sample: sample.resident / MIB)),
         ("threads outside pools", *slope(late(samples), lambda sample: sample.other_threads)),
-        ("threads that pools may have", *slope(late(samples), lambda sample: sample.pool_capacity)),
+        ("maximum pool threads", *slope(late(samples), lambda sample: sample.pool_capacity)),
         ("open files", *slope(late(samples), lambda sample: sample.files)),
     ]
 
@@ -174,7 +169,7 @@ def slopes(samples: Sequence[Sample]) -> list[tuple[str, float, float]]:
 def leaks(samples: Sequence[Sample]) -> list[str]:
     """The quantities that grew. Pools may fill up to their maxima; maxima and other threads must not grow."""
     return [
-        f"{what} grew by {rise:.3g} from a mean of {mean:.3g}"
-        for what, mean, rise in slopes(samples)
-        if rise > MAX_GROWTH * mean
+        f"{what} grew by {growth:.3g} from a mean of {mean:.3g}"
+        for what, mean, growth in slopes(samples)
+        if growth > MAX_GROWTH * mean
     ]

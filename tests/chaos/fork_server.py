@@ -1,9 +1,9 @@
-"""Servers that start within a second: a process that has imported everything forks each of them.
+"""Servers that start within a second, forked from a process that has imported everything.
 
-    python -m chaos.nursery
+    python -m chaos.fork_server
 
-It reads one line per server, the list of a command's arguments and the log file, and answers with the process
-id; and one line with the id of a server that was stopped, and answers with its exit status.
+Requests are lines of JSON on standard input: the arguments and the log file of a server to start, answered
+with its process id; or the id of a process to wait for, answered with its exit status.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from support.prompts import until
 TESTS = Path(__file__).parents[1]
 
 
-class Nursling:
-    """One server, with the parts of `support.serving.ServerProcess` that are needed here."""
+class ForkedServer:
+    """One server, with the subset of `support.serving.ServerProcess` that is used here."""
 
-    def __init__(self, nursery: Nursery, arguments: list[str], log: Path) -> None:
-        self._nursery = nursery
+    def __init__(self, fork_server: ForkServer, arguments: list[str], log: Path) -> None:
+        self._fork_server = fork_server
         self._log = log
         log.touch()
-        where = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-        self._pid = nursery.ask({"arguments": ["serve", *arguments, *where], "log": str(log)})
+        addresses = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+        self._pid = fork_server.call({"arguments": ["serve", *arguments, *addresses], "log": str(log)})
         self.running = True
 
     def wait_until_it_serves(self) -> None:
@@ -58,15 +58,15 @@ class Nursling:
     def _end(self, signal_number: int) -> int:
         os.kill(self._pid, signal_number)
         self.running = False
-        return os.waitstatus_to_exitcode(self._nursery.ask({"wait": self._pid}))
+        return os.waitstatus_to_exitcode(self._fork_server.call({"wait": self._pid}))
 
 
-class Nursery:
+class ForkServer:
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
         self._folder = TemporaryDirectory()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chaos.nursery"],
+            [sys.executable, "-m", "chaos.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,18 +82,18 @@ class Nursery:
         self._process.communicate()
         self._folder.cleanup()
 
-    def ask(self, question: dict[str, Any]) -> int:
+    def call(self, request: dict[str, Any]) -> int:
         assert self._process.stdin
         assert self._process.stdout
-        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
     @contextmanager
-    def server(self, *arguments: str) -> Iterator[Nursling]:
+    def server(self, *arguments: str) -> Iterator[ForkedServer]:
         """Fork a server; it has not finished starting when this returns."""
         self._number += 1
-        server = Nursling(self, [*arguments], Path(self._folder.name) / f"{self._number}.log")
+        server = ForkedServer(self, [*arguments], Path(self._folder.name) / f"{self._number}.log")
         try:
             yield server
         finally:
@@ -102,27 +102,27 @@ class Nursery:
 
 
 def main() -> None:
-    import turret_server.app.run  # noqa: F401, PLC0415 -- what takes so long otherwise
+    import turret_server.app.run  # noqa: F401, PLC0415 -- imported once, before the forks
     from turret_cli.main import main as turret  # noqa: PLC0415
 
     for line in sys.stdin:
-        question = json.loads(line)
-        if "wait" in question:
-            _, answer = os.waitpid(question["wait"], 0)
+        request = json.loads(line)
+        if "wait" in request:
+            _, reply = os.waitpid(request["wait"], 0)
         else:
-            answer = os.fork()
-            if not answer:
-                _become(question["log"])
-                turret(question["arguments"])
-        sys.stdout.write(f"{answer}\n")
+            reply = os.fork()
+            if not reply:
+                _redirect(request["log"])
+                turret(request["arguments"])
+        sys.stdout.write(f"{reply}\n")
         sys.stdout.flush()
 
 
-def _become(log: str) -> None:
+def _redirect(log: str) -> None:
     """Redirect standard input and output to /dev/null, and standard error to the log."""
-    nothing, file = os.open(os.devnull, os.O_RDWR), os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(nothing, 0)
-    os.dup2(nothing, 1)
+    null, file = os.open(os.devnull, os.O_RDWR), os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     os.dup2(file, 2)
 
 

@@ -17,40 +17,40 @@ from turret_adapters.formats.files import digest_of_folder
 
 
 @dataclass(frozen=True)
-class Remains:
+class StoreCheck:
     store: Path
     judge: Judge
 
     def check(self, possible: dict[str, list[State]]) -> dict[str, State]:
         """Check that store and names are complete and each name has a possible state. Returns the states."""
         for folder in (self.store / "adapters").iterdir():
-            sound = digest_of_folder(folder)[:32] == folder.name
-            self.judge.expect(sound, f"half a revision is visible: {folder}")
-            self.judge.count("stored revisions compared with their digests")
+            matches = digest_of_folder(folder)[:32] == folder.name
+            self.judge.expect(matches, f"{folder} does not have the digest it is named after")
+            self.judge.count("digests of stored revisions checked")
         found = self._names()
         for name in found.keys() | possible.keys():
             state, expected = found.get(name, State()), possible.get(name, [State()])
             if state not in expected:
-                self.judge.complain(f"{name} serves {state}, and may serve {expected}")
+                self.judge.violation(f"{name} has the state {state}, expected one of {expected}")
                 continue
-            self.judge.count("names compared with what was acknowledged")
+            self.judge.count("names compared with acknowledged changes")
             if len(expected) > 1 and expected[0] != expected[1]:
-                which = "" if state == expected[1] else "not "
-                self.judge.count(f"changes in flight at a kill that were {which}made")
+                result = "applied" if state == expected[1] else "not applied"
+                self.judge.count(f"changes in flight at a kill, {result}")
             found[name] = expected[expected.index(state)]
             for revision in found[name].kept:
-                there = (self.store / "adapters" / revision).is_dir()
-                self.judge.expect(there, f"{name}: revision {revision} is not in the store")
+                stored = (self.store / "adapters" / revision).is_dir()
+                self.judge.expect(stored, f"{name}: revision {revision} is not in the store")
         return {name: state for name, state in found.items() if state.history}
 
     def _names(self) -> dict[str, State]:
         """Read a copy: the server must recover the original."""
         with tempfile.TemporaryDirectory() as copy:
-            for place in self.store.glob("names.sqlite*"):
-                shutil.copy(place, copy)
+            for file in self.store.glob("names.sqlite*"):
+                shutil.copy(file, copy)
             with closing(sqlite3.connect(Path(copy) / "names.sqlite")) as database:
                 (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
-                self.judge.expect(verdict == "ok", f"the database of names: {verdict}")
+                self.judge.expect(verdict == "ok", f"integrity check of names.sqlite: {verdict}")
                 published = database.execute("SELECT name, revision FROM published ORDER BY number DESC")
                 histories: defaultdict[str, list[str]] = defaultdict(list)
                 for name, revision in published.fetchall():
@@ -72,5 +72,5 @@ class Remains:
         return 0
 
     def check_clean(self) -> None:
-        """Check that the next start removed what the kill left over."""
-        self.judge.expect(not list((self.store / "staging").iterdir()), "staging is not clean")
+        """Check that the next start removed incomplete revisions."""
+        self.judge.expect(not list((self.store / "staging").iterdir()), "staging is not empty")

@@ -17,81 +17,81 @@ from pathlib import Path
 
 import click
 
-from soak.asking import Asked, Asker
 from soak.known import QUESTIONS
+from soak.requests import Request, RequestLoop
 
 NAMES = ("stable-lora", "stable-prefix", "stable-prompt", "stable-ia3", "")
-TENANT = "mortal"
+TENANT = "killed"
 CONCURRENCY = 3
 
 
-def _choose(chance: random.Random) -> Asked:
-    name = chance.choice(NAMES)
-    asked = Asked(
+def _choose(rng: random.Random) -> Request:
+    name = rng.choice(NAMES)
+    request = Request(
         tenant=TENANT,
         names=(name,) if name else (),
-        question=chance.randrange(len(QUESTIONS)),
+        question=rng.randrange(len(QUESTIONS)),
         streamed=True,
         began=time.monotonic(),
     )
-    _write(asked)
-    return asked
+    _write(request)
+    return request
 
 
-def _write(asked: Asked) -> None:
+def _write(request: Request) -> None:
     """Write a line in one call: it is complete unless the process was killed during it."""
-    os.write(1, json.dumps(dataclasses.asdict(asked)).encode() + b"\n")
+    os.write(1, json.dumps(dataclasses.asdict(request)).encode() + b"\n")
 
 
-def _read(line: bytes) -> Asked:
+def _read(line: bytes) -> Request:
     fields = json.loads(line)
     fields["names"] = tuple(fields["names"])
     fields["usage"] = fields["usage"] and tuple(fields["usage"])
-    return Asked(**fields)
+    return Request(**fields)
 
 
 @click.command()
 @click.argument("address")
 @click.argument("seed", type=int)
 def main(address: str, seed: int) -> None:
-    asyncio.run(Asker(TENANT, _choose, CONCURRENCY, seed).run(address, lambda: False, _write, _write))
+    asyncio.run(RequestLoop(TENANT, _choose, CONCURRENCY, seed).run(address, lambda: False, _write, _write))
 
 
 @dataclass
-class Mortals:
+class KilledClients:
     """Starts client processes one after another and kills each while answers arrive."""
 
     address: str
-    tell: Callable[[Asked], None]
+    check: Callable[[Request], None]
     over: threading.Event
     killed: int = 0
 
     def run(self, seed: int) -> None:
-        chance = random.Random(seed)
+        rng = random.Random(seed)
         while not self.over.is_set():
-            self._one_life(chance)
+            self._run_one(rng)
 
-    def _one_life(self, chance: random.Random) -> None:
-        command = [sys.executable, "-m", "soak.mortal", self.address, str(chance.randrange(2**30))]
+    def _run_one(self, rng: random.Random) -> None:
+        command = [sys.executable, "-m", "soak.killed_clients", self.address, str(rng.randrange(2**30))]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
         }
-        running: dict[int, Asked] = {}
+        running: dict[int, Request] = {}
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:  # noqa: S603
             assert process.stdout
-            death = threading.Timer(chance.uniform(0.2, 3.0), process.kill)
+            kill_timer = threading.Timer(rng.uniform(0.2, 3.0), process.kill)
             for line in process.stdout:
-                if not death.ident:
-                    death.start()
+                if not kill_timer.ident:
+                    kill_timer.start()
                 if line.endswith(b"\n"):
-                    asked = _read(line)
-                    running[asked.number] = asked
-                    if asked.outcome:
-                        self.tell(running.pop(asked.number))
+                    request = _read(line)
+                    running[request.number] = request
+                    if request.outcome:
+                        self.check(running.pop(request.number))
         self.killed += 1
-        for asked in running.values():
-            asked.outcome, asked.ended = "killed", time.monotonic()
-            self.tell(asked)
+        for request in running.values():
+            request.outcome, request.ended = "killed", time.monotonic()
+            self.check(request)
 
 
 if __name__ == "__main__":

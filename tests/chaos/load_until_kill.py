@@ -1,4 +1,4 @@
-"""One life of a server, killed with all kinds of work in progress."""
+"""Loads a server with all kinds of work and kills it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import grpc
 
-from chaos.nursery import Nursling
-from soak.asking import Asked, Asker
-from soak.changes import Changer, Shelf
+from chaos.fork_server import ForkedServer
+from soak.changes import AdapterSource, Changer
 from soak.judge import Judge
 from soak.known import Content
+from soak.requests import Request, RequestLoop
 from soak.setting import OPERATOR
 from soak.timeline import Timeline
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
@@ -33,7 +33,7 @@ _CHUNK_SECONDS = 0.02
 
 
 class Interrupted(Changer):
-    """Changes names until the server dies."""
+    """Changes names until the server is killed."""
 
     def failed(self, name: str, error: TurretError) -> None:
         if error.reason or time.monotonic() < self.judge.killed_at:
@@ -46,29 +46,29 @@ class Uploader:
     """Uploads one adapter after another, slowly, so that most kills interrupt one."""
 
     address: str
-    shelf: Shelf
+    source: AdapterSource
     judge: Judge
     timeline: Timeline
     over: threading.Event
-    going: Content | None = None
+    current: Content | None = None
 
-    def run(self, chance: random.Random) -> None:
+    def run(self, rng: random.Random) -> None:
         while not self.over.is_set():
-            self.going = self.shelf.new(chance)
-            folder = self.shelf.place(self.going)
+            self.current = self.source.new(rng)
+            folder = self.source.write(self.current)
             try:
                 with self.timeline.change(
-                    UPLOADED, self.timeline.now(UPLOADED).loaded(self.going.revision)
+                    UPLOADED, self.timeline.now(UPLOADED).loaded(self.current.revision)
                 ) as change:
                     self._send(folder)
                     change.done = True
             except TurretError as error:
-                dead = not error.reason and time.monotonic() >= self.judge.killed_at
-                self.judge.expect(dead, f"an upload: {error.reason}: {error}")
+                killed = not error.reason and time.monotonic() >= self.judge.killed_at
+                self.judge.expect(killed, f"an upload failed: {error.reason}: {error}")
                 return
             shutil.rmtree(folder)
-            self.going = None
-            self.judge.count("slow uploads that were served")
+            self.current = None
+            self.judge.count("slow uploads completed")
 
     def _send(self, folder: Path) -> None:
         files = AdapterFolder(UPLOADED, folder, None)
@@ -89,9 +89,9 @@ class Uploader:
 
 
 @dataclass
-class Life:
-    server: Nursling
-    shelf: Shelf
+class LoadUntilKill:
+    server: ForkedServer
+    source: AdapterSource
     judge: Judge
     timeline: Timeline
     seed: int
@@ -101,15 +101,15 @@ class Life:
     def run(self, seconds: float) -> Content | None:
         """Load, change and upload for this long, then kill the server. Returns the interrupted upload."""
         address = self.server.address
-        uploader = Uploader(address, self.shelf, self.judge, self.timeline, self.over)
+        uploader = Uploader(address, self.source, self.judge, self.timeline, self.over)
         with Client(address, api_key=OPERATOR) as client:
             changers = [self._changer(client, NAMES[index::2], index) for index in range(2)]
-            works: list[Callable[[], None]] = [
-                self._ask,
+            targets: list[Callable[[], None]] = [
+                self._send_requests,
                 lambda: uploader.run(random.Random(self.seed)),
                 *(changer.run for changer in changers),
             ]
-            threads = [threading.Thread(target=work) for work in works]
+            threads = [threading.Thread(target=target) for target in targets]
             for thread in threads:
                 thread.start()
             time.sleep(seconds)
@@ -118,7 +118,7 @@ class Life:
             self.over.set()
             for thread in threads:
                 thread.join()
-        return uploader.going
+        return uploader.current
 
     def _changer(self, client: Client, names: tuple[str, ...], index: int) -> Changer:
         return Interrupted(
@@ -126,7 +126,7 @@ class Life:
             address=self.server.address,
             api_key=OPERATOR,
             names=names,
-            shelf=self.shelf,
+            source=self.source,
             judge=self.judge,
             timeline=self.timeline,
             pause=0.0,
@@ -134,15 +134,15 @@ class Life:
             over=self.over,
         )
 
-    def _ask(self) -> None:
-        asker = Asker(OPERATOR, self._choose, 6, self.seed)
-        asyncio.run(asker.run(self.server.address, self.over.is_set, self.judge.take, lambda _: None))
+    def _send_requests(self) -> None:
+        loop = RequestLoop(OPERATOR, self._choose, 6, self.seed)
+        asyncio.run(loop.run(self.server.address, self.over.is_set, self.judge.check, lambda _: None))
 
-    def _choose(self, chance: random.Random) -> Asked:
-        name = chance.choice((*NAMES, UPLOADED, None))
-        return Asked(
+    def _choose(self, rng: random.Random) -> Request:
+        name = rng.choice((*NAMES, UPLOADED, None))
+        return Request(
             tenant=OPERATOR,
             names=(name,) if name else (),
-            question=chance.choice(self.questions),
-            streamed=chance.random() < 0.6,
+            question=rng.choice(self.questions),
+            streamed=rng.random() < 0.6,
         )
