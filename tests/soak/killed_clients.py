@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +64,7 @@ class KilledClients:
 
     address: str
     check: Callable[[Request], None]
+    violation: Callable[[str], None]
     over: threading.Event
     killed: int = 0
 
@@ -88,7 +90,11 @@ class KilledClients:
                     running[request.number] = request
                     if request.outcome:
                         self.check(running.pop(request.number))
-        self.killed += 1
+        kill_timer.cancel()
+        if process.returncode == -signal.SIGKILL:
+            self.killed += 1
+        else:
+            self.violation(f"a client process exited with status {process.returncode}")
         for request in running.values():
             request.outcome, request.ended = "killed", time.monotonic()
             self.check(request)

@@ -81,7 +81,7 @@ class Soak:
                 violation=self.judge.violation,
             )
             watcher = Watcher(self.judge, address)
-            killed_clients = KilledClients(address, self.judge.check, over)
+            killed_clients = KilledClients(address, self.judge.check, self.judge.violation, over)
             targets: list[tuple[str, Callable[[], None]]] = [
                 ("load", Load(address, self.judge, self.timeline, over).run),
                 *(
