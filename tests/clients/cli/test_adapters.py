@@ -80,7 +80,7 @@ def test_load_unload_show_rollback_and_split_print_the_adapter(turret, server, a
         assert json.loads(machine.stdout) == json.loads(json.dumps(asdict(client.get_adapter("pirate"))))
 
 
-def test_show_tells_all(turret):
+def test_show_prints_all_fields(turret):
     assert turret("adapters", "show", "pirate").stdout.splitlines() == [
         "name            pirate",
         "state           resident",

@@ -30,7 +30,7 @@ def loha(base_of: Callable[[str], Path], tmp_path: Path) -> Path:
     return tmp_path / "loha"
 
 
-def test_a_conversion_is_told_and_accepted(turret, base_of, loha, tmp_path):
+def test_a_conversion_is_reported_and_its_output_is_valid(turret, base_of, loha, tmp_path):
     out = tmp_path / "new" / "lora"
     result = turret("adapters", "convert", loha, out, "--model", base_of("llama"))
     assert result.exit_code == 0, result.output

@@ -89,7 +89,7 @@ def test_unpin(prompts, server):
     assert server.requests == [prompts_pb2.UnpinPromptRequest(name="rules")] * 2
 
 
-def test_an_error_is_told_in_one_line(prompts, server):
+def test_an_error_is_printed_on_one_line(prompts, server):
     server.failure = script.failure(
         script.grpc.StatusCode.NOT_FOUND, "no prompt is pinned", reason="PROMPT_NOT_FOUND"
     )

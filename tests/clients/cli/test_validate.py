@@ -98,7 +98,7 @@ def test_validate_says_what_the_server_will(kind, turret, base_of, adapter_of):
     assert sum(found["modules"].values()) == len({group.module for group in spec.rows})
 
 
-def test_a_validation_of_different_ranks_is_told(turret, base_of, adapter_of):
+def test_a_validation_prints_the_range_of_ranks(turret, base_of, adapter_of):
     result = turret("adapters", "validate", adapter_of("llama", "rslora"), "--model", base_of("llama"))
     assert result.exit_code == 0
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())

@@ -84,7 +84,7 @@ async def test_what_skips_the_grace_period_does_not_shorten_the_wait_for_statuse
     await waiting
 
 
-async def test_a_call_that_is_ended_is_told_and_one_that_its_client_ends_is_not():
+async def test_a_call_ended_by_the_drain_is_shutting_down_and_one_ended_by_its_client_is_cancelled():
     calls = RunningCalls()
     left = await begin(calls, never)
     left.cancel()
