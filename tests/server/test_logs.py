@@ -3,8 +3,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import threading
+import warnings
+from contextlib import contextmanager
 
 import pytest
 
@@ -111,3 +114,64 @@ def test_what_is_bound_holds_for_its_own_thread_alone(lines):
     there, here = map(json.loads, written("json"))
     assert there["request_id"] == "other"
     assert "request_id" not in here
+
+
+@contextmanager
+def unconfigured():
+    """Logging as in a new process within the block, and as before afterwards. Used in the test itself, for
+    pytest adds handlers of its own before each test.
+    """
+    root, variable = logging.getLogger(), "HF_HUB_DISABLE_PROGRESS_BARS"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(root, "handlers", [])
+        patched.setattr(root, "level", root.level)
+        patched.setitem(os.environ, variable, "")
+        del os.environ[variable]
+        try:
+            yield root
+        finally:
+            logging.captureWarnings(capture=False)
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_the_log_goes_to_standard_error_in_its_format_from_its_level_on(capsys, form):
+    with unconfigured() as root:
+        logs.set_up("warning", form)
+        root.info("below")
+        root.warning("hello")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("old", stacklevel=1)
+        # A progress bar between lines of JSON is no JSON.
+        assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == ("1" if form == "json" else None)
+    out, written = capsys.readouterr()
+    assert out == ""
+    first, second, *_ = written.splitlines()
+    if form == "json":
+        assert json.loads(first)["message"] == "hello"
+        assert "old" in json.loads(second)["message"]
+    else:
+        assert first.endswith(" WARNING root: hello")
+        assert " WARNING py.warnings: " in second
+
+
+def test_the_log_of_a_library_goes_the_servers_way():
+    logger, mine = logging.getLogger("turret_server.test_logs.library"), io.StringIO()
+    logger.addHandler(logging.StreamHandler(mine))
+    logger.propagate = False
+    above = logging.StreamHandler(io.StringIO())
+    logging.getLogger("turret_server.test_logs").addHandler(above)
+    try:
+        logs.take_over("turret_server.test_logs.library")
+        logger.warning("hello")
+    finally:
+        logging.getLogger("turret_server.test_logs").removeHandler(above)
+    assert (mine.getvalue(), above.stream.getvalue()) == ("", "hello\n")
+
+
+def test_fields_of_a_block_are_its_own():
+    with logs.about({"outer": 1}):
+        with logs.about({"inner": 2}):
+            logs.bind(more=3)
+            assert logs.bound() == {"inner": 2, "more": 3}
+        assert logs.bound() == {"outer": 1}
