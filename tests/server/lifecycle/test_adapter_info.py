@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from support.fake_device import make_spec
@@ -12,7 +14,7 @@ from turret_server.engine.admission import TenantLimits
 from turret_server.lifecycle.adapter_info import AdapterDescriber, AdapterState
 from turret_server.tenancy.tenants import Tenant
 
-SPEC = make_spec("r1", slab_pages=3, num_virtual=5)
+SPEC = replace(make_spec("r1", slab_pages=3, num_virtual=5), num_parameters=7, file_bytes=9)
 PUBLISHED = Published("poet", "r1", "/srv/poet", 12.5, 1, "acme", "marks")
 
 
@@ -60,11 +62,20 @@ def test_everything_that_is_known_is_described():
     info = describer().describe(found, [PUBLISHED])
     assert (info.name, info.revision, info.method) == ("poet", "r1", SPEC.method)
     assert (info.max_rank, info.num_virtual_tokens, info.num_tasks) == (3, 5, 0)
-    assert (info.num_parameters, info.file_bytes) == (SPEC.num_parameters, SPEC.file_bytes)
+    assert (info.num_parameters, info.file_bytes) == (7, 9)
     assert info.arena_bytes == 3000
     assert (info.active_requests, info.draining_revisions, info.split) == (2, ("r0",), split)
     [revision] = info.history
     assert (revision.revision, revision.source, revision.published_at) == ("r1", "/srv/poet", 12.5)
+
+
+def test_of_an_adapter_with_tasks_each_takes_pages_and_one_in_the_arena_is_enough():
+    found = status(replace(SPEC, num_tasks=2))
+    assert (describer().describe(found).num_tasks, describer().describe(found).arena_bytes) == (2, 6000)
+    first, second = found.spec.resident_revisions
+    for resident in (first, second):
+        assert describer(resident).state(found) is AdapterState.RESIDENT
+    assert describer().state(found) is AdapterState.STAGED
 
 
 def test_what_could_not_be_loaded_has_a_reason_and_nothing_else():

@@ -21,6 +21,7 @@ from turret_adapters.errors import (
     SourceForbiddenError,
 )
 from turret_adapters.spec import Method, Split
+from turret_server import logs
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import InvalidRequestError, PermissionDeniedError, QuotaExceededError
 from turret_server.lifecycle.adapter_info import AdapterState
@@ -314,3 +315,27 @@ async def test_a_download_is_listed_for_those_who_may_load_it(site, admin, monke
     gate.set()
     await loading
     assert list(admin.downloads(ADMIN)) == []
+
+
+async def test_log_lines_name_the_call_that_they_come_from(site, admin, monkeypatch):
+    about = {}
+
+    def noted(what, call):
+        def run(*arguments, **options):
+            about[what] = logs.bound().get("request_id")
+            return call(*arguments, **options)
+
+        return run
+
+    for what in ("load", "rollback", "split", "unload", "load_upload"):
+        monkeypatch.setattr(site.lifecycle, what, noted(what, getattr(site.lifecycle, what)))
+    with logs.about({"request_id": "request-1"}):
+        for seed in (1, 2):
+            await admin.load("poet", site.source(seed), ADMIN)
+        await admin.rollback("poet", None, ADMIN)
+        await admin.split("poet", "", 0, ADMIN)
+        await admin.unload("poet", ADMIN)
+        async with aclosing(admin.upload(upload_of(site, "poet", 3), ADMIN)) as events:
+            assert len([event async for event in events]) == 2
+    assert set(about) == {"load", "rollback", "split", "unload", "load_upload"}
+    assert set(about.values()) == {"request-1"}

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from turret_server.lifecycle import cleanup
 from turret_server.lifecycle.cleanup import CleanupWorker
 
 PATIENCE = 60
@@ -119,3 +120,20 @@ def test_closing_runs_what_is_queued_once_more_and_then_ends(caplog):
     assert "broken failed" in caplog.text
     worker.submit("late", lambda: ran.append("late"))
     assert ran == ["waiting"]
+
+
+def test_jobs_behind_a_stuck_one_are_left_to_the_next_start(monkeypatch, caplog):
+    monkeypatch.setattr(cleanup, "_CLOSE_SECONDS", 0)
+    worker, began, gate = CleanupWorker(), threading.Event(), threading.Event()
+
+    def stuck() -> None:
+        began.set()
+        gate.wait(PATIENCE)
+
+    worker.submit("stuck", stuck)
+    worker.submit("waiting", lambda: None)
+    assert began.wait(PATIENCE)
+    worker.close()
+    assert caplog.messages == ["2 clean-up jobs are left to the next start"]
+    gate.set()
+    worker._thread.join(PATIENCE)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from turret_server import logs
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import QuotaExceededError, TooManyCallsError
 from turret_server.lifecycle import threads
@@ -143,3 +145,15 @@ async def test_a_tenant_has_so_many_loads_at_once_and_no_more():
             await queue.submit(gate.wait, acme)
             await reach(queue, 0)
     assert queue._num_of_tenant == {}
+
+
+async def test_log_lines_on_a_thread_name_the_request():
+    with logs.about({"request_id": "request-1"}):
+        assert await run_to_completion(logs.bound) == {"request_id": "request-1"}
+        assert await LoadQueue().submit(logs.bound) == {"request_id": "request-1"}
+
+
+async def test_a_call_runs_on_the_threads_that_it_is_given():
+    with ThreadPoolExecutor(1, "mine") as mine:
+        thread = await run_to_completion(threading.current_thread, executor=mine)
+    assert thread.name.startswith("mine")
