@@ -305,8 +305,8 @@ class Engine:
     def _sleep(self) -> None:
         with self._wake:
             if not self._arriving and not self._inbox and not self._stopping:
-                busy = self._scheduler.waiting or self._scheduler.running
-                self._wake.wait(timeout=_IDLE_SECONDS if busy else None)
+                # What runs is computed in every step, so the engine sleeps only beside jobs that wait.
+                self._wake.wait(timeout=_IDLE_SECONDS if self._scheduler.waiting else None)
 
     def _stats(self, step: Step | None, seconds: float) -> EngineStats:
         scheduler = self._scheduler
