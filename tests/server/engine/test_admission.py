@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.fake_device import make_run
+from support.guarded import guard
 from turret_server.engine.admission import Admission, TenantLimits
 from turret_server.errors import QueueFullError
 
@@ -179,3 +180,15 @@ def test_many_threads_may_enter_and_leave():
     for thread in threads:
         thread.join()
     assert queue.num_queued == 0
+
+
+def test_the_counts_are_read_and_written_under_their_lock():
+    queue = admission(max_requests=1)
+    guard(queue, queue._lock.locked, "_queued")
+    queue.record_step(10, 1.0)
+    one = request()
+    queue.enter(one)
+    refusal(queue, request())
+    assert queue.num_queued == 1
+    queue.leave(one)
+    assert queue._lock.acquire(blocking=False), "also a refusal unlocks it"

@@ -12,6 +12,7 @@ from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run, make_s
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server import logs
 from turret_server.engine.admission import TenantLimits
+from turret_server.engine.fairness import FairQueue
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.request import FinishReason, Output
 from turret_server.engine.scheduler import Limits
@@ -641,3 +642,136 @@ def test_statistics_say_who_has_the_pages(served):
     assert during.pages == {"lora": 3, "prefix": 2, "cache": 0, "free": 8, "pinned": 0, "sequence": 3}
     assert seen[-1].pages == {"lora": 3, "prefix": 2, "cache": 3, "free": 8, "pinned": 0, "sequence": 0}
     assert sum(stats.step.num_tokens for stats in seen if stats.step) == 9 + 2
+
+
+def test_statistics_of_each_step_count_what_happened_in_it():
+    served, seen = Served(), list[EngineStats]()
+    served.on_stats = seen.append
+
+    def second(_: Step) -> None:
+        served.now += 1.0
+
+    served.device.before = second
+    served.engine.step()
+    idle = seen.pop()
+    assert (idle.step, idle.seconds, idle.num_running, idle.num_waiting, idle.num_failures) == (
+        *(None, 0.0, 0, 0, 0),
+    )
+    assert (idle.num_preempted, idle.num_evicted, idle.num_loading) == (0, 0, 0)
+    # Two may run; the pages of both last for a while.
+    runs = [served.submit(make_run(range(12), tenant=tenant, max_tokens=30)) for tenant in "abc"]
+    served.engine.step()
+    assert (seen[-1].seconds, seen[-1].num_running, seen[-1].num_waiting) == (1.0, 2, 1)
+    steps(served, 60)
+    assert {stats.num_preempted for stats in seen} == {0, 1}
+    steps(served, 100)
+    assert {run.end for run in runs} == {FinishReason.LENGTH}
+    served.device.immediate = False
+    served.engine.prefetch(adapter(0, 5))
+    steps(served, 2)
+    assert seen[-1].num_loading == 1
+    served.device.complete()
+    served.device.immediate = True
+    served.submit(make_run([1], adapter(0, 12), max_tokens=1))
+    del seen[:]
+    steps(served, 2)
+    assert sum(stats.num_evicted for stats in seen) == 1
+
+
+def test_pinned_prompts_have_pages_of_their_own_in_the_statistics():
+    served, seen = Served(), list[EngineStats]()
+    served.on_stats = seen.append
+    pin = make_run(range(8), pinned=True)
+    served.engine.pin_prompt(pin.job)
+    steps(served, 3)
+    assert pin.end is FinishReason.PINNED
+    assert served.engine.is_prompt_pinned(pin.job.request_id)
+    assert {name: count for name, count in seen[-1].pages.items() if count} == {"pinned": 2, "free": 14}
+    served.engine.unpin_prompt(pin.job.request_id)
+    steps(served, 1)
+    assert not served.engine.is_prompt_pinned(pin.job.request_id)
+    assert {name: count for name, count in seen[-1].pages.items() if count} == {"cache": 2, "free": 14}
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_page_that_is_lost_is_found_by_a_check_whether_the_engine_runs_or_not(runs):
+    served = Served()
+    if runs:
+        served.engine.start()
+    served.engine.check_integrity()
+    pages = served.engine._scheduler.pool.allocate(1)
+    with pytest.raises(AssertionError, match="0 hold it, 1 are counted"):
+        served.engine.check_integrity()
+    served.engine._scheduler.pool.release(pages)
+    served.engine.check_integrity()
+    assert not served.engine.failed
+    served.engine.stop()
+
+
+class WatchedEngine(Engine):
+    """Whether the engine stops is written under the lock under which requests are accepted."""
+
+    _wake = threading.Condition()
+    _stops = False
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stops
+
+    @_stopping.setter
+    def _stopping(self, stops: bool) -> None:
+        assert self._wake._is_owned() or not stops
+        self._stops = stops
+
+
+@pytest.mark.parametrize("ended_by", ["stop", "a failure"])
+def test_no_request_is_accepted_between_the_end_of_the_engine_and_that_of_its_requests(
+    ended_by, monkeypatch, caplog
+):
+    def fail(_: EngineStats) -> None:
+        raise AssertionError("page 3 is free")
+
+    monkeypatch.setitem(globals(), "Engine", WatchedEngine)
+    served = Served()
+    if ended_by == "a failure":
+        served.on_stats = fail
+    run = served.submit(make_run([1], max_tokens=30))
+    if ended_by == "a failure":
+        served.engine._loop()
+        assert "page 3 is free" in caplog.text
+    else:
+        served.engine.stop()
+        served.engine._loop()
+    assert served.engine._stopping
+    assert isinstance(run.error, GenerationFailedError if ended_by == "a failure" else ShuttingDownError)
+
+
+def test_arrivals_and_commands_are_taken_together(monkeypatch):
+    served, owned = Served(), list[bool]()
+    scheduler = served.engine._scheduler
+    add = type(scheduler).add
+
+    def see(_self: object, sequence: object) -> None:
+        owned.append(served.engine._wake._is_owned())
+        add(scheduler, sequence)
+
+    monkeypatch.setattr(type(scheduler), "add", see)
+    runs = [served.submit(make_run([1])) for _ in range(2)]
+    served.engine.step()
+    assert owned == [True, True], "a cancellation that comes between them would find no request"
+    steps(served)
+    assert {run.end for run in runs} == {FinishReason.LENGTH}
+
+
+def test_a_request_whose_queueing_fails_the_engine_gets_its_end_too(monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise AssertionError("the queue is broken")
+
+    served = Served()
+    runs = [served.submit(make_run([1])) for _ in range(2)]
+    monkeypatch.setattr(FairQueue, "add", fail)
+    served.engine._loop()
+    assert "the queue is broken" in caplog.text
+    for run in runs:
+        assert "the queue is broken" in str(run.error)
+        assert len(run.outputs) == 1
