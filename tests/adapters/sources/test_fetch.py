@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
 import socket
+import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_network
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import fsspec
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from support.adapter_files import CONFIG, fetch_into, files, read_folder, revision, write_folder
 from support.web import Handler, Web, web_server
@@ -26,6 +33,7 @@ from turret_adapters.errors import (
     SourceUnavailableError,
 )
 from turret_adapters.sources import http as http_source
+from turret_adapters.sources import intake
 from turret_adapters.sources.filesystems import hub_url
 from turret_adapters.sources.policy import Policy
 from turret_adapters.store.store import AdapterStore
@@ -406,3 +414,206 @@ def test_a_fetch_leaves_no_file_and_no_connection_open(web: Web, policy: Policy,
             if each.raddr and each.raddr.port == web.server_port
         ]
         assert [each.status for each in ours if each.status == psutil.CONN_ESTABLISHED] == []
+
+
+def several(*addresses: str) -> Callable[..., object]:
+    """A name server on which `several.example` has these addresses."""
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *rest: Any, **more: Any) -> object:
+        if host != "several.example":
+            return real(host, *rest, **more)
+        return [found for address in addresses for found in real(address, *rest, **more)]
+
+    return look_up
+
+
+def test_of_several_addresses_the_first_that_answers_is_used(
+    web: Web, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_source.socket, "getaddrinfo", several("127.9.9.9", "127.0.0.1", "127.8.8.8"))
+    url = f"http://several.example:{web.server_port}"
+    assert fetch_into(store, f"{url}/poet", Policy(urls=(url,), networks=LOOPBACK)) == revision()
+    monkeypatch.setattr(http_source.socket, "getaddrinfo", several("127.9.9.9", "127.8.8.8"))
+    with pytest.raises(SourceUnavailableError):
+        fetch_into(store, f"{url}/poet", Policy(urls=(url,), networks=LOOPBACK))
+    monkeypatch.setattr(http_source.socket, "getaddrinfo", several())
+    with pytest.raises(SourceUnavailableError, match="does not resolve"):
+        fetch_into(store, f"{url}/poet", Policy(urls=(url,), networks=LOOPBACK))
+
+
+def test_a_host_is_refused_if_any_of_its_addresses_is_within(
+    web: Web, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_source.socket, "getaddrinfo", several("127.0.0.1", "10.0.0.1"))
+    url = f"http://several.example:{web.server_port}"
+    with pytest.raises(SourceForbiddenError, match=r"'several\.example': .*found 10\.0\.0\.1"):
+        fetch_into(store, f"{url}/poet", Policy(urls=(url,), networks=LOOPBACK))
+    assert web.asked == []
+
+
+def test_a_host_that_is_silent_has_failed_although_time_is_left(
+    web: Web, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up, outlasted = threading.Event(), threading.Event()
+
+    def be_silent(it: Handler) -> None:
+        it.close_connection = True
+        if not given_up.wait(20):
+            outlasted.set()
+
+    web.pages["/poet/adapter_model.safetensors"] = be_silent
+    monkeypatch.setattr(http_source, "SILENCE_SECONDS", 0.05)
+    with pytest.raises(SourceUnavailableError):
+        fetch_into(store, f"{web.url}/poet", policy)
+    given_up.set()
+    assert not outlasted.is_set()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_every_kind_of_redirect_is_followed_as_often_as_allowed(
+    status: int, web: Web, policy: Policy, store: AdapterStore
+) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    hops = [*(f"hop{number}" for number in range(http_source.MAX_REDIRECTS)), "poet"]
+    for hop, following in pairwise(hops):
+        for name in names:
+            web.pages[f"/{hop}/{name}"] = lambda it, to=f"/{following}/{name}": it.answer(status, Location=to)
+    assert fetch_into(store, f"{web.url}/hop0", policy) == revision()
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (408, SourceUnavailableError),
+        (425, SourceUnavailableError),
+        (500, SourceUnavailableError),
+        (599, SourceUnavailableError),
+        (201, AdapterSourceError),
+        (410, AdapterSourceError),
+        (499, AdapterSourceError),
+    ],
+)
+def test_a_retry_is_advised_where_it_may_help(
+    status: int, error: type[Exception], web: Web, policy: Policy, store: AdapterStore
+) -> None:
+    web.pages["/poet/adapter_config.json"] = lambda it: it.answer(status)
+    with pytest.raises(error) as refusal:
+        fetch_into(store, f"{web.url}/poet", policy)
+    assert ("try again later" in str(refusal.value)) == (error is SourceUnavailableError)
+
+
+@pytest.mark.parametrize("kind", ["folder", "web", "memory", "poet.zip", "poet.tar.gz"])
+def test_an_adapter_exactly_as_large_as_allowed_is_fetched(
+    kind: str, web: Web, store: AdapterStore, tmp_path: Path
+) -> None:
+    size = len(CONFIG) + 7
+    fsspec.filesystem("memory").pipe(
+        {"/exact/adapter_config.json": CONFIG, "/exact/adapter_model.safetensors": b"tensors"}
+    )
+    folder = write_folder(tmp_path / "poet")
+    if kind == "poet.zip":
+        web.pages["/poet.zip"] = zipped()
+        size = len(zipped())
+    elif kind == "poet.tar.gz":
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w:gz") as archive:
+            archive.add(folder, "poet")
+        web.pages["/poet.tar.gz"] = data.getvalue()
+        # What is decompressed counts: a tar has headers, and ends in zeros.
+        size = len(gzip.decompress(data.getvalue()))
+    source = {"folder": str(folder), "web": f"{web.url}/poet", "memory": "memory://exact"}.get(
+        kind, f"{web.url}/{kind}"
+    )
+    allowed = Policy(roots=(tmp_path,), urls=(web.url, "memory://exact"), networks=LOOPBACK, max_bytes=size)
+    assert fetch_into(store, source, allowed) == revision()
+    with pytest.raises(SourceTooLargeError):
+        fetch_into(store, source, replace(allowed, max_bytes=size - 1))
+
+
+def test_a_folder_whose_file_system_shares_blocks_is_counted_and_reported_like_any(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file systems of tests cannot, so a copy stands for it."""
+
+    def share(target: int, _request: int, source: int) -> None:
+        os.write(target, os.pread(source, 1000, 0))
+
+    monkeypatch.setattr(intake.fcntl, "ioctl", share)
+    folder = write_folder(tmp_path / "poet")
+    seen: list[tuple[int, int | None]] = []
+    policy = Policy(roots=(tmp_path,), max_bytes=len(CONFIG) + 7)
+    assert fetch_into(store, str(folder), policy, lambda *told: seen.append(told)) == revision()
+    assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
+    with pytest.raises(SourceTooLargeError):
+        fetch_into(store, str(folder), replace(policy, max_bytes=len(CONFIG) + 6))
+
+
+class Listed(MemoryFileSystem):
+    """A file system that lists a folder once, as those of object stores do."""
+
+    protocol = "listed"
+    cachable = True
+    made: ClassVar[list[Listed]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.made.append(self)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.removeprefix("listed://"))
+        return stripped
+
+
+def test_listings_of_an_earlier_fetch_are_not_used(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("listed", Listed, clobber=True)
+    monkeypatch.setattr(Listed, "made", [])
+    fsspec.filesystem("memory").pipe(
+        {"/listed/adapter_config.json": CONFIG, "/listed/adapter_model.safetensors": b"tensors"}
+    )
+    for _ in range(2):
+        assert fetch_into(store, "listed://listed", Policy(urls=("listed://listed",))) == revision()
+    assert len(Listed.made) == 2
+
+
+class Answer(Exception):  # noqa: N818
+    """As the libraries of object stores raise it."""
+
+    def __init__(self, status: int, message: str = "") -> None:
+        super().__init__(message)
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize("method", ["info", "open", "read"])
+@pytest.mark.parametrize(
+    ("failure", "error", "said"),
+    [
+        (Answer(401), AdapterSourceError, "found: Answer$"),
+        (Answer(403, "denied"), AdapterSourceError, "found: denied$"),
+        (Answer(404, "no\n such  key"), AdapterSourceError, "found: no such key$"),
+        (PermissionError("denied"), AdapterSourceError, "found: denied$"),
+        (Answer(500, "busy"), SourceUnavailableError, r"found: busy \(try again later\)"),
+        (OSError(5, "broken"), SourceUnavailableError, "broken"),
+    ],
+)
+def test_what_libraries_raise_says_whether_a_retry_may_help(
+    method: str,
+    failure: Exception,
+    error: type[Exception],
+    said: str,
+    store: AdapterStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    fsspec.filesystem("memory").pipe(
+        {"/failing/adapter_config.json": CONFIG, "/failing/adapter_model.safetensors": b"tensors"}
+    )
+    owner = MemoryFile if method == "read" else MemoryFileSystem
+    monkeypatch.setattr(owner, method, fail)
+    with pytest.raises(error, match=said):
+        fetch_into(store, "memory://failing", Policy(urls=("memory://failing",)))
