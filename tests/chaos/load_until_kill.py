@@ -104,12 +104,14 @@ class LoadUntilKill:
         uploader = Uploader(address, self.source, self.judge, self.timeline, self.over)
         with Client(address, api_key=OPERATOR) as client:
             changers = [self._changer(client, NAMES[index::2], index) for index in range(2)]
-            targets: list[Callable[[], None]] = [
-                self._send_requests,
-                lambda: uploader.run(random.Random(self.seed)),
-                *(changer.run for changer in changers),
+            targets: list[tuple[str, Callable[[], None]]] = [
+                ("requests", self._send_requests),
+                ("slow uploads", lambda: uploader.run(random.Random(self.seed))),
+                *((f"changes {index}", changer.run) for index, changer in enumerate(changers)),
             ]
-            threads = [threading.Thread(target=target) for target in targets]
+            threads = [
+                threading.Thread(name=name, target=self._guarded, args=[target]) for name, target in targets
+            ]
             for thread in threads:
                 thread.start()
             time.sleep(seconds)
@@ -119,6 +121,14 @@ class LoadUntilKill:
             for thread in threads:
                 thread.join()
         return uploader.current
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        """Report an error of a thread under the thread's name."""
+        try:
+            target()
+        except Exception as error:
+            self.judge.violation(f"{threading.current_thread().name}: {type(error).__name__}: {error}")
+            raise
 
     def _changer(self, client: Client, names: tuple[str, ...], index: int) -> Changer:
         return Interrupted(
