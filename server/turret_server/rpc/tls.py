@@ -70,7 +70,7 @@ class TlsFiles:
             context.load_cert_chain(self._cert, self._key, password="")  # or it would prompt for one
             if self._client_ca:
                 context.load_verify_locations(self._client_ca)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise ConfigError(
                 f"{self._cert}, {self._key}{f', {self._client_ca}' if self._client_ca else ''}: expected PEM "
                 f"files of a certificate, its key without a password, and the clients' authority; {error}"
