@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -80,7 +80,10 @@ def test_of_an_adapter_with_tasks_each_takes_pages_and_one_in_the_arena_is_enoug
 
 def test_what_could_not_be_loaded_has_a_reason_and_nothing_else():
     info = describer().describe(status(None, error="no such folder"))
-    assert (info.error, info.revision, info.method, info.arena_bytes) == ("no such folder", "", None, 0)
+    known = {field.name: getattr(info, field.name) for field in fields(info)}
+    assert (known.pop("name"), known.pop("state")) == ("poet", AdapterState.FAILED)
+    assert known.pop("error") == "no such folder"
+    assert not any(known.values()), known
 
 
 def test_only_those_who_may_load_it_see_where_it_comes_from_and_why_it_failed():

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
+from support import prompts
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import QuotaExceededError, ShuttingDownError, SlowWatcherError, TooManyCallsError
 from turret_server.lifecycle import watches
@@ -137,3 +138,46 @@ async def test_permissions_that_are_taken_away_hold_for_the_rest_of_a_watch(site
         site.registry.tell("poet")
         site.registry.tell("acme-poet")
         assert (await anext(changes)).name == "acme-poet"
+
+
+async def polls(site, monkeypatch, number: int):
+    """Wait until the registry has been looked at so often."""
+    statuses, seen, loop = site.registry.statuses, asyncio.Queue(), asyncio.get_running_loop()
+
+    def counted():
+        loop.call_soon_threadsafe(seen.put_nowait, None)
+        return statuses()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(site.registry, "statuses", counted)
+        for _ in range(number):
+            await seen.get()
+
+
+async def test_what_does_not_change_is_not_reported(site, all_watches, monkeypatch):
+    """Neither for who watches from the beginning nor for who comes later."""
+    monkeypatch.setattr(watches, "POLL_SECONDS", 0.001)
+    revision = site.load("poet", 1)
+    await asyncio.to_thread(prompts.until, lambda: site.engine.is_resident(revision))
+    async with aclosing(all_watches.watch(tenant())) as first:
+        assert (await anext(first)).state is AdapterState.RESIDENT
+        change = asyncio.create_task(anext(first))
+        async with aclosing(all_watches.watch(tenant())) as second:
+            await anext(second)
+            # The third begins after the changes of the second have been reported.
+            await polls(site, monkeypatch, 3)
+            assert not change.done()
+            assert all_watches._watchers
+        # One that leaves ends no other's.
+        site.engine.drop(revision)
+        assert (await change).state is AdapterState.STAGED
+
+
+async def test_a_watch_that_comes_while_the_server_stops_ends_with_what_is_there(site, all_watches):
+    site.load("poet", 1)
+    all_watches.close()
+    async with aclosing(all_watches.watch(tenant())) as changes:
+        assert (await anext(changes)).name == "poet"
+        with pytest.raises(ShuttingDownError):
+            await anext(changes)
+    assert all_watches._watchers == set()
