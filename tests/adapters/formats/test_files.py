@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -9,8 +10,17 @@ from typing import Any
 
 import pytest
 
-from turret_adapters.errors import AdapterSourceError
-from turret_adapters.formats.files import resolve
+from turret_adapters.errors import AdapterFormatError, AdapterSourceError
+from turret_adapters.formats.files import (
+    CHUNK_BYTES,
+    MAX_NAMES_SHOWN,
+    digest_of_folder,
+    open_inside,
+    refuse_pickle,
+    resolve,
+    sync,
+    write_whole,
+)
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec
@@ -135,3 +145,71 @@ def test_errors_of_the_system_are_errors_of_the_source(
     with pytest.raises(AdapterSourceError, match=str(error.strerror).lower()) as refusal:
         read_adapter(folder, base, weights)
     assert refusal.value.__cause__ is error
+
+
+def test_a_folder_with_few_files_is_shown_whole(tmp_path: Path) -> None:
+    for index in range(MAX_NAMES_SHOWN):
+        (tmp_path / str(index)).touch()
+    with pytest.raises(AdapterSourceError, match=f"'{MAX_NAMES_SHOWN - 1}'$"):
+        resolve(str(tmp_path))
+
+
+def test_a_file_is_opened_up_to_the_size_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    with open_inside(tmp_path, "file", 5) as (file, size):
+        assert (file.read(), size) == (b"12345", 5)
+    assert file.closed
+    with (
+        pytest.raises(AdapterSourceError, match="at most 4 bytes, found 5"),
+        open_inside(tmp_path, "file", 4),
+    ):
+        pass
+
+
+def test_only_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    refuse_pickle(tmp_path)
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(AdapterFormatError, match="a pickle"):
+        refuse_pickle(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    refuse_pickle(tmp_path)
+
+
+def test_all_is_written_although_the_system_writes_it_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:3]))
+    with (tmp_path / "file").open("wb") as file:
+        write_whole(file.fileno(), b"0123456789")
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_a_digest_is_of_all_bytes_and_tells_config_and_tensors_apart(tmp_path: Path) -> None:
+    config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    found = set()
+    large = bytes(range(256)) * (2 * CHUNK_BYTES // 256)
+    contents = [(b"{}", b"x"), (b"{}x", b""), (b"", b"{}x"), (b"{}", large), (b"{}", large[:-1] + b"x")]
+    for config_bytes, tensor_bytes in contents:
+        config.write_bytes(config_bytes)
+        tensors.write_bytes(tensor_bytes)
+        found.add(digest_of_folder(tmp_path))
+        prefix = len(config_bytes).to_bytes(8, "little")
+        assert digest_of_folder(tmp_path) == hashlib.sha256(prefix + config_bytes + tensor_bytes).hexdigest()
+    assert len(found) == len(contents)
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_file_that_does_not_synchronise_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = open_files()
+    sync(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        sync(tmp_path)
+    assert open_files() == before
