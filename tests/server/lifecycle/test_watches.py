@@ -170,7 +170,7 @@ async def test_what_does_not_change_is_not_reported(site, all_watches, monkeypat
             assert all_watches._watchers
         # One that leaves ends no other's.
         site.engine.drop(revision)
-        assert (await change).state is AdapterState.STAGED
+        assert (await asyncio.wait_for(change, 60)).state is AdapterState.STAGED
 
 
 async def test_a_watch_that_comes_while_the_server_stops_ends_with_what_is_there(site, all_watches):
