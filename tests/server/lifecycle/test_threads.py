@@ -18,7 +18,10 @@ from turret_server.tenancy.tenants import Tenant
 
 @pytest.fixture
 def gate():
-    return threading.Event()
+    """Open at the end: a thread that waited on would keep the process from ending, if a test fails."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
 
 
 async def test_what_a_call_answers_is_answered(gate):
@@ -86,8 +89,8 @@ def one_at_a_time(monkeypatch):
 
 
 @pytest.mark.usefixtures("one_at_a_time")
-async def test_a_load_that_nobody_waits_for_is_not_begun_and_one_that_runs_ends():
-    queue, gate, done = LoadQueue(), threading.Event(), []
+async def test_a_load_that_nobody_waits_for_is_not_begun_and_one_that_runs_ends(gate):
+    queue, done = LoadQueue(), []
 
     def load(name: str) -> None:
         gate.wait()
@@ -119,11 +122,11 @@ async def test_a_load_that_fails_gives_its_place_back():
     assert await queue.submit(lambda: "loaded") == "loaded"
 
 
-async def test_a_tenant_has_so_many_loads_at_once_and_no_more():
+async def test_a_tenant_has_so_many_loads_at_once_and_no_more(gate):
     acme, bolt = (
         Tenant(name=name, limits=TenantLimits(), max_concurrent_loads=2) for name in ("acme", "bolt")
     )
-    queue, gate = LoadQueue(), threading.Event()
+    queue = LoadQueue()
     with queue.slot(acme):
         first = queue.submit(gate.wait, acme)
         with pytest.raises(QuotaExceededError, match="2 loads of tenant 'acme'") as refused:
