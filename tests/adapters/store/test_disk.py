@@ -264,3 +264,25 @@ def test_a_folder_with_other_contents_stays_as_it_is_and_the_store_in_it_is_priv
         "uploads": 0o700,
     }
     assert found["lock"] == 0o600
+
+
+def test_what_is_made_is_private_from_its_first_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only once its permissions are set: another user may open it before."""
+    change, before = Path.chmod, dict[str, int]()
+
+    def chmod(path: Path, new: int) -> None:
+        before.setdefault(path.name, mode(path))
+        change(path, new)
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    umask = os.umask(0)
+    try:
+        store = AdapterStore(tmp_path / "store")
+        Names(store.root / "names.sqlite", "llama").close()
+        store.close()
+    finally:
+        os.umask(umask)
+    folders = dict.fromkeys(("store", "adapters", "staging", "uploads"), 0o700)
+    assert before == {**folders, "names.sqlite": 0o600}
