@@ -75,7 +75,7 @@ class Parts:
     lifecycle: AdapterLifecycle
     generation: GenerationService
     prompts: PromptService
-    adapters: AdapterServicer
+    administration: AdapterAdministration
     watches: AdapterWatches
     access: Access
     metrics: CollectorRegistry
@@ -139,20 +139,9 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         registry=registry, library=library, lifecycle=lifecycle, describer=describer, watches=watches
     )
     AdapterMetrics(administration.states, memory, library.downloads, metrics)
-    model = ModelInfo(
-        vocab_size=loaded.vocab_size,
-        max_context=loaded.max_context,
-        block_size=arena.block_size,
-        stop_token_ids=loaded.stop_token_ids,
-    )
-    jobs = Jobs(
-        engine=engine,
-        registry=registry,
-        revisions=revisions,
-        codec=loaded.tokenizer,
-        model=model,
-        usage=UsageMetrics(metrics),
-        lazy=LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None,
+    lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
+    generation, prompts = _make_services(
+        engine, registry, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
     )
     _log_capacity(config, loaded, arena)
     release_cores()
@@ -164,18 +153,47 @@ def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts
         engine=engine,
         registry=registry,
         lifecycle=lifecycle,
-        generation=GenerationService(
-            engine=engine, jobs=jobs, codec=loaded.tokenizer, model=model, request_log=request_log
-        ),
-        prompts=PromptService(
-            engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log
-        ),
-        adapters=AdapterServicer(administration),
+        generation=generation,
+        prompts=prompts,
+        administration=administration,
         watches=watches,
         access=access,
         metrics=metrics,
         loaded=loaded,
         arena=arena,
+    )
+
+
+def _make_services(
+    engine: Engine,
+    registry: AdapterRegistry,
+    revisions: Revisions,
+    loaded: LoadedModel,
+    arena: Arena,
+    lazy: LazyAdapters | None,
+    usage: UsageMetrics,
+    request_log: RequestLog,
+) -> tuple[GenerationService, PromptService]:
+    """The services that submit jobs to the engine."""
+    model = ModelInfo(
+        vocab_size=loaded.vocab_size,
+        max_context=loaded.max_context,
+        block_size=arena.block_size,
+        stop_token_ids=loaded.stop_token_ids,
+    )
+    codec = loaded.tokenizer
+    jobs = Jobs(
+        engine=engine,
+        registry=registry,
+        revisions=revisions,
+        codec=codec,
+        model=model,
+        usage=usage,
+        lazy=lazy,
+    )
+    return (
+        GenerationService(engine=engine, jobs=jobs, codec=codec, model=model, request_log=request_log),
+        PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
     )
 
 
@@ -185,7 +203,7 @@ def make_server(parts: Parts) -> RpcServer:
     authenticator = Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
     return RpcServer(
         InferenceServicer(parts.generation),
-        parts.adapters,
+        AdapterServicer(parts.administration),
         PromptServicer(parts.prompts),
         interceptors=[CallInterceptor(authenticator, calls)],
         calls=calls,

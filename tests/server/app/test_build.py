@@ -48,7 +48,6 @@ from turret_server.errors import ConfigError, InvalidRequestError, PromptTooLong
 from turret_server.lifecycle.cleanup import CleanupWorker
 from turret_server.model.runner import ModelRunner
 from turret_server.observability.usage_log import UsageLog
-from turret_server.rpc.adapters import AdapterServicer
 from turret_server.serving.request import AdapterRef, Chunk, GenerationRequest, PinRequest
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.keys import digest_of
@@ -311,7 +310,7 @@ async def test_requests_are_checked_against_the_model(parts: Parts) -> None:
 
 
 async def test_an_adapter_that_is_described_has_the_bytes_of_its_pages(parts: Parts) -> None:
-    info = await parts.adapters._administration.get("pinned", ACME)
+    info = await parts.administration.get("pinned", ACME)
     num_pages = parts.engine.num_pages(parts.registry.status("pinned").spec)
     assert info.arena_bytes == num_pages * parts.arena.page_bytes > 0
 
@@ -387,7 +386,7 @@ async def opened(access: Access, client: grpc.ChannelCredentials | None = None) 
         metrics=CollectorRegistry(),
         generation=None,
         prompts=prompts,
-        adapters=AdapterServicer(None),
+        administration=None,
     )
     server = make_server(parts)
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
