@@ -152,7 +152,7 @@ def read_modules(fields: Fields, name: str) -> str | frozenset[str]:
 def match_modules(field: str, modules: str | frozenset[str], paths: Sequence[str]) -> set[str]:
     """The paths that a regular expression matches completely, or that equal a name or end with `.name`."""
     if isinstance(modules, str):
-        matches = _first_matches(field, "fullmatch", [modules], paths) if modules else [None] * len(paths)
+        matches = _first_matches(field, "fullmatch", [modules], paths)
         return {path for path, match in zip(paths, matches, strict=True) if match is not None}
     return {path for path in paths if not modules.isdisjoint(_suffixes(path))}
 
