@@ -1,9 +1,8 @@
 """`target_parameters`: low-rank pairs of stacked experts and of routers, as in peft's `ParamWrapper`.
 
 peft wraps the module that has the parameters once per parameter, one wrapper inside the other, and stacks the
-pairs
-of all experts: A is [experts · rank, in], ordered by expert, and B is [out, rank · experts], ordered by rank.
-A router counts as one expert.
+pairs of all experts: A is [experts · rank, in], ordered by expert, and B is [out, rank · experts], ordered by
+rank. A router counts as one expert.
 
 Shape suffixes: R rank, X experts, I in_features, O out_features.
 """
