@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import Fields
 from turret_adapters.formats.kind import Rows
+from turret_adapters.formats.kinds import lora
 from turret_adapters.formats.parameters import find_parameters, stacked_pairs
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
@@ -78,3 +81,38 @@ def test_rows_of_a_are_by_expert_and_columns_of_b_by_rank():
         assert delta.scaling == 0.5
         assert torch.equal(delta.rows[Part.LORA_A], a_RI[2 * expert : 2 * expert + 2])
         assert torch.equal(delta.rows[Part.LORA_B], b_OR[:, expert::3].T)
+
+
+def plan(**fields: object):
+    return lora.KIND.plan(Fields({"target_parameters": ["down_proj"], **fields}), BASE)
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias", "alora_invocation_tokens"])
+def test_what_peft_has_for_modules_alone_is_refused_beside_parameters(field):
+    value = [5] if field == "alora_invocation_tokens" else True
+    with pytest.raises(AdapterFormatError, match=f"'{field}' to be empty beside target_parameters"):
+        plan(**{field: value})
+
+
+def test_a_config_may_target_parameters_alone_but_not_nothing():
+    assert {pair.experts[0] for pair in plan().stacked} == {
+        f"layers.{layer}.experts.down_proj.0" for layer in range(2)
+    }
+    assert plan().modules == ()
+    with pytest.raises(AdapterFormatError, match="'target_modules' to be a list of names or a pattern"):
+        plan(target_parameters=[])
+
+
+@pytest.mark.parametrize(("of_modules", "of_parameters"), [(2, 5), (5, 2)])
+def test_the_largest_rank_is_that_of_modules_and_parameters(of_modules, of_parameters):
+    linear = ModuleShape(kind=ModuleKind.LINEAR, in_features=HIDDEN, out_features=HIDDEN)
+    base = replace(BASE, modules={**BASE.modules, "layers.0.q_proj": linear})
+    fields = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["down_proj"],
+        "r": of_modules,
+        "rank_pattern": {"experts.down_proj": of_parameters},
+    }
+    made = lora.KIND.plan(Fields(fields), base)
+    tensors = {key: torch.zeros(each.shape) for key, each in made.expected.items()}
+    assert made.build(tensors, None).max_rank == 5

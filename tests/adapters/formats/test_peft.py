@@ -19,6 +19,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
 )
+from safetensors.torch import load_file
 
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.kinds import KINDS
@@ -288,6 +289,19 @@ def test_revision_is_the_digest_of_both_files(
 
     specs = [first, other_tensors, other_config, other_header]
     assert len({spec.revision for spec in specs}) == len(specs)
+
+
+def test_progress_is_the_place_of_each_tensor_before_it_is_read(
+    sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
+    files, seen = sound["LORA"], []
+    folder = files.write(tmp_path)
+    read_adapter(folder, base, weights, lambda done, total: seen.append((done, total)))
+    tensors = load_file(folder / "adapter_model.safetensors").values()
+    done = [done for done, _ in seen]
+    assert {total for _, total in seen} == {(folder / "adapter_model.safetensors").stat().st_size}
+    assert (len(done), done[0], done) == (len(tensors), 0, sorted(set(done)))
+    assert sum(tensor.nbytes for tensor in tensors) - done[-1] in {tensor.nbytes for tensor in tensors}
 
 
 def test_fields_that_only_training_reads_are_free(

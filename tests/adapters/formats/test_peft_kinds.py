@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import (
     VeraConfig,
 )
 
+from turret_adapters.formats.kinds import lora as formats_lora
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights, HostAdapter, ModuleDelta
 from turret_adapters.spec import BaseSpec, Method, ModuleKind, ModuleShape, Part, PrefixKind
@@ -180,6 +182,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {
     ),
     "adalora": ("llama", adalora(target_modules=["q_proj", "down_proj", "lm_head"]), {A, B}),
     "adalora, no alpha": ("llama", adalora(lora_alpha=0, use_rslora=True), {A, B}),
+    "adalora, negative alpha": ("llama", adalora(lora_alpha=-3), {A, B}),
     "adalora, biases": ("qwen2", adalora(bias="all", modules_to_save=["lm_head"]), {A, B, BIAS, WEIGHT}),
     "adalora, tokens": ("llama", adalora(trainable_token_indices=[9, 2]), {A, B, TOKENS}),
     "vera": ("llama", vera(), {A, B}),
@@ -314,6 +317,48 @@ def test_a_pruned_adalora(
         assert [delta.rows[A].shape[0] for delta in found.deltas.values()] == [5, 2]
         assert found.spec.max_rank == 5
         check(found, base, weights, make_model("llama"), load(saved.folder))
+
+
+def test_a_large_modules_norms_are_computed_in_parts(
+    *,
+    save: Callable,
+    load: Callable,
+    base: BaseSpec,
+    weights: BaseWeights,
+    make_model: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saved = save(lora(target_modules=["lm_head", "up_proj"], use_dora=True)(), seed=3)
+    monkeypatch.setattr(formats_lora, "DORA_ROWS", 30)
+    found = read_adapter(saved.folder, base, weights)
+    check(found, base, weights, make_model("llama"), load(saved.folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(target_modules=["q_proj"], total_step=9),
+        VeraConfig(target_modules=["q_proj"]),
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_absent_fields_have_the_defaults_of_each_kind_in_peft(
+    config: Any, save: Callable, base: BaseSpec, weights: BaseWeights
+) -> None:
+    path = save(config, seed=3).folder / "adapter_config.json"
+    expected = read_adapter(path.parent, base, weights)
+    given = ("peft_type", "target_modules", "num_virtual_tokens")
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if name in given}
+    path.write_text(json.dumps(fields))
+
+    found = read_adapter(path.parent, base, weights)
+
+    assert found.spec.rows == expected.spec.rows
+    assert (found.spec.max_rank, len(found.tasks)) == (expected.spec.max_rank, len(expected.tasks))
+    assert {name: delta.scaling for name, delta in found.deltas.items()} == {
+        name: delta.scaling for name, delta in expected.deltas.items()
+    }
 
 
 def test_an_activated_lora(save: Callable, load: Callable, base: BaseSpec, weights: BaseWeights) -> None:

@@ -16,9 +16,9 @@ import torch
 from peft.utils.peft_types import PeftType
 
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
-from turret_adapters.formats import peft, targets
+from turret_adapters.formats import peft, replaced, targets
 from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
-from turret_adapters.formats.kinds import KINDS
+from turret_adapters.formats.kinds import CONVERTIBLE, KINDS, lora, prompts, vera
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.formats.tensors import MAX_HEADER_BYTES
 from turret_adapters.host import BaseWeights
@@ -174,6 +174,38 @@ def test_a_field_that_is_not_served(
     refused(sound[method].write(tmp_path), base, AdapterFormatError, "adapter_config.json", field)
 
 
+LARGEST: list[tuple[str, str, int]] = [
+    ("LORA", "r", lora.MAX_RANK),
+    ("ADALORA", "init_r", lora.MAX_RANK),
+    ("VERA", "r", vera.MAX_RANK),
+    ("MULTITASK_PROMPT_TUNING", "num_tasks", prompts.MAX_TASKS),
+    ("MULTITASK_PROMPT_TUNING", "num_ranks", prompts.MAX_TASK_RANK),
+    *[
+        (method, "num_virtual_tokens", prompts.MAX_VIRTUAL_TOKENS)
+        for method in ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+    ],
+]
+
+
+@pytest.mark.parametrize(("method", "field", "most"), LARGEST)
+def test_a_size_is_served_up_to_its_limit(
+    *, method: str, field: str, most: int, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
+) -> None:
+    """Of the largest, only the tensors of this file are not the config's."""
+    sound[method].fields[field] = most
+    message = refused(sound[method].write(tmp_path), base, AdapterFormatError, "expected shape", str(most))
+    assert message.startswith("tensor ")
+    sound[method].fields[field] = most + 1
+    refused(sound[method].write(tmp_path), base, AdapterFormatError, f"{field!r} to be an integer from 1 to")
+
+
+def test_invocation_tokens_up_to_the_limits(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    tokens = [0, 2**31 - 1] * (lora.MAX_INVOCATION_TOKENS // 2)
+    sound["LORA"].fields["alora_invocation_tokens"] = tokens
+    found = read_adapter(sound["LORA"].write(tmp_path), base, NO_WEIGHTS)
+    assert list(found.spec.invocation_tokens) == tokens
+
+
 EMBEDDING = ["q_proj", "embed_tokens"]
 COMBINATIONS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True, "lora_bias": True}, "lora_bias"),
@@ -235,6 +267,32 @@ def test_more_than_memory_holds(
         del sound[method].fields["num_virtual_tokens"], sound[method].fields["token_dim"]
     wide = with_linears(dataclasses.replace(base, hidden_size=8192), in_features=1 << 20)
     refused(sound[method].write(tmp_path), wide, AdapterFormatError, field, str(MAX_TENSORS_BYTES))
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "num_bytes"),
+    [
+        # 3 layers of q_proj (32 to 48) and down_proj (40 to 32) with rank 4.
+        ("VERA", vera, 3 * (32 + 48 + 40 + 32) * 4 * 4),
+        # 3 tasks of 5 virtual tokens.
+        ("MULTITASK_PROMPT_TUNING", prompts, 3 * 5 * 32 * 4),
+    ],
+)
+def test_what_is_computed_may_be_as_large_as_a_file(
+    *,
+    method: str,
+    module: Any,
+    num_bytes: int,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = sound[method].write(tmp_path)
+    monkeypatch.setattr(module, "MAX_TENSORS_BYTES", num_bytes)
+    read_adapter(folder, base, NO_WEIGHTS)
+    monkeypatch.setattr(module, "MAX_TENSORS_BYTES", num_bytes - 1)
+    refused(folder, base, AdapterFormatError, f"at most {num_bytes - 1} bytes")
 
 
 @pytest.mark.parametrize("peft_type", ["LOHA", "LOKR"])
@@ -303,6 +361,58 @@ def test_a_saved_copy_that_was_trained(
     refused(files.write(tmp_path), base, AdapterBaseError, key, "copy", weights=weights)
 
 
+@pytest.mark.parametrize("row", [0, 31, 60])
+def test_every_row_of_a_copy_is_compared(
+    *,
+    row: int,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replaced, "ROWS_COMPARED", 30)
+    files = sound["LORA"]
+    files.tensors[f"{HEAD}.weight"] = weights.weight("lm_head").clone()
+    read_adapter(files.write(tmp_path), base, weights)
+    files.tensors[f"{HEAD}.weight"][row] *= 1.01
+    refused(files.write(tmp_path), base, AdapterBaseError, f"{HEAD}.weight", "copy", weights=weights)
+
+
+def test_a_copy_of_a_bias_is_compared_with_the_bases(
+    sound: dict[str, Any],
+    base_of_family: Callable[[str], BaseSpec],
+    weights_of_family: Callable[[str], BaseWeights],
+    tmp_path: Path,
+) -> None:
+    files, base, weights = sound["LORA"], base_of_family("phi"), weights_of_family("phi")
+    bias = weights.bias("lm_head")
+    assert bias is not None
+    files.fields["target_modules"] = ["lm_head"]
+    files.tensors.clear()
+    files.tensors.update(
+        {f"{HEAD}.lora_A.weight": torch.ones(4, 32), f"{HEAD}.lora_B.weight": torch.ones(61, 4)}
+    )
+    files.tensors[f"{HEAD}.base_layer.bias"] = bias.clone()
+    assert list(read_adapter(files.write(tmp_path), base, weights).deltas) == ["lm_head"]
+    files.tensors[f"{HEAD}.base_layer.bias"][60] += 1
+    refused(files.write(tmp_path), base, AdapterBaseError, f"{HEAD}.base_layer.bias", "copy", weights=weights)
+
+
+def test_a_copy_beside_trained_tokens_of_the_same_module_is_none(
+    sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+) -> None:
+    files = sound["LORA"]
+    files.fields["trainable_token_indices"] = [5]
+    files.tensors[f"{EMBED}.token_adapter.trainable_tokens_delta"] = torch.ones(1, 32)
+    files.tensors[f"{HEAD}.weight"] = weights.weight("lm_head").clone()
+    read_adapter(files.write(tmp_path), base, weights)
+    files.tensors[f"{EMBED}.weight"] = weights.weight("model.embed_tokens").clone()
+    refused(
+        files.write(tmp_path), base, AdapterFormatError, f"{EMBED}.weight", "only tensors", weights=weights
+    )
+
+
 def test_numbers_that_are_finite_only_in_the_file(
     sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
 ) -> None:
@@ -322,6 +432,53 @@ def test_numbers_that_are_finite_only_in_the_file(
     refused(files.write(tmp_path), base, AdapterFormatError, "NaN", weights=weights)
 
 
+class LargeBias(NoWeights):
+    def bias(self, module: str) -> torch.Tensor | None:
+        assert module == Q0_NAME
+        return torch.full((48,), 3.0)
+
+
+Q0_NAME = Q0.removeprefix("base_model.model.")
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "large", "named"),
+    [
+        ("VERA", {}, {f"{Q0}.vera_lambda_b": (48,), f"{Q0}.vera_lambda_d": (4,)}, Q0_NAME),
+        (
+            "MULTITASK_PROMPT_TUNING",
+            {},
+            {"prefix_task_cols": (3, 5, 2), "prefix_task_rows": (3, 2, 32)},
+            "prompt_embeddings",
+        ),
+        ("IA3", {}, {f"{Q0}.ia3_l": (48, 1)}, Q0_NAME),
+        ("LORA", {"lora_bias": True, "lora_alpha": 16}, {f"{Q0}.lora_B.bias": (48,)}, Q0_NAME),
+    ],
+    ids=["vera", "multitask", "ia3 with a bias", "lora with a bias"],
+)
+def test_what_is_computed_is_finite(
+    *,
+    method: str,
+    fields: dict[str, Any],
+    large: dict[str, tuple[int, ...]],
+    named: str,
+    sound: dict[str, Any],
+    base_of_family: Callable[[str], BaseSpec],
+    tmp_path: Path,
+) -> None:
+    """qwen2's query has a bias."""
+    files = sound[method]
+    if method in ("IA3", "LORA"):
+        files.fields["target_modules"] = [Q0_NAME]
+        for key in [key for key in files.tensors if not key.startswith(f"{Q0}.")]:
+            del files.tensors[key]
+    files.fields.update(fields)
+    files.tensors.update({key: torch.full(shape, 3e38) for key, shape in large.items()})
+
+    base = base_of_family("qwen2")
+    refused(files.write(tmp_path), base, AdapterFormatError, repr(named), "NaN", weights=LargeBias())
+
+
 @pytest.mark.parametrize("field", ["layers_to_transform", "layers_pattern"])
 def test_layers_beside_a_regular_expression(
     field: str, sound: dict[str, Any], base: BaseSpec, tmp_path: Path
@@ -337,6 +494,7 @@ def test_a_method_that_is_not_served(
     sound["LORA"].fields["peft_type"] = peft_type
     message = refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "peft_type", peft_type)
     assert ", ".join(KINDS) in message
+    assert ("turret adapters convert" in message) == (peft_type in CONVERTIBLE)
 
 
 @pytest.mark.parametrize("peft_type", [None, 3, ["LORA"], {"a": 1}, "lora"])
@@ -462,6 +620,8 @@ TENSORS: list[tuple[str, Callable[[Any], Any], type[AdapterError], tuple[str, ..
         AdapterBaseError,
         ("transformer.h.0.c_attn", "tiny-llama"),
     ),
+    # A key that is not under the base's model does not name a module of it.
+    ("LORA", put("transformer.c_attn.lora_A.weight", 4, 32), AdapterFormatError, ("only tensors of the",)),
     (
         "LORA",
         put(f"{Q0.replace('q_proj', 'k_proj')}.lora_A.weight", 4, 32),
@@ -470,7 +630,13 @@ TENSORS: list[tuple[str, Callable[[Any], Any], type[AdapterError], tuple[str, ..
     ),
     ("LORA", lambda t: t.pop(f"{Q0}.lora_A.weight"), AdapterFormatError, (f"{Q0}.lora_A.weight",)),
     ("LORA", lambda t: t.pop(f"{Q0}.lora_B.weight"), AdapterFormatError, (f"{Q0}.lora_B.weight",)),
-    ("LORA", lambda t: t.clear(), AdapterFormatError, ("lora_A.weight",)),
+    # 3 layers of 2 modules have a pair each; the copies of the embedding and the head are optional.
+    (
+        "LORA",
+        lambda t: t.clear(),
+        AdapterFormatError,
+        ("0.mlp.down_proj.lora_A.weight", "expected 12 tensors", "this and 11 others"),
+    ),
     ("PREFIX_TUNING", lambda t: t.clear(), AdapterFormatError, ("prompt_embeddings",)),
     # Shapes.
     (
@@ -490,6 +656,9 @@ TENSORS: list[tuple[str, Callable[[Any], Any], type[AdapterError], tuple[str, ..
     ("LORA", put(f"{Q0}.lora_A.weight", 128), AdapterFormatError, ("[4, 32]", "[128]")),
     ("LORA", put(f"{Q0}.lora_A.weight", 4, 32, 1), AdapterFormatError, ("[4, 32]", "[4, 32, 1]")),
     ("LORA", put(f"{Q0}.lora_A.weight", 0, 32), AdapterFormatError, ("[4, 32]", "[0, 32]")),
+    # The base's width is named before the config's rank, since the config may be right.
+    ("LORA", put(f"{Q0}.lora_A.weight", 6, 31), AdapterBaseError, ("[6, 31]", "where 32 is a width")),
+    ("LORA", put(f"{Q0}.lora_A.weight", 6, 32), AdapterFormatError, ("where 4 is what adapter_config.json",)),
     ("PREFIX_TUNING", put("prompt_embeddings", 5, 288), AdapterBaseError, ("[5, 144]", "[5, 288]")),
     ("PREFIX_TUNING", put("prompt_embeddings", 6, 144), AdapterFormatError, ("[5, 144]", "[6, 144]")),
     ("PROMPT_TUNING", put("prompt_embeddings", 5, 33), AdapterBaseError, ("[5, 32]", "[5, 33]")),
