@@ -156,16 +156,16 @@ def test_sigterm_lets_running_requests_finish(base_of, cache):
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("--model", "/nowhere"), 1, "no such folder"),
+        (("--model", "/nowhere"), 2, "no such folder"),
         (("--memory", "plenty"), 2, "--memory plenty"),
-        (("--memory", "1KiB"), 1, "less than one page"),
+        (("--memory", "1KiB"), 2, "less than one page"),
         (("--max-batch-requests", "9", "--max-batch-tokens", "8"), 2, "--max-batch-requests"),
         (("--listen", "nowhere"), 2, "HOST:PORT"),
-        (("--listen", "0.0.0.0:0"), 1, "--allow-unauthenticated"),
-        (("--listen", "[::]:0"), 1, "--allow-unauthenticated"),
+        (("--listen", "0.0.0.0:0"), 2, "--allow-unauthenticated"),
+        (("--listen", "[::]:0"), 2, "--allow-unauthenticated"),
         (("--tls-cert", __file__), 2, "--tls-cert and --tls-key belong together"),
-        (("--tls-cert", __file__, "--tls-key", __file__), 1, "expected PEM files"),
-        (("--tenants", __file__), 1, "expected a TOML file"),
+        (("--tls-cert", __file__, "--tls-key", __file__), 2, "expected PEM files"),
+        (("--tenants", __file__), 2, "expected a TOML file"),
     ],
 )
 def test_a_wrong_setting_is_an_error_of_one_line(base_of, cache, arguments, status, said):

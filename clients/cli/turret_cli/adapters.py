@@ -164,6 +164,10 @@ def split(name: str, revision: str, percent: int, *, server: str, as_json: bool)
 
     The first 8 digits of the revision are enough. Requests with the same --routing-key use the same revision.
     """
+    if percent and not revision:
+        raise click.UsageError(
+            f"Give the REVISION for {percent} % of the requests; `turret adapters show {name}` lists them."
+        )
     with connect(server) as client:
         print_adapters([client.set_traffic_split(name, revision, percent)], as_json=as_json)
 

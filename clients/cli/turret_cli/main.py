@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from turret_cli import INTERRUPTED
 from turret_cli.adapters import adapters
 from turret_cli.bench import bench
 from turret_cli.common import FailureError
@@ -17,8 +18,6 @@ from turret_cli.tenants import tenants
 from turret_cli.validate import validate
 from turret_client import InternalError, TurretError
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
-
 
 class _Commands(click.Group):
     """Ends every command in the same way, however it fails."""
@@ -27,7 +26,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            ctx.exit(_INTERRUPTED)
+            ctx.exit(INTERRUPTED)
         except TurretError as error:
             message = str(error)
             if isinstance(error, InternalError) and error.request_id:

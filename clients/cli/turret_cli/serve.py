@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,9 @@ from turret_cli.local import server_code
 
 if TYPE_CHECKING:
     from turret_server.config import Setting
+
+
+log = logging.getLogger(__name__)
 
 
 class _SettingOption(click.Option):
@@ -94,6 +98,7 @@ def serve(*, config: Path | None, **flags: Any) -> None:
     signals = StopSignals()
     with signals.handled(), server_code("server"), settings.named_as_given():
         logs.set_up(validated.log_level, validated.log_format)
+        log.info("starting: model %s, address %s", validated.model, validated.listen)
         from turret_server.app.run import serve as run  # noqa: PLC0415 -- torch and the model's libraries
 
         logs.take_over("transformers", "huggingface_hub")

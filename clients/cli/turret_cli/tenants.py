@@ -75,5 +75,6 @@ def key(name: str, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"tenant": name, "key": made, "digest": digest_of(made)}))
     else:
-        click.echo(f'key, for the tenant alone:\n{made}\n\nfor the tenants file:\n[tenants."{name}"]')
-        click.echo(f'keys = ["{digest_of(made)}"]')
+        table = f'"{name}"' if "." in name else name
+        click.echo(f"key, for the tenant alone:\n{made}\n\nfor the tenants file:\n[tenants.{table}]")
+        click.echo(f'keys = ["{digest_of(made)}"]\n# Add what the tenant may do, such as: use = ["{name}-*"]')

@@ -32,7 +32,7 @@ _CLASSES = {
 _TRANSPORT_MESSAGES = {
     grpc.StatusCode.UNAVAILABLE: (
         "cannot reach a Turret server at {address} ({details}); "
-        "start one with `turret serve`, or check the address and the TLS options"
+        "start one with `turret serve`, wait until it serves, or check the address and the TLS options"
     ),
     grpc.StatusCode.DEADLINE_EXCEEDED: "the call to {address} did not finish within the timeout",
     grpc.StatusCode.UNIMPLEMENTED: (

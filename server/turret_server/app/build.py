@@ -286,7 +286,10 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
     arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
     if not arena.num_pages:
-        raise ConfigError(f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes")
+        raise ConfigError(
+            f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes; expected a size such "
+            "as 2GiB, or a fraction of the free memory such as 0.5"
+        )
     return loaded, arena
 
 

@@ -68,12 +68,18 @@ class TlsFiles:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self._cert, self._key, password="")  # or it would prompt for one
+        except OSError as error:
+            raise ConfigError(
+                f"--tls-cert {self._cert}, --tls-key {self._key}: expected PEM files of a certificate and "
+                f"its key without a password; {error}"
+            ) from error
+        try:
             if self._client_ca:
                 context.load_verify_locations(self._client_ca)
         except OSError as error:
             raise ConfigError(
-                f"{self._cert}, {self._key}{f', {self._client_ca}' if self._client_ca else ''}: expected PEM "
-                f"files of a certificate, its key without a password, and the clients' authority; {error}"
+                f"--tls-client-ca {self._client_ca}: expected a PEM file of the authority that signs the "
+                f"clients' certificates; {error}"
             ) from error
 
 

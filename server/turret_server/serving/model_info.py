@@ -40,10 +40,12 @@ class ModelInfo:
             PromptTooLongError: they do not.
         """
         if num_tokens + num_generated > self.max_context:
+            if num_tokens < self.max_context:
+                what = f"take {num_tokens}, and max_tokens is {num_generated}; shorten the prompt or lower it"
+            else:
+                what = f"take {num_tokens}; shorten the prompt"
             raise PromptTooLongError(
-                f"the model's context has {self.max_context} tokens; prompt and virtual tokens take "
-                f"{num_tokens}, and {num_generated} are to be generated; shorten the prompt or lower "
-                "max_tokens",
+                f"the model's context has {self.max_context} tokens; prompt and virtual tokens {what}",
                 max_context=self.max_context,
                 prompt_tokens=num_tokens,
                 max_tokens=num_generated,

@@ -118,3 +118,11 @@ def test_watch_prints_each_change(turret):
     ]
     printed = turret("adapters", "watch", "--json").stdout.splitlines()
     assert [json.loads(line)["name"] for line in printed] == ["pirate", "broken"]
+
+
+def test_a_split_needs_its_revision(turret, server):
+    result = turret("adapters", "split", "pirate", "--percent", "10")
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "Give the REVISION for 10 % of the requests; `turret adapters show pirate` lists them." in (
+        " ".join(result.stderr.split())
+    )

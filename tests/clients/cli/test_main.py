@@ -197,3 +197,24 @@ def test_serve_help_imports_only_the_settings():
     )
     expected = ["turret_server", "turret_server.config", "turret_server.errors"]
     assert (run.returncode, run.stderr) == (0, f"{expected}\n")
+
+
+INTERRUPTED_WHILE_IMPORTING = """
+import sys
+from turret_cli import run
+
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "turret_cli.adapters":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+run()
+"""
+
+
+def test_ctrl_c_during_the_imports_ends_quietly():
+    done = subprocess.run(  # noqa: S603 -- our own code
+        [sys.executable, "-c", INTERRUPTED_WHILE_IMPORTING], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
