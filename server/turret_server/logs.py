@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -47,8 +48,8 @@ def set_up(level: str, form: Format) -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(capture=True)
-    if form == "json":
-        # Progress bars are not JSON. The variable is read when the library is imported.
+    if form == "json" or not sys.stderr.isatty():
+        # Progress bars are for terminals. The variable is read when the library is imported.
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 from contextlib import contextmanager
@@ -133,6 +134,19 @@ def unconfigured():
             logging.captureWarnings(capture=False)
 
 
+@pytest.mark.parametrize(
+    ("form", "is_terminal", "disabled"),
+    [("human", True, None), ("human", False, "1"), ("json", True, "1"), ("json", False, "1")],
+)
+def test_progress_bars_appear_only_between_lines_for_people_at_a_terminal(
+    monkeypatch, form, is_terminal, disabled
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    with unconfigured():
+        logs.set_up("warning", form)
+        assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == disabled
+
+
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_the_log_goes_to_standard_error_in_its_format_from_its_level_on(capsys, form):
     with unconfigured() as root:
@@ -142,8 +156,6 @@ def test_the_log_goes_to_standard_error_in_its_format_from_its_level_on(capsys, 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("old", stacklevel=1)
-        # A progress bar between lines of JSON is no JSON.
-        assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == ("1" if form == "json" else None)
     out, written = capsys.readouterr()
     assert out == ""
     first, second, *_ = written.splitlines()

@@ -26,6 +26,7 @@ from turret_adapters.errors import AdapterNotFoundError
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
+from turret_server.app.budgets import max_adapter_bytes
 from turret_server.app.build import (
     Access,
     Parts,
@@ -93,6 +94,10 @@ def test_a_server_on_loopback_loads_from_any_folder_unless_sources_are_named() -
     assert _source_policy(config(**local)).roots == (Path("/"),)
     policy = _source_policy(config(**local, allow_source=("/srv", "hf://owner")))
     assert (policy.roots, policy.urls) == ((Path("/srv"),), ("hf://owner",))
+
+
+def test_an_adapter_may_be_as_large_as_the_memory_allows() -> None:
+    assert _source_policy(config()).max_bytes == max_adapter_bytes()
 
 
 def test_other_servers_load_only_from_what_is_named(tmp_path: Path) -> None:
