@@ -123,6 +123,7 @@ def unconfigured():
     pytest adds handlers of its own before each test.
     """
     root, variable = logging.getLogger(), "HF_HUB_DISABLE_PROGRESS_BARS"
+    logging.captureWarnings(capture=False)  # a test that ran a command may have left it on
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(root, "handlers", [])
         patched.setattr(root, "level", root.level)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.gate import GatedSampler
 from support.serving import serving
 from turret_client import Client
 from turret_server.config import ServerConfig
@@ -10,7 +11,13 @@ ADAPTERS = ("lora", "prefix", "prompt", "p-tuning")
 
 
 @pytest.fixture(scope="module")
-def served(base_of, adapter_of, quantised_cache):
+def gate() -> GatedSampler:
+    """Holds the steps of `served` while it is closed."""
+    return GatedSampler()
+
+
+@pytest.fixture(scope="module")
+def served(base_of, adapter_of, quantised_cache, gate):
     config = ServerConfig(
         model=str(base_of("llama")),
         dtype="float32",
@@ -21,7 +28,7 @@ def served(base_of, adapter_of, quantised_cache):
         max_queue=64,
         cache=quantised_cache,
     )
-    with serving(config) as served:
+    with serving(config, gate) as served:
         for name in ADAPTERS:
             served.parts.lifecycle.load(name, str(adapter_of("llama", name)))
         yield served

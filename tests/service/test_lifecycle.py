@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from support.prompts import PROMPT, until
-from turret_client import AdapterMethod, AdapterState, NotFoundError, TurretError
+from turret_client import AdapterMethod, AdapterState, Generation, NotFoundError, TurretError
 
 
 @pytest.fixture
@@ -17,6 +22,21 @@ def loaded(client, adapter_of):
     yield "mine"
     if any(adapter.name == "mine" for adapter in client.list_adapters()):
         client.unload_adapter("mine")
+
+
+@pytest.fixture
+def running(client, loaded, gate):
+    """Requests on the adapter that do not get on until the block ends."""
+
+    @contextmanager
+    def run(count: int) -> Iterator[list[Future[Generation]]]:
+        with ThreadPoolExecutor(count) as pool, gate.closed():
+            ask = partial(client.generate, PROMPT, adapter=loaded, max_tokens=60)
+            requests = [pool.submit(ask) for _ in range(count)]
+            until(lambda: client.get_adapter(loaded).active_requests == count)
+            yield requests
+
+    return run
 
 
 def test_an_adapter_says_what_it_is(client, loaded, served):
@@ -36,21 +56,19 @@ def test_a_loaded_adapter_becomes_resident_before_a_request_asks_for_it(client, 
     until(lambda: client.get_adapter(loaded).state is AdapterState.RESIDENT)
 
 
-def test_a_swap_leaves_running_streams_on_their_revision(client, loaded, adapter_of):
+def test_a_swap_leaves_running_requests_on_their_revision(client, loaded, adapter_of, running):
     old = client.generate(PROMPT, adapter=loaded, max_tokens=60)
-    streams = [client.stream(PROMPT, adapter=loaded, max_tokens=60) for _ in range(3)]
-    begun = [next(stream) for stream in streams]
-    swapped = client.load_adapter(loaded, str(adapter_of("llama", "lora", seed=1)))
-    assert swapped.revision != old.revision
-    assert swapped.draining_revisions == (old.revision,)
+    with running(3) as requests:
+        swapped = client.load_adapter(loaded, str(adapter_of("llama", "lora", seed=1)))
+        assert swapped.revision != old.revision
+        assert swapped.draining_revisions == (old.revision,)
 
     new = client.generate(PROMPT, adapter=loaded, max_tokens=60)
     assert new.revision == swapped.revision
     assert new.token_ids != old.token_ids
-    for first, stream in zip(begun, streams, strict=True):
-        chunks = [first, *stream]
-        assert {chunk.revision for chunk in chunks} == {old.revision}
-        assert "".join(chunk.text for chunk in chunks) == old.text
+    assert [request.result() for request in requests] == [
+        replace(old, usage=request.result().usage) for request in requests
+    ]
     until(lambda: client.get_adapter(loaded).draining_revisions == ())
 
 
@@ -60,16 +78,15 @@ def test_loading_the_same_content_again_changes_nothing(client, loaded, adapter_
     assert client.get_adapter(loaded).draining_revisions == ()
 
 
-def test_unloading_in_use_lets_running_requests_end_and_refuses_new_ones(client, loaded, served):
+def test_unloading_in_use_lets_running_requests_end_and_refuses_new_ones(client, loaded, served, running):
     whole = client.generate(PROMPT, adapter=loaded, max_tokens=60)
-    stream = client.stream(PROMPT, adapter=loaded, max_tokens=60)
-    first = next(stream)
-    assert client.unload_adapter(loaded).state is AdapterState.DRAINING
-    assert client.get_adapter(loaded).state is AdapterState.DRAINING
-    with pytest.raises(NotFoundError) as refused:
-        client.generate(PROMPT, adapter=loaded)
-    assert refused.value.reason == "ADAPTER_NOT_FOUND"
-    assert "".join(chunk.text for chunk in [first, *stream]) == whole.text
+    with running(1) as requests:
+        assert client.unload_adapter(loaded).state is AdapterState.DRAINING
+        assert client.get_adapter(loaded).state is AdapterState.DRAINING
+        with pytest.raises(NotFoundError) as refused:
+            client.generate(PROMPT, adapter=loaded)
+        assert refused.value.reason == "ADAPTER_NOT_FOUND"
+    assert [request.result().text for request in requests] == [whole.text]
 
     until(lambda: all(adapter.name != loaded for adapter in client.list_adapters()))
     with pytest.raises(NotFoundError):

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.gate import GatedSampler
 from support.models import MAX_CONTEXT
 from support.prompts import until
 from support.serving import serving
@@ -37,11 +36,6 @@ def prompt_of(num_tokens: int) -> list[int]:
     """A prompt that shares no block with any other."""
     first = next(_first_tokens)
     return [3 + first % 300, 3 + first // 300, *(3 + index % 300 for index in range(num_tokens - 2))]
-
-
-@pytest.fixture(scope="module")
-def gate() -> GatedSampler:
-    return GatedSampler()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
-from support.gate import GatedSampler
 from support.prompts import PROMPT, until
 from support.serving import serving
 from turret.v1 import inference_pb2
@@ -17,11 +16,6 @@ from turret_server.config import ServerConfig
 
 HANG_S = 60
 """Only so that a failing test ends."""
-
-
-@pytest.fixture(scope="module")
-def gate() -> GatedSampler:
-    return GatedSampler()
 
 
 @pytest.fixture(scope="module")
