@@ -25,7 +25,7 @@ test: $(READY)  ## Run the test suite, without what test-all runs
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m 'not slow'
 
 test-all: $(READY)  ## Run the tests that take minutes
-	@$(BIN)/python -m pytest --quiet -m slow
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m slow
 
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
 	@$(BIN)/python tests/parity/matrix.py

@@ -74,6 +74,16 @@ CASES = [
 ]
 
 
+# One of each shape of module: plain, with norms of queries and keys, with fused linears, with experts. The
+# others run in `make test-all`.
+_QUICK = {"llama", "gemma3", "phi3", "mixtral"}
+
+
+def _marks(family: str) -> list[pytest.MarkDecorator]:
+    """A family's tests share a worker and its model."""
+    return [pytest.mark.xdist_group(family), *([] if family in _QUICK else [pytest.mark.slow])]
+
+
 def cases_of(family: str) -> list[Case]:
     kinds = kinds_of(family)
     return [case for case in CASES if all(named.name in kinds for named in case.named)]
@@ -81,7 +91,7 @@ def cases_of(family: str) -> list[Case]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in FAMILIES],
+    params=[pytest.param(family, marks=_marks(family)) for family in FAMILIES],
 )
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -145,7 +155,7 @@ def check(oracle: Oracle, sampler: RecordingSampler, case: Case, requests: list[
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        pytest.param(family, case, id=f"{family}-{case.name}", marks=pytest.mark.xdist_group(family))
+        pytest.param(family, case, id=f"{family}-{case.name}", marks=_marks(family))
         for family in FAMILIES
         for case in cases_of(family)
     ],
