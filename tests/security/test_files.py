@@ -132,7 +132,7 @@ def test_an_adapter_that_overflows_does_not_corrupt_the_pages_of_others(
     huge = save({key: tensor.clone().fill_(3e38) for key, tensor in weights.items()})
     assert send(config, huge).code is grpc.StatusCode.OK
     for _ in range(3):
-        # Whether that is an answer or an error is told elsewhere.
+        # Other tests hold whether that is an answer or an error.
         with suppress(TurretError):
             evil.generate([5] * 200, adapter="evil-sent", max_tokens=40)
         for length in (50, 120):

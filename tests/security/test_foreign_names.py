@@ -1,4 +1,4 @@
-"""What another tenant has cannot be told from what is not there, by whatever method."""
+"""A tenant gets the same answer for what belongs to another as for what does not exist, from every method."""
 
 from __future__ import annotations
 

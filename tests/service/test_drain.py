@@ -1,4 +1,4 @@
-"""A server that is told to stop, as its clients and whoever looks after it see it."""
+"""A server that a signal stops, as its clients and its operator see it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def running(server: ServerProcess) -> int:
 
 
 class HalfUpload:
-    """An upload of which the second half comes when it is told so."""
+    """An upload that sends its second half on request."""
 
     def __init__(self, address: str, name: str, folder: Path) -> None:
         self.tensors = (folder / "adapter_model.safetensors").read_bytes()

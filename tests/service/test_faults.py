@@ -1,4 +1,4 @@
-"""What breaks while the server computes: the request at fault is told, its neighbours get their answers."""
+"""A step that fails: the request at fault gets an error, its neighbours get their answers."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _sizes(largest: int) -> tuple[int, ...]:
 def cuda_record(device: torch.device) -> Record:
     """Captures CUDA graphs that share memory, since only one is replayed at a time."""
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # not typed in torch
 
     def record(forward: Forward) -> Forward:
         stream.wait_stream(torch.cuda.current_stream(device))

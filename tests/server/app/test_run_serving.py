@@ -1,4 +1,4 @@
-"""Serving in this process: a server that only notes what it is told, between real signals and shutdown."""
+"""Serving in this process: a server that only records its calls, between real signals and shutdown."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _WORDS = ir.VectorType(_I32, LANES)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
-class _BFloat16(ir.Type):  # type: ignore[misc]
+class _BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite is not typed
     """llvmlite has no class for LLVM's bfloat."""
 
     def _to_string(self) -> str:
