@@ -96,8 +96,8 @@ class _Plan:
     """
 
     budget: int
-    now: float = 0.0
-    num_streams: int = 0
+    now: float
+    num_streams: int
     sequences: list[SequenceStep] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     prompts: dict[int, Resident] = field(default_factory=dict)
@@ -134,7 +134,7 @@ class Scheduler:
         self.num_preempted = 0
         self._on_dequeue = on_dequeue
         self._by_id: dict[int, Sequence] = {}
-        self._plan = _Plan(budget=0)
+        self._plan: _Plan  # of the last step
 
     @property
     def sequences(self) -> Iterator[Sequence]:

@@ -36,8 +36,8 @@ class Sequence:
 
     job: Request | PromptPin
     tokens: list[int]
-    order: tuple[float, int] = (0.0, 0)
-    active_from: int = 0
+    order: tuple[float, int]
+    active_from: int
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     residents: tuple[Resident, ...] = ()
