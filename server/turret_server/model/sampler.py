@@ -81,7 +81,8 @@ def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bo
         before_DV = (sums_DV - weights_DV).double()
         weights_DV.masked_fill_(before_DV >= top_p_D1 * weights_DV.sum(dim=-1, keepdim=True), 0)
     total_D1 = weights_DV.sum(dim=-1, keepdim=True)
-    target_D1 = torch.minimum((uniform_D1 * total_D1).long(), total_D1 - 1)
+    # Less than the total, as the largest double below 1 times an integer rounds to less than it.
+    target_D1 = (uniform_D1 * total_D1).long()
     index_D1 = torch.searchsorted(sums_DV, target_D1, right=True).clamp_(max=logits_DV.shape[-1] - 1)
     chosen_D1 = index_D1 if token_ids_DV is None else token_ids_DV.gather(-1, index_D1)
     return chosen_D1[:, 0]

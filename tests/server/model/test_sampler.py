@@ -8,6 +8,7 @@ import torch
 from support.device_traces import Waits
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep
+from turret_server.model import sampler as sampler_module
 from turret_server.model.sampler import Sampler, _uniform
 
 
@@ -97,6 +98,29 @@ def test_a_token_is_that_in_whose_part_of_the_kept_weights_its_number_lies(sampl
         left = _uniform(3, index) * math.fsum(weight for weight, _ in kept)
         expected = next(token for place, (weight, token) in enumerate(kept) if left < before[place] + weight)
         assert found[index] == expected
+
+
+LARGEST = math.nextafter(1.0, 0.0)
+# Of a token with the smallest weight that is not 0, beside one whose logit is 0.
+LEAST = 0.005 - math.log(sampler_module._MAX_WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("number", "logits", "top_k", "expected"),
+    [
+        pytest.param(LARGEST, [0.0, LEAST], 0, 1, id="the least likely of all"),
+        pytest.param(LARGEST, [0.0, LEAST, LEAST - 9.0], 2, 1, id="the least likely of those kept"),
+        pytest.param(0.0, [LEAST, 0.0], 0, 0, id="the first of all"),
+        pytest.param(LARGEST, [0.0] * 20_001, 20_000, 19_999, id="the last of many that are kept"),
+        pytest.param(LARGEST, [0.0] * 20_001, 0, 20_000, id="the last of many"),
+    ],
+)
+def test_the_first_and_the_last_number_draw_tokens_that_are_kept(
+    number, logits, top_k, expected, monkeypatch
+):
+    monkeypatch.setattr(sampler_module, "_uniform", lambda *_: number)
+    one = step(temperature=1.0, top_k=top_k)
+    assert Sampler().sample(torch.tensor([logits]), [one]).token_ids == {0: expected}
 
 
 def test_any_mixture_of_parameters_gives_each_row_what_it_gets_alone():
