@@ -57,8 +57,6 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
 
 def _check_quantization(config: PreTrainedConfig) -> None:
     quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
     if quantization and quantization.get("bnb_4bit_quant_type") != "nf4":
         found = quantization.get("quant_method", "unknown")
         raise UnsupportedModelError(

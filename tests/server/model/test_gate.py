@@ -6,6 +6,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma3Config,
     GPTNeoXConfig,
     JambaConfig,
     LlamaConfig,
@@ -24,7 +25,9 @@ def check(config) -> None:
     check_config(config, model_class)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "phi3"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt_neox", "phi3", "gpt2"]
+)
 def test_plain_decoders_pass(model_type):
     check(AutoConfig.for_model(model_type))
 
@@ -41,13 +44,26 @@ def test_plain_decoders_pass(model_type):
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_families_that_would_go_wrong_in_silence_are_refused_by_name(config, why):
-    with pytest.raises(UnsupportedModelError, match=why):
+    with pytest.raises(UnsupportedModelError, match=why) as refused:
         check(config)
+    assert refused.value.metadata == {"model": config.model_type}
 
 
 def test_an_encoder_is_refused():
     with pytest.raises(UnsupportedModelError, match="encoder"):
         check_config(T5Config(), AutoModelForCausalLM._model_mapping[GPTNeoXConfig])
+
+
+@pytest.mark.parametrize("of", ["the model", "the part of it that reads text"])
+def test_other_layers_are_refused_by_their_type(of):
+    types = ["full_attention", "sliding_attention", "linear_attention", "chunked_attention"]
+    config = LlamaConfig(num_hidden_layers=4, layer_types=types)
+    if of != "the model":
+        config = Gemma3Config(text_config={"num_hidden_layers": 4, "layer_types": types})
+    said = "found layers of type chunked_attention, linear_attention; supported are full_attention, sliding"
+    with pytest.raises(UnsupportedModelError, match=said):
+        check_config(config, AutoModelForCausalLM._model_mapping[LlamaConfig])
+    check(LlamaConfig(num_hidden_layers=2, layer_types=types[:2]))
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -70,11 +86,17 @@ def test_a_rope_that_is_fixed_passes():
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
         ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
+        ({"bits": 4}, "unknown"),
     ],
 )
 def test_other_quantisations_are_refused(quantization, found):
     with pytest.raises(UnsupportedModelError, match=f"quantised with {found}"):
         check(LlamaConfig(quantization_config=quantization))
+
+
+def test_bitsandbytes_nf4_passes():
+    quantization = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
+    check(LlamaConfig(quantization_config=quantization))
 
 
 def on_meta(config) -> PreTrainedModel:
@@ -85,8 +107,10 @@ def on_meta(config) -> PreTrainedModel:
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "gpt_oss", "granitemoe", "phimoe"])
 def test_other_stacked_experts_are_refused_by_name(model_type):
     config = AutoConfig.for_model(model_type, num_hidden_layers=2)
-    with pytest.raises(UnsupportedModelError, match=rf"{model_type} models are not supported: model\.layers"):
+    said = rf"{model_type} models are not supported: model\.layers"
+    with pytest.raises(UnsupportedModelError, match=said) as refused:
         check_model(on_meta(config))
+    assert refused.value.metadata == {"model": model_type}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
@@ -100,5 +124,6 @@ def test_experts_that_bitsandbytes_left_in_16_bit_are_refused():
     quantization = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "load_in_4bit": True}
     with pytest.raises(
         UnsupportedModelError, match="mixtral models are not supported as quantised by bitsandbytes"
-    ):
+    ) as refused:
         check(MixtralConfig(quantization_config=quantization))
+    assert refused.value.metadata == {"model": "mixtral"}

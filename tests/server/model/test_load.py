@@ -244,6 +244,17 @@ def test_freed_memory_returns_to_the_system():
     assert last
 
 
+@pytest.mark.parametrize("failure", [OSError("no libc"), None], ids=["no libc", "another libc"])
+def test_without_glibc_freed_memory_is_left_to_the_allocator(failure, monkeypatch):
+    def open_library(_: None) -> object:
+        if failure:
+            raise failure
+        return object()
+
+    monkeypatch.setattr(load_module.ctypes, "CDLL", open_library)
+    load_module._return_freed_memory()
+
+
 def test_a_load_returns_the_memory_that_it_freed(llama, tmp_path, monkeypatch):
     returned = []
     monkeypatch.setattr(load_module, "_return_freed_memory", lambda: returned.append(True))
@@ -310,5 +321,7 @@ def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
 
 def test_a_model_that_keeps_its_own_attention_is_refused():
     config = SimpleNamespace(model_type="odd", _attn_implementation="eager")
-    with pytest.raises(UnsupportedModelError, match="odd models are not supported: they keep the attention"):
+    said = "odd models are not supported: they keep the attention eager"
+    with pytest.raises(UnsupportedModelError, match=said) as refused:
         load_module.check_attention(SimpleNamespace(config=config))
+    assert refused.value.metadata == {"model": "odd"}

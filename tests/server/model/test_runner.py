@@ -237,19 +237,19 @@ def fail_as(error: Exception):
 
 
 @pytest.mark.parametrize(
-    ("failure", "expected"),
+    ("failure", "expected", "said"),
     [
-        (allocate_too_much, MemoryError),
-        (fail_as(torch.OutOfMemoryError("CUDA out of memory")), MemoryError),
-        (fail_as(torch.AcceleratorError("device-side assert triggered")), DeviceLostError),
-        (fail_as(RuntimeError("shape mismatch")), RuntimeError),
-        (fail_as(ValueError("anything")), ValueError),
+        (allocate_too_much, MemoryError, "DefaultCPUAllocator"),
+        (fail_as(torch.OutOfMemoryError("CUDA out of memory")), MemoryError, "CUDA out of memory"),
+        (fail_as(torch.AcceleratorError("device-side assert")), DeviceLostError, "device-side assert"),
+        (fail_as(RuntimeError("shape mismatch")), RuntimeError, "shape mismatch"),
+        (fail_as(ValueError("anything")), ValueError, "anything"),
     ],
     ids=["the host's memory", "the device's memory", "the device", "torch", "others"],
 )
-def test_the_engine_learns_what_kind_of_failure_a_step_had(runner, monkeypatch, failure, expected):
+def test_the_engine_learns_what_kind_of_failure_a_step_had(runner, monkeypatch, failure, expected, said):
     monkeypatch.setattr(runner, "_forward", lambda *_: failure())
-    with pytest.raises(Exception) as failed:  # noqa: PT011 (its type is compared)
+    with pytest.raises(Exception, match=said) as failed:
         runner.run(Step(sequences=(sequence(5),)))
     assert type(failed.value) is expected
 
@@ -298,6 +298,9 @@ def test_a_model_in_which_a_layer_has_other_attention_is_refused(runner, loaded,
     model = copy.deepcopy(loaded.model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     odd = ModelRunner(replace(loaded, model=model), runner._arena, host, sampler)
-    with pytest.raises(UnsupportedModelError, match="llama models are not supported: 2 of 3 layers"):
+    with pytest.raises(
+        UnsupportedModelError, match="llama models are not supported: 2 of 3 layers"
+    ) as refused:
         odd.check()
+    assert refused.value.metadata == {"model": "llama"}
     odd.close()
