@@ -129,12 +129,29 @@ def test_the_hint_is_never_foolish(speed, expected):
     assert refusal(queue, request()).retry_after == pytest.approx(expected)
 
 
+def test_the_hint_waits_for_the_limit_that_takes_longer():
+    """Requests and tokens are both at their limit: one request more, but 40 tokens too many."""
+    queue = admission(max_requests=2, max_tokens=100)
+    queue.record_step(10, 1.0)
+    for tokens in (20, 40):
+        queue.enter(request(tokens))
+    assert refusal(queue, request(80)).retry_after == pytest.approx(4.0)
+
+
 def test_the_speed_follows_what_is_measured():
     queue = admission(max_requests=1, max_tokens=10**6)
-    queue.enter(request(100))
-    for speed in [10] * 50 + [1000] * 200:
+    queue.enter(request(1000))
+    for speed in [50] * 50 + [1000] * 200:
         queue.record_step(speed, 1.0)
-    assert refusal(queue, request(100)).retry_after == pytest.approx(0.1, rel=0.05)
+    assert refusal(queue, request(1000)).retry_after == pytest.approx(1.0, rel=0.05)
+
+
+def test_one_fast_step_changes_the_speed_a_little():
+    queue = admission(max_requests=1)
+    queue.enter(request(100))
+    for speed in (10, 10, 1000):
+        queue.record_step(speed, 1.0)
+    assert 1.0 < refusal(queue, request(100)).retry_after < 10.0
 
 
 def test_one_that_never_came_cannot_leave():

@@ -402,13 +402,16 @@ def test_a_request_that_is_cancelled_as_it_arrives_does_not_run(served):
 
 
 def test_the_deadline_ends_a_request_whose_adapter_never_comes(served):
+    def pass_deadline(stats: EngineStats) -> None:
+        # The engine sleeps next, and nothing that arrives wakes it.
+        served.now = 5.0 * stats.num_waiting
+
     served.device.immediate = False
+    served.on_stats = pass_deadline
     run = served.submit(make_run([1], LORA, deadline=5.0))
-    served.settle()
-    assert run.outputs == []
-    served.now = 5.0
     served.wait(run)
     assert isinstance(run.error, DeadlineError)
+    assert run.job.times.awaited == 0.0
 
 
 def test_stop_ends_what_is_left_once(served):
@@ -500,8 +503,11 @@ def steps(served: Served, count: int = 20) -> None:
 def test_an_adapter_is_checked_against_its_tenants_quota():
     served = Served(max_adapter_pages={"a": 4})
     served.engine.check_adapter(adapter(0, 4), "a")
-    with pytest.raises(QuotaExceededError, match="'a' may take 4 pages of the arena, and this one needs 5"):
+    said = "'a' may take 4 pages of the arena, and this one needs 5"
+    with pytest.raises(QuotaExceededError, match=said) as refused:
         served.engine.check_adapter(adapter(0, 5), "a")
+    assert refused.value.metadata == {"tenant": "a", "quota": "max_device_bytes"}
+    assert refused.value.retry_after is None, "waiting makes it no smaller"
     served.engine.check_adapter(adapter(0, 5), "b")
 
 
@@ -544,6 +550,18 @@ def test_requests_that_no_longer_fit_beside_adapters_that_are_pinned_fail():
     steps(served)
     assert isinstance(large.error, RequestTooLargeError)
     assert small.end is FinishReason.LENGTH
+
+
+def test_adapters_are_pinned_in_place_of_those_of_their_name_only():
+    served = Served()
+    served.engine.pin_adapters("name", (adapter(0, 5),))
+    steps(served)
+    served.engine.check_pin_adapters("name", (adapter(0, 8),))
+    with pytest.raises(AdapterTooLargeError, match="needs 8 and others take 5"):
+        served.engine.check_pin_adapters("another", (adapter(0, 8),))
+    served.engine.pin_adapters("name", ())
+    steps(served)
+    served.engine.check_pin_adapters("another", (adapter(0, 8),))
 
 
 def test_retry_after_of_a_refused_request_follows_the_speed_of_the_engine():

@@ -44,3 +44,31 @@ def test_one_that_waits_for_room_is_ready_before_it_starts():
     assert first.job.times.started == 0.0
     assert second.job.times.ready == 0.0
     assert second.job.times.started == 3.0
+
+
+def test_one_whose_adapter_is_evicted_before_it_starts_waits_for_it_once_more():
+    simulation = Simulation(immediate=False, max_batch_requests=1)
+    running = simulation.submit([1, 2, 3], max_tokens=9)
+    run = simulation.submit([4, 5, 6], LORA)
+    at(simulation, 0.0)
+    simulation.device.complete()
+    at(simulation, 1.0)
+    assert run.job.times == Times(awaited=0.0, ready=1.0)
+    simulation.residency.drop("lora")
+    at(simulation, 2.0)
+    assert run.job.times == Times(awaited=0.0)
+    simulation.device.complete()
+    at(simulation, 3.0)
+    assert run.job.times == Times(awaited=0.0, ready=3.0)
+    simulation.cancel(running)
+    at(simulation, 4.0)
+    assert run.job.times == Times(awaited=0.0, ready=3.0, started=4.0)
+
+
+def test_one_that_gave_way_keeps_the_time_of_its_first_start():
+    simulation = Simulation()
+    run = simulation.submit([1, 2, 3])
+    at(simulation, 1.0)
+    simulation.scheduler._preempt(simulation.scheduler.running[0])
+    at(simulation, 2.0)
+    assert run.job.times == Times(ready=1.0, started=1.0)

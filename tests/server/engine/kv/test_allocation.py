@@ -246,11 +246,16 @@ def test_half_of_the_arena_may_be_pinned():
 def test_what_is_pinned_counts_against_what_can_fit():
     world = World(8)
     world.allocation.check_fits(make_sequence(range(32), max_tokens=1))
+    with pytest.raises(RequestTooLargeError) as alone:
+        world.allocation.check_fits(make_sequence(range(33), max_tokens=1))
+    assert alone.value.metadata == {"needed_pages": "9", "arena_pages": "8", "pinned_pages": "0"}
+    assert "pin" not in str(alone.value), "there is nothing to unpin"
     pinned = world.pinned(range(8))
     world.allocation.check_fits(make_sequence(range(24), max_tokens=1))
     said = r"of which pinned prompts and adapters take 2; .*unpin a prompt"
-    with pytest.raises(RequestTooLargeError, match=said):
+    with pytest.raises(RequestTooLargeError, match=said) as beside:
         world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
+    assert beside.value.metadata == {"needed_pages": "7", "arena_pages": "8", "pinned_pages": "2"}
     world.allocation.unpin_prompt(pinned.job.request_id)
     world.allocation.check_fits(make_sequence(range(25), max_tokens=1))
 
@@ -439,8 +444,9 @@ def test_pinned_adapters_leave_half_of_the_arena():
     world.allocation.check_pin_adapters("poet", [first])
     world.residency.pin("poet", (first,))
     said = r"may take 4 of the arena's 8 pages; adapter 'bard' needs 2 and others take 3; pin fewer"
-    with pytest.raises(AdapterTooLargeError, match=said):
+    with pytest.raises(AdapterTooLargeError, match=said) as refused:
         world.allocation.check_pin_adapters("bard", [second])
+    assert refused.value.metadata == {"adapter_pages": "2", "arena_pages": "8", "pinned_pages": "3"}
     # In its place it may be, and under two names it counts once.
     world.allocation.check_pin_adapters("poet", [second])
     world.allocation.check_pin_adapters("bard", [first])

@@ -54,6 +54,9 @@ class World:
             self.residency.release(resident, tenant)
         self.pool.tick()
 
+    def has_room(self, *specs, tenant="acme") -> bool:
+        return not isinstance(self.bring(*specs, tenant=tenant), Absence)
+
     def there(self) -> set[str]:
         return {resident.spec.revision for resident in self.residency}
 
@@ -87,7 +90,7 @@ def test_where_all_of_its_own_are_in_use_it_waits_and_evicts_nobody(world):
     assert world.bring(other) is Absence.QUOTA
     assert world.there() == {"a", "b", "c"}
     world.end(first)
-    assert world.bring(other)
+    assert world.has_room(other)
     assert world.there() == {"b", "c", "d"}
 
 
@@ -95,7 +98,7 @@ def test_others_go_on_while_it_waits(world):
     world.use(A)
     world.use(B)
     assert world.bring(C) is Absence.QUOTA
-    assert world.bring(C, tenant="bolt")
+    assert world.has_room(C, tenant="bolt")
 
 
 def test_adapters_that_others_loaded_count_while_they_are_in_use(world):
@@ -110,7 +113,7 @@ def test_what_another_uses_as_well_does_not_hold_it_up(world):
     world.use(A, tenant="bolt")
     world.use(B)
     # The last who asked for `a` was bolt, which keeps it: it is none of acme's pages.
-    assert world.bring(C)
+    assert world.has_room(C)
     assert world.there() == {"a", "b", "c"}
 
 
@@ -125,9 +128,32 @@ def test_who_comes_behind_one_that_was_refused_waits_in_that_step_as_well(world)
     small = make_spec("small", slab_pages=1)
     assert world.residency.ensure_all([LARGE], "acme") is Absence.QUOTA
     assert world.residency.ensure_all([small], "acme") is Absence.QUOTA
-    assert world.residency.ensure_all([C], "bolt")
+    assert not isinstance(world.residency.ensure_all([C], "bolt"), Absence)
     world.pool.tick()
-    assert world.bring(small)
+    assert world.has_room(small)
+
+
+@pytest.mark.parametrize(("num_pages", "stay"), [(1, {"b"}), (3, {"b"}), (4, set()), (6, set())])
+def test_no_more_of_its_own_give_way_than_must(world, num_pages, stay):
+    for spec in (A, B):
+        world.end(world.use(spec))
+    assert world.has_room(make_spec("d", slab_pages=num_pages))
+    assert world.there() == {*stay, "d"}
+
+
+def test_nobody_gives_way_while_the_quota_has_room(world):
+    world.end(world.use(A))
+    assert world.has_room(B)
+    assert world.there() == {"a", "b"}
+
+
+def test_of_its_own_the_large_one_gives_way_before_one_that_is_a_little_older(world):
+    for spec in (make_spec("small", slab_pages=1), make_spec("large", slab_pages=4)):
+        world.end(world.use(spec))
+    for _ in range(9):
+        world.pool.tick()
+    assert world.has_room(make_spec("d", slab_pages=2))
+    assert world.there() == {"small", "d"}
 
 
 def test_nothing_is_evicted_in_vain(world):
@@ -216,6 +242,17 @@ def test_a_request_without_adapters_is_refused_for_no_quota(world):
     run = make_run(range(8), max_tokens=1, tenant="acme")
     world.allocation.check_fits(Sequence.of(run.job))
     world.allocation.unpin_prompt(pinned.job.request_id)
+    release_cache(world)
+
+
+def test_a_prompt_is_not_pinned_where_its_adapter_leaves_no_quota_for_those_who_wait(world):
+    pinned, waits = world.sequence(make_spec("four", slab_pages=4), pinned=True), world.sequence(A)
+    world.allocation.allocate(pinned, world.bring(pinned.job.adapters[0].spec))
+    world.allocation.commit(pinned, pinned.num_remaining)
+    with pytest.raises(QuotaExceededError, match="need 3, and those of its pinned prompts take 4"):
+        world.allocation.pin_prompt(pinned, beside=[pinned, waits])
+    assert not world.allocation.is_prompt_pinned(pinned.job.request_id)
+    world.allocation.release(pinned)
     release_cache(world)
 
 
