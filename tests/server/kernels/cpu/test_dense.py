@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turret_server.kernels import CpuOps, ReferenceOps
+from turret_server.kernels.cpu import dense
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -33,3 +34,31 @@ def test_a_row_does_not_depend_on_the_other_rows(dtype):
         for start in range(10 - count):
             some = slice(start, start + count)
             assert torch.equal(ops.linear(x[some], weight), together[some])
+
+
+@pytest.mark.parametrize(
+    ("weight", "supported"),
+    [
+        (torch.ones(3, 32), True),
+        (torch.ones(3, 96), True),
+        (torch.ones(3, 16), False),
+        (torch.ones(3, 50), False),
+        (torch.ones(96, 32).T, False),
+        (torch.ones(3, 128)[:, :64], False),
+    ],
+    ids=["32 features", "96", "16", "50", "transposed", "part of a row"],
+)
+def test_whole_vectors_in_order_are_multiplied_by_the_kernel_and_others_by_the_reference(
+    weight, supported, monkeypatch
+):
+    ops, multiplied = CpuOps(torch.float32), []
+    kernel = dense.linear
+
+    def count(x, weight):
+        multiplied.append(weight)
+        return kernel(x, weight)
+
+    monkeypatch.setattr(dense, "linear", count)
+    x = torch.randn(2, weight.shape[1])
+    torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
+    assert bool(multiplied) == supported

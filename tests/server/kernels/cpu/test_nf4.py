@@ -18,9 +18,9 @@ OPS = {dtype: CpuOps(dtype) for dtype in (torch.bfloat16, torch.float32)}
 each_dtype = pytest.mark.parametrize("dtype", OPS)
 
 
-def weight(out_features: int, in_features: int) -> NF4Weight:
+def weight(out_features: int, in_features: int, block_size: int = 64) -> NF4Weight:
     values = torch.randn(out_features, in_features)
-    data, state = quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+    data, state = quantize_4bit(values, blocksize=block_size, quant_type="nf4", compress_statistics=True)
     return NF4Weight(data, state, in_features, out_features)
 
 
@@ -74,9 +74,13 @@ def test_what_is_not_a_number_and_infinities_stay_with_their_token(dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (64, 96)])
-def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(dtype, out_features, in_features):
-    unpacked = weight(out_features, in_features)
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "block_size"), [(64, 32, 64), (64, 96, 64), (64, 128, 128)]
+)
+def test_shapes_that_the_kernel_cannot_take_stay_with_the_reference(
+    dtype, out_features, in_features, block_size
+):
+    unpacked = weight(out_features, in_features, block_size)
     assert OPS[dtype].pack_nf4(unpacked) is unpacked
     x = torch.randn(3, in_features, dtype=dtype)
     torch.testing.assert_close(OPS[dtype].nf4_linear(x, unpacked), ReferenceOps().nf4_linear(x, unpacked))

@@ -28,7 +28,21 @@ def test_a_kept_kernel_is_used_until_the_files_that_kernels_share_change(tmp_pat
         assert module.double(4) == 8
         return sum(module.double.stats.cache_misses.values())
 
+    digest, shared = jit._digest_of_shared.__wrapped__, tmp_path / "shared"
+    monkeypatch.setattr(jit, "_digest_of_shared", digest)
+    monkeypatch.setattr(jit, "__file__", str(shared / "jit.py"))
+    shared.mkdir()
+    for name in ("jit.py", "vectors.py"):
+        (shared / name).write_text("1")
     assert times_compiled() == 1
     assert times_compiled() == 0
-    monkeypatch.setattr(jit, "_digest_of_shared", lambda: "another")
-    assert times_compiled() == 1
+    for name in ("jit.py", "vectors.py"):
+        (shared / name).write_text("2")
+        assert times_compiled() == 1
+        assert times_compiled() == 0
+    (shared / "notes.md").write_text("")
+    assert times_compiled() == 0
+
+
+def test_the_files_that_kernels_share_are_read_once():
+    assert jit._digest_of_shared() is jit._digest_of_shared()
