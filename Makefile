@@ -24,7 +24,7 @@ demo: $(READY)  ## Train a base model and five adapters, serve them in one batch
 test: $(READY)  ## Run the test suite, without what test-all runs
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m 'not slow'
 
-test-all: $(READY)  ## Run the tests that take minutes
+test-all: $(READY)  ## Run the slow tests, which `make test` leaves out
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m slow
 
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md

@@ -61,12 +61,11 @@ class AdapterLibrary:
         self._interrupted.set()
 
     def close(self) -> None:
-        """Interrupts all fetches, waits until they have ended, and closes names and store."""
+        """Interrupts all fetches, waits until they have ended, and closes the names."""
         self.interrupt()
         with self._fetched:
             self._fetched.wait_for(lambda: not self._fetching)
         self.names.close()
-        self.store.close()
 
     @contextmanager
     def fetch(self, source: str, progress: Progress = no_progress, name: str = "") -> Iterator[HostAdapter]:

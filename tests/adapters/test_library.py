@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,9 @@ from turret_adapters.store.uploads import Upload
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(tmp_path / "kept")
+def kept(tmp_path: Path) -> Iterator[AdapterStore]:
+    with closing(AdapterStore(tmp_path / "kept")) as store:
+        yield store
 
 
 @pytest.fixture
@@ -114,10 +117,10 @@ def test_what_takes_too_long_or_too_much_to_read_is_cut_off(
 
 def test_a_library_closes_once_what_is_fetched_has_ended(library: AdapterLibrary, folder: Path) -> None:
     with ThreadPoolExecutor() as pool, library.fetch(str(folder)) as adapter:
-        closing = pool.submit(library.close)
+        closed = pool.submit(library.close)
         library.publish("poet", adapter, str(folder))
-        assert not closing.done()
-    assert closing.done()
+        assert not closed.done()
+    assert closed.done()
 
 
 def test_what_was_published_is_known_without_reading_it(library: AdapterLibrary, folder: Path) -> None:
@@ -355,18 +358,16 @@ def test_reading_from_the_store_ends_when_the_server_stops(library: AdapterLibra
     library.close()
 
 
-def test_a_closed_library_leaves_names_and_store_to_the_next_server(
+def test_a_closed_library_leaves_its_names_to_the_next_server(
     library: AdapterLibrary, kept: AdapterStore, folder: Path
 ) -> None:
     revision = publish(library, "poet", folder)
     library.close()
-    store = AdapterStore(kept.root)
     names = Names(kept.root / "names.sqlite", "llama")
     assert names.current()["poet"].revision == revision
     with pytest.raises(sqlite3.ProgrammingError):
         library.names.current()
     names.close()
-    store.close()
 
 
 def test_a_record_under_the_revision_of_another_is_not_believed(
@@ -550,10 +551,10 @@ def test_a_library_closes_once_an_upload_has_been_read(
 ) -> None:
     with ThreadPoolExecutor() as pool, upload_of(kept, folder) as upload:
         with library.finish(upload) as adapter:
-            closing = pool.submit(library.close)
+            closed = pool.submit(library.close)
             library.publish("poet", adapter, "")
-            assert not closing.done()
-        closing.result()
+            assert not closed.done()
+        closed.result()
 
 
 def test_a_revision_exactly_as_large_as_allowed_is_fetched_and_read(

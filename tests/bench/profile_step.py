@@ -24,7 +24,8 @@ from bench.models import make_models
 from bench.plan import Work
 from support.running import submit, wait
 from turret_adapters.registry import Named
-from turret_server.app.build import Parts, assemble
+from turret_server.app.assembly import assemble
+from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
 from turret_server.kernels import CpuOps, NF4Weight, PackedNF4Weight, ReferenceOps
 from turret_server.kernels.cpu import attention as cpu_attention

@@ -43,6 +43,7 @@ def _mutant(after):
     raise AssertionError(after)
 
 
+@pytest.mark.slow
 def test_a_mutant_lives_only_while_its_tests_run(copy):
     killed = copy.judge(_mutant("age < 18"))
     assert killed.killer == "tests/server/test_ages.py::test_a_child_is_none_and_its_mother_is"
@@ -56,6 +57,7 @@ def test_a_mutant_lives_only_while_its_tests_run(copy):
     assert "age > 18" in text.partition("## Survivors")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "broken"),
     [

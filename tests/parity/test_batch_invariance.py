@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from support.models import save_tokenizer
 from support.running import RecordingSampler, Running, submit, wait
 from turret_adapters.registry import Named
-from turret_server.app.build import Parts, assemble
+from turret_server.app.assembly import assemble
+from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
 
 NAMED = [(), (Named("lora-all-linear"),), (Named("rslora"),), (Named("p-tuning-v2"),), (Named("dora"),)]

@@ -14,7 +14,8 @@ import pytest
 
 from support.running import Running, submit, wait
 from turret_adapters.registry import Named
-from turret_server.app.build import Parts, assemble
+from turret_server.app.assembly import assemble
+from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
 from turret_server.kernels import has_avx512bf16
 

@@ -95,6 +95,7 @@ def pages(server, owner: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
+@pytest.mark.slow
 def test_connections_that_take_every_file_leak_no_page_and_no_revision(base_of, adapter_of, tmp_path):
     store = tmp_path / "store"
     arguments = ("--memory", "8MiB", "--store", str(store))

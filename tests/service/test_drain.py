@@ -91,6 +91,7 @@ class HalfUpload:
         return adapters_pb2.UploadAdapterRequest(chunk=adapters_pb2.UploadChunk(offset=offset, data=data))
 
 
+@pytest.mark.slow
 def test_what_runs_finishes_while_new_calls_are_refused(base_of, adapter_of, cache, tmp_path):
     folder = adapter_of("llama", "lora")
     with server_of(base_of, cache, tmp_path) as server, Client(server.address) as client:
@@ -119,6 +120,7 @@ def test_what_runs_finishes_while_new_calls_are_refused(base_of, adapter_of, cac
         assert [adapter.name for adapter in client.list_adapters()] == ["bard", "poet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hurried", [False, True])
 def test_calls_that_do_not_finish_within_the_grace_time_fail(base_of, cache, tmp_path, hurried):
     grace = "600" if hurried else "0.2"
@@ -142,6 +144,7 @@ def test_calls_that_do_not_finish_within_the_grace_time_fail(base_of, cache, tmp
         assert told(server, "have not finished and are ended now")
 
 
+@pytest.mark.slow
 def test_an_upload_interrupted_by_a_shutdown_resumes_at_the_next_server(base_of, adapter_of, cache, tmp_path):
     folder = adapter_of("llama", "lora")
     with (

@@ -219,6 +219,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_fatal_error_of_the_engine_fails_its_requests_and_ends_the_process(base_of, tmp_path):
     script = tmp_path / "broken_server.py"
     script.write_text(BROKEN_SERVER)

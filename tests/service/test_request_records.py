@@ -216,6 +216,7 @@ def test_the_usage_log_has_what_ended_in_any_way_and_nothing_that_never_began(se
     assert end_of(server, "cancelled")["message"] == "request cancelled"
 
 
+@pytest.mark.slow
 def test_what_clients_got_is_in_the_usage_log_after_a_kill(base_of, quantised_cache, tmp_path):
     path, told = tmp_path / "usage.jsonl", list[str]()
     arguments = ("--usage-log", str(path), "--memory", "2MiB")

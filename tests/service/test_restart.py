@@ -29,6 +29,7 @@ def answers(client: Client) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_names_serve_the_same_revisions_after_a_kill(base_of, adapter_of, cache, tmp_path):
     source = shutil.copytree(adapter_of("llama", "lora"), tmp_path / "source")
     arguments = ("--store", str(tmp_path / "store"), "--memory", "8MiB")
@@ -49,6 +50,7 @@ def test_the_same_names_serve_the_same_revisions_after_a_kill(base_of, adapter_o
             client.generate(PROMPT, adapter="gone")
 
 
+@pytest.mark.slow
 def test_a_folder_says_what_its_names_serve(base_of, adapter_of, cache, tmp_path):
     folder = tmp_path / "adapters"
     for name, seed in (("stays", 0), ("changes", 0), ("goes", 0)):
@@ -68,6 +70,7 @@ def test_a_folder_says_what_its_names_serve(base_of, adapter_of, cache, tmp_path
     assert after["changes"] != before["changes"]
 
 
+@pytest.mark.slow
 def test_a_revision_that_was_corrupted_on_disk_is_not_served(base_of, adapter_of, cache, tmp_path):
     store = tmp_path / "store"
     arguments = ("--store", str(store), "--memory", "8MiB")

@@ -25,6 +25,7 @@ def answer(client: Client, adapter: str) -> tuple[int, ...]:
     return client.generate(PROMPT, adapter=adapter, max_tokens=6).token_ids
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_what_needs_it_and_nothing_else(base_of, adapter_of, tmp_path):
     """The kernel refuses to write beyond the limit as it would on a full disk."""
     store = tmp_path / "store"

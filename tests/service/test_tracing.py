@@ -203,6 +203,7 @@ with open_request_log(ServerConfig(model="m", otel=sys.argv[1] == "on"), Collect
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("otel", "said"), [("off", "served"), ("on", 'pip install ".[otel]"')])
 def test_without_the_extra_a_server_without_traces_serves_and_one_with_them_says_what_it_needs(otel, said):
     done = subprocess.run(  # noqa: S603 (this interpreter)

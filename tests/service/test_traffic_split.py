@@ -102,6 +102,7 @@ def test_what_cannot_be_split_is_refused(client, poet):
     assert client.get_adapter("poet").traffic_split is None
 
 
+@pytest.mark.slow
 def test_the_same_keys_go_to_the_same_revisions_after_a_kill(base_of, adapter_of, quantised_cache, tmp_path):
     arguments = ("--store", str(tmp_path / "store"), "--memory", "8MiB")
     with (

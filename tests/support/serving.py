@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from turret_server.app.build import Parts, assemble, make_server
+from turret_server.app.assembly import assemble
+from turret_server.app.build import Parts, make_server
 from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.rpc.server import RpcServer

@@ -99,7 +99,6 @@ def serve(*, config: Path | None, **flags: Any) -> None:
     with signals.handled(), server_code("server"), settings.named_as_given():
         logs.set_up(validated.log_level, validated.log_format)
         log.info("starting: model %s, address %s", validated.model, validated.listen)
-        from turret_server.app.run import serve as run  # noqa: PLC0415 -- torch and the model's libraries
+        from turret_server.app.run import serve as run  # noqa: PLC0415
 
-        logs.take_over("transformers", "huggingface_hub")
         run(validated, signals)

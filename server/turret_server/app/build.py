@@ -1,4 +1,4 @@
-"""Builds a server: constructs its parts in order, and closes them in reverse."""
+"""Builds a server around its store: constructs its parts in order, and closes them in reverse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from turret_adapters.sources.policy import Policy
 from turret_adapters.spec import lora_rows, slab_layout
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
+from turret_server.app.assembly import Access
 from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
-from turret_server.config import NAME_MARK, ServerConfig, parse_size
-from turret_server.engine.admission import TenantLimits
+from turret_server.config import NAME_MARK, ServerConfig
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
@@ -53,14 +53,11 @@ from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
-from turret_server.rpc.tls import TlsFiles
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
 from turret_server.tenancy.auth import Authenticator
-from turret_server.tenancy.auth_hook import AuthHook, load_hook
-from turret_server.tenancy.tenants import TenantTable
 from turret_server.tenancy.tenants_file import TenantsFile
 
 log = logging.getLogger(__name__)
@@ -83,43 +80,21 @@ class Parts:
     arena: Arena
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """Who may call, and how connections are encrypted."""
-
-    tenants: TenantsFile
-    auth_hook: AuthHook | None
-    tls: TlsFiles | None
-
-
-@contextmanager
-def assemble(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Parts]:
-    """Load the model and start the engine; stop it when the block ends.
-
-    Raises:
-        ConfigError: a setting is invalid, or does not fit this machine.
-        UnsupportedModelError: the model cannot be served.
+def build(
+    config: ServerConfig, access: Access, store: AdapterStore, sampler: Sampler | None, stack: ExitStack
+) -> Parts:
+    """Load the model and start the engine. Everything that must be closed goes on `stack`, in the order in
+    which it is constructed.
     """
-    with ExitStack() as stack:
-        yield _assemble(config, sampler or Sampler(), stack)
-
-
-def _assemble(config: ServerConfig, sampler: Sampler, stack: ExitStack) -> Parts:
-    """Everything that must be closed goes on `stack`, in the order in which it is constructed."""
     metrics = CollectorRegistry()
     request_log = stack.enter_context(open_request_log(config, metrics))
-    access = load_access(config)
-    # Before the model, which takes minutes to load, so that a store that is in use is reported at once.
-    store = _open_store(config)
-    with ExitStack() as unowned:
-        unowned.callback(store.close)
-        loaded, arena = _load_model(config)
-        library = stack.enter_context(closing(_make_library(config, store, loaded)))
-        unowned.pop_all()  # the library closes it
+    loaded, arena = _load_model(config)
+    library = _make_library(config, store, loaded)
+    stack.callback(library.close)
     page_locked = loaded.device.type == "cuda"
     memory = HostMemory(host_bytes(config.host_memory), library.read, page_locked=page_locked)
     registry = AdapterRegistry(memory)
-    runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler)))
+    runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler or Sampler())))
     runner.check()
     runner.warm_up(config.max_batch_requests)
     engine = _make_engine(config, runner, arena, access.tenants, metrics)
@@ -235,51 +210,6 @@ def open_request_log(config: ServerConfig, registry: CollectorRegistry) -> Itera
         yield RequestLog(RequestMetrics(registry), usage_log, on_end)
 
 
-def load_access(config: ServerConfig) -> Access:
-    """Read the tenants file, the authentication hook and the certificates.
-
-    Raises:
-        ConfigError: one of them is invalid, or together they would open the server to everybody.
-    """
-    limits = TenantLimits(max_queued_requests=config.max_queue, max_queued_tokens=config.max_queue_tokens)
-    auth_hook = load_hook(config.auth_hook) if config.auth_hook else None
-    tenants = TenantsFile(config.tenants, limits, hooked=auth_hook is not None)
-    _check_access(config, tenants.table)
-    tls = None
-    if config.tls_cert and config.tls_key:
-        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca)
-    return Access(tenants=tenants, auth_hook=auth_hook, tls=tls)
-
-
-def _check_access(config: ServerConfig, tenants: TenantTable) -> None:
-    """A server that other machines reach must authenticate its callers, unless the operator waives that.
-
-    Where no tenant has a key or an identity, the authority of --tls-client-ca decides who gets in, and
-    everybody whose certificate it signed has every permission.
-    """
-    if tenants.has_identities and not config.tls_client_ca:
-        raise ConfigError(
-            f"--tenants {config.tenants}: identities are names in client certificates; start the server with "
-            "--tls-client-ca as well"
-        )
-    if config.is_local:
-        return
-    if tenants.is_open and config.tls_client_ca:
-        log.warning(
-            "every client with a certificate signed by %s has every permission, as any tenant; to keep "
-            "tenants apart, give them identities or keys in the file of --tenants",
-            config.tls_client_ca,
-        )
-    elif tenants.is_open and not config.allow_unauthenticated:
-        raise ConfigError(
-            f"--listen {config.listen}: other machines could use this server without authentication; give "
-            "tenants keys in the file of --tenants (`turret tenants key NAME`), require certificates with "
-            "--tls-client-ca, listen on 127.0.0.1, or allow it with --allow-unauthenticated"
-        )
-    if not config.tls_cert:
-        log.warning("prompts and API keys cross the network unencrypted: use --tls-cert and --tls-key")
-
-
 def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
@@ -291,11 +221,6 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
             "as 2GiB, or a fraction of the free memory such as 0.5"
         )
     return loaded, arena
-
-
-def _open_store(config: ServerConfig) -> AdapterStore:
-    size = parse_size(config.store_size) if config.store_size else None
-    return AdapterStore(config.store, int(size.number) if size else None)
 
 
 def _make_library(config: ServerConfig, store: AdapterStore, loaded: LoadedModel) -> AdapterLibrary:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from turret_server.app.build import Parts, assemble, make_server
+from turret_server.app.assembly import assemble
 from turret_server.app.readiness import report_ready
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig, split_address
 from turret_server.errors import ConfigError, GenerationFailedError
-from turret_server.rpc.server import RpcServer
+
+if TYPE_CHECKING:
+    from turret_server.app.build import Parts
+    from turret_server.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,7 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         GenerationFailedError: the engine failed; a new process may do better.
     """
     # Before the model, which takes minutes to load.
+    _check_model_path(config.model)
     _check_port("--listen", config.listen)
     if config.metrics:
         _check_port("--metrics", config.metrics)
@@ -37,6 +43,16 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         if config.metrics:
             _serve_metrics(config.metrics, parts.metrics)
         asyncio.run(_serve(config, parts, signals))
+
+
+def _check_model_path(model: str) -> None:
+    """Check that a model that can only be a folder exists; any other may be a name on the hub.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
+        raise ConfigError(f"--model {model}: no such folder; check the path")
 
 
 def _check_port(flag: str, address: str) -> None:
@@ -70,6 +86,8 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
 
 
 async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:
+    from turret_server.app.build import make_server  # noqa: PLC0415 -- torch and the model's libraries
+
     server = make_server(parts)
     shutdown = Shutdown(server, parts)
     with signals.on_event_loop(shutdown.request):

@@ -100,12 +100,13 @@ def load_model(
         ConfigError: the model does not exist or is unreadable.
     """
     attention.register()
-    ops = ops or select_ops(device, dtype)
     config = read_config(name_or_path)
     with _reading(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     with torch.device("meta"):
         gate.check_model(AutoModelForCausalLM.from_config(config))
+    # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
+    ops = ops or select_ops(device, dtype)
     model = _load_quantised(name_or_path, config, device, dtype, cache)
     adapt_experts(model, ops)
     adapt_modules(model, ops)

@@ -1,4 +1,4 @@
-"""Whom a server lets in where others than this machine reach it."""
+"""That the parts of a server are built with the settings, and with each other."""
 
 from __future__ import annotations
 
@@ -26,19 +26,15 @@ from turret_adapters.errors import AdapterNotFoundError
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
+from turret_server.app.assembly import Access, assemble, load_access, open_store
 from turret_server.app.budgets import max_adapter_bytes
 from turret_server.app.build import (
-    Access,
     Parts,
-    _check_access,
     _load_adapters,
     _log_capacity,
     _make_library,
     _max_adapter_pages,
-    _open_store,
     _source_policy,
-    assemble,
-    load_access,
     make_server,
     open_request_log,
 )
@@ -58,35 +54,12 @@ from turret_server.tenancy.tenants_file import TenantsFile
 HANG_S = 60
 """Only so that a failing test ends."""
 LIMITS = TenantLimits()
-OPEN = TenantTable([], LIMITS)
 KEYS = TenantTable([Tenant(name="acme", limits=LIMITS, keys=("sha256:" + "0" * 64,))], LIMITS)
 PEM = Path(__file__)
 
 
 def config(**settings: object) -> ServerConfig:
     return ServerConfig(**{"model": "m", "listen": "0.0.0.0:50051"} | settings)
-
-
-def test_an_open_server_is_reached_from_elsewhere_only_if_that_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match="--allow-unauthenticated"):
-        _check_access(config(), OPEN)
-    with pytest.raises(ConfigError, match="--allow-unauthenticated"):
-        _check_access(config(tls_cert=PEM, tls_key=PEM), OPEN)
-    _check_access(config(allow_unauthenticated=True), OPEN)
-    _check_access(config(listen="127.0.0.1:50051"), OPEN)
-
-
-def test_a_client_certificate_authority_is_enough_and_its_permissions_are_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    certified = config(tls_cert=PEM, tls_key=PEM, tls_client_ca=PEM)
-    with caplog.at_level(logging.WARNING, "turret_server.app.build"):
-        _check_access(certified, OPEN)
-    [warning] = caplog.messages
-    assert f"every client with a certificate signed by {PEM} has every permission" in warning
-    caplog.clear()
-    _check_access(certified, KEYS)
-    assert not caplog.messages
 
 
 def test_a_server_on_loopback_loads_from_any_folder_unless_sources_are_named() -> None:
@@ -106,33 +79,6 @@ def test_other_servers_load_only_from_what_is_named(tmp_path: Path) -> None:
     policy = _source_policy(named)
     assert (policy.roots, policy.urls) == ((Path("/srv"), tmp_path), ("s3://bucket",))
     assert _source_policy(config(lazy_source="/lazy/{name}")).roots == (Path("/lazy"),)
-
-
-def test_identities_need_client_certificates() -> None:
-    tenant = Tenant(name="acme", limits=LIMITS, identities=("acme.example.com",))
-    table = TenantTable([tenant], LIMITS)
-    with pytest.raises(ConfigError, match="--tls-client-ca"):
-        _check_access(config(listen="127.0.0.1:1"), table)
-
-
-def test_an_unencrypted_server_that_others_reach_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    _check_access(config(listen="127.0.0.1:1"), KEYS)
-    assert not caplog.messages
-    _check_access(config(), KEYS)
-    assert "unencrypted" in caplog.messages[0]
-
-
-def test_queue_limits_without_a_tenants_file_are_the_servers() -> None:
-    access = load_access(config(max_queue=3, max_queue_tokens=5, allow_unauthenticated=True))
-    limits = access.tenants.limits("anybody")
-    assert (limits.max_queued_requests, limits.max_queued_tokens) == (3, 5)
-    assert (access.auth_hook, access.tls) == (None, None)
-
-
-def test_an_authentication_hook_closes_the_server() -> None:
-    access = load_access(config(auth_hook="os.path:basename"))
-    assert access.auth_hook is not None
-    assert not access.tenants.table.is_open
 
 
 class ChangedAtTheStart:
@@ -369,7 +315,7 @@ def test_an_arena_without_a_page_is_refused_and_the_store_is_free(
 def test_a_store_without_a_size_has_no_limit_and_belongs_to_the_model_that_is_named(tmp_path: Path) -> None:
     settings = config(model="owner/model", store=tmp_path)
     loaded = SimpleNamespace(model=None, ops=None, base=None)
-    with closing(_open_store(settings)) as store:
+    with closing(open_store(settings)) as store:
         assert store.max_bytes is None
         library = _make_library(settings, store, loaded)
         assert library.names._base == "owner/model"

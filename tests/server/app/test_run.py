@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from turret_adapters.store.store import AdapterStore
-from turret_server.app.build import assemble
+from turret_server.app.assembly import assemble
 from turret_server.app.run import Shutdown, _serve_metrics
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
@@ -36,6 +36,14 @@ def load_model(*_, **__):
     sys.stdin.readline()
 
 build.load_model = load_model
+main(sys.argv[1:])
+"""
+# Without the model's libraries.
+EARLY = """
+import sys
+from turret_cli.main import main
+
+sys.modules["torch"] = None
 main(sys.argv[1:])
 """
 CLOSING = """
@@ -89,7 +97,7 @@ def test_a_second_signal_does_not_cut_the_closing_off(base_of, quantised_cache):
 
 
 def test_a_second_server_on_a_store_is_refused_in_one_sentence_before_the_model_is_loaded(tmp_path):
-    with closing(AdapterStore(tmp_path / "store")), start(LOADING, tmp_path, tmp_path) as server:
+    with closing(AdapterStore(tmp_path / "store")), start(EARLY, tmp_path, tmp_path) as server:
         out, log = server.communicate(timeout=HANG_S)
     assert (server.returncode, out) == (1, "")
     assert log.splitlines()[-1].startswith(f"error: store '{tmp_path}/store': another server")
@@ -101,7 +109,7 @@ def test_a_second_server_on_a_store_is_refused_in_one_sentence_before_the_model_
 def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(flag, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        with start(LOADING, tmp_path, tmp_path, flag, address) as server:
+        with start(EARLY, tmp_path, tmp_path, flag, address) as server:
             out, log = server.communicate(timeout=HANG_S)
     assert (server.returncode, out) == (2, "")
     assert log.splitlines()[-1] == (

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
-from turret_server.app import run
+from turret_server.app import build, run
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig
 from turret_server.errors import GenerationFailedError
@@ -42,7 +42,7 @@ class Server:
 class Serving:
     def __init__(self, monkeypatch, *, missing_pins=()):
         self.server, self.signals = Server(), StopSignals()
-        monkeypatch.setattr(run, "make_server", lambda _: self.server)
+        monkeypatch.setattr(build, "make_server", lambda _: self.server)
         self.looked = asyncio.Event()
         loop = asyncio.get_running_loop()
 

@@ -109,6 +109,7 @@ class Site:
         self.engine.stop()
         self.cleanup.close()
         self.library.close()
+        self.store.close()
 
     def source(self, seed: int) -> str:
         """The folder of an adapter that no other seed has."""

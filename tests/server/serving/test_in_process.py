@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from support.prompts import PROMPT, until
-from turret_server.app.build import assemble
+from turret_server.app.assembly import assemble
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import InvalidRequestError, PromptNotFoundError, QuotaExceededError

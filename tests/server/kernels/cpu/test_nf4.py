@@ -111,7 +111,7 @@ def test_a_dtype_without_kernels_takes_the_reference():
     [("+avx,+avx2,+fma", "equal, in torch.float32"), ("", "not packed")],
     ids=["AVX2", "neither"],
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 def test_other_cpus_compute_the_same(dtype, features, said):
     """numba compiles for another CPU, of which this one can do everything."""
     environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
