@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from turret_server.kernels import AttentionBatch, AttentionParams, LoraRows
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+_Result = TypeVar("_Result")
+
+
+def on_threads(count: int, compute: Callable[[], _Result]) -> _Result:
+    """What is computed on so many threads; tests have one otherwise, which then does the shares of all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return compute()
+    finally:
+        torch.set_num_threads(before)
+
 
 SEGMENTS = {
     "none": [],

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from support.kernel_inputs import on_threads
 from turret_server.kernels import AttentionBatch, AttentionParams, CpuOps, ReferenceOps
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -120,3 +121,17 @@ def test_scores_of_any_size_are_weighed(dtype):
         assert found.isfinite().all()
         expected = ReferenceOps().paged_attention(query, kv, batch, how)
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_number_of_threads_changes_nothing(num_threads, lengths):
+    kv, batch = paged(torch.float32, lengths)
+    ops, query = CpuOps(torch.float32), torch.randn(batch.query_bounds[-1], 4, 64)
+
+    def compute() -> torch.Tensor:
+        return ops.paged_attention(query, kv, batch, params(4, 64, window=33))
+
+    # First on many: memory that no thread writes must not hold what it should.
+    on_many, on_one = on_threads(num_threads, compute), on_threads(1, compute)
+    assert torch.equal(on_many, on_one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from support.kernel_inputs import on_threads
 from turret_server.kernels import CpuOps, ReferenceOps
 from turret_server.kernels.cpu import dense
 
@@ -62,3 +63,12 @@ def test_whole_vectors_in_order_are_multiplied_by_the_kernel_and_others_by_the_r
     x = torch.randn(2, weight.shape[1])
     torch.testing.assert_close(ops.linear(x, weight), x @ weight.T)
     assert bool(multiplied) == supported
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("num_out", [3, 70, 1000])
+def test_the_number_of_threads_changes_nothing(num_threads, num_out):
+    ops, x, weight = CpuOps(torch.float32), torch.randn(7, 96), torch.randn(num_out, 96)
+    # First on many: memory that no thread writes must not hold what it should.
+    on_many, on_one = (on_threads(count, lambda: ops.linear(x, weight)) for count in (num_threads, 1))
+    assert torch.equal(on_many, on_one)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from support.kernel_inputs import on_threads
 from turret_server.kernels import CpuOps, LoraRows, NF4Weight, ReferenceOps
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -95,19 +96,14 @@ def test_what_is_not_a_number_stays_so_and_infinities_too(dtype):
     assert y[2, 9] == torch.inf
 
 
-def test_the_number_of_threads_changes_nothing():
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_the_number_of_threads_changes_nothing(num_threads):
     arena, rows = lora(torch.float32, 200, 900, SEGMENTS["mixed, with gaps"])
     x, y = torch.randn(165, 200), torch.randn(165, 900)
-    on_one, on_three = y.clone(), y.clone()
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        CpuOps(torch.float32).lora_add(on_one, x, arena, rows)
-        torch.set_num_threads(3)
-        CpuOps(torch.float32).lora_add(on_three, x, arena, rows)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(on_one, on_three)
+    ops, on_one, on_many = CpuOps(torch.float32), y.clone(), y.clone()
+    on_threads(num_threads, lambda: ops.lora_add(on_many, x, arena, rows))
+    on_threads(1, lambda: ops.lora_add(on_one, x, arena, rows))
+    assert torch.equal(on_one, on_many)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

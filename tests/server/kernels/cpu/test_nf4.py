@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 
+from support.kernel_inputs import lora, on_threads
 from turret_server.kernels import CpuOps, NF4Weight, PackedNF4Weight, ReferenceOps, select_ops
 from turret_server.kernels.cpu import nf4 as cpu_nf4
 
@@ -48,6 +49,22 @@ def test_a_rows_product_does_not_depend_on_the_other_rows(dtype):
         for start in range(0, 151 - count, count):
             some = slice(start, start + count)
             assert torch.equal(ops.nf4_linear(x[some], packed), together[some])
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+@pytest.mark.parametrize("num_tokens", [1, 300])
+@pytest.mark.parametrize("out_features", [64, 320])
+def test_the_number_of_threads_changes_nothing(num_threads, num_tokens, out_features):
+    ops, x = OPS[torch.float32], torch.randn(num_tokens, 128)
+    packed = ops.pack_nf4(weight(out_features, 128))
+    arena, rows = lora(torch.float32, 128, out_features, [(0, num_tokens, 13)], device=CPU)
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.nf4_linear(x, packed), ops.adapted_linear(x, packed, arena, rows)
+
+    # First on many: memory that no thread writes must not hold what it should.
+    on_many, on_one = on_threads(num_threads, compute), on_threads(1, compute)
+    assert all(torch.equal(*each) for each in zip(on_many, on_one, strict=True))
 
 
 @each_dtype

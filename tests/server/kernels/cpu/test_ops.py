@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from support.kernel_inputs import paged
+from support.kernel_inputs import on_threads, paged
 from turret_server.kernels import AttentionParams, CpuOps, LoraRows, NF4Weight, ReferenceOps
 from turret_server.kernels.cpu import attention, dense, lora, nf4
 from turret_server.kernels.cpu import ops as cpu_ops
@@ -35,6 +35,14 @@ def test_a_token_gets_the_same_whoever_shares_the_step(dtype):
     together = CpuOps(dtype).rms_norm(x, weight, 1e-6)
     for token in range(150):
         assert torch.equal(CpuOps(dtype).rms_norm(x[token : token + 1], weight, 1e-6)[0], together[token])
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_the_number_of_threads_changes_nothing(num_threads):
+    ops, x, weight = CpuOps(torch.float32), torch.randn(203, 72), torch.randn(72)
+    # First on many: memory that no thread writes must not hold what it should.
+    on_many, on_one = (on_threads(count, lambda: ops.rms_norm(x, weight, 1e-6)) for count in (num_threads, 1))
+    assert torch.equal(on_many, on_one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
