@@ -171,20 +171,36 @@ def test_many_threads_may_ask_at_once():
     assert len(runs) == 60
 
 
-def test_a_request_that_arrives_just_before_the_engine_sleeps_wakes_it():
-    served, runs = Served(), list[Run]()
-    arrived = threading.Event()
+@pytest.mark.parametrize("what", ["a request", "a command", "the stop"])
+def test_what_arrives_just_before_the_engine_sleeps_is_not_slept_through(what):
+    served, arrived, seen = Served(), threading.Event(), threading.Event()
+    stopping = threading.Thread(target=served.engine.stop, daemon=True)
 
     def arrive(stats: EngineStats) -> None:
-        if stats.step is None and not runs:
-            runs.append(served.submit(make_run([1])))
-            arrived.set()
+        if arrived.is_set():
+            if stats.step or served.engine.is_resident("lora"):
+                seen.set()
+            return
+        match what:
+            case "a request":
+                served.submit(make_run([1]))
+            case "a command":
+                served.engine.prefetch(LORA)
+            case "the stop":
+                stopping.start()
+                while not served.engine._stopping:
+                    pass
+        arrived.set()
 
     served.on_stats = arrive
     served.engine.start()
     assert arrived.wait(PATIENCE)
-    served.wait(*runs)
-    served.engine.stop()
+    if what != "the stop":
+        assert seen.wait(PATIENCE)
+        stopping.start()
+    served.engine._thread.join(PATIENCE)
+    assert not served.engine._thread.is_alive()
+    stopping.join()
 
 
 # What is refused
