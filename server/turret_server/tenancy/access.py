@@ -71,7 +71,7 @@ def errors_visible_to(tenant: Tenant) -> Iterator[None]:
     try:
         yield
     except AdapterNotFoundError as error:
-        if error.why and not tenant.may_load(error.name):
+        if not tenant.may_load(error.name):
             raise AdapterNotFoundError(error.message) from error
         raise
     except _STORE_ERRORS as error:

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from turret_adapters.errors import AdapterNotFoundError, SourceForbiddenError, StoreFailedError
+from turret_adapters.errors import (
+    AdapterNotFoundError,
+    NamesCorruptError,
+    RevisionCorruptError,
+    RevisionNotFoundError,
+    SourceForbiddenError,
+    StoreBusyError,
+    StoreFailedError,
+    StoreFullError,
+)
 from turret_adapters.registry import AdapterRegistry
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import PermissionDeniedError
@@ -77,10 +86,36 @@ def test_an_admin_loads_from_wherever_the_server_may():
     check_source(Tenant(name="root", limits=TenantLimits(), admin=True), "/anywhere")
 
 
-def test_paths_of_the_store_are_for_administrators():
-    told = StoreFailedError("store '/srv/turret': no such file")
-    with pytest.raises(StoreFailedError, match="ask the server's operator"), errors_visible_to(ACME):
+@pytest.mark.parametrize(
+    "error", [NamesCorruptError, RevisionCorruptError, StoreBusyError, StoreFailedError, StoreFullError]
+)
+def test_paths_of_the_store_are_for_administrators(error):
+    told = error("store '/srv/turret': no such file")
+    with pytest.raises(error, match="ask the server's operator") as hidden, errors_visible_to(ACME):
         raise told
+    assert "/srv" not in str(hidden.value)
     admin = Tenant(name="root", limits=TenantLimits(), admin=True)
-    with pytest.raises(StoreFailedError, match="/srv/turret"), errors_visible_to(admin):
+    with pytest.raises(error, match="/srv/turret"), errors_visible_to(admin):
         raise told
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "said"),
+    [
+        ("acme-x", "/srv/secret", "not loaded: /srv/secret"),
+        ("shared", "/srv/secret", "not loaded"),
+        ("shared", "", "not loaded"),
+        ("", "", "not loaded"),
+    ],
+)
+def test_why_an_adapter_is_missing_is_for_those_who_may_load_it(name, why, said):
+    with pytest.raises(AdapterNotFoundError) as missing, errors_visible_to(ACME):
+        raise AdapterNotFoundError("not loaded", name=name, why=why)
+    assert str(missing.value) == said
+
+
+def test_other_errors_stay_as_they_are():
+    told = RevisionNotFoundError("there is no such revision")
+    with pytest.raises(RevisionNotFoundError) as raised, errors_visible_to(ACME):
+        raise told
+    assert raised.value is told
