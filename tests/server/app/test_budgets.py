@@ -85,3 +85,28 @@ def test_the_machines_memory_counts_where_it_is_less_than_the_containers_limit(c
 def test_a_container_without_a_limit_has_the_machines_memory(container: Path) -> None:
     (container / "memory.max").write_text("max\n")
     assert (host_bytes("1"), max_adapter_bytes()) == (2000, 1000)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Has 1,000 bytes free of 5,000, on a machine with little memory."""
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {device: (1000, 5000)}.__getitem__)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
+    return device
+
+
+def test_on_a_gpu_its_own_free_memory_counts(gpu: torch.device) -> None:
+    assert arena_bytes("0.5", gpu) == 500
+    assert arena_bytes("1000", gpu) == 1000
+    with pytest.raises(ConfigError, match="1001 bytes are more than the free memory of cuda, 1000 bytes"):
+        arena_bytes("1001", gpu)
+    assert host_bytes("10") == 10
+
+
+@pytest.mark.parametrize("free", [1000, 2**40])
+def test_the_default_on_a_gpu_leaves_a_fifth_of_its_free_memory_and_has_no_maximum(
+    monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    assert arena_bytes(None, torch.device("cuda")) == free * 4 // 5

@@ -149,6 +149,8 @@ async def test_pages_are_in_order_and_of_a_size(site, admin):
     assert [info.name for info in rest.adapters] == ["poet-2"]
     assert rest.next_page_token == ""
     assert (await admin.list(2, "", ADMIN)).next_page_token == ""
+    again = await admin.list(2, "poet-0", ADMIN)
+    assert [info.name for info in again.adapters] == ["poet-2"]
     assert (await admin.list(1, "", ADMIN)).next_page_token == "poet-0"
 
 
@@ -339,3 +341,35 @@ async def test_log_lines_name_the_call_that_they_come_from(site, admin, monkeypa
             assert len([event async for event in events]) == 2
     assert set(about) == {"load", "rollback", "split", "unload", "load_upload"}
     assert set(about.values()) == {"request-1"}
+
+
+async def test_a_page_is_filled_with_what_the_tenant_may_use(site, admin):
+    for name in ("acme-a", "acme-b", "acme-c", "bolt-a", "bolt-b", "shared"):
+        site.registry.fail(name, "no such folder")
+    page = await admin.list(3, "", GUEST)
+    assert [info.name for info in page.adapters] == ["acme-a", "acme-b", "acme-c"]
+    assert page.next_page_token == "acme-c"
+    last = await admin.list(3, page.next_page_token, GUEST)
+    assert ([info.name for info in last.adapters], last.next_page_token) == (["shared"], "")
+
+
+async def test_a_watch_shows_no_more_of_an_adapter_than_a_look_at_it(site, admin):
+    site.registry.fail("acme-own", "no folder /srv/own")
+    site.registry.fail("shared", "no folder /srv/secret")
+    async with aclosing(admin.watch(lambda: GUEST)) as changes:
+        present = [await anext(changes) for _ in range(2)]
+        site.registry.tell("shared")
+        changed = await anext(changes)
+    own, shared = [await admin.get(name, GUEST) for name in ("acme-own", "shared")]
+    assert present == [own, shared]
+    assert changed == shared
+    assert "/srv" in own.error
+    assert "/srv" not in shared.error
+
+
+async def test_a_watch_that_is_closed_counts_no_more(site, admin):
+    site.registry.fail("poet", "no such folder")
+    async with aclosing(admin.watch(lambda: ADMIN)) as changes:
+        await anext(changes)
+        assert len(site.watches._watchers) == 1
+    assert site.watches._watchers == set()

@@ -14,7 +14,9 @@ import pytest
 from support.prompts import until
 from turret_adapters.errors import AdapterNotFoundError, RevisionNotFoundError
 from turret_adapters.registry import Named
+from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle import revisions
+from turret_server.lifecycle.revisions import check_revision
 
 PATIENCE = 60
 
@@ -173,3 +175,65 @@ def test_an_adapter_that_the_registry_does_not_take_is_not_held(site, poet, monk
     site.settle()
     assert site.holds() == {poet[1]}
     assert site.written("bard") == []
+
+
+def name_revision(site, revision: str, name: str = "poet") -> None:
+    """A request that names a revision comes and ends."""
+    site.registry.release(site.revisions.acquire([Named(name, revision=revision)]))
+
+
+def test_of_the_named_revisions_the_least_recently_named_goes_first(site, monkeypatch):
+    monkeypatch.setattr(revisions, "MAX_RECENT", 2)
+    first, second, third, _ = (site.load("poet", seed) for seed in (1, 2, 3, 4))
+    for revision in (first, second, first, third):
+        name_revision(site, revision)
+    assert [site.registry.has(each) for each in (first, second, third)] == [True, False, True]
+    site.settle()
+    assert site.holds() == {first, third, site.served("poet")}
+
+
+def test_a_revision_that_went_with_a_change_is_kept_again_when_it_is_named_again(site):
+    first, _ = (site.load("poet", seed) for seed in (1, 2))
+    for seed in (3, 4):
+        name_revision(site, first)
+        assert site.registry.has(first)
+        site.load("poet", seed)
+        assert not site.registry.has(first)
+    site.settle()
+    assert site.holds() == {site.served("poet")}
+
+
+def test_a_request_that_names_the_current_revision_keeps_nothing_for_later(site):
+    first = site.load("poet", 1)
+    name_revision(site, first)
+    site.load("poet", 2)
+    assert not site.registry.has(first)
+
+
+def test_a_revision_that_two_names_had_stays_for_the_other_name(site):
+    first, _ = (site.load("poet", seed) for seed in (1, 2))
+    assert site.load("bard", 1) == first
+    site.load("bard", 3)
+    for name in ("poet", "bard"):
+        name_revision(site, first, name)
+    site.lifecycle.unload("poet")
+    assert site.registry.has(first)
+    site.lifecycle.unload("bard")
+    assert not site.registry.has(first)
+    site.settle()
+    assert site.holds() == set()
+
+
+def test_a_named_revision_must_be_of_the_name(site, poet):
+    site.load("bard", 3)
+    with pytest.raises(RevisionNotFoundError):
+        site.revisions.acquire([Named("bard", revision=poet[0])])
+
+
+@pytest.mark.parametrize("beginning", ["3f9a1c0", "3f9a1c0" * 5, "3f9a1c0G", "3F9A1C07", "", "3f9a1c07\n"])
+def test_the_beginning_of_a_revision_has_8_to_32_digits(beginning):
+    with pytest.raises(InvalidRequestError, match="first 8 to 32 digits") as refused:
+        check_revision(beginning, "adapters")
+    assert refused.value.metadata == {"field": "adapters"}
+    for allowed in ("3f9a1c07", "3" * 32):
+        assert check_revision(allowed) == allowed

@@ -112,3 +112,15 @@ def test_requests_are_counted_by_outcome(registry, value):
     assert value("turret_time_to_first_token_seconds_bucket", le="0.05") == 1
     assert value("turret_time_to_first_token_seconds_bucket", le="0.025") == 0
     assert value("turret_inter_token_seconds_bucket", le="0.001") == 1
+
+
+def test_adapters_are_not_looked_at_when_they_are_registered(registry):
+    """The server is not built yet; and names that are taken are found."""
+
+    def not_yet():
+        raise AssertionError
+
+    memory, downloads = SimpleNamespace(num_bytes=5, num_reads=2), SimpleNamespace(num_bytes=7, running=[])
+    AdapterMetrics(not_yet, memory, downloads, registry)
+    with pytest.raises(ValueError, match="Duplicated"):
+        AdapterMetrics(not_yet, memory, downloads, registry)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.prompts import until
 from turret_server.errors import ConfigError, UsageLogFailedError
 from turret_server.observability import usage_log
 from turret_server.observability.usage_log import UsageLog
@@ -228,3 +229,44 @@ def test_entries_acknowledged_before_a_kill_are_in_the_log_once(path):
         assert set(told) <= set(found)
         # Of what was not told there is at most what each thread was about to be.
         assert len(set(found) - set(told)) <= 8 * (life + 1)
+
+
+@pytest.mark.parametrize("torn", ["", "{" + "x" * 100_000])
+def test_of_a_long_log_only_the_end_is_read_at_the_start(path, monkeypatch, torn):
+    line = json.dumps(entry(0)) + "\n"
+    path.write_text(line * 5000 + torn)
+    asked, pread = [], os.pread
+
+    def counted(handle: int, size: int, offset: int) -> bytes:
+        asked.append(size)
+        return pread(handle, size, offset)
+
+    monkeypatch.setattr(os, "pread", counted)
+    UsageLog(path).close()
+    assert path.stat().st_size == 5000 * len(line)
+    # Of more than 600,000 bytes: about as much as is cut off.
+    assert sum(asked) < 250_000
+
+
+def test_who_asks_while_the_disk_fails_is_told_why_and_the_log_once(path, monkeypatch, caplog):
+    monkeypatch.setattr(usage_log, "RETRY_SECONDS", 0.01)
+    caplog.set_level("WARNING")
+    real, failures = os.fsync, [OSError(5, "Input/output error")] * 3
+
+    def failing(handle: int) -> None:
+        if failures:
+            raise failures.pop()
+        real(handle)
+
+    with closing(UsageLog(path)) as log:
+        log.check()
+        monkeypatch.setattr(os, "fsync", failing)
+        failed = log.append(entry(0))
+        assert isinstance(failed.exception(HANG_S), UsageLogFailedError)
+        until(lambda: not failures)
+        log.append(entry(1)).result(HANG_S)
+        log.check()
+    assert read(path) == [0, 1]
+    first, last = caplog.messages
+    assert first.startswith(f"{path} cannot be written (Input/output error)")
+    assert last == f"{path} can be written again"

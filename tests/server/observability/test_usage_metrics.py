@@ -167,3 +167,30 @@ def test_the_heaviest_take_the_places_of_the_lightest(usage, clock, counted):
     assert [number for number in range(30) if counted(f"large-{number}") is not None] == [*range(20, 30)]
     gone = [number for number in range(SERIES) if counted(f"small-{number}") is None]
     assert gone == [*range(5), *range(50, 55)]
+
+
+def test_what_is_counted_and_what_is_read_is_under_the_lock():
+    """Its clock is read while it counts, and its series while it is asked for them."""
+    registry, locked = CollectorRegistry(), []
+
+    class Shown(dict):
+        def items(self):
+            locked.append(usage._lock.locked())
+            return super().items()
+
+    usage = UsageMetrics(registry, lambda: 0.0)
+    usage._clock = lambda: locked.append(usage._lock.locked()) or 0.0
+    usage._shown = Shown()
+    usage.add("acme", [], prompt=1, generated=1)
+    assert locked == [True]
+    list(registry.collect())
+    assert locked == [True, True]
+    assert not usage._lock.locked()
+
+
+def test_to_register_it_asks_for_nothing(registry):
+    """A registry asks a new collector for its families, to find names that are taken."""
+    usage = UsageMetrics(registry, lambda: 0.0)
+    assert [family.samples for family in usage.describe()] == [[], []]
+    with pytest.raises(ValueError, match="Duplicated"):
+        UsageMetrics(registry, lambda: 0.0)

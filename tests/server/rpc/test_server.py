@@ -115,3 +115,31 @@ def test_connections_leave_files_for_the_server(monkeypatch, soft, hard, allowed
     monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
     assert module._most_connections() == connections
     assert limits == {resource.RLIMIT_NOFILE: (allowed, hard)}
+
+
+async def test_the_health_is_known_before_the_port_is_open(door, monkeypatch):
+    """Otherwise the first who asks is told that all is ready, or that nothing is known."""
+    server, found = door.server, []
+
+    async def started():
+        for service in ("", *SERVICES, LIVENESS):
+            request = health_pb2.HealthCheckRequest(service=service)
+            found.append((await server._health.Check(request, None)).status)
+
+    opened = SimpleNamespace(add_insecure_port=lambda _: 7, start=started, stop=server._server.stop)
+    monkeypatch.setattr(server, "_health", health.aio.HealthServicer())
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "_server", opened)
+        assert await server.start("127.0.0.1:0") == 7
+    assert found == [NOT_SERVING] * 4 + [SERVING]
+
+
+async def test_a_server_that_drains_refuses_calls_before_it_says_so(door, monkeypatch):
+    refused = []
+
+    async def report(*, ready):
+        refused.append((ready, door.server.calls._refusing))
+
+    monkeypatch.setattr(door.server, "_report", report)
+    await door.server.drain()
+    assert refused == [(False, True)]

@@ -191,3 +191,53 @@ async def test_a_function_is_found_by_its_module(tmp_path, monkeypatch):
     (tmp_path / "found_hooks.py").write_text("def tenant_of(metadata, identities):\n    return 'acme'\n")
     assert await load_hook("found_hooks:tenant_of").ask([], []) == "acme"
     del sys.modules["found_hooks"]
+
+
+def too_late(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("outcome", [lambda *_: "acme", too_late])
+async def test_an_answer_that_comes_too_late_is_dropped_and_the_thread_is_free_again(monkeypatch, outcome):
+    monkeypatch.setattr(auth_hook, "HOOK_SECONDS", 0.02)
+    monkeypatch.setattr(auth_hook, "MAX_THREADS", 1)
+    faults, over, began, threads = [], threading.Event(), threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+
+    def late(*_):
+        threads.append(threading.current_thread())
+        began.set()
+        over.wait(60)
+        return outcome()
+
+    hook = AuthHook("x:y", late)
+    with pytest.raises(AuthUnavailableError):
+        await hook.ask([], [])
+    await asyncio.to_thread(began.wait)
+    over.set()
+    await asyncio.to_thread(threads[0].join)
+    assert faults == []
+    monkeypatch.setattr(auth_hook, "HOOK_SECONDS", 60)
+    monkeypatch.setattr(hook, "_function", lambda *_: "bolt")
+    assert await hook.ask([], []) == "bolt"
+
+
+def test_an_answer_after_the_end_of_the_loop_is_dropped(monkeypatch):
+    monkeypatch.setattr(auth_hook, "HOOK_SECONDS", 0.02)
+    faults, over, began, threads = [], threading.Event(), threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+
+    def late(*_):
+        threads.append(threading.current_thread())
+        began.set()
+        over.wait(60)
+
+    async def ask():
+        await AuthHook("x:y", late).ask([], [])
+
+    with pytest.raises(AuthUnavailableError):
+        asyncio.run(ask())
+    assert began.wait(60)
+    over.set()
+    threads[0].join(60)
+    assert faults == []
