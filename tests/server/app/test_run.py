@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.assembly import assemble
-from turret_server.app.run import Shutdown, _serve_metrics
+from turret_server.app.run import Shutdown, _check_port, _serve_metrics
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
 
@@ -202,3 +202,26 @@ async def test_a_second_request_ends_the_grace_period():
     assert (shutdown.requested.is_set(), parts.used) == (True, [])
     shutdown.request()
     assert parts.used == ["calls.skip_grace"]
+
+
+def test_a_port_that_only_waits_for_late_packets_can_be_opened_again():
+    """As after a restart: whoever closes a connection first keeps its port for a while."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as client:
+            connection, _ = server.accept()
+            connection.close()
+            assert client.recv(1) == b""
+    _check_port("--listen", f"127.0.0.1:{address[1]}")
+
+
+def test_an_address_that_this_machine_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"^--metrics 192\.0\.2\.1:0: the port cannot be opened \("):
+        _check_port("--metrics", "192.0.2.1:0")
+
+
+@pytest.mark.parametrize("num_running", [0, 1])
+async def test_calls_that_are_cut_off_are_in_the_log(num_running, caplog):
+    parts = Recorded(num_running=num_running)
+    await Shutdown(parts, parts).drain(0)
+    assert caplog.messages == ["1 calls have not finished and are ended now"][:num_running]

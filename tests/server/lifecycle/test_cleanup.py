@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from support.prompts import until
 from turret_server.lifecycle import cleanup
 from turret_server.lifecycle.cleanup import CleanupWorker
 
@@ -137,3 +138,41 @@ def test_jobs_behind_a_stuck_one_are_left_to_the_next_start(monkeypatch, caplog)
     assert caplog.messages == ["2 clean-up jobs are left to the next start"]
     gate.set()
     worker._thread.join(PATIENCE)
+
+
+def test_a_job_that_was_submitted_again_while_it_failed_is_retried_once(worker):
+    tried, gate, began, done = [], threading.Event(), threading.Event(), threading.Event()
+
+    def run() -> None:
+        tried.append("try")
+        began.set()
+        gate.wait(PATIENCE)
+        if len(tried) == 1:
+            raise OSError("the disk is away")
+
+    worker.submit("same", run)
+    assert began.wait(PATIENCE)
+    worker.submit("same", run)
+    gate.set()
+    # Longer than a retry waits: each failure of this one comes later than that of the first.
+    worker.submit("end", failing(3, done))
+    assert done.wait(PATIENCE)
+    assert tried == ["try", "try"]
+
+
+def test_a_job_that_comes_while_the_worker_closes_is_left_to_the_next_start():
+    worker, began, gate, ran = CleanupWorker(), threading.Event(), threading.Event(), []
+
+    def last() -> None:
+        began.set()
+        gate.wait(PATIENCE)
+        worker.submit("late", lambda: ran.append("late"))
+
+    worker.submit("last", last)
+    assert began.wait(PATIENCE)
+    closing = threading.Thread(target=worker.close)
+    closing.start()
+    until(lambda: worker._closing)
+    gate.set()
+    closing.join(PATIENCE)
+    assert (ran, worker._jobs) == ([], [])

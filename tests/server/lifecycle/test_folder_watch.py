@@ -182,3 +182,34 @@ def test_a_watch_that_fails_starts_again(watch, recorder, monkeypatch, caplog):
     watch.stop()
     assert "no inotify instances are left" in caplog.text
     assert recorder.done == []
+
+
+def test_a_watch_scans_at_first_after_changes_until_all_is_settled_and_now_and_then(
+    watch, clock, folder, monkeypatch
+):
+    scans, scan = [], watch.scan
+    monkeypatch.setattr(watch, "scan", lambda: (scans.append(clock.now), scan()))
+
+    def reports(watched, **_):
+        assert watched == folder
+        yield set()  # changes from before the watch began are not reported
+        assert len(scans) == 1
+        yield set()
+        assert len(scans) == 1
+        write_folder(folder / "new", b"tensors")
+        yield {"new"}
+        assert len(scans) == 2
+        clock.now += SETTLE_SECONDS
+        yield set()
+        assert len(scans) == 3
+        yield set()
+        assert len(scans) == 3
+        clock.now += folder_watch._SCAN_SECONDS
+        yield set()
+        assert len(scans) == 4
+        yield set()
+        assert len(scans) == 4
+
+    monkeypatch.setattr(folder_watch, "watch", reports)
+    watch._watch()
+    assert [name for name, _ in watch._lifecycle.done] == ["new"]

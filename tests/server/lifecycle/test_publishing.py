@@ -471,3 +471,29 @@ def test_secrets_of_a_source_are_not_logged(site, monkeypatch, caplog):
     site.lifecycle.load("poet", "https://user:secret@models.example.com/poet?token=secret")
     assert "loaded adapter poet" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("change", ["load anew", "roll back", "start"])
+def test_a_pin_that_is_larger_than_the_arena_is_refused_for_that_and_not_for_the_other_pins(
+    open_site, monkeypatch, change
+):
+    site = open_site(pinned=("poet",))
+    for seed in (1, 2):
+        site.load("poet", seed)
+    if change == "start":
+        site = open_site(pinned=("poet",))
+
+    def refuse(why: str):
+        def check(*_: object) -> None:
+            raise AdapterTooLargeError(why)
+
+        return check
+
+    monkeypatch.setattr(site.engine, "check_pin_adapters", refuse("the pins take too much"))
+    monkeypatch.setattr(site.engine, "check_adapter", refuse("it is larger than the arena"))
+    if change == "start":
+        site.lifecycle.start(None)
+        assert site.registry.status("poet").error == "it is larger than the arena"
+    else:
+        with pytest.raises(AdapterTooLargeError, match="larger than the arena"):
+            CHANGES[change](site)

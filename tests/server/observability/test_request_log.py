@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from concurrent.futures import Future
 from contextlib import closing
 
 import pytest
@@ -280,3 +281,48 @@ def test_times_are_parts_of_the_request(metrics):
     # The engine may have started it before the submission returned.
     record.job.times.started = 10.5
     assert record.queue_seconds == 0.0
+
+
+class BrokenUsageLog:
+    """Can be written when a request begins, and not any more when it ends."""
+
+    def check(self):
+        pass
+
+    def append(self, _):
+        written = Future()
+        written.set_exception(UsageLogFailedError("the disk is full"))
+        return written
+
+
+async def test_a_request_whose_line_cannot_be_written_fails_at_its_end(metrics, ended, value):
+    log = RequestLog(metrics, BrokenUsageLog(), ended.append)
+
+    async def serve():
+        async with log.follow(CALLER) as record:
+            record.begin(job(), PINS)
+            await log.finish(record, "stop")
+
+    with pytest.raises(UsageLogFailedError):
+        await serve()
+    assert [isinstance(record.error, UsageLogFailedError) for record in ended] == [True]
+    assert value("turret_requests_total", outcome="usage_log_failed") == 1
+    assert value("turret_requests_total", outcome="ok") == 0
+
+
+async def test_a_cancelled_task_whose_line_cannot_be_written_is_cancelled(metrics, ended, value):
+    log, begun = RequestLog(metrics, BrokenUsageLog(), ended.append), asyncio.Event()
+
+    async def serve():
+        async with log.follow(CALLER) as record:
+            record.begin(job(), PINS)
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(serve())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert value("turret_requests_total", outcome="cancelled") == 1
+    assert len(ended) == 1

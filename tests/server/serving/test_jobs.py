@@ -174,6 +174,29 @@ async def test_a_revision_that_is_read_for_nobody_is_released(services, admin):
     assert services.registry.status("poet").active_requests == 0
 
 
+async def test_revisions_that_are_read_slowly_delay_nothing_else(services, admin):
+    go_on = threading.Event()
+
+    def acquire(named):
+        assert go_on.wait(60)
+        return services.registry.acquire([Named(each.name) for each in named])
+
+    services.revisions.acquire = acquire
+
+    async def prepare():
+        async with services.jobs.prepare(REQUEST, [Named("poet", revision="1" * 32)], admin) as prepared:
+            return prepared.lease.revision
+
+    reading = [asyncio.create_task(prepare()) for _ in range(40)]
+    await asyncio.sleep(0)
+    try:
+        # In the default executor they would leave it no thread.
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "done"), 30) == "done"
+    finally:
+        go_on.set()
+    assert await asyncio.gather(*reading) == ["1" * 32] * len(reading)
+
+
 async def test_names_are_loaded_on_demand_before_they_are_leased(services, admin):
     async def ensure_loaded(names):
         for name in names:
