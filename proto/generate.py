@@ -43,18 +43,22 @@ _LINE_LENGTH = 110
 _KINDS = {
     FieldDescriptorProto.TYPE_FLOAT: "float",
     FieldDescriptorProto.TYPE_INT32: "int",
+    FieldDescriptorProto.TYPE_UINT32: "int",
     FieldDescriptorProto.TYPE_UINT64: "int",
+    FieldDescriptorProto.TYPE_BOOL: "bool",
     FieldDescriptorProto.TYPE_STRING: "str",
 }
 _INTEGER_RANGES = {
     FieldDescriptorProto.TYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptorProto.TYPE_UINT32: (0, 2**32 - 1),
     FieldDescriptorProto.TYPE_UINT64: (0, 2**64 - 1),
 }
 _ADAPTER = (
     "adapter: Adapter to apply: its name, an `AdapterRef`, or several of either to combine them; None is the "
     "base model."
 )
-_ZEROS = {"int": "0", "float": "0.0", "str": '""'}
+_ZEROS = {"int": "0", "float": "0.0", "bool": "False", "str": '""'}
+_TYPES = {"int": int, "float": float, "bool": bool}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ class Field:
 
     Attributes:
         name: Name in the protocol, the server and the client.
-        kind: Python type of a value: "int", "float" or "str".
+        kind: Python type of a value: "int", "float", "bool" or "str".
         repeated: The field holds any number of values.
         optional: An unset field differs from one that is set to zero.
         meaning: The field's comment in the protocol, without the sentence "Default: …" at its end.
@@ -135,14 +139,14 @@ class Field:
         return self.kind == "str" and not self.repeated and bool(self.rule.get("min_length"))
 
     def annotation(self, sequence: str) -> str:
-        """The field's type in Python; `sequence` is that of a repeated field."""
+        """The field's type in Python; `sequence` is that of a repeated field, with {} for its elements."""
         if self.repeated:
-            return sequence
+            return sequence.format(self.kind)
         return self.kind if self.default is not None else f"{self.kind} | None"
 
     def declaration(self) -> str:
         """The field of a dataclass."""
-        declared = f"    {self.name}: {self.annotation('tuple[str, ...]')}"
+        declared = f"    {self.name}: {self.annotation('tuple[{}, ...]')}"
         return declared if self.required else f"{declared} = {self.default}"
 
 
@@ -228,7 +232,7 @@ def read_fields(descriptors: bytes, file_name: str, message_name: str) -> list[F
 
 def _field(field: Any, options: Any, comment: str) -> Field:
     kind = _KINDS[field.type]
-    number = int if kind == "int" else float
+    number = _TYPES.get(kind, float)
     rule = {each.name: value for each, value in options.ListFields() if each.name != "default_value"}
     rule |= {each: number(rule[each]) for each in ("min", "max") if each in rule}
     repeated = field.label == FieldDescriptorProto.LABEL_REPEATED
@@ -318,7 +322,7 @@ def client_options(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
         "    adapter: AdapterArgument",
     ]
     for field in requests:
-        annotation = field.annotation("Sequence[str]").removesuffix(" | None")
+        annotation = field.annotation("Sequence[{}]").removesuffix(" | None")
         lines.append(f"    {field.name}: {annotation} | None")
     return "\n".join(lines) + "\n"
 
@@ -336,7 +340,7 @@ def cli_options(requests: Sequence[Field]) -> str:
         "GENERATION_OPTIONS = {",
     ]
     for field in requests:
-        arguments = [f'"--{field.name.replace("_", "-")}"', *_click_arguments(field)]
+        arguments = [f'"{_flag(field)}"', *_click_arguments(field)]
         lines += [f'    "{field.name}": click.option(', *(f"        {each}," for each in arguments), "    ),"]
     lines += [
         "}",
@@ -348,6 +352,11 @@ def cli_options(requests: Sequence[Field]) -> str:
         "    return command",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _flag(field: Field) -> str:
+    name = field.name.replace("_", "-")
+    return f"--{name}/--no-{name}" if field.kind == "bool" else f"--{name}"
 
 
 def _click_arguments(field: Field) -> Iterator[str]:
@@ -365,7 +374,10 @@ def _click_arguments(field: Field) -> Iterator[str]:
         yield f"default={field.default}"
         if field.kind != "str":
             yield "show_default=True"
-    yield f'metavar="{ {"int": "N", "float": "F", "str": "S"}[field.kind] }"'
+    if field.kind == "bool":
+        yield "default=None"
+    else:
+        yield f'metavar="{ {"int": "N", "float": "F", "str": "S"}[field.kind] }"'
     # click shows the range of a number and a default by itself.
     text = field.description(numbers=False, default=field.optional or bool(field.unset))
     yield f"help={_literal(text + ' Repeatable.' * field.repeated)}"
@@ -375,7 +387,7 @@ def reference_table(requests: Sequence[Field]) -> str:
     """The reference of the fields in Markdown."""
     lines = ["| Python | command line | allowed | default | meaning |", "|---|---|---|---|---|"]
     for field in requests:
-        option = f"--{field.name.replace('_', '-')}"
+        option = _flag(field).replace("/", "`, `")
         words = (field.allowed or "any", field.default_words or "none", field.meaning)
         cells = (f"`{field.name}`", f"`{option}`", *words)
         lines.append(f"| {' | '.join(cells)} |")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from support.decoding import World, world
 from support.kernel_inputs import DEVICE
-from support.models import save_tokenizer
+from support.tokenizers import save_tokenizer
 from turret_adapters.host import HostAdapter, ModuleDelta, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, Method, ModuleKind, Part, lora_rows, slab_layout
 from turret_server.engine.step import Step

@@ -28,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from support.models import save_tokenizer
+from support.tokenizers import save_tokenizer
 from turret_client import AsyncClient
 from turret_client.bench import LoadGenerator, Popularity, Workload, summarise
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from support.models import save_tokenizer
 from support.running import RecordingSampler, Running, submit, wait
+from support.tokenizers import save_tokenizer
 from turret_adapters.registry import Named
 from turret_server.app.assembly import assemble
 from turret_server.app.build import Parts

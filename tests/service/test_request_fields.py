@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from support.models import VOCAB_SIZE
 from support.serving import serving
@@ -31,7 +33,9 @@ from turret.v1.adapters_pb2 import SetTrafficSplitRequest
 from turret_server.config import ServerConfig
 
 TOKENS = tuple(range(3, 43))
-NUMBERS = {"TYPE_FLOAT", "TYPE_INT32", "TYPE_UINT64"}
+NUMBERS = {"TYPE_FLOAT", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64"}
+OTHER_TEXT = "some other prompt that fills more than a block of sixteen tokens, as a pinned one must"
+ADDING = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
 # Differ between any two jobs.
 OWN = {"request_id", "sink", "deadline", "about", "times"}
 # Checked by other means than a rule, with a value that is refused.
@@ -41,7 +45,7 @@ CHECKED = {
     "name": "not a name",
 }
 # Every value of the type is allowed.
-UNBOUNDED = {"seed"}
+UNBOUNDED = {"seed", "add_special_tokens"}
 
 
 def requests() -> dict[str, Any]:
@@ -61,6 +65,7 @@ class Door:
     generating: Any
     prompts: Any
     jobs: list[Any]
+    tokenizer: Tokenizer
 
     def send(self, message: Any) -> Any:
         """The answer to a request."""
@@ -108,6 +113,7 @@ def door(base_of, adapter_of, quantised_cache) -> Iterator[Door]:
             inference_pb2_grpc.InferenceServiceStub(channel),
             prompts_pb2_grpc.PromptServiceStub(channel),
             jobs,
+            served.parts.loaded.tokenizer.backend_tokenizer,
         )
         engine.check_integrity()
 
@@ -125,8 +131,10 @@ def type_of(field: Any) -> str:
 def other_than(field: Any, value: Any) -> Any:
     """A value that the field accepts, and that is neither the given one nor the default."""
     rule = rule_of(field)
+    if type_of(field) == "TYPE_BOOL":
+        return not rule.default_value
     if field.is_repeated:
-        return ["x" * max(rule.min_length, 1)]
+        return [one_of(field)]
     if type_of(field) == "TYPE_STRING":
         return "x" * max(rule.min_length, 1)
     if rule.HasField("max"):
@@ -135,6 +143,11 @@ def other_than(field: Any, value: Any) -> Any:
         candidates = (rule.min + 1, rule.min + 2)
     number = float if type_of(field) == "TYPE_FLOAT" else int
     return next(number(each) for each in candidates if number(each) not in (value, rule.default_value))
+
+
+def one_of(field: Any) -> Any:
+    """An element of a repeated field."""
+    return "x" * max(rule_of(field).min_length, 1) if type_of(field) == "TYPE_STRING" else 5
 
 
 def just_outside(field: Any) -> Iterator[Any]:
@@ -150,9 +163,8 @@ def just_outside(field: Any) -> Iterator[Any]:
         yield from [2**31 - 1] if integral else [1e30, math.inf]
     if kind == "TYPE_FLOAT" and (rule.HasField("min") or rule.HasField("max")):
         yield math.nan
-    one = "x" * max(rule.min_length, 1)
     if rule.HasField("max_items"):
-        yield [one] * (rule.max_items + 1)
+        yield [one_of(field)] * (rule.max_items + 1)
     lengths = [rule.min_length - 1] * (rule.min_length > 0) + [rule.max_length + 1] * (rule.max_length > 0)
     for length in lengths:
         yield ["x" * length] if field.is_repeated else "x" * length
@@ -174,6 +186,8 @@ def at_the_bounds(field: Any) -> Iterator[Any]:
         yield [text] * max(rule.max_items, 1) if field.is_repeated else text
     if rule.min_length:
         yield ["x" * rule.min_length] if field.is_repeated else "x" * rule.min_length
+    if rule.HasField("max_items"):
+        yield [one_of(field)] * rule.max_items
 
 
 def with_value(message: Any, field: Any, value: Any) -> Any:
@@ -193,7 +207,7 @@ def with_value(message: Any, field: Any, value: Any) -> Any:
 
 FIELDS = [(kind, field) for kind, message in requests().items() for field in message.DESCRIPTOR.fields]
 SCALARS = [(kind, field) for kind, field in FIELDS if not field.message_type]
-RULED = [(kind, field) for kind, field in SCALARS if field.GetOptions().HasExtension(rules_pb2.rule)]
+RULED = [(kind, field) for kind, field in SCALARS if list(just_outside(field))]
 REF_FIELDS = list(inference_pb2.AdapterRef.DESCRIPTOR.fields)
 
 
@@ -202,7 +216,7 @@ def ids(parameter: Any) -> str:
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=ids)
-def test_every_field_reaches_the_engine(door, kind, field):
+def test_every_field_reaches_the_engine(door, kind, field, monkeypatch):
     base = requests()[kind]
     if field.name == "routing_key":
         # Without one the revision is drawn; with one it follows from the key.
@@ -216,9 +230,12 @@ def test_every_field_reaches_the_engine(door, kind, field):
         assert [revision(key) for key in keys] == chosen
         return
     base = with_routing_key(base)
+    if field.name == "add_special_tokens":  # to a text, if the tokenizer adds any
+        monkeypatch.setattr(door.tokenizer, "post_processor", ADDING)
+        base = with_value(base, base.DESCRIPTOR.fields_by_name["text"], OTHER_TEXT)
     text = door.effect(base)[1]
     values = {
-        "text": "some other prompt that fills more than a block of sixteen tokens, as a pinned one must",
+        "text": OTHER_TEXT,
         "token_ids": inference_pb2.TokenIds(ids=TOKENS[::-1]),
         "adapters": [inference_pb2.AdapterRef(name="multitask", task=1)],
         "stop": [text[2:4] or "x"],

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,13 +15,13 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-VOCAB_SIZE = 320
+from support.tokenizers import VOCAB_SIZE, save_tokenizer
+
 MAX_CONTEXT = 256
 
 _SIZES = {
@@ -87,23 +85,6 @@ NAMES: dict[str, Names] = {
 
 def names_of(family: str) -> Names:
     return NAMES.get(family, Names())
-
-
-def save_tokenizer(folder: Path) -> None:
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = "the quick brown fox jumps over the lazy dog and the other fox there then these those other"
-    tokenizer.train_from_iterator([words] * 4, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
 
 
 def save_model(family: str, folder: Path) -> Path:

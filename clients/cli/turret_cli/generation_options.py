@@ -49,7 +49,8 @@ GENERATION_OPTIONS = {
         "--stop",
         multiple=True,
         metavar="S",
-        help="Stop strings: generation ends before the first of them. At most 16, each 1 to 256 "
+        help="Stop strings: generation ends before the first of them. One that is the text of a special "
+        "token, such as </s>, ends the generation at that token. At most 16, each 1 to 256 "
         "characters. Repeatable.",
     ),
     "priority": click.option(
@@ -76,6 +77,20 @@ GENERATION_OPTIONS = {
         help="Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same "
         "revision of the adapter. A user or conversation id, for example. At most 128 characters. "
         "Default: each request is assigned at random.",
+    ),
+    "stop_token_ids": click.option(
+        "--stop-token-ids",
+        type=click.IntRange(0, 4294967295),
+        multiple=True,
+        metavar="N",
+        help="Token ids that end the generation, besides the end-of-sequence tokens of the model. At "
+        "most 16. Repeatable.",
+    ),
+    "add_special_tokens": click.option(
+        "--add-special-tokens/--no-add-special-tokens",
+        default=None,
+        help="Add the special tokens of the tokenizer to a text, such as a beginning-of-sequence token. "
+        "A text that begins with that token gets no second one. Default: True.",
     ),
 }
 

@@ -60,6 +60,7 @@ Examples:
 )
 @adapter_option
 @GENERATION_OPTIONS["cache_salt"]
+@GENERATION_OPTIONS["add_special_tokens"]
 @server_option
 @json_option
 def pin(
@@ -69,6 +70,7 @@ def pin(
     file: Path | None,
     adapter: Sequence[AdapterRef],
     cache_salt: str,
+    add_special_tokens: bool | None,
     server: str,
     as_json: bool,
 ) -> None:
@@ -86,7 +88,10 @@ def pin(
         raise click.UsageError("Give TEXT or --file, not both.")
     prompt = _read(file) if file else read_stdin("TEXT", text) if text in (None, "-") else text
     with connect(server) as client:
-        _print([client.pin_prompt(name, prompt, adapter=adapter, cache_salt=cache_salt)], as_json=as_json)
+        pinned = client.pin_prompt(
+            name, prompt, adapter=adapter, cache_salt=cache_salt, add_special_tokens=add_special_tokens
+        )
+        _print([pinned], as_json=as_json)
 
 
 @prompts.command(

@@ -278,6 +278,7 @@ class AsyncClient:
         *,
         adapter: AdapterArgument = None,
         cache_salt: str = "",
+        add_special_tokens: bool | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
     ) -> PinnedPrompt:
         """Computes a prompt and keeps it in memory: requests that begin with it compute only the rest.
@@ -290,6 +291,7 @@ class AsyncClient:
             prompt: Text, or token ids that are used unchanged; its whole blocks are kept.
             adapter: As in `generate`; only requests with the same adapters and weights use the prompt.
             cache_salt: As in `generate`; only requests with the same salt use the prompt.
+            add_special_tokens: As in `generate`.
             timeout: Deadline of the call in seconds; None is none.
 
         Raises:
@@ -300,7 +302,13 @@ class AsyncClient:
             ResourceExhaustedError: The tenant's queue is full or a quota is used up; see `retry_after`.
             DeadlineExceededError: `timeout` passed.
         """
-        request = pin_request(name, prompt, adapter=adapter, cache_salt=cache_salt)
+        request = pin_request(
+            name,
+            prompt,
+            adapter=adapter,
+            cache_salt=cache_salt,
+            add_special_tokens=add_special_tokens,
+        )
         response = await self._answer(self._prompts.PinPrompt, request, timeout=timeout)
         return pinned_prompt_from(response.prompt)
 

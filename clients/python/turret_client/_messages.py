@@ -71,9 +71,9 @@ def generate_request(
 
 
 def pin_request(
-    name: str, prompt: str | Sequence[int], *, adapter: AdapterArgument, cache_salt: str
+    name: str, prompt: str | Sequence[int], *, adapter: AdapterArgument, **options: Any
 ) -> prompts_pb2.PinPromptRequest:
-    request = prompts_pb2.PinPromptRequest(name=name, adapters=_adapter_refs(adapter), cache_salt=cache_salt)
+    request = prompts_pb2.PinPromptRequest(name=name, adapters=_adapter_refs(adapter), **options)
     _set_prompt(request, prompt)
     return request
 
@@ -102,6 +102,7 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         finish_reason=_FINISH_REASONS.get(response.finish_reason, FinishReason.UNSPECIFIED),
         usage=_usage_from(response.usage),
         revision=response.revision,
+        **_stop_from(response),
     )
 
 
@@ -116,7 +117,14 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
             else None
         ),
         usage=_usage_from(response.usage) if response.HasField("usage") else None,
+        **_stop_from(response),
     )
+
+
+def _stop_from(response: inference_pb2.GenerateResponse | inference_pb2.GenerateStreamResponse) -> Any:
+    """The fields of both results that say what ended the generation."""
+    token_id = response.stop_token_id if response.HasField("stop_token_id") else None
+    return {"stop_string": response.stop_string or None, "stop_token_id": token_id}
 
 
 def adapter_from(message: adapters_pb2.Adapter) -> Adapter:

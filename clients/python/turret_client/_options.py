@@ -40,7 +40,8 @@ class GenerationOptions(TypedDict, total=False):
         top_k: Sample from this many of the likeliest tokens; 0 is all. At least 0. Default: 0.
         seed: Seed of the random numbers. The same seed, prompt, adapter revision and parameters give the same
             tokens. Default: chosen by the server.
-        stop: Stop strings: generation ends before the first of them. At most 16, each 1 to 256 characters.
+        stop: Stop strings: generation ends before the first of them. One that is the text of a special token,
+            such as </s>, ends the generation at that token. At most 16, each 1 to 256 characters.
         priority: Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of
             waiting. It does not affect other tenants. From -10 to 10. Default: 0.
         cache_salt: Salt of the prefix cache. Only requests with the same salt share cached blocks of the
@@ -49,6 +50,10 @@ class GenerationOptions(TypedDict, total=False):
         routing_key: Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same
             revision of the adapter. A user or conversation id, for example. At most 128 characters. Default:
             each request is assigned at random.
+        stop_token_ids: Token ids that end the generation, besides the end-of-sequence tokens of the model. At
+            most 16.
+        add_special_tokens: Add the special tokens of the tokenizer to a text, such as a beginning-of-sequence
+            token. A text that begins with that token gets no second one. Default: True.
     """
 
     adapter: AdapterArgument
@@ -61,3 +66,5 @@ class GenerationOptions(TypedDict, total=False):
     priority: int | None
     cache_salt: str | None
     routing_key: str | None
+    stop_token_ids: Sequence[int] | None
+    add_special_tokens: bool | None

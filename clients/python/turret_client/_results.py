@@ -12,7 +12,7 @@ class FinishReason(StrEnum):
     UNSPECIFIED = "unspecified"
     """A reason unknown to this version of the client."""
     STOP = "stop"
-    """An end-of-sequence token or a stop string."""
+    """An end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """`max_tokens` was reached."""
 
@@ -35,24 +35,36 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished generation. `revision` is the adapter's; empty for the base model."""
+    """A finished generation. `revision` is the adapter's; empty for the base model.
+
+    What ended it, with `FinishReason.STOP`: `stop_string` is the stop string, `stop_token_id` the
+    end-of-sequence token or stop token.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     revision: str
+    stop_string: str | None = None
+    stop_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New text and tokens of a stream. `finish_reason` and `usage` are set in the last chunk only."""
+    """New text and tokens of a stream.
+
+    `finish_reason` and `usage` are set in the last chunk only, and so is what ended the stream, see
+    `Generation`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     revision: str
     finish_reason: FinishReason | None
     usage: Usage | None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
 
 
 class AdapterState(StrEnum):

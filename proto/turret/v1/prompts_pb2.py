@@ -26,7 +26,7 @@ from turret.v1 import inference_pb2 as turret_dot_v1_dot_inference__pb2
 from turret.v1 import rules_pb2 as turret_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17turret/v1/prompts.proto\x12\tturret.v1\x1a\x19turret/v1/inference.proto\x1a\x15turret/v1/rules.proto\"\xb2\x01\n\x10PinPromptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x15.turret.v1.AdapterRefB\x06\xf2\xbb\x18\x02\x30\x08\x12\x1b\n\ncache_salt\x18\x05 \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x42\x08\n\x06prompt\"<\n\x11PinPromptResponse\x12\'\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.turret.v1.PinnedPrompt\"\"\n\x12UnpinPromptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnpinPromptResponse\"\x1a\n\x18ListPinnedPromptsRequest\"E\n\x19ListPinnedPromptsResponse\x12(\n\x07prompts\x18\x01 \x03(\x0b\x32\x17.turret.v1.PinnedPrompt\"E\n\x0cPinnedPrompt\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x32\x85\x02\n\rPromptService\x12\x46\n\tPinPrompt\x12\x1b.turret.v1.PinPromptRequest\x1a\x1c.turret.v1.PinPromptResponse\x12L\n\x0bUnpinPrompt\x12\x1d.turret.v1.UnpinPromptRequest\x1a\x1e.turret.v1.UnpinPromptResponse\x12^\n\x11ListPinnedPrompts\x12#.turret.v1.ListPinnedPromptsRequest\x1a$.turret.v1.ListPinnedPromptsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17turret/v1/prompts.proto\x12\tturret.v1\x1a\x19turret/v1/inference.proto\x1a\x15turret/v1/rules.proto\"\xf9\x01\n\x10PinPromptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x15.turret.v1.AdapterRefB\x06\xf2\xbb\x18\x02\x30\x08\x12\x1b\n\ncache_salt\x18\x05 \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12.\n\x12\x61\x64\x64_special_tokens\x18\x06 \x01(\x08\x42\r\xf2\xbb\x18\t9\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"<\n\x11PinPromptResponse\x12\'\n\x06prompt\x18\x01 \x01(\x0b\x32\x17.turret.v1.PinnedPrompt\"\"\n\x12UnpinPromptRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnpinPromptResponse\"\x1a\n\x18ListPinnedPromptsRequest\"E\n\x19ListPinnedPromptsResponse\x12(\n\x07prompts\x18\x01 \x03(\x0b\x32\x17.turret.v1.PinnedPrompt\"E\n\x0cPinnedPrompt\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x05\x32\x85\x02\n\rPromptService\x12\x46\n\tPinPrompt\x12\x1b.turret.v1.PinPromptRequest\x1a\x1c.turret.v1.PinPromptResponse\x12L\n\x0bUnpinPrompt\x12\x1d.turret.v1.UnpinPromptRequest\x1a\x1e.turret.v1.UnpinPromptResponse\x12^\n\x11ListPinnedPrompts\x12#.turret.v1.ListPinnedPromptsRequest\x1a$.turret.v1.ListPinnedPromptsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,20 +37,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PINPROMPTREQUEST'].fields_by_name['adapters']._serialized_options = b'\362\273\030\0020\010'
   _globals['_PINPROMPTREQUEST'].fields_by_name['cache_salt']._loaded_options = None
   _globals['_PINPROMPTREQUEST'].fields_by_name['cache_salt']._serialized_options = b'\362\273\030\003(\200\001'
+  _globals['_PINPROMPTREQUEST'].fields_by_name['add_special_tokens']._loaded_options = None
+  _globals['_PINPROMPTREQUEST'].fields_by_name['add_special_tokens']._serialized_options = b'\362\273\030\t9\000\000\000\000\000\000\360?'
   _globals['_PINPROMPTREQUEST']._serialized_start=89
-  _globals['_PINPROMPTREQUEST']._serialized_end=267
-  _globals['_PINPROMPTRESPONSE']._serialized_start=269
-  _globals['_PINPROMPTRESPONSE']._serialized_end=329
-  _globals['_UNPINPROMPTREQUEST']._serialized_start=331
-  _globals['_UNPINPROMPTREQUEST']._serialized_end=365
-  _globals['_UNPINPROMPTRESPONSE']._serialized_start=367
-  _globals['_UNPINPROMPTRESPONSE']._serialized_end=388
-  _globals['_LISTPINNEDPROMPTSREQUEST']._serialized_start=390
-  _globals['_LISTPINNEDPROMPTSREQUEST']._serialized_end=416
-  _globals['_LISTPINNEDPROMPTSRESPONSE']._serialized_start=418
-  _globals['_LISTPINNEDPROMPTSRESPONSE']._serialized_end=487
-  _globals['_PINNEDPROMPT']._serialized_start=489
-  _globals['_PINNEDPROMPT']._serialized_end=558
-  _globals['_PROMPTSERVICE']._serialized_start=561
-  _globals['_PROMPTSERVICE']._serialized_end=822
+  _globals['_PINPROMPTREQUEST']._serialized_end=338
+  _globals['_PINPROMPTRESPONSE']._serialized_start=340
+  _globals['_PINPROMPTRESPONSE']._serialized_end=400
+  _globals['_UNPINPROMPTREQUEST']._serialized_start=402
+  _globals['_UNPINPROMPTREQUEST']._serialized_end=436
+  _globals['_UNPINPROMPTRESPONSE']._serialized_start=438
+  _globals['_UNPINPROMPTRESPONSE']._serialized_end=459
+  _globals['_LISTPINNEDPROMPTSREQUEST']._serialized_start=461
+  _globals['_LISTPINNEDPROMPTSREQUEST']._serialized_end=487
+  _globals['_LISTPINNEDPROMPTSRESPONSE']._serialized_start=489
+  _globals['_LISTPINNEDPROMPTSRESPONSE']._serialized_end=558
+  _globals['_PINNEDPROMPT']._serialized_start=560
+  _globals['_PINNEDPROMPT']._serialized_end=629
+  _globals['_PROMPTSERVICE']._serialized_start=632
+  _globals['_PROMPTSERVICE']._serialized_end=893
 # @@protoc_insertion_point(module_scope)

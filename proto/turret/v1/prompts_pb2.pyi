@@ -28,12 +28,15 @@ class PinPromptRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 128 of the characters a-z A-Z 0-9 . _ - starting with a letter or a digit."""
     text: _builtins.str
-    """Text. The model's tokenizer adds its special tokens."""
+    """Text. The model's tokenizer adds its special tokens, see add_special_tokens."""
     cache_salt: _builtins.str
     """As in GenerateRequest: only requests with the same salt use the pinned prompt."""
+    add_special_tokens: _builtins.bool
+    """As in GenerateRequest."""
     @_builtins.property
     def token_ids(self) -> _inference_pb2.TokenIds:
         """Token ids, used unchanged."""
@@ -50,13 +53,19 @@ class PinPromptRequest(_message.Message):
         token_ids: _inference_pb2.TokenIds | None = ...,
         adapters: _abc.Iterable[_inference_pb2.AdapterRef] | None = ...,
         cache_salt: _builtins.str = ...,
+        add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "cache_salt", b"cache_salt", "name", b"name", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapters", b"adapters", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "name", b"name", "prompt", b"prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___PinPromptRequest: _TypeAlias = PinPromptRequest  # noqa: Y015

@@ -53,6 +53,7 @@ from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
@@ -156,7 +157,7 @@ def _make_services(
         block_size=arena.block_size,
         stop_token_ids=loaded.stop_token_ids,
     )
-    codec = loaded.tokenizer
+    codec = TextCodec(loaded.tokenizer)
     jobs = Jobs(
         engine=engine,
         registry=registry,

@@ -266,13 +266,10 @@ def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
 
 
 def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The generation config's end-of-sequence tokens, or else the tokenizer's."""
+    """The end-of-sequence tokens of the generation config and the tokenizer's."""
     found = model.generation_config.eos_token_id if model.generation_config else None
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(each for each in (*listed, tokenizer.eos_token_id) if each is not None)
 
 
 class ModelWeights:

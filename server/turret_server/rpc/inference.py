@@ -41,6 +41,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         response.finish_reason = _FINISH_REASONS[last.finish_reason]
         response.usage.CopyFrom(_usage(last.usage))
         response.revision = last.revision
+        response.MergeFrom(inference_pb2.GenerateResponse(**_stop(last)))
         return response
 
     async def GenerateStream(
@@ -114,7 +115,13 @@ def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
         if chunk.finish_reason
         else inference_pb2.FINISH_REASON_UNSPECIFIED,
         usage=_usage(chunk.usage) if chunk.usage else None,
+        **_stop(chunk),
     )
+
+
+def _stop(last: Chunk) -> dict[str, Any]:
+    """The fields of both responses that say what ended the generation."""
+    return {"stop_string": last.stop_string or "", "stop_token_id": last.stop_token_id}
 
 
 def _usage(usage: Usage) -> inference_pb2.Usage:

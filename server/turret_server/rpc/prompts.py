@@ -26,6 +26,9 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                 prompt=prompt_of(request),
                 adapters=adapters_of(request.adapters),
                 cache_salt=request.cache_salt,
+                add_special_tokens=request.add_special_tokens
+                if request.HasField("add_special_tokens")
+                else True,
                 deadline=deadline_of(context),
             ),
             caller(),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from turret_server import logs
 from turret_server.engine.loop import Engine
+from turret_server.engine.request import FinishReason as EngineReason
 from turret_server.engine.request import Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.jobs import Jobs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, Usage
-from turret_server.serving.text import TextCodec, TextStream
+from turret_server.serving.text import TextStream
 from turret_server.serving.validation import validate
 from turret_server.tenancy.auth import Caller
 
@@ -59,38 +61,48 @@ class GenerationService:
         if request.seed is None:
             sampling["seed"] = secrets.randbits(64)
         sampling["max_tokens"] = self._model.max_tokens(request.max_tokens, prepared.num_context)
+        stops = self._model.all_stop_token_ids(request.stop_token_ids)
         return Request(
             **prepared.fields,
             sampling=SamplingParams(**sampling),
-            stop_token_ids=self._model.stop_token_ids,
+            stop_token_ids=stops.union(self._special_stops(request)),
             priority=request.priority,
             about=logs.bound(),
         )
 
+    def _special_stops(self, request: GenerationRequest) -> dict[int, str]:
+        """The stop strings that are special tokens, by token: no answer's text ever has them."""
+        found = {self._codec.special_token_id(each): each for each in request.stop}
+        return {token_id: each for token_id, each in found.items() if token_id is not None}
+
     async def _chunks(
         self, request: GenerationRequest, prepared: Prepared, record: RequestRecord
     ) -> AsyncGenerator[Chunk]:
-        text = TextStream(self._codec, request.stop)
-        reason = None
-        while reason is None:
+        text = TextStream(self._codec, prepared.fields["prompt_token_ids"], request.stop)
+        last = None
+        while last is None:
             output = await prepared.outputs.get()
             assert output.token_id is not None, "only an error or a cancellation ends without a token"
             record.token(output.cached_tokens)
             piece = text.push(output.token_id)
             if output.finish_reason:
                 piece += text.finish()
-                reason = FinishReason(output.finish_reason.value)
-            if text.stopped:
-                reason = FinishReason.STOP
-            if reason:
-                await self._request_log.finish(record, reason.value)
-            yield Chunk(
-                text=piece,
-                token_ids=(output.token_id,),
-                revision=prepared.lease.revision,
-                finish_reason=reason,
-                usage=_usage(record) if reason else None,
-            )
+            chunk = Chunk(text=piece, token_ids=(output.token_id,), revision=prepared.lease.revision)
+            if text.stopped_by:
+                last = replace(chunk, finish_reason=FinishReason.STOP, stop_string=text.stopped_by)
+            elif output.finish_reason is EngineReason.STOP:
+                last = replace(
+                    chunk,
+                    finish_reason=FinishReason.STOP,
+                    stop_string=self._special_stops(request).get(output.token_id),
+                    stop_token_id=output.token_id,
+                )
+            elif output.finish_reason:
+                last = replace(chunk, finish_reason=FinishReason(output.finish_reason.value))
+            if last and last.finish_reason:
+                await self._request_log.finish(record, last.finish_reason.value)
+                chunk = replace(last, usage=_usage(record))
+            yield chunk
 
 
 def _usage(record: RequestRecord) -> Usage:

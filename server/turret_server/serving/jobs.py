@@ -25,15 +25,17 @@ from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import GenerationRequest, PinRequest
-from turret_server.serving.text import TextCodec
 from turret_server.tenancy.access import check_use, errors_visible_to
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
 
 # Earlier revisions that are read from the store at once for requests that name them.
 _MAX_READERS = 2
+# Texts that are tokenised at once; each may take much memory and a core.
+_MAX_TOKENISERS = 2
 
 _POSITION_BYTES = 6
 
@@ -117,6 +119,7 @@ class Jobs:
         self._quotas = Quotas()
         self._usage = usage
         self._readers = ThreadPoolExecutor(_MAX_READERS, "turret-revision")
+        self._tokenisers = ThreadPoolExecutor(_MAX_TOKENISERS, "turret-tokenise")
         self._request_ids = itertools.count(1)
 
     @asynccontextmanager
@@ -140,7 +143,7 @@ class Jobs:
         if routing_key is not None:
             named = [_positioned(each, routing_key) for each in named]
         check_use(tenant, [each.name for each in named])
-        token_ids = await self._tokenise(request.prompt)
+        token_ids = await self._tokenise(request.prompt, add_special_tokens=request.add_special_tokens)
         with errors_visible_to(tenant):
             lease = await self._lease(named)
         try:
@@ -193,11 +196,15 @@ class Jobs:
         acquire = partial(self._revisions.acquire, named)
         return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
-    async def _tokenise(self, prompt: str | Sequence[int] | None) -> tuple[int, ...]:
+    async def _tokenise(
+        self, prompt: str | Sequence[int] | None, *, add_special_tokens: bool
+    ) -> tuple[int, ...]:
         assert prompt is not None, "validated"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
-            token_ids = tuple(await asyncio.to_thread(self._codec.encode, prompt))
+            encode = partial(self._codec.encode, add_special_tokens=add_special_tokens)
+            loop, most = asyncio.get_running_loop(), self._model.max_context
+            token_ids = tuple(await loop.run_in_executor(self._tokenisers, encode, prompt, most))
         else:
             self._model.check_room(len(prompt))
             token_ids = tuple(prompt)

@@ -33,6 +33,20 @@ class ModelInfo:
                 field="token_ids",
             )
 
+    def all_stop_token_ids(self, wanted: Sequence[int]) -> frozenset[int]:
+        """The model's end-of-sequence tokens and those of a request.
+
+        Raises:
+            InvalidRequestError: one is not in the vocabulary.
+        """
+        if wanted and max(wanted) >= self.vocab_size:
+            raise InvalidRequestError(
+                f"stop_token_ids are below {self.vocab_size}, the size of the vocabulary; found "
+                f"{max(wanted)}",
+                field="stop_token_ids",
+            )
+        return self.stop_token_ids.union(wanted)
+
     def check_room(self, num_tokens: int, num_generated: int = 1) -> None:
         """Check that prompt, virtual tokens and tokens to generate fit into the context.
 

@@ -12,7 +12,7 @@ from turret_server.serving.request_fields import RequestFields
 class FinishReason(StrEnum):
     """Why a generation ended."""
 
-    STOP = "stop"  # an end-of-sequence token or a stop string
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
 
 
@@ -42,6 +42,7 @@ class PinRequest:
     prompt: str | Sequence[int] | None
     adapters: Sequence[AdapterRef] = ()
     cache_salt: str = ""
+    add_special_tokens: bool = True
     deadline: float | None = None
 
 
@@ -58,13 +59,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What is new of an answer. `finish_reason` and `usage` are set in the last chunk only."""
+    """What is new of an answer. `finish_reason`, `usage` and what ended it are set in the last chunk only:
+    `stop_string` is one of the request's, `stop_token_id` an end-of-sequence token or one of the request's.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     revision: str
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,7 +39,8 @@ class RequestFields:
         top_k: Sample from this many of the likeliest tokens; 0 is all. At least 0. Default: 0.
         seed: Seed of the random numbers. The same seed, prompt, adapter revision and parameters give the same
             tokens. Default: chosen by the server.
-        stop: Stop strings: generation ends before the first of them. At most 16, each 1 to 256 characters.
+        stop: Stop strings: generation ends before the first of them. One that is the text of a special token,
+            such as </s>, ends the generation at that token. At most 16, each 1 to 256 characters.
         priority: Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of
             waiting. It does not affect other tenants. From -10 to 10. Default: 0.
         cache_salt: Salt of the prefix cache. Only requests with the same salt share cached blocks of the
@@ -48,6 +49,10 @@ class RequestFields:
         routing_key: Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same
             revision of the adapter. A user or conversation id, for example. At most 128 characters. Default:
             each request is assigned at random.
+        stop_token_ids: Token ids that end the generation, besides the end-of-sequence tokens of the model. At
+            most 16.
+        add_special_tokens: Add the special tokens of the tokenizer to a text, such as a beginning-of-sequence
+            token. A text that begins with that token gets no second one. Default: True.
     """
 
     max_tokens: int | None = None
@@ -59,6 +64,8 @@ class RequestFields:
     priority: int = 0
     cache_salt: str = ""
     routing_key: str = ""
+    stop_token_ids: tuple[int, ...] = ()
+    add_special_tokens: bool = True
 
 
 FIELDS: Mapping[str, FieldRule] = MappingProxyType(
@@ -72,6 +79,8 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "priority": FieldRule(min=-10, max=10),
         "cache_salt": FieldRule(max_length=128),
         "routing_key": FieldRule(max_length=128),
+        "stop_token_ids": FieldRule(max_items=16),
+        "add_special_tokens": FieldRule(),
     }
 )
 

@@ -1,64 +1,99 @@
-"""Text and tokens: encoding prompts, decoding tokens as they come, stop strings."""
+"""The text of an answer, token by token, up to a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from turret_server.serving.codec import TextCodec
 
-
-class TextCodec(Protocol):
-    """The part of a Hugging Face tokenizer that is used here."""
-
-    backend_tokenizer: Tokenizer
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokens of the prompt that are decoded with the answer, at least, and decoded tokens that are kept at most.
+_NUM_BEFORE = 8
+_NUM_KEPT = 16
 
 
-class TextStream:
-    """Decodes the tokens of one request incrementally.
+class Decoder:
+    """Decodes tokens one by one; the text continues that of the tokens `before` them.
 
-    Incomplete characters, and text that may be the beginning of a stop string, are held back. After a stop
-    string no more text is returned, and `stopped` is True.
+    What it returns adds up to the text of all tokens without that of the tokens before. That is more than the
+    texts of single tokens: decoders drop the space at the beginning of a text, and join bytes to characters.
+    So a window of the last tokens is decoded, the end of which may change with the next token: incomplete
+    characters, and bytes that are decoded together.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
+    def __init__(self, codec: TextCodec, before: Sequence[int]) -> None:
         self._codec = codec
-        self._stop = stop
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._decoded = ""
-        self._held = ""
-        self.stopped = False
+        self._window = _last_tokens(codec, before)
+        self._num_shown = len(codec.decode(self._window))
+        # The window's tokens before this one may be dropped: no later token changes what they decode to.
+        self._num_settled = len(self._window)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the new text."""
-        self._token_ids.append(token_id)
-        piece = self._decoder.step(self._codec.backend_tokenizer, token_id) or ""
-        self._decoded += piece
-        return self._advance(piece)
+        """Add a token; returns the new text that no later token changes."""
+        self._window.append(token_id)
+        if self._codec.is_open(token_id):
+            return ""
+        text = self._codec.decode(self._window)
+        # Only the last one may become a character.
+        certain = text.removesuffix(_REPLACEMENT)
+        new, self._num_shown = certain[self._num_shown :], max(len(certain), self._num_shown)
+        if new and certain == text:
+            self._settle()
+        return new
 
     def finish(self) -> str:
         """The text that was held back, after the last token."""
-        if self.stopped:
+        return self._codec.decode(self._window)[self._num_shown :]
+
+    def _settle(self) -> None:
+        """The window is decoded without a change to come. Its last tokens, which have text, are enough."""
+        if len(self._window) > _NUM_KEPT:
+            del self._window[: self._num_settled]
+            self._num_shown = len(self._codec.decode(self._window))
+        self._num_settled = len(self._window)
+
+
+def _last_tokens(codec: TextCodec, token_ids: Sequence[int]) -> list[int]:
+    """The last tokens that have text, from the beginning of a character on."""
+    num_tokens = _NUM_BEFORE
+    while num_tokens < len(token_ids):
+        last = list(token_ids[-num_tokens:])
+        if not codec.is_open(last[0]) and codec.decode(last):
+            return last
+        num_tokens *= 2
+    return list(token_ids)
+
+
+class TextStream:
+    """The text of one request's answer.
+
+    Text that may be the beginning of a stop string is held back. After a stop string no more text is
+    returned, and `stopped_by` is that string.
+    """
+
+    def __init__(self, codec: TextCodec, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._decoder = Decoder(codec, prompt_token_ids)
+        self._stop = stop
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the new text."""
+        return self._advance(self._decoder.push(token_id))
+
+    def finish(self) -> str:
+        """The text that was held back, after the last token."""
+        if self.stopped_by is not None:
             return ""
-        whole = self._codec.decode(self._token_ids, skip_special_tokens=True)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        out = self._advance(rest)
-        if not self.stopped:
-            out += self._held
-        return out
+        out = self._advance(self._decoder.finish())
+        return out if self.stopped_by is not None else out + self._held
 
     def _advance(self, piece: str) -> str:
         self._held += piece
-        found = [index for index in (self._held.find(stop) for stop in self._stop) if index >= 0]
+        found = [(index, stop) for stop in self._stop if (index := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            index, self.stopped_by = min(found)
+            certain, self._held = self._held[:index], ""
             return certain
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

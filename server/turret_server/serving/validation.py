@@ -47,13 +47,14 @@ def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:
             _check_number(field, value, rule)
 
 
-def _check_items(field: str, values: Sequence[str], rule: FieldRule) -> None:
+def _check_items(field: str, values: Sequence[str | int], rule: FieldRule) -> None:
     if rule.max_items is not None and len(values) > rule.max_items:
         raise InvalidRequestError(
             f"{field} has at most {rule.max_items} items; found {len(values)}", field=field
         )
     for value in values:
-        _check_length(field, value, rule)
+        if isinstance(value, str):
+            _check_length(field, value, rule)
 
 
 def _check_length(field: str, value: str, rule: FieldRule) -> None:

@@ -48,6 +48,8 @@ def test_generate_no_stream_json_is_one_object(turret):
         "finish_reason": "stop",
         "usage": {"prompt_tokens": 3, "cached_tokens": 2, "generated_tokens": 4},
         "revision": "r1",
+        "stop_string": None,
+        "stop_token_id": None,
     }
 
 
@@ -55,6 +57,7 @@ def test_generate_sends_every_option(turret, server):
     turret(
         *("generate", "--adapter", "pirate", "--max-tokens", "5", "--temperature", "0.5", "--top-p", "0.25"),
         *("--top-k", "40", "--seed", "0", "--stop", "\n", "--stop", "END"),
+        *("--stop-token-ids", "5", "--stop-token-ids", "0", "--no-add-special-tokens"),
         *("--tenant", "acme", "--priority", "-3", "--cache-salt", "pepper", "Hello"),
     )
     assert server.tenants == ["acme"]
@@ -70,6 +73,8 @@ def test_generate_sends_every_option(turret, server):
             stop=["\n", "END"],
             priority=-3,
             cache_salt="pepper",
+            stop_token_ids=[5, 0],
+            add_special_tokens=False,
         )
     ]
 

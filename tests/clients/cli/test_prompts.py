@@ -23,7 +23,10 @@ def prompts(turret) -> Callable[..., Result]:
 
 
 def test_pin_sends_every_option(prompts, server):
-    result = prompts("pin", "rules", "Be brief.", "--adapter", "pirate=0.5", "--cache-salt", "pepper")
+    result = prompts(
+        *("pin", "rules", "Be brief.", "--adapter", "pirate=0.5"),
+        *("--cache-salt", "pepper", "--no-add-special-tokens"),
+    )
     assert (result.exit_code, result.stderr) == (0, "")
     assert server.requests == [
         prompts_pb2.PinPromptRequest(
@@ -31,6 +34,7 @@ def test_pin_sends_every_option(prompts, server):
             text="Be brief.",
             adapters=[inference_pb2.AdapterRef(name="pirate", weight=0.5)],
             cache_salt="pepper",
+            add_special_tokens=False,
         )
     ]
 

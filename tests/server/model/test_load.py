@@ -264,9 +264,18 @@ def test_a_load_returns_the_memory_that_it_freed(llama, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "expected"),
-    [(5, 1, {5}), ([5, 6], 1, {5, 6}), (0, 1, {0}), (None, 1, {1}), (None, 0, {0}), (None, None, set())],
+    [
+        (5, 1, {5, 1}),
+        ([5, 6], 1, {5, 6, 1}),
+        (0, 1, {0, 1}),
+        ([5, 1], 1, {5, 1}),
+        (5, None, {5}),
+        (None, 1, {1}),
+        (None, 0, {0}),
+        (None, None, set()),
+    ],
 )
-def test_stop_tokens_are_the_generation_configs_or_else_the_tokenizers(generation, tokenizer, expected):
+def test_stop_tokens_are_the_generation_configs_and_the_tokenizers(generation, tokenizer, expected):
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=generation))
     found = load_module._stop_token_ids(model, SimpleNamespace(eos_token_id=tokenizer))
     assert found == expected

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
-from transformers import AutoTokenizer
 
 from support.fake_device import make_spec
-from support.models import VOCAB_SIZE, save_tokenizer
+from support.tokenizers import VOCAB_SIZE, make_tokenizer
 from turret_adapters.host import HostAdapter
 from turret_adapters.registry import AdapterRegistry
 from turret_server.engine.admission import TenantLimits
@@ -24,6 +23,7 @@ from turret_server.errors import TurretError
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
@@ -37,10 +37,8 @@ MODEL = ModelInfo(vocab_size=VOCAB_SIZE, max_context=64, block_size=4, stop_toke
 
 
 @pytest.fixture(scope="package")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(folder)
-    return AutoTokenizer.from_pretrained(folder)
+def codec() -> TextCodec:
+    return TextCodec(make_tokenizer())
 
 
 class ScriptedEngine:
@@ -136,7 +134,7 @@ class Services:
 
 
 @pytest.fixture
-def services(codec: Any) -> Services:
+def services(codec: TextCodec) -> Services:
     """With the LoRAs `poet` and `bard`, and the prefixes `first`, of two virtual tokens, and `second`."""
     engine, registry, metrics, usage = (
         ScriptedEngine(),

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 
 from support.fake_device import make_spec
+from support.tokenizers import VOCAB_SIZE, make_tokenizer
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import Split
 from turret_server import logs
 from turret_server.engine.request import FinishReason as EngineFinishReason
 from turret_server.engine.request import Output, SamplingParams
 from turret_server.errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, Usage
 
 REQUEST = GenerationRequest(prompt=[5, 6, 7])
@@ -29,6 +31,42 @@ async def test_sampling_parameters_reach_the_sampler(services, admin):
     assert job.sampling == SamplingParams(max_tokens=4, temperature=0.5, top_p=0.25, top_k=6, seed=8)
     assert job.priority == -4
     assert job.stop_token_ids == {1}
+
+
+async def test_stop_tokens_of_the_request_and_stop_strings_that_are_special_tokens_reach_the_engine(
+    services, admin
+):
+    request = replace(REQUEST, stop_token_ids=(5, 7), stop=("<s>", "the"))
+    assert (await job_of(services, admin, request)).stop_token_ids == {0, 1, 5, 7}
+    with pytest.raises(InvalidRequestError, match=f"below {VOCAB_SIZE}.*found {VOCAB_SIZE}") as refused:
+        await job_of(services, admin, replace(REQUEST, stop_token_ids=(5, VOCAB_SIZE)))
+    assert refused.value.metadata["field"] == "stop_token_ids"
+    await job_of(services, admin, replace(REQUEST, stop_token_ids=(VOCAB_SIZE - 1,)))
+
+
+async def test_an_answer_says_which_stop_ended_it(services, admin, codec):
+    async def end_of(token_ids, end=EngineFinishReason.STOP, **fields):
+        services.engine.answer(token_ids, end)
+        chunks = await services.generate(replace(REQUEST, **fields), admin)
+        assert {(chunk.stop_string, chunk.stop_token_id) for chunk in chunks[:-1]} <= {(None, None)}
+        return chunks[-1].finish_reason, chunks[-1].stop_string, chunks[-1].stop_token_id
+
+    stop, length = FinishReason.STOP, FinishReason.LENGTH
+    a, x = codec.encode("a", 64), codec.encode("x", 64)
+    assert await end_of([*a, 1]) == (stop, None, 1)
+    assert await end_of([*a, 7], stop_token_ids=(7,)) == (stop, None, 7)
+    assert await end_of([*a, 0], stop=("<s>", "x")) == (stop, "<s>", 0)
+    assert await end_of([*a, *x, *a], EngineFinishReason.LENGTH, stop=("<s>", "x")) == (stop, "x", None)
+    assert await end_of([*a, *x], stop_token_ids=tuple(x), stop=("x",)) == (stop, "x", None)
+    assert await end_of([*a, *a], EngineFinishReason.LENGTH, stop=("x",)) == (length, None, None)
+
+
+async def test_text_continues_the_prompt(services, admin):
+    codec = TextCodec(make_tokenizer("byte-fallback"))
+    services.generation._codec = codec
+    services.engine.answer(codec.encode("fox", 64))
+    chunks = await services.generate(replace(REQUEST, prompt=codec.encode("the", 64)), admin)
+    assert "".join(chunk.text for chunk in chunks) == " fox"
 
 
 async def test_a_seed_is_drawn_where_none_is_given(services, admin):
@@ -63,7 +101,7 @@ async def test_a_routing_key_decides_in_a_split(services, admin):
 
 
 async def test_an_answer_comes_in_chunks_and_its_usage_with_the_last(services, admin, codec):
-    token_ids = codec.encode("the fox")
+    token_ids = codec.encode("the fox", 64)
     services.engine.answer(token_ids)
     chunks = await services.generate(replace(REQUEST, adapters=[AdapterRef(name="poet")]), admin)
     assert "".join(chunk.text for chunk in chunks) == "the fox"
@@ -77,14 +115,14 @@ async def test_an_answer_comes_in_chunks_and_its_usage_with_the_last(services, a
 
 @pytest.mark.parametrize("end", [EngineFinishReason.LENGTH, EngineFinishReason.STOP])
 async def test_text_that_was_held_back_comes_with_the_end_and_its_reason(services, admin, codec, end):
-    services.engine.answer(codec.encode("axy"), end)
+    services.engine.answer(codec.encode("axy", 64), end)
     chunks = await services.generate(replace(REQUEST, stop=("xyz",)), admin)
     assert [chunk.text for chunk in chunks] == ["a", "", "xy"]
     assert chunks[-1].finish_reason == FinishReason(end.value)
 
 
 async def test_a_stop_string_ends_an_answer_whatever_the_engine_has_beyond(services, admin, codec):
-    services.engine.answer(codec.encode("axyzb"))
+    services.engine.answer(codec.encode("axyzb", 64))
     chunks = await services.generate(replace(REQUEST, stop=("xyz",)), admin)
     assert [chunk.text for chunk in chunks] == ["a", "", "", ""]
     assert chunks[-1].finish_reason is FinishReason.STOP
@@ -95,7 +133,7 @@ async def test_a_stop_string_ends_an_answer_whatever_the_engine_has_beyond(servi
 
 @pytest.mark.parametrize("stop", ["xyz", "z"])
 async def test_a_stop_string_with_the_last_token_counts_as_a_stop(services, admin, codec, stop):
-    services.engine.answer(codec.encode("axyz"))
+    services.engine.answer(codec.encode("axyz", 64))
     chunks = await services.generate(replace(REQUEST, stop=(stop,)), admin)
     assert "".join(chunk.text for chunk in chunks) == "axyz".removesuffix(stop)
     assert chunks[-1].finish_reason is FinishReason.STOP
