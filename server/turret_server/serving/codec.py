@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from turret_server.errors import PromptTooLongError
 
 # Longer texts are counted in pieces of this many characters before they are tokenised as a whole.
-_PIECE_CHARACTERS = 1 << 14
+_PIECE_CHARACTERS = 1 << 12
 
 
 class TextCodec:

@@ -77,7 +77,7 @@ def test_a_text_of_up_to_twice_the_context_is_tokenised_for_its_exact_number():
     assert len(codec.encode("the" * 1500, 1000)) == 1500
     with pytest.raises(PromptTooLongError):
         codec.encode("the " * 200_000, 1000)
-    assert codec.longest == 1 << 14
+    assert codec.longest <= 1 << 14
 
 
 def test_a_text_that_cannot_be_too_long_is_tokenised_once():
