@@ -20,7 +20,6 @@ _HELD_OUT = 40
 _SIDE_BY_SIDE = 2
 _TIMED_PROMPTS = 6
 _STREAMS = 12
-_SWAP_SECONDS = 2.0
 _PASSING_SCORE = 0.9
 _SEED = 1
 
@@ -83,7 +82,7 @@ def _swap(client: Client, trained: Trained, asks: Mapping[str, Sequence[Ask]]) -
 
     others = [asks[name][index] for name in asks if name != EARLY_ADAPTER for index in range(4)]
     mixed = [ask for pair in zip(own, (others * len(own))[: len(own)], strict=True) for ask in pair]
-    streamed = stream_during(client, mixed, swap, _STREAMS, _SWAP_SECONDS)
+    streamed = stream_during(client, mixed, swap, _STREAMS)
     new = client.get_adapter(EARLY_ADAPTER).revision
     new_answers = ask_all(client, own)
     expected |= {(new, ask.prompt): answer.text for ask, answer in zip(own, new_answers, strict=True)}

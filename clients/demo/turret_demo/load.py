@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 from turret_client import Client, Generation, TurretError
 
@@ -64,29 +64,35 @@ def seconds_per_token(
 
 
 def stream_during(
-    client: Client, asks: Sequence[Ask], event: Callable[[], None], num_streams: int, seconds: float
+    client: Client, asks: Sequence[Ask], event: Callable[[], None], num_streams: int
 ) -> list[Streamed]:
-    """Keep `num_streams` streams running for `seconds` before `event` and as long after it."""
-    over = threading.Event()
+    """Keep `num_streams` streams running: each that ends is followed by another. `event` comes once as many
+    have ended, and each that runs when it is over is followed by one more.
+    """
+    ended, happened = threading.Semaphore(0), threading.Event()
     streamed: list[Streamed] = []
 
     def run(start: int) -> None:
-        index = start
-        while not over.is_set():
-            streamed.append(_stream(client, asks[index % len(asks)]))
-            index += num_streams
+        is_after = False
+        for index in count(start, num_streams):
+            if is_after:
+                return
+            is_after = happened.is_set()
+            try:
+                streamed.append(_stream(client, asks[index % len(asks)]))
+            finally:
+                ended.release()
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(num_streams)]
-    for thread in threads:
-        thread.start()
-    try:
-        time.sleep(seconds)
-        event()
-        time.sleep(seconds)
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(num_streams) as pool:
+        running = [pool.submit(run, start) for start in range(num_streams)]
+        try:
+            for _ in range(num_streams):
+                ended.acquire()
+            event()
+        finally:
+            happened.set()
+    for each in running:
+        each.result()
     return streamed
 
 
