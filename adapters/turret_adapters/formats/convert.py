@@ -33,7 +33,7 @@ class ModuleConversion:
 
 
 def convert_adapter(
-    adapter: Path, out: Path, *, model: str, rank: int | None = None, progress: bool = False
+    adapter: Path, out: Path, *, model: str, progress: bool, rank: int | None = None
 ) -> Mapping[str, ModuleConversion]:
     """Writes the LORA adapter that is nearest to another adapter.
 
@@ -41,10 +41,9 @@ def convert_adapter(
         adapter: a folder with an adapter that peft saved.
         out: an empty folder for the result.
         model: the base model, a folder or an id on the hub, loaded without quantisation.
-        rank: the rank of every module; by default the smallest one of each that loses only roundings (an
-            error
-            below 5e-4).
         progress: show a progress bar on standard error.
+        rank: the rank of every module; by default the smallest one of each that loses only roundings (an
+            error below 5e-4).
 
     Returns:
         The rank and the error of each module.

@@ -62,7 +62,9 @@ def original(
 @pytest.fixture
 def convert(base_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Any]:
     def convert(adapter: Path, **options: Any) -> Any:
-        return convert_adapter(adapter, tmp_path, model=str(base_of("llama")), **options)
+        return convert_adapter(
+            adapter, tmp_path, model=str(base_of("llama")), **{"progress": False, **options}
+        )
 
     return convert
 
@@ -136,3 +138,11 @@ def test_a_rank_that_is_not_served_is_refused(rank, original, convert):
 def test_a_rank_larger_than_the_weight_is_refused(original, convert):
     with pytest.raises(AdapterFormatError, match="larger than the weight shape"):
         convert(original("loha"), rank=65)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_where_it_is_wanted(progress, original, convert, capfd):
+    adapter = original("loha")
+    capfd.readouterr()
+    convert(adapter, rank=1, progress=progress)
+    assert ("Converting to LoRA" in capfd.readouterr().err) == progress
