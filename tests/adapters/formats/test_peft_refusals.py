@@ -54,22 +54,25 @@ FIELDS: list[tuple[str, str, Any]] = [
     ("LORA", "alpha_pattern", {"q_proj": 2, "[": 2}),
     *[("LORA", "target_modules", value) for value in (None, [], "", {}, [1], ["q_proj", None], 3)],
     ("LORA", "target_modules", "*"),
-    ("LORA", "exclude_modules", [1]),
+    *[("LORA", "exclude_modules", value) for value in ([1], ["up_proj", 1])],
     ("LORA", "exclude_modules", "("),
-    *[("LORA", "layers_to_transform", value) for value in ("1", [True], [1.0], {"a": 1})],
+    *[("LORA", "layers_to_transform", value) for value in ("1", [True], [1.0], [1, True], {"a": 1})],
     *[("LORA", "layers_pattern", value) for value in ("layers", ["layers"], ["("], [1], 5)],
     *[("LORA", field, value) for field in ("use_dora", "lora_bias") for value in (1, "yes", [1])],
     ("LORA", "bias", "some"),
     ("LORA", "bias", "vera_only"),
     *[
         ("LORA", "alora_invocation_tokens", value)
-        for value in (True, 5, "x", [-1], [True], [5.0], [2**31], [1] * 4097)
+        for value in (True, 5, "x", [-1], [True], [5.0], [2**31], [5, -1], [5, True], [1] * 4097)
     ],
-    *[("LORA", "modules_to_save", value) for value in ("lm_head", [1], ["("], ["lm_head", ""], {"a": 1})],
+    *[
+        ("LORA", "modules_to_save", value)
+        for value in ("lm_head", [1], ["lm_head", 1], ["("], ["lm_head", ""], {"a": 1})
+    ],
     *[("LORA", "modules_to_save", [value]) for value in ("q_proj", "model.layers.0.mlp.up_proj", "j")],
     *[
         ("LORA", "trainable_token_indices", value)
-        for value in (True, 5, "x", [61], [-1], [True], [1.0], ["1"], [3, 4, 3])
+        for value in (True, 5, "x", [61], [-1], [True], [1.0], ["1"], [3, 61], [3, True], [3, 4, 3])
     ],
     *[
         ("LORA", "trainable_token_indices", value)
@@ -79,6 +82,7 @@ FIELDS: list[tuple[str, str, Any]] = [
             {"absent": [1]},
             {"embed_tokens": []},
             {"embed_tokens": 3},
+            {"embed_tokens": [1], "lm_head": 3},
             {"embed_tokens": [1], "tokens": [2]},
             {"lm_head": [61]},
         )
@@ -102,6 +106,7 @@ FIELDS: list[tuple[str, str, Any]] = [
             [],
             {f"{Q0.removeprefix('base_model.model.')}.lora_E": [True] * 3},
             {f"{Q0.removeprefix('base_model.model.')}.lora_E": [1, 1, 1, 1]},
+            {f"{Q0.removeprefix('base_model.model.')}.lora_E": [True, True, True, 1]},
             {f"{Q0.removeprefix('base_model.model.')}.lora_E": 4},
             {f"{Q0.removeprefix('base_model.model.')}.lora_A": [True] * 4},
             {"model.layers.0.self_attn.k_proj.lora_E": [True] * 4},

@@ -253,6 +253,11 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("key stands twice", header(TWICE, FULL), f"{P!r} is repeated"),
     ("metadata is a list", header({"__metadata__": [1], P: entry(0, 640)}, FULL), "__metadata__"),
     ("metadata holds numbers", header({"__metadata__": {"a": 1}, P: entry(0, 640)}, FULL), "__metadata__"),
+    (
+        "metadata holds a number",
+        header({"__metadata__": {"a": "x", "b": 1}, P: entry(0, 640)}, FULL),
+        "__metadata__",
+    ),
     ("entry is a number", header({P: 3}, FULL), PARTS),
     ("entry without offsets", header({P: {"dtype": "F32", "shape": [5, 32]}}, FULL), PARTS),
     ("entry with more", header({P: entry(0, 640, strides=[32, 1])}, FULL), PARTS),
@@ -263,6 +268,11 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("huge dimension", header({P: entry(0, 4, shape=[10**4000])}, bytes(4)), PARTS),
     ("overflowing shape", header({P: entry(0, 0, shape=[2**32, 2**32])}), f"{2**66} bytes"),
     ("many dimensions", header({P: entry(0, 640, shape=[5, 32, *[1] * 7])}, FULL), PARTS),
+    (
+        "as many dimensions as allowed",
+        header({P: entry(0, 640, shape=[5, 32, *[1] * 6])}, FULL),
+        "expected shape",
+    ),
     ("reversed offsets", header({P: entry(640, 0)}, FULL), "640 bytes for F32"),
     ("negative offset", header({P: entry(-640, 0)}, FULL), PARTS),
     ("offsets too near", header({P: entry(0, 639)}, FULL[1:]), "640 bytes for F32"),
