@@ -280,3 +280,17 @@ def test_a_revision_that_is_not_readable_is_tried_again_and_counts_once_it_is_re
         assert (memory.num_reads, len(memory)) == (0, 0)
     assert memory.get("1") is memory.get("1")
     assert memory.num_reads == 1
+
+
+@pytest.mark.parametrize(("num_floats", "evicted"), [(19, "small"), (21, "large")])
+def test_one_that_was_not_used_for_twice_as_long_goes_before_one_that_is_less_than_twice_as_large(
+    num_floats, evicted, disk
+):
+    memory = HostMemory(40 + 4 * num_floats, disk.read)
+    memory.put(adapter("small", 10))
+    memory.put(adapter("large", num_floats))
+    memory.put(adapter("new", 10))
+    memory.max_bytes = None
+    for revision in ("small", "large", "new"):
+        memory.get(revision)
+    assert disk.reads == {evicted: 1}

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fake_device import make_spec
 from turret_adapters.spec import Part, RowGroup, slab_layout
 
 PAGE = 32
@@ -73,3 +76,13 @@ def test_a_small_rank_takes_the_pages_of_a_small_rank():
 def test_a_row_wider_than_a_page_is_a_mistake_of_the_arena():
     with pytest.raises(AssertionError, match="widest row"):
         slab_layout([group(1, 33)], PAGE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_virtual", "num_pages"),
+    [((), 0, 0), ((), 1, 1), ((), 8, 1), ((), 9, 2), ((group(5, 8),), 0, 2), ((group(5, 8),), 9, 4)],
+)
+def test_pages_of_rows_and_of_virtual_tokens_add_up(rows, num_virtual, num_pages):
+    spec = replace(make_spec("1", num_virtual=num_virtual), rows=rows)
+    assert spec.num_pages(PAGE, block_size=8) == num_pages
+    assert spec.num_slab_pages(2 * PAGE) == slab_layout(rows, 2 * PAGE).num_pages
