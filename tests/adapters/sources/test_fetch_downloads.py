@@ -87,3 +87,16 @@ def test_what_comes_in_an_archive_is_not_counted_twice(web: Web, policy: Policy,
     with downloads.track("poet", no_progress) as progress:
         store.release(fetch_into(store, f"{web.url}/poet.zip", policy, progress))
     assert downloads.num_bytes == len(data.getvalue())
+
+
+def test_downloads_that_run_at_once_are_sorted_by_name_and_each_has_its_own_bytes() -> None:
+    downloads = Downloads()
+    with (
+        downloads.track("sailor", no_progress) as sailor,
+        downloads.track("poet", no_progress) as poet,
+        downloads.track("poet", no_progress),
+    ):
+        sailor(3, 7)
+        poet(2, None)
+        assert downloads.running == [Download("poet", 2), Download("poet"), Download("sailor", 3, 7)]
+    assert (downloads.running, downloads.num_bytes) == ([], 5)

@@ -405,3 +405,20 @@ def test_the_other_names_of_a_split_or_rolled_back_name_stay(names: Names) -> No
     names.rollback("poet", "r1")
     assert (revisions(names, "poet"), revisions(names, "bard")) == (["r1"], ["r3", "r2", "r1"])
     assert names.splits() == {"bard": Split("r1", 30)}
+
+
+def test_a_database_that_stays_locked_is_waited_for_as_long_as_the_error_says(
+    names: Names, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection, tries = names._database._connection, list[str]()
+    (wait,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    connection.execute("PRAGMA busy_timeout = 1")
+    other = sqlite3.connect(tmp_path / "names.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    connection.set_trace_callback(tries.append)
+    with pytest.raises(StoreBusyError) as refused:
+        names.publish("poet", "r1", "")
+    connection.set_trace_callback(None)
+    other.close()
+    assert f"locked for {len(tries) * wait / 1000:g} s" in str(refused.value)
+    assert len(caplog.records) == 1, "only the first wait is logged"

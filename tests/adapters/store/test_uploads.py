@@ -337,3 +337,14 @@ def test_a_tenants_own_idle_upload_makes_room_and_no_others(open_store: Callable
         receive(store, tensors).close()
     assert others in partial(store)
     assert len(partial(store)) == 3
+
+
+def test_the_bytes_so_far_are_private_whatever_the_umask(store: AdapterStore) -> None:
+    umask = os.umask(0)
+    try:
+        receive(store).close()
+    finally:
+        os.umask(umask)
+    (folder,) = partial(store)
+    found = (folder.stat().st_mode & 0o777, (folder / "adapter_model.safetensors").stat().st_mode & 0o777)
+    assert found == (0o700, 0o600)
