@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from turret_adapters.training import train
 from turret_adapters.training.train import Recipe, encode_batch, load_base, train_adapter
 
 WORDS = ["</s>", "<s>", "up", "down", "left", "right"]
@@ -134,3 +137,25 @@ def test_only_the_completion_and_its_end_are_labelled(tokenizer):
     assert batch["input_ids"].tolist() == [[4, 2, 5, 0, 0], [2, 3, 3, 3, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, -100, 5, 0, -100], [-100, 3, 3, 3, 0]]
+
+
+def test_a_large_gradient_is_scaled_down_to_the_largest_norm(base_dir, tokenizer, tmp_path, monkeypatch):
+    """One step of plain gradient descent moves the parameters by the gradient itself."""
+    moved = []
+
+    def descent(trainable, recipe, _device):
+        moved.extend((parameter, parameter.detach().clone()) for parameter in trainable)
+        return torch.optim.SGD(trainable, lr=recipe.learning_rate)
+
+    monkeypatch.setattr(train, "_optimizer", descent)
+    config = {**RECIPES["lora"].config, "lora_alpha": 1e5}
+    recipe = replace(RECIPES["lora"], config=config, steps=1, learning_rate=1.0)
+    train_adapter(load_base(base_dir, nf4=False), tokenizer, EXAMPLES, recipe, tmp_path)
+    norms = [(parameter.detach() - before).norm() for parameter, before in moved]
+    assert float(torch.stack(norms).norm()) == pytest.approx(train._MAX_GRADIENT_NORM, rel=1e-3)
+
+
+def test_the_peak_of_memory_is_in_bytes(monkeypatch):
+    status = "VmPeak:\t   9 kB\nVmHWM:\t   3 kB\nVmRSS:\t   2 kB\n"
+    monkeypatch.setattr(train.Path, "read_text", lambda _: status)
+    assert train._peak_resident_bytes() == 3 << 10
