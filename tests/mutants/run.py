@@ -1,7 +1,7 @@
 """Seeded random single mutants, and whether the tests notice them.
 
-Each mutant is made in a copy of the tree. It is killed if a test fails that passes without the mutant, and
-survives if all tests pass.
+Each mutant is made in a copy of the tree. It is killed if a test of `make test` fails that passes without the
+mutant, and survives if all pass.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Copy:
                 "--no-header",
                 "--color=no",
             ]
+            command += ["-m", "not slow"]
             command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_TEST_SECONDS}"]
             command += ["-o", "faulthandler_exit_on_timeout=true", f"--basetemp={folder}/tests"]
             command += [f"--deselect={name}" for name in left_out]
