@@ -52,6 +52,13 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
             f"found rope_type {', '.join(sorted(batch_dependent))}, which depends on the longest sequence of "
             "a batch; use a checkpoint with another rope_type, such as default, linear, yarn or llama3"
         )
+    widths = {getattr(text, each, None) for each in ("qk_head_dim", "head_dim")} - {None}
+    value_width = getattr(text, "v_head_dim", None)
+    if value_width is not None and widths - {value_width}:
+        raise refuse(
+            f"their values are {value_width} wide (v_head_dim) and their keys are not; use a model in which both "
+            "have one width"
+        )
     _check_quantization(config)
 
 
@@ -78,16 +85,24 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuses stacked weights, which would stay unquantised and unreachable for adapters.
+    """Refuses attention that looks at later tokens, and stacked weights, which would stay unquantised and
+    unreachable for adapters.
 
     The model may be on the meta device.
 
     Raises:
-        UnsupportedModelError: names the model type and the first such parameter.
+        UnsupportedModelError: names the model type and the first such module or parameter.
     """
+    model_type = model.config.model_type
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", None) is False:
+            raise UnsupportedModelError(
+                f"{model_type} models are not supported: {name} looks at later tokens, as an encoder does; "
+                "use a decoder (is_decoder in config.json, for a model that can be either)",
+                model=model_type,
+            )
     for name, parameter in model.named_parameters():
         if parameter.ndim > 2 and not (has_experts(model.config) and is_stacked(name)):
-            model_type = model.config.model_type
             raise UnsupportedModelError(
                 f"{model_type} models are not supported: {name} holds stacked weights, of shape "
                 f"{list(parameter.shape)}; these are supported in models of type {', '.join(EXPERT_MODELS)}",

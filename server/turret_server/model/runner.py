@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count, islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +15,6 @@ import torch
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, ModuleKind
 from turret_server.engine.step import DeviceLostError, SequenceStep, Step, StepResult
-from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
 from turret_server.kernels.cpu.cores import claim_cores
 from turret_server.model.arena import Arena
@@ -23,6 +24,7 @@ from turret_server.model.deltas import GatheredRows, ResidentDeltas, write_slab
 from turret_server.model.experts import has_experts
 from turret_server.model.load import LoadedModel
 from turret_server.model.sampler import Sampler
+from turret_server.model.self_check import check_model
 
 if TYPE_CHECKING:
     from turret_server.model.decode_graph import DecodeGraphs, Record
@@ -66,18 +68,19 @@ class ModelRunner:
         self._loaders.shutdown(cancel_futures=True)
 
     def check(self) -> None:
-        """Runs one token and checks that every layer called the server's attention; also warms the kernels.
+        """Compares a first prompt with transformers' own attention; also warms the kernels.
 
         Raises:
-            UnsupportedModelError: a layer did not.
+            UnsupportedModelError: the model computes something else.
         """
-        seen, model_type = self._compute(1), self._loaded.model.config.model_type
-        if len(seen) != self._loaded.base.num_layers:
-            raise UnsupportedModelError(
-                f"{model_type} models are not supported: {len(seen)} of {self._loaded.base.num_layers} "
-                "layers call the attention function; use a model in which every layer does",
-                model=model_type,
-            )
+        block_size, num_pages = self._arena.block_size, self._arena.num_pages
+        # The first takes more than one page, where there are as many.
+        check_model(
+            self._loaded.model,
+            self._all_logits,
+            num_layers=self._loaded.base.num_layers,
+            lengths=(block_size + 3 if num_pages >= 2 else block_size, 7 if num_pages >= 3 else 0),
+        )
 
     def warm_up(self, max_sequences: int) -> None:
         """Compiles the kernels of a GPU and captures its decode steps as graphs, before the first request."""
@@ -88,7 +91,7 @@ class ModelRunner:
         started = time.perf_counter()
         for num_tokens in _WARM_TOKENS:
             if num_tokens <= self._arena.num_pages * self._arena.block_size:
-                self._compute(num_tokens)
+                self._all_logits([(0,) * num_tokens])
         log.info("GPU kernels: ready in %.1f s", time.perf_counter() - started)
         self.use_graphs(max_sequences, cuda_record(self._loaded.device))
 
@@ -165,13 +168,18 @@ class ModelRunner:
             self._graphs.forget(revision)
         self._prompts.pop(revision, None)
 
-    def _compute(self, num_tokens: int) -> set[int]:
-        """Computes tokens on the first pages; returns the layers that called the server's attention."""
-        pages = tuple(range(-(-num_tokens // self._arena.block_size)))
-        tokens = SequenceStep(sequence_id=0, token_ids=(0,) * num_tokens, start=0, block_table=pages)
-        seen: set[int] = set()
-        self._forward(self._batch(Step(sequences=(tokens,))), seen)
-        return seen
+    def _all_logits(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, set[int]]:
+        """Computes prompts on the first pages. See `self_check.Compute`."""
+        sequences, pages = [], count()
+        for index, token_ids in enumerate(prompts):
+            table = tuple(islice(pages, -(-len(token_ids) // self._arena.block_size)))
+            sequences.append(
+                SequenceStep(sequence_id=index, token_ids=tuple(token_ids), start=0, block_table=table)
+            )
+        batch = self._batch(Step(sequences=tuple(sequences)))
+        every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
+        layers_seen: set[int] = set()
+        return self._forward(replace(batch, last_S=every_token), layers_seen), layers_seen
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     Gemma3Config,
     GPTNeoXConfig,
@@ -13,6 +14,7 @@ from transformers import (
     MixtralConfig,
     Phi3Config,
     PreTrainedModel,
+    RobertaConfig,
     T5Config,
 )
 
@@ -47,6 +49,33 @@ def test_families_that_would_go_wrong_in_silence_are_refused_by_name(config, why
     with pytest.raises(UnsupportedModelError, match=why) as refused:
         check(config)
     assert refused.value.metadata == {"model": config.model_type}
+
+
+@pytest.mark.parametrize(
+    "config", [BertConfig(num_hidden_layers=1), RobertaConfig(num_hidden_layers=1)], ids=["bert", "roberta"]
+)
+def test_attention_that_looks_at_later_tokens_is_refused(config):
+    check(config)
+    with torch.device("meta"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"{config.model_type} .*looks at later tokens"
+        ) as found:
+            check_model(AutoModelForCausalLM.from_config(config))
+        assert found.value.metadata["model"] == config.model_type
+        config.is_decoder = True
+        check_model(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "youtu", "minicpm3"])
+def test_values_of_another_width_than_keys_are_refused(model_type):
+    with pytest.raises(UnsupportedModelError, match=f"{model_type} .*values are .* wide"):
+        check(AutoConfig.for_model(model_type))
+
+
+def test_values_as_wide_as_keys_pass():
+    config = LlamaConfig(head_dim=64)
+    config.v_head_dim = 64
+    check(config)
 
 
 def test_an_encoder_is_refused():

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+
+from support.models import VOCAB_SIZE
+from support.tokenizers import save_tokenizer
+from turret_server.errors import UnsupportedModelError
+from turret_server.kernels import ReferenceOps
+from turret_server.model import gate
+from turret_server.model.arena import Arena
+from turret_server.model.context import current_step
+from turret_server.model.load import load_model
+from turret_server.model.runner import ModelRunner
+from turret_server.model.sampler import Sampler
+
+CPU = torch.device("cpu")
+
+
+def load(folder, cache, num_pages=8, dtype=torch.float32):
+    loaded = load_model(str(folder), device=CPU, dtype=dtype, cache=cache, ops=ReferenceOps())
+    one = Arena(loaded.base, 1, dtype=dtype, device=CPU)
+    arena = Arena(loaded.base, one.page_bytes * num_pages, dtype=dtype, device=CPU)
+    assert arena.num_pages == num_pages
+    return ModelRunner(loaded, arena, None, Sampler())
+
+
+def alter(runner, change):
+    """Changes what a norm returns, on all ways."""
+    norm = runner._loaded.model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda *arguments: change(arguments[-1]))
+
+
+def failing(error):
+    def fail(_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_pages", [1, 2, 3, 8])
+def test_a_model_that_is_computed_as_by_transformers_passes(base_of, quantised_cache, num_pages, dtype):
+    runner = load(base_of("llama"), quantised_cache, num_pages, dtype)
+    runner.check()
+    assert runner._loaded.model.config._attn_implementation == "turret"
+
+
+def test_attention_that_looks_at_later_tokens_is_found(tmp_path, monkeypatch):
+    """Past the gate, as with a family that it does not know."""
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(gate, "check_model", lambda _: None)
+    with pytest.raises(
+        UnsupportedModelError, match=r"bert models.*a prompt alone differ.*standard"
+    ) as refused:
+        load(tmp_path / "model", tmp_path / "cache").check()
+    assert refused.value.metadata["model"] == "bert"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_depends_on_the_company_is_found(base_of, quantised_cache, dtype):
+    runner = load(base_of("llama"), quantised_cache, dtype=dtype)
+    alter(runner, lambda y: y + y.mean(1, keepdim=True))
+    with pytest.raises(UnsupportedModelError, match="of a prompt beside another differ"):
+        runner.check()
+
+
+def test_what_depends_on_the_server_alone_is_found(base_of, quantised_cache):
+    runner = load(base_of("llama"), quantised_cache)
+    config = runner._loaded.model.config
+
+    alter(runner, lambda y: y * 1.05 if config._attn_implementation == "turret" else y)
+    with pytest.raises(UnsupportedModelError, match="of a prompt alone differ"):
+        runner.check()
+
+
+def test_logits_that_are_not_finite_are_found(base_of, quantised_cache):
+    runner = load(base_of("llama"), quantised_cache)
+    alter(runner, lambda y: y * float("nan"))
+    with pytest.raises(UnsupportedModelError, match="differ"):
+        runner.check()
+
+
+def test_a_model_that_fails_is_refused_by_name(base_of, quantised_cache):
+    runner = load(base_of("llama"), quantised_cache)
+
+    alter(runner, failing(RuntimeError("shapes do not match")))
+    expected = "llama models are not supported: a first prompt failed with RuntimeError: shapes do not match"
+    with pytest.raises(UnsupportedModelError, match=expected):
+        runner.check()
+    assert runner._loaded.model.config._attn_implementation == "turret"
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_not_the_models_fault(base_of, quantised_cache, error):
+    runner = load(base_of("llama"), quantised_cache)
+
+    alter(runner, failing(error()))
+    with pytest.raises(error):
+        runner.check()
+
+
+def test_prompts_are_as_long_as_there_is_room_for(base_of, quantised_cache):
+    for num_pages, expected in ((1, {(0, 16)}), (2, {(0, 19)}), (3, {(0, 19), (0, 7, 26)})):
+        runner = load(base_of("llama"), quantised_cache, num_pages)
+        computed = []
+        alter(runner, lambda _, computed=computed: computed.append(current_step().attention.query_bounds))
+        runner.check()
+        assert {tuple(each.tolist()) for each in computed} == expected
