@@ -51,7 +51,7 @@ class Part(Enum):
 
 
 class ModuleKind(Enum):
-    LINEAR = "linear"  # quantised
+    LINEAR = "linear"  # quantised, or in the model's dtype
     EXPERT = "expert"  # one expert's part of a stacked parameter, a quantised linear without a bias
     ROUTER = "router"  # from hidden states to the probabilities of experts
     HEAD = "head"  # from hidden states to logits

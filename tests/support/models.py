@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from support.tokenizers import VOCAB_SIZE, save_tokenizer
+from turret_server.model.load import quantization
 
 MAX_CONTEXT = 256
 
@@ -40,6 +42,7 @@ _EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_GROUPED),
+    "llama-nf4": LlamaConfig(**_GROUPED),
     "llama-tied": LlamaConfig(**_GROUPED, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**_GROUPED),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=32),
@@ -53,6 +56,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **_GROUPED | _EXPERTS, num_experts=4, moe_intermediate_size=64, norm_topk_prob=True
     ),
 }
+# Those whose checkpoint is in NF4 and bfloat16, with some linears in bfloat16.
+QUANTISED = frozenset({"llama-nf4"})
+# The modules that they keep in bfloat16, beside the head.
+KEPT = ("lm_head", "model.layers.0.mlp", "q_proj", "layers.2.self_attn.o_proj")
 # Those whose experts are stacked parameters. Their only linears are those of the attention.
 MIXTURES = frozenset({"mixtral", "qwen3-moe"})
 
@@ -100,5 +107,19 @@ def save_model(family: str, folder: Path) -> Path:
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(folder)
+    if family in QUANTISED:
+        quantise(folder, folder)
     save_tokenizer(folder)
     return folder
+
+
+def quantise(
+    source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16, kept: Sequence[str] = KEPT
+) -> None:
+    """Saves a model in NF4 as bitsandbytes does, with the modules `kept` in `dtype`."""
+    config = quantization(dtype)
+    config.llm_int8_skip_modules = [*kept]
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+    for file in source.glob("model*.safetensors") if source == folder else ():
+        file.unlink()
+    model.save_pretrained(folder)

@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from turret_server.model.load import quantization
 
@@ -68,14 +68,22 @@ class Oracle:
         return found
 
     def _load(self) -> torch.nn.Module:
+        options = {"quantization_config": quantization(self._dtype)}
+        if hasattr(AutoConfig.from_pretrained(self._base), "quantization_config"):
+            options = {}
         model = AutoModelForCausalLM.from_pretrained(
             self._base,
-            quantization_config=quantization(self._dtype),
+            **options,
             dtype=self._dtype,
             attn_implementation="eager",
             experts_implementation="eager",
         )
+        for module in model.modules():
+            if isinstance(module, Linear4bit):  # a checkpoint in NF4 keeps the dtype in which it was saved
+                module.compute_dtype = module.weight.quant_state.dtype = self._dtype
         for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._dtype)
             if parameter.ndim == 3:  # stacked experts, which bitsandbytes leaves as they are
                 for expert in parameter.data:
                     expert.copy_(_through_nf4(expert))

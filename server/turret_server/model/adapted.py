@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from turret_adapters.spec import ModuleKind, ModuleShape, Part
-from turret_server.kernels import NF4Weight, Ops, PackedNF4Weight, ReferenceOps
+from turret_server.kernels import LoraRows, NF4Weight, Ops, PackedNF4Weight, ReferenceOps
 from turret_server.model.context import StepContext, current_step
 from turret_server.model.deltas import DeltaBatch
 
@@ -27,11 +27,18 @@ class Adapted(nn.Module):
 
 
 class AdaptedLinear(Adapted):
-    """A quantised linear; x [1, T, in_features]. See `Part` for what it computes."""
+    """A linear, quantised or, where the checkpoint keeps it so, in the model's dtype; x [1, T, in_features].
+    See `Part` for what it computes.
+    """
 
-    def __init__(self, name: str, weight: NF4Weight | PackedNF4Weight, bias: nn.Parameter | None) -> None:
-        shape = _shape(ModuleKind.LINEAR, weight.in_features, weight.out_features, bias)
-        super().__init__(name, shape)
+    def __init__(
+        self, name: str, weight: NF4Weight | PackedNF4Weight | nn.Parameter, bias: nn.Parameter | None
+    ) -> None:
+        if isinstance(weight, nn.Parameter):
+            out_features, in_features = weight.shape
+        else:
+            out_features, in_features = weight.out_features, weight.in_features
+        super().__init__(name, _shape(ModuleKind.LINEAR, in_features, out_features, bias))
         self.weight = weight
         self.bias = bias
 
@@ -39,7 +46,7 @@ class AdaptedLinear(Adapted):
         step = current_step()
         x_TI = x.reshape(-1, self.shape.in_features)
         if step.deltas is None:
-            y_TO = step.ops.nf4_linear(x_TI, self.weight)
+            y_TO = self._product(x_TI, step)
             if self.bias is not None:
                 y_TO += self.bias
         else:
@@ -50,11 +57,22 @@ class AdaptedLinear(Adapted):
         changes = deltas.changes(self.name)
         if changes:
             x_TI = _scale(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
-        y_TO = step.ops.adapted_linear(x_TI, self.weight, step.arena.flat, deltas.lora(self.name))
+        y_TO = self._product(x_TI, step, deltas.lora(self.name))
         if not changes:
             return y_TO if self.bias is None else y_TO + self.bias
         y_TO = _scale(y_TO, self.name, Part.GAIN, step, deltas)
         return _add_bias(y_TO, self.name, self.bias, step, deltas)
+
+    def _product(self, x_TI: torch.Tensor, step: StepContext, rows: LoraRows | None = None) -> torch.Tensor:
+        """The weight's product, and what the LoRA rows add to it."""
+        if isinstance(self.weight, nn.Parameter):
+            y_TO = step.ops.linear(x_TI, self.weight)
+            if rows is not None:
+                step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
+            return y_TO
+        if rows is None:
+            return step.ops.nf4_linear(x_TI, self.weight)
+        return step.ops.adapted_linear(x_TI, self.weight, step.arena.flat, rows)
 
 
 class AdaptedHead(Adapted):
@@ -200,7 +218,7 @@ def pack(linear: Linear4bit, ops: Ops) -> NF4Weight | PackedNF4Weight:
 
 
 def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
-    """Replaces every quantised linear, the head, the input embedding and the norms."""
+    """Replaces every linear, the head, the input embedding and the norms."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         adapted: nn.Module | None = None
@@ -210,6 +228,8 @@ def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
             adapted = AdaptedHead(name, module)
         elif module is embedding:
             adapted = AdaptedEmbedding(name, module)
+        elif isinstance(module, nn.Linear):
+            adapted = AdaptedLinear(name, nn.Parameter(module.weight, requires_grad=False), module.bias)
         elif _is_norm(module):
             adapted = AdaptedNorm(name, module)
         if adapted is not None:

@@ -56,8 +56,8 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
     value_width = getattr(text, "v_head_dim", None)
     if value_width is not None and widths - {value_width}:
         raise refuse(
-            f"their values are {value_width} wide (v_head_dim) and their keys are not; use a model in which both "
-            "have one width"
+            f"their values are {value_width} wide (v_head_dim) and their keys are not; use a model in which "
+            "both have one width"
         )
     _check_quantization(config)
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import bitsandbytes
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -110,6 +112,7 @@ def load_model(
     model = _load_quantised(name_or_path, config, device, dtype, cache)
     adapt_experts(model, ops)
     adapt_modules(model, ops)
+    model.generation_config = _generation_config(name_or_path, model)
     if device.type == "cpu":
         _copy_from_file(model)
     _return_freed_memory()
@@ -184,7 +187,20 @@ def _load_quantised(
 def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     check_attention(model)
+    _set_dtype(model, options["dtype"])
     return model.requires_grad_(requires_grad=False)
+
+
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Transformers leaves a checkpoint that is quantised in the dtype in which it was saved: its other
+    weights, and the dtype that its linears are dequantised to.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_attention(model: PreTrainedModel) -> None:
@@ -250,6 +266,14 @@ def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) 
     return f"{folder.name}-{digest}"
 
 
+def _generation_config(name_or_path: str, model: PreTrainedModel) -> GenerationConfig:
+    """That of the model's folder: the one of a quantised copy is as old as the copy."""
+    try:
+        return GenerationConfig.from_pretrained(name_or_path)
+    except OSError:  # there is none
+        return GenerationConfig.from_model_config(model.config)
+
+
 def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
     """What adapters must know of a model whose modules are adapted."""
     config = model.config.get_text_config(decoder=True)
@@ -284,6 +308,8 @@ class ModelWeights:
         found = self._model.get_submodule(module)
         if not isinstance(found, AdaptedLinear):
             return found.get_parameter("weight").float().cpu()
+        if isinstance(found.weight, torch.Tensor):
+            return found.weight.float().cpu()
         # In any layout, the product with the identity is the weight that a step multiplies with.
         dtype = next(self._model.parameters()).dtype
         device = found.weight.data.device

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel, T5Config
 
 from support.models import MIXTURES
+from support.tokenizers import make_tokenizer
 from turret_adapters.spec import ModuleKind
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels.reference import ReferenceOps
 from turret_server.model import load as load_module
+from turret_server.model.arena import Arena
 from turret_server.model.load import (
     LoadedModel,
     ModelWeights,
@@ -29,13 +31,24 @@ from turret_server.model.load import (
     select_device,
     select_dtype,
 )
+from turret_server.model.runner import ModelRunner
+from turret_server.model.sampler import Sampler
 
 CPU = torch.device("cpu")
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
-def load(model: Path, cache: Path) -> LoadedModel:
-    return load_model(str(model), device=CPU, dtype=torch.float32, cache=cache, ops=ReferenceOps())
+def load(model: Path, cache: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return load_model(str(model), device=CPU, dtype=dtype, cache=cache, ops=ReferenceOps())
+
+
+def logits_of(loaded: LoadedModel) -> torch.Tensor:
+    """Of a prompt, as the server computes it."""
+    arena = Arena(loaded.base, 1 << 20, dtype=loaded.dtype, device=CPU)
+    runner = ModelRunner(loaded, arena, None, Sampler())
+    runner.check()
+    logits_TV, _ = runner._all_logits([range(50, 80)])
+    return logits_TV
 
 
 def weights_of(loaded: LoadedModel) -> dict[str, torch.Tensor]:
@@ -113,6 +126,40 @@ def test_a_checkpoint_in_bitsandbytes_nf4_is_read_as_it_is(base_of, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_in_nf4_is_read_in_any_dtype_whatever_it_was_saved_in(base_of, tmp_path, dtype):
+    loaded = load(base_of("llama-nf4"), tmp_path, dtype)
+    assert {each.dtype for each in loaded.model.parameters() if each.is_floating_point()} == {dtype}
+    logits_TV = logits_of(loaded)
+    assert logits_TV.dtype == dtype
+    exact_TV = logits_of(load(base_of("llama-nf4"), tmp_path))
+    error = {torch.float32: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert (logits_TV.float() - exact_TV).abs().max() < error * exact_TV.std()
+
+
+def test_linears_that_a_checkpoint_keeps_in_16_bit_can_be_adapted(base_of, tmp_path):
+    loaded = load(base_of("llama-nf4"), tmp_path)
+    plain = load(base_of("llama"), tmp_path)
+    assert loaded.base.modules == plain.base.modules
+    weights = ModelWeights(loaded.model, loaded.ops)
+    kept = load_file(base_of("llama-nf4") / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(weights.weight("model.layers.1.self_attn.q_proj"), kept.float())
+
+
+def test_only_weights_come_from_the_quantised_copy(base_of, tmp_path):
+    folder = shutil.copytree(base_of("llama"), tmp_path / "model")
+    first = load(folder, tmp_path / "cache")
+    GenerationConfig(eos_token_id=[5, 6]).save_pretrained(folder)
+    make_tokenizer("byte-fallback").save_pretrained(folder)
+    second = load(folder, tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "nf4").iterdir())) == 1
+    assert (first.stop_token_ids, second.stop_token_ids) == ({1}, {5, 6, 2})
+    assert second.tokenizer.get_vocab() == make_tokenizer("byte-fallback").get_vocab()
+    (folder / "generation_config.json").unlink()
+    assert load(folder, tmp_path / "cache").stop_token_ids == {1, 2}
 
 
 def test_another_checkpoint_in_the_same_folder_is_quantised_anew(base_of, tmp_path):
