@@ -178,9 +178,9 @@ def on_meta(loaded: LoadedModel) -> LoadedModel:
     """The same model on a device that has shapes and no numbers."""
     model = copy.deepcopy(loaded.model).to("meta")
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
-            weight = module.weight
-            assert isinstance(weight, PackedNF4Weight)
+        # A linear in 16 bit is on the device with the model.
+        weight = module.weight if isinstance(module, AdaptedLinear) else None
+        if isinstance(weight, PackedNF4Weight):
             module.weight = replace(
                 weight, **{name: getattr(weight, name).to("meta") for name in ("data", "absmax", "code")}
             )
