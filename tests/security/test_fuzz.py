@@ -61,6 +61,7 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
         low, high = _INTEGERS[field.type]
         return st.sampled_from((low, high, 0, 1, min(5, high))) | st.integers(low, high)
     return {
+        FieldDescriptor.TYPE_BOOL: st.booleans(),
         FieldDescriptor.TYPE_FLOAT: st.floats(width=32),
         FieldDescriptor.TYPE_STRING: _TEXTS,
         FieldDescriptor.TYPE_BYTES: st.binary(max_size=100),
