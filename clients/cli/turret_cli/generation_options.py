@@ -50,7 +50,7 @@ GENERATION_OPTIONS = {
         multiple=True,
         metavar="S",
         help="Stop strings: generation ends before the first of them. One that is the text of a special "
-        "token, such as </s>, ends the generation at that token. At most 16, each 1 to 256 "
+        "token, such as `</s>`, ends the generation at that token. At most 16, each 1 to 256 "
         "characters. Repeatable.",
     ),
     "priority": click.option(

@@ -102,7 +102,7 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Stop strings: generation ends before the first of them. One that is the text of a special token, such as
-        </s>, ends the generation at that token.
+        `</s>`, ends the generation at that token.
         """
 
     @_builtins.property

@@ -80,17 +80,18 @@ def adapters_of(refs: Iterable[inference_pb2.AdapterRef]) -> tuple[AdapterRef, .
     )
 
 
+def scalars_of(message: Message, names: Iterable[str]) -> dict[str, Any]:
+    """The fields of a message that are set. One that is not keeps its default; all others have the same name
+    on both sides.
+    """
+    return {name: _value(message, name) for name in names if _is_set(message, name)}
+
+
 def _request_of(
     message: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
 ) -> GenerationRequest:
-    # A field that is not set keeps its default; all others have the same name on both sides.
-    scalars = {
-        field.name: _value(message, field.name)
-        for field in fields(RequestFields)
-        if _is_set(message, field.name)
-    }
     return GenerationRequest(
-        **scalars,
+        **scalars_of(message, [field.name for field in fields(RequestFields)]),
         prompt=prompt_of(message),
         adapters=adapters_of(message.adapters),
         deadline=deadline_of(context),

@@ -8,7 +8,7 @@ import grpc
 
 from turret.v1 import prompts_pb2, prompts_pb2_grpc
 from turret_server.rpc.caller import caller
-from turret_server.rpc.inference import adapters_of, deadline_of, prompt_of
+from turret_server.rpc.inference import adapters_of, deadline_of, prompt_of, scalars_of
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import PinnedPrompt, PinRequest
 
@@ -25,10 +25,7 @@ class PromptServicer(prompts_pb2_grpc.PromptServiceServicer):
                 name=request.name,
                 prompt=prompt_of(request),
                 adapters=adapters_of(request.adapters),
-                cache_salt=request.cache_salt,
-                add_special_tokens=request.add_special_tokens
-                if request.HasField("add_special_tokens")
-                else True,
+                **scalars_of(request, ["cache_salt", "add_special_tokens"]),
                 deadline=deadline_of(context),
             ),
             caller(),

@@ -44,23 +44,23 @@ class TextCodec:
     def _check_length(self, text: str, max_tokens: int) -> None:
         """Count the tokens of a long text piece by piece, up to twice as many as fit.
 
-        Tokenising takes a hundred times the memory of the text, so what does not fit must be found before.
+        Tokenising takes hundreds of times the memory of the text, so what does not fit must be found before.
         A piece may have more tokens than it has within the whole text, but only at its two ends.
         """
+        if len(text) <= max_tokens:
+            return
         num_tokens = 0
         for start in range(0, len(text), _PIECE_CHARACTERS):
-            if len(text) <= max_tokens or num_tokens > 2 * max_tokens:
-                break
             piece = text[start : start + _PIECE_CHARACTERS]
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
-        if num_tokens > 2 * max_tokens:
-            raise PromptTooLongError(
-                f"the model's context has {max_tokens} tokens; the prompt of {len(text)} characters takes "
-                "more than twice as many; shorten it",
-                max_context=max_tokens,
-                prompt_tokens=num_tokens,
-                max_tokens=1,
-            )
+            if num_tokens > 2 * max_tokens:
+                raise PromptTooLongError(
+                    f"the model's context has {max_tokens} tokens; the prompt of {len(text)} characters "
+                    "takes more than twice as many; shorten it",
+                    max_context=max_tokens,
+                    prompt_tokens=num_tokens,
+                    max_tokens=1,
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens and with U+FFFD for bytes that are no characters."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from turret_server import logs
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import FinishReason as EngineReason
 from turret_server.engine.request import Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.serving.codec import TextCodec
@@ -79,30 +78,32 @@ class GenerationService:
         self, request: GenerationRequest, prepared: Prepared, record: RequestRecord
     ) -> AsyncGenerator[Chunk]:
         text = TextStream(self._codec, prepared.fields["prompt_token_ids"], request.stop)
-        last = None
-        while last is None:
+        reason = None
+        while reason is None:
             output = await prepared.outputs.get()
             assert output.token_id is not None, "only an error or a cancellation ends without a token"
             record.token(output.cached_tokens)
             piece = text.push(output.token_id)
             if output.finish_reason:
                 piece += text.finish()
-            chunk = Chunk(text=piece, token_ids=(output.token_id,), revision=prepared.lease.revision)
-            if text.stopped_by:
-                last = replace(chunk, finish_reason=FinishReason.STOP, stop_string=text.stopped_by)
-            elif output.finish_reason is EngineReason.STOP:
-                last = replace(
-                    chunk,
-                    finish_reason=FinishReason.STOP,
-                    stop_string=self._special_stops(request).get(output.token_id),
-                    stop_token_id=output.token_id,
-                )
-            elif output.finish_reason:
-                last = replace(chunk, finish_reason=FinishReason(output.finish_reason.value))
-            if last and last.finish_reason:
-                await self._request_log.finish(record, last.finish_reason.value)
-                chunk = replace(last, usage=_usage(record))
-            yield chunk
+                reason = FinishReason(output.finish_reason.value)
+            stop_string, stop_token_id = text.stopped_by, None
+            if stop_string:
+                reason = FinishReason.STOP
+            elif reason is FinishReason.STOP:
+                stop_token_id = output.token_id
+                stop_string = self._special_stops(request).get(stop_token_id)
+            if reason:
+                await self._request_log.finish(record, reason.value)
+            yield Chunk(
+                text=piece,
+                token_ids=(output.token_id,),
+                revision=prepared.lease.revision,
+                finish_reason=reason,
+                usage=_usage(record) if reason else None,
+                stop_string=stop_string,
+                stop_token_id=stop_token_id,
+            )
 
 
 def _usage(record: RequestRecord) -> Usage:
