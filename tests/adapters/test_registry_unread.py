@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.fake_device import make_spec
+from support.registries import acquire, host
 from turret_adapters.errors import (
     AdapterBaseError,
     AdapterError,
@@ -22,17 +23,9 @@ from turret_adapters.errors import (
 )
 from turret_adapters.host import HostAdapter
 from turret_adapters.host_memory import HostMemory
-from turret_adapters.registry import AdapterRegistry, Lease, Named
+from turret_adapters.registry import AdapterRegistry, Named
 from turret_adapters.spec import TASK_MARK
 from turret_adapters.store.names import Split
-
-
-def host(revision: str) -> HostAdapter:
-    return HostAdapter(spec=make_spec(revision, slab_pages=1), deltas={})
-
-
-def acquire(registry: AdapterRegistry, name: str) -> Lease:
-    return registry.acquire([Named(name)])
 
 
 def memory_of(disk: dict[str, HostAdapter]) -> HostMemory:

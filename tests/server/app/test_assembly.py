@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from turret_server.app.assembly import _check_access, load_access
+from turret_server.app import build
+from turret_server.app.assembly import _check_access, assemble, load_access
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
@@ -29,6 +30,14 @@ def test_settings_are_checked_before_the_libraries_of_the_model_are_imported() -
     check = "import sys, turret_server.app.run; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout == "set()\n"
+
+
+def test_logs_of_libraries_go_the_servers_way_once_they_are_imported(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "build", lambda *_: None)
+    for name in ("transformers", "huggingface_hub"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", False)
+    with assemble(config(listen="127.0.0.1:1", store=tmp_path)):
+        assert all(logging.getLogger(name).propagate for name in ("transformers", "huggingface_hub"))
 
 
 def test_an_open_server_is_reached_from_elsewhere_only_if_that_is_asked_for() -> None:

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.assembly import assemble
-from turret_server.app.run import Shutdown, _check_port, _serve_metrics
+from turret_server.app.run import Shutdown, _check_model_path, _check_port, _serve_metrics
 from turret_server.config import ServerConfig
 from turret_server.errors import ConfigError
 
@@ -103,6 +103,25 @@ def test_a_second_server_on_a_store_is_refused_in_one_sentence_before_the_model_
     assert log.splitlines()[-1].startswith(f"error: store '{tmp_path}/store': another server")
     assert log.splitlines()[-1].endswith("--store (STORE_BUSY)")
     assert "Traceback" not in log
+
+
+def test_a_model_folder_that_is_not_there_is_named_at_once(tmp_path):
+    with start(EARLY, tmp_path / "nowhere", tmp_path) as server:
+        _, log = server.communicate(timeout=HANG_S)
+    assert server.returncode == 2
+    expected = f"error: --model {tmp_path}/nowhere: no such folder; check the path (INVALID_CONFIG)"
+    assert log.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("model", ["owner/model", "model", "."])
+def test_a_model_that_may_be_a_name_of_the_hub_or_is_there_is_looked_for_later(model):
+    _check_model_path(model)
+
+
+@pytest.mark.parametrize("model", ["/nowhere", "./nowhere", "../nowhere", "~/nowhere"])
+def test_a_model_that_can_only_be_a_path_is_there(model):
+    with pytest.raises(ConfigError, match="no such folder; check the path"):
+        _check_model_path(model)
 
 
 @pytest.mark.parametrize("flag", ["--listen", "--metrics"])

@@ -249,11 +249,16 @@ LORA = (Part.LORA_A, Part.LORA_B)
     [LORA, (Part.GAIN,), (Part.INPUT_GAIN,), (Part.BIAS,), (*LORA, Part.GAIN), (*LORA, Part.GAIN, Part.BIAS)],
     ids=lambda parts: "+".join(part.value for part in parts),
 )
-def test_each_token_of_a_linear_gets_what_its_own_adapters_change(parts, has_bias):
-    data, state = quantize_4bit(torch.randn(40, 64), quant_type="nf4")
+@pytest.mark.parametrize("is_quantised", [True, False])
+def test_each_token_of_a_linear_gets_what_its_own_adapters_change(parts, has_bias, is_quantised):
+    weight_OI = torch.randn(40, 64)
+    held: NF4Weight | nn.Parameter = nn.Parameter(weight_OI, requires_grad=False)
+    if is_quantised:
+        held = NF4Weight(*quantize_4bit(weight_OI, quant_type="nf4"), 64, 40)
+        weight_OI = dequantize_4bit(held.data, held.state)
     bias = torch.randn(40) if has_bias else None
     parameter = nn.Parameter(bias, requires_grad=False) if has_bias else None
-    module, shelf = AdaptedLinear("m", NF4Weight(data, state, 64, 40), parameter), Shelf()
+    module, shelf = AdaptedLinear("m", held, parameter), Shelf()
     x, adapters, expected = torch.randn(1, 8, 64), [], []
     for _, _, weight in SEGMENTS:
         shapes = {
@@ -265,12 +270,12 @@ def test_each_token_of_a_linear_gets_what_its_own_adapters_change(parts, has_bia
         }
         own = {part: torch.randn(shapes[part]) for part in parts}
         adapters.append(shelf.adapter("m", own, scaling=3.0, is_linear=True))
-        weight_OI = dequantize_4bit(data, state)
+        own_OI = weight_OI
         if Part.LORA_A in own:
-            weight_OI = weight_OI + weight * 3.0 * own[Part.LORA_B].T @ own[Part.LORA_A]
-        weight_OI = weight_OI * own.get(Part.INPUT_GAIN, 1.0) * own.get(Part.GAIN, torch.ones(1, 1)).T
+            own_OI = own_OI + weight * 3.0 * own[Part.LORA_B].T @ own[Part.LORA_A]
+        own_OI = own_OI * own.get(Part.INPUT_GAIN, 1.0) * own.get(Part.GAIN, torch.ones(1, 1)).T
         own_bias = own[Part.BIAS][0] if Part.BIAS in own else bias
-        expected.append(nn.functional.linear(x, weight_OI, own_bias))
+        expected.append(nn.functional.linear(x, own_OI, own_bias))
     assert_each_segment_is_changed_by_its_own(module, x, shelf, adapters, expected)
 
 

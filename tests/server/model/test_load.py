@@ -139,6 +139,15 @@ def test_a_checkpoint_in_nf4_is_read_in_any_dtype_whatever_it_was_saved_in(base_
     assert (logits_TV.float() - exact_TV).abs().max() < error * exact_TV.std()
 
 
+def test_its_linears_are_not_rounded_to_the_dtype_that_it_was_saved_in(base_of, tmp_path):
+    loaded = load(base_of("llama-nf4"), tmp_path)
+    weight_OI = ModelWeights(loaded.model, loaded.ops).weight("model.layers.1.self_attn.k_proj")
+    assert not torch.equal(weight_OI, weight_OI.bfloat16().float())
+    packing = load_model(str(base_of("llama-nf4")), device=CPU, dtype=torch.float32, cache=tmp_path)
+    packed_OI = ModelWeights(packing.model, packing.ops).weight("model.layers.1.self_attn.k_proj")
+    torch.testing.assert_close(packed_OI, weight_OI, rtol=1e-6, atol=0)
+
+
 def test_linears_that_a_checkpoint_keeps_in_16_bit_can_be_adapted(base_of, tmp_path):
     loaded = load(base_of("llama-nf4"), tmp_path)
     plain = load(base_of("llama"), tmp_path)
