@@ -374,9 +374,9 @@ def _click_arguments(field: Field) -> Iterator[str]:
         yield f"default={field.default}"
         if field.kind != "str":
             yield "show_default=True"
-    if field.kind == "bool":
+    if field.kind == "bool" and field.optional:
         yield "default=None"
-    else:
+    elif field.kind != "bool":
         yield f'metavar="{ {"int": "N", "float": "F", "str": "S"}[field.kind] }"'
     # click shows the range of a number and a default by itself.
     text = field.description(numbers=False, default=field.optional or bool(field.unset))

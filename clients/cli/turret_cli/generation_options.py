@@ -83,8 +83,9 @@ GENERATION_OPTIONS = {
         type=click.IntRange(0, 4294967295),
         multiple=True,
         metavar="N",
-        help="Token ids that end the generation, besides the end-of-sequence tokens of the model. At "
-        "most 16. Repeatable.",
+        help="Token ids that end the generation, besides the end-of-sequence tokens of the model. The "
+        "text of the token belongs to the answer, unless it is a special token. At most 16. "
+        "Repeatable.",
     ),
     "add_special_tokens": click.option(
         "--add-special-tokens/--no-add-special-tokens",

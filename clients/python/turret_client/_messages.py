@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
@@ -63,8 +64,8 @@ def generate_request(
         if name not in GenerationOptions.__annotations__:
             known = ", ".join(GenerationOptions.__annotations__)
             raise TypeError(f"unknown option {name!r}; the options are {known}")
-        if isinstance(value, str) and fields[name].is_repeated:
-            raise TypeError(f"{name} is a sequence of strings; for one string write {name}=[{value!r}]")
+        if fields[name].is_repeated and (isinstance(value, str) or not isinstance(value, Iterable | None)):
+            raise TypeError(f"{name} is a sequence; for one value write {name}=[{value!r}]")
     request = inference_pb2.GenerateRequest(adapters=_adapter_refs(adapter), **options)
     _set_prompt(request, prompt)
     return request

@@ -38,7 +38,7 @@ class Generation:
     """A finished generation. `revision` is the adapter's; empty for the base model.
 
     What ended it, with `FinishReason.STOP`: `stop_string` is the stop string, `stop_token_id` the
-    end-of-sequence token or stop token.
+    end-of-sequence token or stop token; both if a stop string is a special token.
     """
 
     text: str

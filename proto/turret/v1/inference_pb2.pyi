@@ -107,7 +107,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end the generation, besides the end-of-sequence tokens of the model."""
+        """Token ids that end the generation, besides the end-of-sequence tokens of the model. The text of the token
+        belongs to the answer, unless it is a special token.
+        """
 
     def __init__(
         self,
@@ -234,7 +236,9 @@ class GenerateResponse(_message.Message):
     stop_string: _builtins.str
     """The stop string of the request that ended the generation."""
     stop_token_id: _builtins.int
-    """The token that ended the generation: an end-of-sequence token, or one of the request's."""
+    """The token that ended the generation: an end-of-sequence token, or one of the request's. If it is the special
+    token of a stop string, both are set.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

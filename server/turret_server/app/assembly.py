@@ -1,7 +1,7 @@
 """Who may call a server, and the store that it keeps adapters in; then the server is built around them.
 
 All that is decided here is decided before torch and the model's libraries are imported, which takes seconds:
-a wrong setting is reported at once.
+what is wrong with it is reported at once.
 """
 
 from __future__ import annotations

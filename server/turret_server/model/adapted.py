@@ -32,9 +32,9 @@ class AdaptedLinear(Adapted):
     """
 
     def __init__(
-        self, name: str, weight: NF4Weight | PackedNF4Weight | nn.Parameter, bias: nn.Parameter | None
+        self, name: str, weight: NF4Weight | PackedNF4Weight | torch.Tensor, bias: nn.Parameter | None
     ) -> None:
-        if isinstance(weight, nn.Parameter):
+        if isinstance(weight, torch.Tensor):
             out_features, in_features = weight.shape
         else:
             out_features, in_features = weight.out_features, weight.in_features
@@ -65,7 +65,7 @@ class AdaptedLinear(Adapted):
 
     def _product(self, x_TI: torch.Tensor, step: StepContext, rows: LoraRows | None = None) -> torch.Tensor:
         """The weight's product, and what the LoRA rows add to it."""
-        if isinstance(self.weight, nn.Parameter):
+        if isinstance(self.weight, torch.Tensor):
             y_TO = step.ops.linear(x_TI, self.weight)
             if rows is not None:
                 step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
@@ -214,7 +214,9 @@ def pack(linear: Linear4bit, ops: Ops) -> NF4Weight | PackedNF4Weight:
     """The weight of a linear, in the layout of `ops`."""
     state = linear.weight.quant_state
     out_features, in_features = state.shape
-    return ops.pack_nf4(NF4Weight(linear.weight.data, state, in_features, out_features))
+    # In whatever dtype they are stored (bnb_4bit_quant_storage), a byte has two codes.
+    codes = linear.weight.data.view(torch.uint8).reshape(-1, 1)
+    return ops.pack_nf4(NF4Weight(codes, state, in_features, out_features))
 
 
 def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
@@ -229,7 +231,7 @@ def adapt_modules(model: PreTrainedModel, ops: Ops) -> None:
         elif module is embedding:
             adapted = AdaptedEmbedding(name, module)
         elif isinstance(module, nn.Linear):
-            adapted = AdaptedLinear(name, nn.Parameter(module.weight, requires_grad=False), module.bias)
+            adapted = AdaptedLinear(name, module.weight, module.bias)
         elif _is_norm(module):
             adapted = AdaptedNorm(name, module)
         if adapted is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store.disk import make_private
@@ -170,7 +171,9 @@ def _load_quantised(
     }
     if getattr(config, "quantization_config", None):
         log.info("loading %s, which is quantised", name_or_path)
-        return _from_pretrained(name_or_path, options)
+        model = _from_pretrained(name_or_path, options)
+        _set_dtype(model, dtype)
+        return model
     with suppress(OSError):  # `_save_copy` reports a cache that is not writable
         make_private(cache / "nf4")
     copy = cache / "nf4" / _cache_key(name_or_path, config, dtype)
@@ -187,7 +190,6 @@ def _load_quantised(
 def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     check_attention(model)
-    _set_dtype(model, options["dtype"])
     return model.requires_grad_(requires_grad=False)
 
 
@@ -199,7 +201,8 @@ def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             module.weight.quant_state.dtype = dtype
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        # Codes may lie in the bytes of a floating-point dtype (bnb_4bit_quant_storage).
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
             parameter.data = parameter.data.to(dtype)
 
 
@@ -268,10 +271,11 @@ def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) 
 
 def _generation_config(name_or_path: str, model: PreTrainedModel) -> GenerationConfig:
     """That of the model's folder: the one of a quantised copy is as old as the copy."""
-    try:
-        return GenerationConfig.from_pretrained(name_or_path)
-    except OSError:  # there is none
-        return GenerationConfig.from_model_config(model.config)
+    with _reading(name_or_path):
+        found = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            return GenerationConfig.from_model_config(model.config)
+        return GenerationConfig.from_pretrained(Path(found).parent)
 
 
 def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:

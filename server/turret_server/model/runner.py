@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Protocol
@@ -41,6 +42,22 @@ class HostAdapters(Protocol):
     """Adapters on the host. `tensors` may read from disk; it raises KeyError for an unloaded revision."""
 
     def tensors(self, revision: str) -> HostAdapter: ...
+
+
+@contextmanager
+def _errors_of_the_device() -> Iterator[None]:
+    """Raises MemoryError and DeviceLostError for the errors of torch that mean the same."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from error
+    except torch.AcceleratorError as error:
+        # The driver returns the same error for every later call.
+        raise DeviceLostError(str(error)) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):  # torch has no exception class for it
+            raise MemoryError(str(error)) from error
+        raise
 
 
 class ModelRunner:
@@ -111,17 +128,8 @@ class ModelRunner:
             self._graphs = graphs
 
     def run(self, step: Step) -> StepResult:
-        try:
+        with _errors_of_the_device():
             return self._run(step)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from error
-        except torch.AcceleratorError as error:
-            # The driver returns the same error for every later call.
-            raise DeviceLostError(str(error)) from error
-        except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # torch has no exception class for it
-                raise MemoryError(str(error)) from error
-            raise
 
     def _run(self, step: Step) -> StepResult:
         claim_cores()
@@ -179,7 +187,8 @@ class ModelRunner:
         batch = self._batch(Step(sequences=tuple(sequences)))
         every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
         layers_seen: set[int] = set()
-        return self._forward(replace(batch, last_S=every_token), layers_seen), layers_seen
+        with _errors_of_the_device():
+            return self._forward(replace(batch, last_S=every_token), layers_seen), layers_seen
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:

@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from turret_server.engine.step import DeviceLostError
 from turret_server.errors import UnsupportedModelError
 from turret_server.model import attention
 
-# The largest difference of two logits in standard deviations of all. Rounding gives a fifth of it in small
-# models; families that went wrong gave several times as much.
-_TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.25, torch.float16: 0.05}
+# The root mean square of the differences of logits, in standard deviations of all. One token that rounding
+# sends to another expert must not count as much as what is wrong everywhere.
+_TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 class Compute(Protocol):
@@ -53,7 +54,7 @@ def check_model(
         beside_TV, _ = compute([other, prompt]) if other else (alone_TV, layers)
         with _eager_attention(model):
             eager_TV, _ = compute([prompt])
-    except (torch.OutOfMemoryError, MemoryError):
+    except (MemoryError, DeviceLostError):
         raise
     except Exception as error:
         raise refuse(
@@ -89,6 +90,6 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:
-    """The largest difference of two logits, in standard deviations of the expected ones."""
+    """The root mean square of the differences of logits, in standard deviations of the expected ones."""
     expected_TV = expected_TV.float()
-    return ((found_TV.float() - expected_TV).abs().max() / expected_TV.std()).item()
+    return ((found_TV.float() - expected_TV).square().mean().sqrt() / expected_TV.std()).item()

@@ -108,7 +108,7 @@ class RpcServer:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(
-                f"--listen {address}: the port cannot be opened; stop the server that uses it, or name "
+                f"--listen {address}: the port cannot be opened; stop the program that uses it, or choose "
                 "another"
             ) from error
         await self._report(ready=False)

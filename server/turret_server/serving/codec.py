@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from turret_server.errors import PromptTooLongError
 
 # Longer texts are counted in pieces of this many characters before they are tokenised as a whole.
-_PIECE_CHARACTERS = 1 << 12
+PIECE_CHARACTERS = 1 << 12
 
 
 class TextCodec:
@@ -18,14 +18,16 @@ class TextCodec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        # Checkpoints saved after a training often have both.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._bos_token_id: int | None = tokenizer.bos_token_id
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         self._open = frozenset([*self._special.values(), *_byte_token_ids(self._tokenizer)])
 
     def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a prompt, with one beginning-of-sequence token at most: a text that begins with it
-        gets no other.
+        """The tokens of a prompt. A text that begins with the beginning-of-sequence token gets no second one.
 
         Args:
             text: the prompt.
@@ -37,7 +39,7 @@ class TextCodec:
         """
         self._check_length(text, max_tokens)
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        if self._bos_token_id is not None and token_ids[:2] == [self._bos_token_id] * 2:
+        if add_special_tokens and token_ids[:2] == [self._bos_token_id] * 2:
             del token_ids[0]
         return token_ids
 
@@ -50,8 +52,8 @@ class TextCodec:
         if len(text) <= max_tokens:
             return
         num_tokens = 0
-        for start in range(0, len(text), _PIECE_CHARACTERS):
-            piece = text[start : start + _PIECE_CHARACTERS]
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = text[start : start + PIECE_CHARACTERS]
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
             if num_tokens > 2 * max_tokens:
                 raise PromptTooLongError(

@@ -25,7 +25,7 @@ from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
-from turret_server.serving.codec import TextCodec
+from turret_server.serving.codec import PIECE_CHARACTERS, TextCodec
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import GenerationRequest, PinRequest
 from turret_server.tenancy.access import check_use, errors_visible_to
@@ -34,7 +34,7 @@ from turret_server.tenancy.quotas import Quotas
 
 # Earlier revisions that are read from the store at once for requests that name them.
 _MAX_READERS = 2
-# Texts that are tokenised at once; each may take much memory and a core.
+# Long texts that are tokenised at once; each may take much memory and a core.
 _MAX_TOKENISERS = 2
 
 _POSITION_BYTES = 6
@@ -203,8 +203,10 @@ class Jobs:
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
             encode = partial(self._codec.encode, add_special_tokens=add_special_tokens)
+            # Short ones do not wait for long ones.
+            executor = self._tokenisers if len(prompt) > PIECE_CHARACTERS else None
             loop, most = asyncio.get_running_loop(), self._model.max_context
-            token_ids = tuple(await loop.run_in_executor(self._tokenisers, encode, prompt, most))
+            token_ids = tuple(await loop.run_in_executor(executor, encode, prompt, most))
         else:
             self._model.check_room(len(prompt))
             token_ids = tuple(prompt)

@@ -49,8 +49,8 @@ class RequestFields:
         routing_key: Routing key of a traffic split (SetTrafficSplit): requests with the same key use the same
             revision of the adapter. A user or conversation id, for example. At most 128 characters. Default:
             each request is assigned at random.
-        stop_token_ids: Token ids that end the generation, besides the end-of-sequence tokens of the model. At
-            most 16.
+        stop_token_ids: Token ids that end the generation, besides the end-of-sequence tokens of the model.
+            The text of the token belongs to the answer, unless it is a special token. At most 16.
         add_special_tokens: Add the special tokens of the tokenizer to a text, such as a beginning-of-sequence
             token. A text that begins with that token gets no second one. Default: True.
     """

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from turret_server.serving.codec import TextCodec
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Tokens of the prompt that are decoded with the answer, at least, and decoded tokens that are kept at most.
+# Tokens of the prompt that are decoded with the answer, at least.
 _NUM_BEFORE = 8
+# Decoded tokens that are kept: more than a character has bytes.
 _NUM_KEPT = 16
+# The longest run of bytes in which stop strings are looked for before it ends.
+_NUM_PENDING = 256
 
 
 class Decoder:
@@ -39,7 +42,19 @@ class Decoder:
         new, self._num_shown = certain[self._num_shown :], max(len(certain), self._num_shown)
         if new and certain == text:
             self._settle()
+        elif len(self._window) > 4 * _NUM_KEPT:
+            # It never ends with a whole character. Only the last bytes matter for those to come.
+            del self._window[:-_NUM_KEPT]
+            self._num_shown = len(self._codec.decode(self._window).removesuffix(_REPLACEMENT))
+            self._num_settled = 0
         return new
+
+    def pending(self) -> str:
+        """The text of bytes that are held back, if they are characters; they may still become others."""
+        if not self._codec.is_open(self._window[-1]) or len(self._window) > _NUM_PENDING:
+            return ""
+        text = self._codec.decode(self._window)[self._num_shown :]
+        return "" if _REPLACEMENT in text else text
 
     def finish(self) -> str:
         """The text that was held back, after the last token."""
@@ -79,7 +94,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the new text."""
-        return self._advance(self._decoder.push(token_id))
+        out = self._advance(self._decoder.push(token_id))
+        # A line break may be a byte: a stop string of it ends the answer now and not with the next word.
+        if self._stop and self.stopped_by is None and (pending := self._decoder.pending()):
+            out += self._stop_in(self._held + pending)
+        return out
 
     def finish(self) -> str:
         """The text that was held back, after the last token."""
@@ -90,14 +109,21 @@ class TextStream:
 
     def _advance(self, piece: str) -> str:
         self._held += piece
-        found = [(index, stop) for stop in self._stop if (index := self._held.find(stop)) >= 0]
-        if found:
-            index, self.stopped_by = min(found)
-            certain, self._held = self._held[:index], ""
+        certain = self._stop_in(self._held)
+        if self.stopped_by is not None:
             return certain
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return certain
+
+    def _stop_in(self, text: str) -> str:
+        """Stop before the first stop string in a text, and return what precedes it; "" if there is none."""
+        found = [(index, stop) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if not found:
+            return ""
+        index, self.stopped_by = min(found)
+        self._held = ""
+        return text[:index]
 
 
 def _overlap(text: str, stop: str) -> int:

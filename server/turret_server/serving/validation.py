@@ -55,6 +55,8 @@ def _check_items(field: str, values: Sequence[str | int], rule: FieldRule) -> No
     for value in values:
         if isinstance(value, str):
             _check_length(field, value, rule)
+        else:
+            _check_number(field, value, rule)
 
 
 def _check_length(field: str, value: str, rule: FieldRule) -> None:

@@ -148,6 +148,23 @@ def test_its_linears_are_not_rounded_to_the_dtype_that_it_was_saved_in(base_of, 
     torch.testing.assert_close(packed_OI, weight_OI, rtol=1e-6, atol=0)
 
 
+def test_codes_may_be_stored_in_another_dtype(base_of, tmp_path):
+    """As for training on several GPUs."""
+    linears = []
+    for storage in (torch.uint8, torch.bfloat16):
+        config = quantization(torch.bfloat16)
+        config.bnb_4bit_quant_storage = storage
+        model = AutoModelForCausalLM.from_pretrained(
+            base_of("llama"), quantization_config=config, dtype=torch.bfloat16
+        )
+        folder = tmp_path / str(storage)
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        linears.append(linears_of(load(folder, tmp_path / "cache")))
+    assert linears[0].keys() == linears[1].keys()
+    assert all(torch.equal(linears[0][name], linears[1][name]) for name in linears[0])
+
+
 def test_linears_that_a_checkpoint_keeps_in_16_bit_can_be_adapted(base_of, tmp_path):
     loaded = load(base_of("llama-nf4"), tmp_path)
     plain = load(base_of("llama"), tmp_path)
@@ -167,6 +184,9 @@ def test_only_weights_come_from_the_quantised_copy(base_of, tmp_path):
     assert len(list((tmp_path / "cache" / "nf4").iterdir())) == 1
     assert (first.stop_token_ids, second.stop_token_ids) == ({1}, {5, 6, 2})
     assert second.tokenizer.get_vocab() == make_tokenizer("byte-fallback").get_vocab()
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=f"--model {folder}: .*generation_config.json"):
+        load(folder, tmp_path / "cache")
     (folder / "generation_config.json").unlink()
     assert load(folder, tmp_path / "cache").stop_token_ids == {1, 2}
 

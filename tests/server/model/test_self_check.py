@@ -6,6 +6,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from support.models import VOCAB_SIZE
 from support.tokenizers import save_tokenizer
+from turret_server.engine.step import DeviceLostError
 from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
 from turret_server.model import gate
@@ -105,12 +106,20 @@ def test_a_model_that_fails_is_refused_by_name(base_of, quantised_cache):
     assert runner._loaded.model.config._attn_implementation == "turret"
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_a_lack_of_memory_is_not_the_models_fault(base_of, quantised_cache, error):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), MemoryError),
+        (torch.OutOfMemoryError(), MemoryError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError),
+        (torch.AcceleratorError("lost"), DeviceLostError),
+    ],
+    ids=repr,
+)
+def test_what_the_machine_lacks_is_not_the_models_fault(base_of, quantised_cache, error, expected):
     runner = load(base_of("llama"), quantised_cache)
-
-    alter(runner, failing(error()))
-    with pytest.raises(error):
+    alter(runner, failing(error))
+    with pytest.raises(expected):
         runner.check()
 
 

@@ -68,7 +68,7 @@ async def test_a_port_that_is_in_use_is_refused(open_door):
         other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
         door = await open_door()
-        with pytest.raises(ConfigError, match=f"--listen {address}: .* name another"):
+        with pytest.raises(ConfigError, match=f"--listen {address}: .* choose another"):
             await door.server.start(address)
 
 

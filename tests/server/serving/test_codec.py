@@ -41,6 +41,15 @@ def test_a_text_has_the_tokens_that_transformers_gives_it(kind):
         assert TextCodec(tokenizer).encode(text, 64) == tokenizer.encode(text)
 
 
+def test_what_a_tokenizer_was_saved_with_cuts_and_pads_no_prompt():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=2, pad_token="<pad>")
+    codec = TextCodec(tokenizer)
+    assert codec.decode(codec.encode("the quick brown fox jumps", 64)) == "the quick brown fox jumps"
+    assert len(codec.encode("the", 64)) == 1
+
+
 def test_special_tokens_are_added_unless_they_are_not_wanted():
     codec = with_bos()
     the = codec.encode("the", 64, add_special_tokens=False)
@@ -53,6 +62,7 @@ def test_a_text_that_begins_with_the_beginning_of_sequence_token_gets_no_second_
     found = with_bos().encode("<s>the<s><s>", 64, add_special_tokens=add)
     assert (found[0], found.count(0)) == (0, 3)
     assert found[1] != 0
+    assert with_bos().encode("<s><s>the", 64, add_special_tokens=add)[:2] == [0, 0]
 
 
 def test_a_tokenizer_without_a_beginning_of_sequence_token_keeps_what_is_given():

@@ -80,6 +80,37 @@ def test_the_first_space_of_an_answer_is_kept_after_a_prompt(kind):
     assert ("".join(pieces), stream.stopped_by) == ("", " f")
 
 
+LONE_BYTES = ["Ã", "©", "ð", "Ł", "Ļ", "ï", "¿", "½"]
+
+
+@pytest.mark.parametrize("length", [100, 400])
+def test_answers_of_bytes_that_never_become_characters_are_streamed_in_a_window(length, monkeypatch):
+    codec, chance = CODECS["byte-level"], random.Random(length)
+    vocabulary = make_tokenizer().get_vocab()
+    bytes_ = [vocabulary[each] for each in LONE_BYTES]
+    for _ in range(100):
+        some = chance.sample(bytes_, chance.randint(1, len(bytes_)))
+        answer = chance.choices(some, k=length)
+        with monkeypatch.context() as patched:
+            lengths = watch_decoding(codec, patched)
+            streamed = "".join(run(codec, answer)[0])
+        assert streamed == codec.decode(answer)
+        assert max(lengths) <= 80
+
+
+def test_a_stop_string_of_byte_tokens_ends_the_answer_with_its_last_byte():
+    codec, vocabulary = CODECS["byte-fallback"], make_tokenizer("byte-fallback").get_vocab()
+    ids = [vocabulary[token] for token in ("▁fox", "<0x0A>", "<0x0A>", "▁the")]
+    for stop, shown, num_pieces in (("\n", "fox", 2), ("\n\n", "fox", 3), ("x\n", "fo", 2)):
+        pieces, stream = run(codec, ids, [stop])
+        assert ("".join(pieces), len(pieces), stream.stopped_by) == (shown, num_pieces, stop)
+    # What is held back is not shown twice, and a character that is not whole yet is no stop string.
+    assert "".join(run(codec, ids, ["\n\n\n"])[0]) == "fox\n\n the"
+    cut = [vocabulary[token] for token in ("<0xC3>", "<0xA9>")]
+    assert run(codec, cut, ["\N{REPLACEMENT CHARACTER}"])[1].stopped_by is None
+    assert run(codec, [*cut[:1]] * 300, ["é"])[1].stopped_by is None
+
+
 def watch_decoding(codec, monkeypatch):
     """The numbers of tokens that are decoded at once, from now on."""
     lengths, decode = [], codec.decode
