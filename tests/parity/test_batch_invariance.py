@@ -17,7 +17,7 @@ from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
 
 NAMED = [(), (Named("lora-all-linear"),), (Named("rslora"),), (Named("p-tuning-v2"),), (Named("dora"),)]
-each_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+each_dtype = pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 
 
 @each_dtype

@@ -131,6 +131,7 @@ def test_the_start_says_how_much_fits(server):
     assert re.search(r"room for \d+ tokens, or \d+ LoRA adapters of rank 16 on every linear", line)
 
 
+@pytest.mark.slow
 def test_a_second_start_reads_the_quantised_copy_and_answers_the_same(server, client, base_of, cache):
     expected = client.generate(PROMPT, max_tokens=10)
     assert any("quantising" in line for line in server.log)

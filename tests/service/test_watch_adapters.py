@@ -154,6 +154,7 @@ async def test_the_asynchronous_client_watches_too(served):
     assert names == [status.name for status in served.parts.registry.statuses()]
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_ends_its_watches(base_of, quantised_cache):
     from support.serving import server_process  # noqa: PLC0415
 

@@ -86,6 +86,7 @@ def test_a_signal_ends_a_server_whose_model_is_loading(number, tmp_path):
     assert log.splitlines()[-1].endswith("stopped before the server was ready")
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_cut_the_closing_off(base_of, quantised_cache):
     with start(CLOSING, base_of("llama"), quantised_cache) as server:
         assert any("serving on" in line for line in server.stderr)
