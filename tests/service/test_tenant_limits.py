@@ -186,8 +186,10 @@ def test_a_tenant_pins_so_many_tokens(client_of):
 
 
 def test_a_tenant_has_so_many_watches(client_of, sources):
-    client, other = client_of("watches"), client_of("few")
+    client, other = client_of("watches"), client_of("loads")
+    # A watch yields what is there, and waits if nothing is.
     client.load_adapter("watches-a", str(sources / "0"))
+    other.load_adapter("loads-watched", str(sources / "0"))
     watch = client.watch_adapters()
     next(watch)
     with refused("watches", "max_watches"):
@@ -196,6 +198,7 @@ def test_a_tenant_has_so_many_watches(client_of, sources):
     for each in watches:
         next(each)
         each.close()
+    other.unload_adapter("loads-watched")
     watch.close()
 
     def again() -> bool:
