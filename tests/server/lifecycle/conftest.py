@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -226,10 +227,10 @@ class Site:
         """Wait until the clean-up has done what was asked for, retries included."""
 
         def is_idle() -> bool:
-            done = threading.Event()
-            self.cleanup.submit("the end of the queue", done.set)
-            assert done.wait(60)
-            return not self.cleanup._jobs
+            # Asked on the worker's thread, where no other job runs meanwhile.
+            left: queue.Queue[int] = queue.Queue()
+            self.cleanup.submit("the end of the queue", lambda: left.put(len(self.cleanup._jobs)))
+            return left.get(timeout=60) == 0
 
         until(is_idle)
         self.engine.check_integrity()
