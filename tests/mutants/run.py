@@ -39,6 +39,7 @@ _NOT_COPIED = (
     ".bench",
     ".demo",
     ".load",
+    ".model",
     ".soak",
     ".chaos",
     ".whl",
