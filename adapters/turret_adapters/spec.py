@@ -74,7 +74,8 @@ class BaseSpec:
     """The properties of the base model that an adapter must match.
 
     `modules` maps the path of every adaptable module (`model.layers.0.self_attn.q_proj`) to its shape, in the
-    model's order. In a tied model, head and embedding share their weight.
+    model's order. In a tied model, head and embedding share their weight. `left_out` are the paths of the
+    modules of a multimodal model that are not part of its language model.
     """
 
     name_or_path: str
@@ -84,6 +85,7 @@ class BaseSpec:
     head_dim: int
     modules: Mapping[str, ModuleShape]
     tied: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def kv_width(self) -> int:

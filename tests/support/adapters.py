@@ -23,9 +23,9 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
-from support.models import MIXTURES, Names, names_of
+from support.models import MIXTURES, Names, auto_class, names_of
 
 INVOCATION = (40, 41, 42)
 NUM_TASKS = 3
@@ -66,7 +66,8 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     ),
     "dora": lambda n: _lora(n, use_dora=True),
     "lora-bias": lambda n: _lora(n, lora_bias=True),
-    "lora-trains-biases": lambda n: _lora(n, bias="all"),
+    # "all" would be also those of the towers.
+    "lora-trains-biases": lambda n: _lora(n, bias="lora_only" if n.excluded else "all"),
     "lora-embedding-head": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
     "modules-to-save": lambda n: _lora(n, modules_to_save=[n.embedding, n.head, *n.norms]),
     "trainable-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
@@ -74,7 +75,11 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     "adalora": lambda n: AdaLoraConfig(
         init_r=6, target_r=4, total_step=10, target_modules=[*n.attention, *n.mlp_out], **_TASK
     ),
-    "vera": lambda n: VeraConfig(r=16, target_modules=list(n.attention), **_TASK),
+    "vera": lambda n: VeraConfig(
+        r=16,
+        target_modules=rf".*language_model.*({'|'.join(n.attention)})" if n.excluded else list(n.attention),
+        **_TASK,
+    ),
     "ia3": lambda n: IA3Config(
         target_modules=[*n.attention, *n.mlp_out], feedforward_modules=list(n.mlp_out), **_TASK
     ),
@@ -117,7 +122,10 @@ def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0
         # peft says that embeddings are saved, that biases are trained, that DoRA is slow.
         warnings.simplefilter("ignore")
         config = kinds_of(family)[kind](names_of(family))
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        if names_of(family).excluded and hasattr(config, "exclude_modules"):
+            config.exclude_modules = names_of(family).excluded
+        base_model = auto_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
+        model = get_peft_model(base_model, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:

@@ -9,16 +9,22 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Mistral3Config,
+    MistralConfig,
     MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
 )
 
 from support.tokenizers import VOCAB_SIZE, save_tokenizer
@@ -39,6 +45,20 @@ _SIZES = {
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48}
+_SIGLIP = {**_TOWER, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_QWEN_TOWER = {**_TOWER, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+_IMAGE_TOKENS = {
+    "image_token_id": 300,
+    "video_token_id": 301,
+    "vision_start_token_id": 302,
+    "vision_end_token_id": 303,
+}
+
+
+def _mrope(*section: int) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
+
 
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_GROUPED),
@@ -56,6 +76,33 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **_GROUPED | _EXPERTS, num_experts=4, moe_intermediate_size=64, norm_topk_prob=True
     ),
 }
+# Checkpoints with a tower for images.
+MULTIMODAL: dict[str, PreTrainedConfig] = {
+    "gemma3-vision": Gemma3Config(
+        text_config=FAMILIES["gemma3"].to_dict(),
+        vision_config=_SIGLIP,
+        mm_tokens_per_image=4,
+        image_token_index=300,
+    ),
+    "qwen2.5-vl": Qwen2_5_VLConfig(
+        text_config={**_GROUPED, "rope_parameters": _mrope(2, 3, 3)},
+        vision_config={**_QWEN_TOWER, "fullatt_block_indexes": [1]},
+        **_IMAGE_TOKENS,
+    ),
+    "qwen3-vl": Qwen3VLConfig(
+        text_config={**_GROUPED, "head_dim": 32, "rope_parameters": _mrope(4, 6, 6)},
+        vision_config={**_QWEN_TOWER, "deepstack_visual_indexes": [1], "num_position_embeddings": 64},
+        **_IMAGE_TOKENS,
+    ),
+    "mistral3": Mistral3Config(
+        text_config=MistralConfig(**_GROUPED).to_dict(),
+        vision_config={"model_type": "pixtral", **_SIGLIP, "head_dim": 16},
+        image_token_index=300,
+        tie_word_embeddings=False,
+    ),
+}
+# Half of them suffice for every adapter: one with another attention, one with positions in three dimensions.
+FAMILIES |= {family: MULTIMODAL[family] for family in ("gemma3-vision", "qwen2.5-vl")}
 # Those whose checkpoint is in NF4 and bfloat16, with some linears in bfloat16.
 QUANTISED = frozenset({"llama-nf4"})
 # The modules that they keep in bfloat16, beside the head.
@@ -66,7 +113,7 @@ MIXTURES = frozenset({"mixtral", "qwen3-moe"})
 
 @dataclass(frozen=True)
 class Names:
-    """How a family calls its modules."""
+    """How a family calls its modules. `excluded` matches those of the parts that do not read text."""
 
     attention: tuple[str, ...] = ("q_proj", "v_proj")
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -74,10 +121,16 @@ class Names:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm", "model.norm")
     embedding: str = "embed_tokens"
     head: str = "lm_head"
+    excluded: str = ""
 
 
+_VISION = Names(
+    norms=("input_layernorm", "post_attention_layernorm", "language_model.norm"),
+    excluded=".*(vision_tower|visual|multi_modal_projector).*",
+)
 NAMES: dict[str, Names] = {
     **dict.fromkeys(MIXTURES, Names(mlp_in=(), mlp_out=())),
+    **dict.fromkeys(MULTIMODAL, _VISION),
     "phi3": Names(attention=("qkv_proj",), mlp_in=("gate_up_proj",)),
     "gpt-neox": Names(
         attention=("query_key_value",),
@@ -94,10 +147,16 @@ def names_of(family: str) -> Names:
     return NAMES.get(family, Names())
 
 
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForMultimodalLM]:
+    """With which transformers loads a checkpoint whole."""
+    return AutoModelForMultimodalLM if "text_config" in config.sub_configs else AutoModelForCausalLM
+
+
 def save_model(family: str, folder: Path) -> Path:
     """Random weights, large enough that greedy tokens vary and their margins are not all tiny."""
     torch.manual_seed(sum(family.encode()))
-    model = AutoModelForCausalLM.from_config(FAMILIES[family]).float()
+    config = (FAMILIES | MULTIMODAL)[family]
+    model = auto_class(config).from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:

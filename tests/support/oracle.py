@@ -12,8 +12,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, DynamicCache
 
+from support.models import auto_class
 from turret_server.model.load import quantization
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -50,7 +51,7 @@ class Oracle:
     def prefixed(self, prefixes: Sequence[str], lora: str | None, sequences: Sequences) -> list[torch.Tensor]:
         """Of keys and values that stand before the prompt, one prefix after another, perhaps with a LoRA."""
         model = self._load()
-        config = model.config
+        config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
         tensors = [load_file(self._adapters[name] / "adapter_model.safetensors") for name in prefixes]
@@ -69,9 +70,10 @@ class Oracle:
 
     def _load(self) -> torch.nn.Module:
         options = {"quantization_config": quantization(self._dtype)}
-        if hasattr(AutoConfig.from_pretrained(self._base), "quantization_config"):
+        config = AutoConfig.from_pretrained(self._base)
+        if hasattr(config, "quantization_config"):
             options = {}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             self._base,
             **options,
             dtype=self._dtype,

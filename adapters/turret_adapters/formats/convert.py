@@ -11,7 +11,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 from turret_adapters.formats.fields import parse_object, refusal, show
@@ -60,7 +60,9 @@ def convert_adapter(
         # peft 0.21 calls what transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            base = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+            is_multimodal = "text_config" in AutoConfig.from_pretrained(model).sub_configs
+            auto = AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
+            base = auto.from_pretrained(model, dtype="auto")
             adapted = peft.PeftModel.from_pretrained(base, str(folder))
             config, tensors = peft.convert_to_lora(
                 adapted, _LOSSLESS if rank is None else rank, progressbar=progress

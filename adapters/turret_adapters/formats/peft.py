@@ -7,6 +7,7 @@ defines each kind of adapter.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from turret_adapters.errors import AdapterSourceError
@@ -26,6 +27,7 @@ from turret_adapters.formats.files import (
 )
 from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
+from turret_adapters.formats.layouts import RenamedWeights, names_in_file
 from turret_adapters.formats.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
@@ -59,22 +61,25 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
-    plan = kind.plan(fields, base)
     refuse_pickle(folder)
     digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)
-        check_entries(entries, plan.expected, base)
+        paths = names_in_file([entry.key for entry in entries], base)
+        named = replace(base, modules={name: base.modules[path] for name, path in paths.items()})
+        plan = kind.plan(fields, named)
+        check_entries(entries, plan.expected, named)
         digest.update(header)
         tensors = {}
         for entry in entries:
             progress(entry.begin, size)
             tensors[entry.key] = read_tensor(file, entry, digest)
-    content = plan.build(tensors, weights)
+    content = plan.build(tensors, RenamedWeights(weights, paths))
+    deltas = {paths[name]: delta for name, delta in content.deltas.items()}
     spec = AdapterSpec(
         revision=digest.hexdigest()[:REVISION_LENGTH],
         method=kind.method,
-        rows=row_groups(content.deltas),
+        rows=row_groups(deltas),
         prefix=_prefix_spec(content),
         max_rank=content.max_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -84,7 +89,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
     )
     return HostAdapter(
         spec=spec,
-        deltas=content.deltas,
+        deltas=deltas,
         prefix_kv=content.prefix_kv,
         prompt_embeddings=content.prompt_embeddings,
         tasks=tuple(

@@ -17,7 +17,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
@@ -26,6 +26,7 @@ from turret_server.errors import ConfigError
 from turret_server.kernels import NF4Weight, Ops
 from turret_server.model import attention, gate, load
 from turret_server.model.adapted import adapt_modules
+from turret_server.model.classes import model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,7 @@ def describe_model(name_or_path: str) -> BaseSpec:
     attention.register()
     config = load.read_config(name_or_path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        model = model_class(config)._from_config(config, attn_implementation=attention.NAME)  # noqa: SLF001
     load.check_attention(model)
     _quantise_shapes(model, config)
     gate.check_model(model)
@@ -114,8 +115,8 @@ class CheckpointWeights:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self._name_or_path, dtype="auto")
-        return model
+        config = load.read_config(self._name_or_path)
+        return model_class(config).from_pretrained(self._name_or_path, dtype="auto")
 
     @cached_property
     def _file_of(self) -> Mapping[str, str]:

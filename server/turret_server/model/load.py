@@ -21,7 +21,6 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -37,6 +36,7 @@ from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate
 from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
+from turret_server.model.classes import left_out, model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def load_model(
     with _reading(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     with torch.device("meta"):
-        gate.check_model(AutoModelForCausalLM.from_config(config))
+        gate.check_model(model_class(config)._from_config(config))  # noqa: SLF001
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
     ops = ops or select_ops(device, dtype)
     model = _load_quantised(name_or_path, config, device, dtype, cache)
@@ -139,14 +139,7 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
     """
     with _reading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)  # noqa: SLF001
-    if model_class is None:
-        raise UnsupportedModelError(
-            f"{config.model_type} models are not supported: transformers has no causal language model of "
-            "this type",
-            model=config.model_type,
-        )
-    gate.check_config(config, model_class)
+    gate.check_config(config, model_class(config))
     return config
 
 
@@ -171,7 +164,7 @@ def _load_quantised(
     }
     if getattr(config, "quantization_config", None):
         log.info("loading %s, which is quantised", name_or_path)
-        model = _from_pretrained(name_or_path, options)
+        model = _from_pretrained(name_or_path, config, options)
         _set_dtype(model, dtype)
         return model
     with suppress(OSError):  # `_save_copy` reports a cache that is not writable
@@ -179,16 +172,17 @@ def _load_quantised(
     copy = cache / "nf4" / _cache_key(name_or_path, config, dtype)
     if copy.is_dir():
         log.info("loading %s from its quantised copy in %s", name_or_path, copy)
-        return _from_pretrained(str(copy), options)
+        return _from_pretrained(str(copy), config, options)
     log.info("loading %s and quantising it to NF4", name_or_path)
     kind = ExpertsConfig if has_experts(config) else BitsAndBytesConfig
-    model = _from_pretrained(name_or_path, options | {"quantization_config": quantization(dtype, kind)})
+    options["quantization_config"] = quantization(dtype, kind)
+    model = _from_pretrained(name_or_path, config, options)
     _save_copy(model, copy)
     return model
 
 
-def _from_pretrained(name_or_path: str, options: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+def _from_pretrained(name_or_path: str, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    model = model_class(config).from_pretrained(name_or_path, **options)
     check_attention(model)
     return model.requires_grad_(requires_grad=False)
 
@@ -289,7 +283,8 @@ def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         modules=base_modules(model),
-        tied=bool(config.tie_word_embeddings),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        left_out=left_out(model),
     )
 
 

@@ -82,11 +82,12 @@ def _prompts(vocab_size: int, first: int, second: int) -> tuple[list[int], list[
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    model.set_attn_implementation("eager")
+    decoder = model.get_decoder()  # the towers of a multimodal model have their own
+    decoder.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(attention.NAME)
+        decoder.set_attn_implementation(attention.NAME)
 
 
 def _difference(found_TV: torch.Tensor, expected_TV: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 from turret_server.errors import ConfigError
@@ -93,13 +93,13 @@ def test_a_checkpoint_in_another_format_is_loaded_once_as_a_model(base_of, tmp_p
     expected = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(expected, folder / "pytorch_model.bin")
-    load, loads = AutoModelForCausalLM.from_pretrained, []
+    load, loads = LlamaForCausalLM.from_pretrained, []
 
     def counted(*arguments, **options):
         loads.append(arguments)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", counted)
     names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
     shape = ModuleShape(kind=ModuleKind.LINEAR, in_features=64, out_features=128)
     base = BaseSpec(
