@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +59,7 @@ class Place:
         return self.server.address
 
     def metrics(self) -> dict[str, float]:
-        with urllib.request.urlopen(self.server.metrics_url) as response:  # noqa: S310 (loopback)
-            lines = response.read().decode().splitlines()
-        return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        return self.server.metrics()
 
     def num_open(self) -> int:
         """Files and connections that the server has open."""

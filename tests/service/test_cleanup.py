@@ -6,7 +6,6 @@ import resource
 import signal
 import socket
 import sqlite3
-import urllib.request
 from contextlib import ExitStack, closing
 
 import grpc
@@ -89,10 +88,7 @@ def test_nothing_waits_while_something_holds_the_database(base_of, adapter_of, t
 
 
 def pages(server, owner: str) -> float:
-    with urllib.request.urlopen(server.metrics_url) as response:  # noqa: S310 (loopback)
-        lines = response.read().decode().splitlines()
-    [line] = [line for line in lines if line.startswith(f'turret_arena_pages{{owner="{owner}"}}')]
-    return float(line.rpartition(" ")[2])
+    return server.metrics()[f'turret_arena_pages{{owner="{owner}"}}']
 
 
 @pytest.mark.slow

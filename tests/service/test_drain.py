@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,10 +49,7 @@ def told(server: ServerProcess, words: str) -> bool:
 
 
 def running(server: ServerProcess) -> int:
-    with urllib.request.urlopen(server.metrics_url) as response:  # noqa: S310 (loopback)
-        lines = response.read().decode().splitlines()
-    [line] = [line for line in lines if line.startswith("turret_running_")]
-    return int(float(line.split()[1]))
+    return int(server.metrics()["turret_running_requests"])
 
 
 class HalfUpload:

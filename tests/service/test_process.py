@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import threading
-import urllib.request
 
 import grpc
 import pytest
@@ -74,18 +73,13 @@ def test_health_and_reflection_answer(server):
 
 
 def test_metrics_tell_what_happened(server, client):
-    def metrics() -> dict[str, float]:
-        with urllib.request.urlopen(server.metrics_url) as response:  # noqa: S310 (loopback)
-            lines = response.read().decode().splitlines()
-        return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    before = metrics()
+    before = server.metrics()
     for _ in range(2):
         client.generate(list(range(10, 60)), adapter="p-tuning", max_tokens=7)
     with pytest.raises(NotFoundError):
         client.generate(PROMPT, adapter="nobody")
-    until(lambda: metrics()["turret_running_requests"] == 0)
-    after = metrics()
+    until(lambda: server.metrics()["turret_running_requests"] == 0)
+    after = server.metrics()
 
     def grown(name: str) -> float:
         return after.get(name, 0) - before.get(name, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +16,19 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from support.http2 import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    RST_STREAM,
+    SETTINGS,
+    call_headers,
+    connected,
+    field,
+    frame,
+    frames,
+)
 from support.prompts import PROMPT, until
 from support.serving import server_process, serving
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -22,6 +36,9 @@ from turret_client import Client, NotFoundError, UnavailableError
 from turret_server.config import ServerConfig
 from turret_server.observability.usage_log import UsageLog
 
+GENERATED = "turret_generated_tokens_total"
+USED = 'turret_usage_tokens_total{adapter="",kind="generated",tenant="stalled"}'
+CANCEL = frame(RST_STREAM, struct.pack(">I", 8), 0, 1)
 MADE = re.compile(r"[0-9a-f]{32}")
 
 
@@ -216,6 +233,46 @@ def test_the_usage_log_has_what_ended_in_any_way_and_nothing_that_never_began(se
     assert end_of(server, "cancelled")["message"] == "request cancelled"
 
 
+def test_a_client_that_stalls_and_cancels_used_what_was_generated_for_it(server, usage_path):
+    """Usage log, metrics and quota have one number, and the log no error."""
+
+    num_lines, before = len(server.log), server.metrics()[GENERATED]
+    with connected(server.address) as connection:
+        call_without_reading(connection, "GenerateStream", "stalled", max_tokens=60)
+        until(lambda: server.metrics()[GENERATED] == before + 60)
+        connection.sendall(CANCEL)
+        line = end_of(server, "stalled")
+    assert (line["level"], line["message"]) == ("info", "request cancelled")
+    assert line["generated_tokens"] == 60
+    [entry] = [each for each in entries(usage_path) if each["request_id"] == "stalled"]
+    assert (entry["finish_reason"], entry["generated_tokens"]) == ("cancelled", 60)
+    assert server.metrics()[USED] == 60
+    assert [each for each in server.log[num_lines:] if json.loads(each)["level"] != "info"] == []
+
+
+def test_a_client_that_goes_while_it_gets_its_answer_is_no_error(server):
+    num_lines = len(server.log)
+    with connected(server.address) as connection:
+        call_without_reading(connection, "Generate", "gone", max_tokens=2)
+        end_of(server, "gone")
+        connection.sendall(CANCEL)
+        # Answered after the server knows of the cancellation.
+        connection.sendall(frame(HEADERS, call_headers("/grpc.health.v1.Health/Check"), END_HEADERS, 3))
+        connection.sendall(frame(DATA, bytes(5), END_STREAM, 3))
+        assert any(kind == DATA for kind, _ in frames(connection))
+    assert [each for each in server.log[num_lines:] if json.loads(each)["level"] != "info"] == []
+
+
+def call_without_reading(connection, method: str, name: str, **fields) -> None:
+    """Begin a call of the tenant and with the id `name`, for whose answer there is no room."""
+    message = inference_pb2.GenerateRequest(text=PROMPT, **fields).SerializeToString()
+    own = (field(b"x-request-id", name.encode()), field(b"turret-tenant", name.encode()))
+    headers = call_headers(f"/turret.v1.InferenceService/{method}", *own)
+    connection.sendall(frame(SETTINGS, struct.pack(">HI", 4, 7)))
+    connection.sendall(frame(HEADERS, headers, END_HEADERS, 1))
+    connection.sendall(frame(DATA, struct.pack(">BI", 0, len(message)) + message, END_STREAM, 1))
+
+
 @pytest.mark.slow
 def test_what_clients_got_is_in_the_usage_log_after_a_kill(base_of, quantised_cache, tmp_path):
     path, told = tmp_path / "usage.jsonl", list[str]()
@@ -261,7 +318,12 @@ def test_while_the_usage_log_cannot_be_written_nothing_is_begun(config, tmp_path
         assert served.metric("turret_prompt_tokens_total") == computed
         assert served.metric("turret_requests_total", outcome="usage_log_failed") == 2
         path.parent.mkdir()
-        until(path.exists)
-        until(lambda: len(entries(path)) == 1)
-        client.generate(PROMPT, max_tokens=2)
+
+        def is_served() -> bool:
+            # The line can be read a moment before it is known to be on the disk.
+            with suppress(UnavailableError):
+                return bool(client.generate(PROMPT, max_tokens=2))
+            return False
+
+        until(is_served)
         assert len(entries(path)) == 2

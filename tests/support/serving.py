@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -108,6 +109,12 @@ class ServerProcess:
     @property
     def metrics_url(self) -> str:
         return self._found(r"metrics on ([\w.:/]+)")
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name with its labels, as Prometheus writes them."""
+        with urllib.request.urlopen(self.metrics_url) as response:  # noqa: S310 (loopback)
+            lines = response.read().decode().splitlines()
+        return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
     def stop(self) -> int:
         """SIGTERM, and the exit status."""

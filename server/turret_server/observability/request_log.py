@@ -15,12 +15,15 @@ from turret_adapters.errors import AdapterError
 from turret_adapters.spec import AdapterSpec
 from turret_server import logs
 from turret_server.engine.request import Job
-from turret_server.errors import TurretError, UsageLogFailedError
+from turret_server.errors import DeadlineError, TurretError, UsageLogFailedError
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.usage_log import UsageLog
 from turret_server.tenancy.auth import Caller
 
 log = logging.getLogger(__name__)
+
+# How much longer a request may take to the server than its cancellation.
+_TRANSIT_SECONDS = 0.05
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class RequestRecord:
     metrics: RequestMetrics
     about: Mapping[str, object]
     arrived: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
     job: Job | None = None
     adapters: tuple[str, ...] = ()
     revisions: tuple[str, ...] = ()
@@ -54,15 +58,16 @@ class RequestRecord:
         self.submitted = time.monotonic()
         self.metrics.prompt_tokens.inc(self.prompt_tokens)
 
-    def token(self, num_cached_tokens: int) -> None:
-        """A token is sent. `num_cached_tokens` were found in the prefix cache when the request started."""
-        now = time.monotonic()
+    def token(self, num_cached_tokens: int, emitted: float) -> None:
+        """The engine emitted a token at this time, whether or not the client has read those before.
+        `num_cached_tokens` were found in the prefix cache when the request started.
+        """
         if self.last_token is None:
-            self.first_token = now
-            self.metrics.first_token.observe(now - self.arrived)
+            self.first_token = emitted
+            self.metrics.first_token.observe(emitted - self.arrived)
         else:
-            self.metrics.inter_token.observe(now - self.last_token)
-        self.last_token = now
+            self.metrics.inter_token.observe(emitted - self.last_token)
+        self.last_token = emitted
         self.cached_tokens = num_cached_tokens
         self.generated_tokens += 1
         self.metrics.generated_tokens.inc()
@@ -127,13 +132,13 @@ class RequestLog:
         self._on_end = on_end
 
     @asynccontextmanager
-    async def follow(self, caller: Caller) -> AsyncIterator[RequestRecord]:
+    async def follow(self, caller: Caller, deadline: float | None = None) -> AsyncIterator[RequestRecord]:
         """The record of a request that is served in the block.
 
         Raises:
             UsageLogFailedError: the usage log cannot be written.
         """
-        record = RequestRecord(caller=caller, metrics=self._metrics, about=logs.bound())
+        record = RequestRecord(caller=caller, metrics=self._metrics, about=logs.bound(), deadline=deadline)
         outcome = "ok"
         try:
             if self._usage_log:
@@ -141,11 +146,11 @@ class RequestLog:
             yield record
         except GeneratorExit:
             # The client has gone, or does not want the rest.
-            outcome = "cancelled" if record.ended is None else outcome
+            outcome = _interruption(record) if record.ended is None else outcome
             self._end(record, outcome)
             raise
         except asyncio.CancelledError:
-            outcome = "cancelled"
+            outcome = _interruption(record)
             with suppress(UsageLogFailedError):
                 await self.finish(record, outcome)
             raise
@@ -178,6 +183,23 @@ class RequestLog:
         record.ended = time.monotonic()
         record.finish_reason = reason
         return self._usage_log.append(record.usage()) if self._usage_log and record.job else None
+
+
+def _interruption(record: RequestRecord) -> str:
+    """Why a request is interrupted: it has failed while its client read nothing, the deadline of its call
+    has passed, or the client cancelled it.
+    """
+    if record.error is not None:
+        return _reason(record.error)
+    if record.deadline is None:
+        return "cancelled"
+    # The client's clock ends the call a moment before the server's would: gRPC sends timeouts rounded up, by
+    # 1 % at most.
+    early = 0.01 * (record.deadline - record.arrived) + _TRANSIT_SECONDS
+    if time.monotonic() < record.deadline - early:
+        return "cancelled"
+    record.error = DeadlineError("the deadline passed before the request finished")
+    return _reason(record.error)
 
 
 def _reason(error: Exception) -> str:

@@ -53,7 +53,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     def _authenticated(self, handler: _Handler) -> Callable[..., Any]:
         method, reader = _method(handler), _reader(handler)
 
-        async def answer(requests: _Requests, context: _Context) -> Any:
+        async def answer(requests: _Requests, context: _Context) -> None:
             try:
                 request_id = bind_request_id(context)
                 with self._running.counted():
@@ -61,7 +61,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                     await authentication.renew()
                     request = await _read(handler, reader, requests)
                     if not handler.response_streaming:
-                        return await method(request, context)
+                        await context.write(await method(request, context))
+                        return
                     async with aclosing(method(request, context)) as responses:
                         async for response in responses:
                             # The key, or a permission, may be taken away meanwhile.
@@ -75,16 +76,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     def _open(self, handler: _Handler) -> Callable[..., Any]:
         method, reader = _method(handler), _reader(handler, MAX_OPEN_BYTES)
 
-        async def answer(requests: _Requests, context: _Context) -> Any:
+        async def answer(requests: _Requests, context: _Context) -> None:
             try:
                 bind_request_id(context)
                 request = await _read(handler, reader, requests)
                 if not handler.response_streaming:
-                    return await method(request, context)
+                    await context.write(await method(request, context))
+                    return
                 with self._open_stream():
                     if not inspect.isasyncgenfunction(method):
                         await method(request, context)  # the health service writes its answers itself
-                        return None
+                        return
                     async with aclosing(method(request, context)) as responses:
                         async for response in responses:
                             await context.write(response)
@@ -122,8 +124,8 @@ async def _read(handler: _Handler, reader: RequestReader, requests: _Requests) -
     return reader.many(requests) if handler.request_streaming else await reader.one(requests)
 
 
-def _replaced(handler: _Handler, answer: Callable[..., Any]) -> _Handler:
-    """A handler that gets bytes as a stream, and writes its responses if there are several."""
-    if handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
-    return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
+def _replaced(handler: _Handler, answer: Callable[[_Requests, _Context], Awaitable[None]]) -> _Handler:
+    """A handler that gets bytes as a stream, and writes its responses itself, also if there is only one: what
+    gRPC writes to a client that has gone, it logs as an error.
+    """
+    return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)

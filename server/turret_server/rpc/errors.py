@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from datetime import timedelta
 from typing import Any
@@ -54,15 +55,17 @@ def end_with(context: Any, error: Exception) -> None:
 
     Not with `context.abort`: gRPC keeps the exception that this raises with the call, and the frames of its
     traceback keep the call, so that neither is ever freed, nor the request.
+
+    Raises:
+        CancelledError: the client has gone, and nobody reads a status.
     """
     if isinstance(error, grpc.aio.AbortError):
         # Raised by the health service, which has set the status.
         error.__traceback__ = error.__context__ = None
         return
     if isinstance(error, grpc.aio.BaseError):
-        # A response could not be written: the client has gone, and nobody reads a status.
-        log.debug("a client disconnected: %s", error)
-        return
+        # A response could not be written. gRPC would try to send a status, and log that as an error.
+        raise asyncio.CancelledError from error
     if isinstance(error, TurretError | AdapterError):
         status = to_status(error)
     else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator
-from dataclasses import fields
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 
 from turret_server import logs
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import Request, SamplingParams
+from turret_server.engine.request import Output, Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.serving.codec import TextCodec
-from turret_server.serving.jobs import Jobs, Prepared
+from turret_server.serving.jobs import Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, Usage
 from turret_server.serving.text import TextStream
@@ -46,15 +47,21 @@ class GenerationService:
             QuotaExceededError: the tenant has used its quota.
             TurretError: the engine refuses the request, or the request fails.
         """
-        async with self._request_log.follow(caller) as record:
+        async with self._request_log.follow(caller, request.deadline) as record:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
-                job = self._job(request, prepared)
+                answer = self._answer(request, prepared, record)
+                outputs = Outputs(answer.receive)
+                job = self._job(request, prepared, outputs.put)
                 with self._jobs.submit(prepared, job, record, self._engine.submit):
-                    async for chunk in self._chunks(request, prepared, record):
+                    reason = None
+                    while reason is None:
+                        chunk = await outputs.get()
+                        if reason := chunk.finish_reason:
+                            await self._request_log.finish(record, reason.value)
                         yield chunk
 
-    def _job(self, request: GenerationRequest, prepared: Prepared) -> Request:
+    def _job(self, request: GenerationRequest, prepared: Prepared, sink: Callable[[Output], None]) -> Request:
         # A sampling field of the protocol reaches the sampler under the same name.
         sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
         if request.seed is None:
@@ -63,10 +70,20 @@ class GenerationService:
         stops = self._model.all_stop_token_ids(request.stop_token_ids)
         return Request(
             **prepared.fields,
+            sink=sink,
             sampling=SamplingParams(**sampling),
             stop_token_ids=stops.union(self._special_stops(request)),
             priority=request.priority,
             about=logs.bound(),
+        )
+
+    def _answer(self, request: GenerationRequest, prepared: Prepared, record: RequestRecord) -> _Answer:
+        return _Answer(
+            record=record,
+            text=TextStream(self._codec, prepared.fields["prompt_token_ids"], request.stop),
+            special_stops=self._special_stops(request),
+            revision=prepared.lease.revision,
+            stop_engine=partial(self._engine.cancel, prepared.fields["request_id"]),
         )
 
     def _special_stops(self, request: GenerationRequest) -> dict[int, str]:
@@ -74,36 +91,55 @@ class GenerationService:
         found = {self._codec.special_token_id(each): each for each in request.stop}
         return {token_id: each for token_id, each in found.items() if token_id is not None}
 
-    async def _chunks(
-        self, request: GenerationRequest, prepared: Prepared, record: RequestRecord
-    ) -> AsyncGenerator[Chunk]:
-        text = TextStream(self._codec, prepared.fields["prompt_token_ids"], request.stop)
+
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """Makes chunks of tokens as they come, not as the client reads them: a slow reader changes neither what
+    is counted nor where a stop string ends the generation. `special_stops` are stop strings by their token.
+    """
+
+    record: RequestRecord
+    text: TextStream
+    special_stops: Mapping[int, str]
+    revision: str
+    stop_engine: Callable[[], None]
+    is_whole: bool = False
+
+    def receive(self, output: Output, emitted: float) -> Chunk | None:
+        """The chunk of a token; None for one beyond the end.
+
+        Raises:
+            TurretError: the job failed.
+        """
+        if self.is_whole or self.record.ended is not None:
+            return None
+        if output.error:
+            self.record.error = output.error
+            raise output.error
+        assert output.token_id is not None, "only an error or a cancellation ends without a token"
+        self.record.token(output.cached_tokens, emitted)
+        piece = self.text.push(output.token_id)
         reason = None
-        while reason is None:
-            output = await prepared.outputs.get()
-            assert output.token_id is not None, "only an error or a cancellation ends without a token"
-            record.token(output.cached_tokens)
-            piece = text.push(output.token_id)
-            if output.finish_reason:
-                piece += text.finish()
-                reason = FinishReason(output.finish_reason.value)
-            stop_string, stop_token_id = text.stopped_by, None
-            if stop_string:
-                reason = FinishReason.STOP
-            elif reason is FinishReason.STOP:
-                stop_token_id = output.token_id
-                stop_string = self._special_stops(request).get(stop_token_id)
-            if reason:
-                await self._request_log.finish(record, reason.value)
-            yield Chunk(
-                text=piece,
-                token_ids=(output.token_id,),
-                revision=prepared.lease.revision,
-                finish_reason=reason,
-                usage=_usage(record) if reason else None,
-                stop_string=stop_string,
-                stop_token_id=stop_token_id,
-            )
+        if output.finish_reason:
+            piece += self.text.finish()
+            reason = FinishReason(output.finish_reason.value)
+        stop_string, stop_token_id = self.text.stopped_by, None
+        if stop_string:
+            reason = FinishReason.STOP
+            self.stop_engine()
+        elif reason is FinishReason.STOP:
+            stop_token_id = output.token_id
+            stop_string = self.special_stops.get(stop_token_id)
+        self.is_whole = reason is not None
+        return Chunk(
+            text=piece,
+            token_ids=(output.token_id,),
+            revision=self.revision,
+            finish_reason=reason,
+            usage=_usage(self.record) if reason else None,
+            stop_string=stop_string,
+            stop_token_id=stop_token_id,
+        )
 
 
 def _usage(record: RequestRecord) -> Usage:

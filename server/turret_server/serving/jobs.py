@@ -9,12 +9,13 @@ import asyncio
 import hashlib
 import itertools
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypedDict, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 from turret_adapters.registry import AdapterRegistry, Lease, Named
 from turret_server import logs
@@ -40,6 +41,7 @@ _MAX_TOKENISERS = 2
 _POSITION_BYTES = 6
 
 _Job = TypeVar("_Job", bound=Job)
+_Item = TypeVar("_Item")
 
 
 class JobFields(TypedDict):
@@ -49,45 +51,53 @@ class JobFields(TypedDict):
     prompt_token_ids: tuple[int, ...]
     adapters: tuple[AdapterUse, ...]
     deadline: float | None
-    sink: Callable[[Output], None]
     tenant: str
     cache_salt: str
 
 
-class Outputs:
-    """Outputs of a job, on their way from the engine's thread to the event loop."""
+class Outputs(Generic[_Item]):
+    """Outputs of a job on their way from the engine's thread to the event loop, where `receive` makes an item
+    of each as it comes, whether or not a reader waits for it.
+    """
 
-    def __init__(self) -> None:
-        self.num_generated = 0
+    def __init__(self, receive: Callable[[Output, float], _Item | None]) -> None:
+        """`receive` gets an output and the time of `time.monotonic` at which the engine emitted it. None is
+        no item, and what it raises is raised to the reader.
+        """
+        self._receive = receive
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Item | Exception] = asyncio.Queue()
 
     def put(self, output: Output) -> None:
         """Called by the engine. A loop that is closed has no reader."""
-        self.num_generated += output.token_id is not None
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
+            self._loop.call_soon_threadsafe(self._arrive, output, time.monotonic())
 
-    async def get(self) -> Output:
-        """The next output.
+    def _arrive(self, output: Output, emitted: float) -> None:
+        try:
+            item: _Item | Exception | None = self._receive(output, emitted)
+        except Exception as error:  # noqa: BLE001 -- the reader gets it
+            item = error
+        if item is not None:
+            self._queue.put_nowait(item)
 
-        Raises:
-            TurretError: the job failed.
-        """
-        output = await self._queue.get()
-        if output.error:
-            raise output.error
-        return output
+    async def get(self) -> _Item:
+        """The next item; raises what `receive` has raised instead of one."""
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A request whose adapters are leased and whose prompt is tokenised. `fields` are those of its job."""
+    """A request whose adapters are leased and whose prompt is tokenised. `fields` are those of its job,
+    besides its sink.
+    """
 
     caller: Caller
     lease: Lease
     fields: JobFields
-    outputs: Outputs
 
     @property
     def num_context(self) -> int:
@@ -149,18 +159,16 @@ class Jobs:
         try:
             if named:
                 logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
-            outputs = Outputs()
             fields = JobFields(
                 request_id=next(self._request_ids),
                 prompt_token_ids=token_ids,
                 adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
                 deadline=request.deadline,
-                sink=outputs.put,
                 tenant=tenant.name,
                 # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
                 cache_salt=f"{tenant.cache_domain}/{request.cache_salt}",
             )
-            yield Prepared(caller=caller, lease=lease, fields=fields, outputs=outputs)
+            yield Prepared(caller=caller, lease=lease, fields=fields)
         finally:
             self._registry.release(lease)
 
@@ -184,7 +192,7 @@ class Jobs:
                 yield
             finally:
                 self._engine.cancel(job.request_id)
-                charge.num_generated = prepared.outputs.num_generated
+                charge.num_generated = record.generated_tokens
                 names = [name for name, _ in pins]
                 self._usage.add(tenant.name, names, prompt=charge.num_prompt, generated=charge.num_generated)
 

@@ -12,10 +12,10 @@ from typing import TypeAlias
 from turret_adapters.registry import AdapterRegistry
 from turret_server import logs
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import PromptPin
+from turret_server.engine.request import Output, PromptPin
 from turret_server.errors import InvalidRequestError, PromptNotFoundError, QuotaExceededError
 from turret_server.observability.request_log import RequestLog
-from turret_server.serving.jobs import Jobs, Prepared
+from turret_server.serving.jobs import Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import PinnedPrompt, PinRequest
 from turret_server.serving.validation import validate
@@ -72,11 +72,12 @@ class PromptService:
             TurretError: the engine refuses the prompt, or computing it fails.
         """
         name = check_name(request.name, of="a pinned prompt")
-        async with self._request_log.follow(caller) as record:
+        async with self._request_log.follow(caller, request.deadline) as record:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller) as prepared:
                 self._check(prepared)
-                job = PromptPin(**prepared.fields, about=logs.bound())
+                outputs = Outputs(_succeeded)
+                job = PromptPin(**prepared.fields, sink=outputs.put, about=logs.bound())
                 pinned = PinnedPrompt(
                     name=name, revision=prepared.lease.revision, prompt_tokens=len(job.prompt_token_ids)
                 )
@@ -86,7 +87,7 @@ class PromptService:
                     self._abandoned(pin),
                     self._jobs.submit(prepared, job, record, self._engine.pin_prompt),
                 ):
-                    output = await prepared.outputs.get()
+                    output = await outputs.get()
                     record.cached_tokens = output.cached_tokens
                     await self._request_log.finish(record, "pinned")
                     before = self._pins.get(pin.key)
@@ -180,6 +181,13 @@ class PromptService:
         for key, pin in list(self._pins.items()):
             if not self._engine.is_prompt_pinned(pin.request_id):
                 del self._pins[key]
+
+
+def _succeeded(output: Output, _: float) -> Output:
+    """Raises the error of a job that failed."""
+    if output.error:
+        raise output.error
+    return output
 
 
 def _owner(tenant: Tenant) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from concurrent.futures import Future
 from contextlib import closing
 
@@ -14,7 +15,12 @@ from turret_adapters.errors import AdapterNotFoundError
 from turret_server import logs
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.request import PromptPin
-from turret_server.errors import GenerationFailedError, InvalidRequestError, UsageLogFailedError
+from turret_server.errors import (
+    DeadlineError,
+    GenerationFailedError,
+    InvalidRequestError,
+    UsageLogFailedError,
+)
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.observability.usage_log import UsageLog
@@ -82,8 +88,8 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
     caplog.set_level(logging.INFO)
     async with request_log.follow(CALLER) as record:
         record.begin(job(), PINS)
-        record.token(2)
-        record.token(2)
+        record.token(2, record.arrived + 0.5)
+        record.token(2, record.arrived + 0.75)
         await request_log.finish(record, "length")
         # The client gets its end after this, and the line is there already.
         [line] = written()
@@ -106,8 +112,9 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
     assert value("turret_prompt_tokens_total") == 3
     assert value("turret_generated_tokens_total") == 2
     assert value("turret_cached_tokens_total") == 2
-    assert value("turret_time_to_first_token_seconds_count") == 1
-    assert value("turret_inter_token_seconds_count") == 1
+    # The engine's times, not those of the reader.
+    assert value("turret_time_to_first_token_seconds_sum") == pytest.approx(0.5)
+    assert value("turret_inter_token_seconds_sum") == pytest.approx(0.25)
     [logged] = lines(caplog)
     assert (logged.levelno, logged.getMessage()) == (logging.INFO, "request finished")
     assert logged.fields["finish_reason"] == "length"
@@ -188,6 +195,40 @@ async def test_a_cancelled_task_has_its_line_before_it_ends(request_log, written
     assert [line["finish_reason"] for line in written()] == ["cancelled"]
     assert value("turret_requests_total", outcome="cancelled") == 1
     assert len(ended) == 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "left", "outcome"),
+    [
+        (10.0, -1.0, "deadline_exceeded"),
+        # Clients send timeouts rounded up, so that their own clock is ahead.
+        (10.0, 0.09, "deadline_exceeded"),
+        (10.0, 5.0, "cancelled"),
+        (None, None, "cancelled"),
+    ],
+)
+async def test_a_call_that_its_deadline_ended_is_told_from_one_that_its_client_cancelled(
+    request_log, written, value, ended, allowed, left, outcome
+):
+    begun = asyncio.Event()
+    deadline = None if allowed is None else time.monotonic() + left
+
+    async def serve():
+        async with request_log.follow(CALLER, deadline) as record:
+            if deadline is not None:
+                record.arrived = deadline - allowed
+            record.begin(job(), PINS)
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(serve())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [line["finish_reason"] for line in written()] == [outcome]
+    assert value("turret_requests_total", outcome=outcome) == 1
+    assert [isinstance(record.error, DeadlineError) for record in ended] == [outcome != "cancelled"]
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import time
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -12,7 +14,12 @@ from turret_adapters.spec import Split
 from turret_server import logs
 from turret_server.engine.request import FinishReason as EngineFinishReason
 from turret_server.engine.request import Output, SamplingParams
-from turret_server.errors import InvalidRequestError, OutOfMemoryError, PromptTooLongError
+from turret_server.errors import (
+    InvalidRequestError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    QuotaExceededError,
+)
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, Usage
 
@@ -128,7 +135,65 @@ async def test_a_stop_string_ends_an_answer_whatever_the_engine_has_beyond(servi
     assert chunks[-1].finish_reason is FinishReason.STOP
     assert chunks[-1].usage.generated_tokens == 4
     assert services.usage.entries[-1]["finish_reason"] == "stop"
-    assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
+    assert {what for what, _ in services.engine.calls} == {"submit", "cancel"}
+
+
+async def arrived():
+    """Outputs go from the engine to the event loop in one turn of it."""
+    await asyncio.sleep(0)
+
+
+async def test_tokens_count_once_and_alike_whether_or_not_the_client_reads_them(services, caller_of):
+    caller = caller_of(tokens_per_minute=20)
+    request = replace(REQUEST, max_tokens=17)
+    services.engine.outputs = [Output(token_id=9)] * 5
+    async with aclosing(services.generation.generate(request, caller)) as chunks:
+        await anext(chunks)
+        await arrived()
+    # What comes after the end counts for nothing.
+    services.engine.jobs[-1].sink(Output(token_id=9))
+    await arrived()
+    [entry] = services.usage.entries
+    assert (entry["finish_reason"], entry["generated_tokens"]) == ("cancelled", 5)
+    assert services.used("acme", "", "generated") == 5
+    assert services.metrics.get_sample_value("turret_generated_tokens_total") == 5
+    with pytest.raises(QuotaExceededError, match="has 12 of its 20 tokens"):
+        await services.generate(request, caller)
+
+
+async def test_a_stop_string_stops_the_engine_although_the_client_reads_nothing(services, admin, codec):
+    first, *others = codec.encode("axyz", 64)
+    services.engine.outputs = [Output(token_id=first)]
+    async with aclosing(services.generation.generate(replace(REQUEST, stop=("xyz",)), admin)) as chunks:
+        await anext(chunks)
+        for token_id in (*others, 9, 9):
+            services.engine.jobs[-1].sink(Output(token_id=token_id))
+        await arrived()
+        assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
+    [entry] = services.usage.entries
+    assert (entry["finish_reason"], entry["generated_tokens"]) == ("cancelled", 4)
+    assert services.used("acme", "", "generated") == 4
+
+
+async def test_a_request_that_failed_while_its_client_read_nothing_has_failed(services, admin):
+    services.engine.outputs = [
+        Output(token_id=9),
+        Output(error=OutOfMemoryError("no memory"), finish_reason=EngineFinishReason.FAILED),
+    ]
+    async with aclosing(services.generation.generate(REQUEST, admin)) as chunks:
+        await anext(chunks)
+        await arrived()
+    assert (services.count("out_of_memory"), services.count("cancelled")) == (1, 0)
+
+
+@pytest.mark.parametrize(("seconds", "outcome"), [(0.01, "deadline_exceeded"), (60.0, "cancelled")])
+async def test_a_deadline_that_cancels_a_request_is_no_cancellation(services, admin, seconds, outcome):
+    services.engine.outputs = [Output(token_id=9)]
+    request = replace(REQUEST, deadline=time.monotonic() + seconds)
+    async with aclosing(services.generation.generate(request, admin)) as chunks:
+        await anext(chunks)
+    assert services.count(outcome) == 1
+    assert services.usage.entries[-1]["finish_reason"] == outcome
 
 
 @pytest.mark.parametrize("stop", ["xyz", "z"])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +59,6 @@ async def test_a_job_has_what_its_request_and_its_caller_determine(services, cal
         assert [(use.spec, use.weight) for use in fields["adapters"]] == list(lease.uses)
         assert fields["adapters"][0].weight == 0.5
         assert (fields["deadline"], fields["tenant"], fields["cache_salt"]) == (12.0, "acme", "acme/salt")
-        assert fields["sink"] == prepared.outputs.put
         assert prepared.caller is caller
         assert prepared.num_context == 4  # two of the prefix
 
@@ -225,8 +226,9 @@ async def test_why_an_adapter_is_missing_is_for_those_who_may_load_it(services, 
 class Record:
     """Notes what begins."""
 
-    def __init__(self):
+    def __init__(self, generated=0):
         self.begun = []
+        self.generated_tokens = generated
 
     def begin(self, job, pins):
         self.begun.append((job.request_id, [name for name, _ in pins]))
@@ -234,18 +236,16 @@ class Record:
 
 def generation(prepared, max_tokens=10):
     sampling = SamplingParams(max_tokens=max_tokens)
-    return Request(**prepared.fields, sampling=sampling, stop_token_ids=frozenset())
+    return Request(**prepared.fields, sink=lambda _: None, sampling=sampling, stop_token_ids=frozenset())
 
 
 async def submitted(services, caller, *, generated=0, max_tokens=10, named=()):
     """Submit a job of three tokens, which generates some before its block ends; returns its record."""
-    record = Record()
+    record = Record(generated)
     async with services.jobs.prepare(REQUEST, named, caller) as prepared:
         job = generation(prepared, max_tokens)
         with services.jobs.submit(prepared, job, record, services.engine.submit):
-            for _ in range(generated):
-                prepared.outputs.put(Output(token_id=0))
-            prepared.outputs.put(Output(finish_reason=FinishReason.CANCELLED))
+            pass
     return record
 
 
@@ -292,37 +292,45 @@ async def test_a_job_that_the_engine_refuses_costs_nothing_and_leaves_nothing(se
 async def test_a_prompt_that_is_pinned_is_charged_without_an_answer(services, caller_of):
     caller = caller_of(tokens_per_minute=3)
     async with services.jobs.prepare(PinRequest(name="rules", prompt=[5, 6, 7]), [], caller) as prepared:
-        with services.jobs.submit(
-            prepared, PromptPin(**prepared.fields), Record(), services.engine.pin_prompt
-        ):
+        pin = PromptPin(**prepared.fields, sink=lambda _: None)
+        with services.jobs.submit(prepared, pin, Record(), services.engine.pin_prompt):
             pass
     assert services.used("acme", "", "prompt") == 3
     with pytest.raises(QuotaExceededError, match="has 0 of its 3 tokens"):
         await submitted(services, caller)
 
 
+def token_of(output, _):
+    if output.error:
+        raise output.error
+    return output.token_id
+
+
 async def test_outputs_come_in_their_order_and_an_error_is_raised():
-    outputs = Outputs()
+    outputs = Outputs(token_of)
     outputs.put(Output(token_id=0))
+    outputs.put(Output(finish_reason=FinishReason.CANCELLED))
     outputs.put(Output(error=QueueFullError("full", retry_after=1.0), finish_reason=FinishReason.FAILED))
-    assert (await outputs.get()).token_id == 0
+    assert await outputs.get() == 0
     with pytest.raises(QueueFullError):
         await outputs.get()
-    assert outputs.num_generated == 1
 
 
-async def test_outputs_may_come_from_another_thread():
-    outputs = Outputs()
-    waiting = asyncio.create_task(outputs.get())
+async def test_outputs_come_from_another_thread_with_their_time_and_before_they_are_read():
+    received = []
+    outputs = Outputs(lambda output, emitted: received.append((output.token_id, emitted)))
+    times = [time.monotonic()]
+    for token_id in range(3):
+        await asyncio.to_thread(outputs.put, Output(token_id=token_id))
+        times.append(time.monotonic())
     await asyncio.sleep(0)
-    await asyncio.to_thread(outputs.put, Output(token_id=3))
-    assert (await waiting).token_id == 3
+    assert [token_id for token_id, _ in received] == [0, 1, 2]
+    for (before, after), (_, emitted) in zip(pairwise(times), received, strict=True):
+        assert before <= emitted <= after
 
 
-def test_an_output_for_a_loop_that_is_closed_is_counted_and_dropped():
+def test_an_output_for_a_loop_that_is_closed_is_dropped():
     async def make():
-        return Outputs()
+        return Outputs(token_of)
 
-    outputs = asyncio.run(make())
-    outputs.put(Output(token_id=0))
-    assert outputs.num_generated == 1
+    asyncio.run(make()).put(Output(token_id=0))
