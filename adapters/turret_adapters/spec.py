@@ -92,6 +92,11 @@ class BaseSpec:
         """Elements of one token's keys and values over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def tied_modules(self) -> tuple[str, ...]:
+        """The modules that share their weight."""
+        return tuple(self.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)) if self.tied else ()
+
     def of_kind(self, *kinds: ModuleKind) -> dict[str, ModuleShape]:
         return {name: shape for name, shape in self.modules.items() if shape.kind in kinds}
 

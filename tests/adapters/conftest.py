@@ -182,15 +182,28 @@ def weights_of_family(make_model: Callable[[str], Any]) -> Callable[[str], BaseW
 
 @pytest.fixture(scope="session")
 def save(make_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
-    """Saves an adapter as peft makes it or, with a seed, with every trained number random."""
+    """Saves an adapter as peft makes it or, with a seed, with every trained number random. With `embeddings`
+    the embedding and the head are saved, too: those of the base ("saved"), or changed ones ("trained").
+    """
     from peft import get_peft_model  # noqa: PLC0415 -- not for tests without it
 
     def save(
-        config: Any, *, dtype: torch.dtype = torch.float32, family: str = "llama", seed: int | None = None
+        config: Any,
+        *,
+        dtype: torch.dtype = torch.float32,
+        family: str = "llama",
+        seed: int | None = None,
+        embeddings: str = "",
     ) -> Saved:
         torch.manual_seed(1)
         with _warnings_of_peft():
-            model = get_peft_model(make_model(family).to(dtype), config, autocast_adapter_dtype=False)
+            model = make_model(family).to(dtype)
+            if embeddings == "trained":
+                with torch.no_grad():
+                    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                        for parameter in module.parameters():
+                            parameter.add_(torch.randn_like(parameter))
+            model = get_peft_model(model, config, autocast_adapter_dtype=False)
             model = model.to(dtype).eval()
             if seed is not None:
                 torch.manual_seed(seed)
@@ -198,7 +211,7 @@ def save(make_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFact
                     if parameter.requires_grad:
                         nn.init.normal_(parameter)
             folder = tmp_path_factory.mktemp("adapter")
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), save_embedding_layers=bool(embeddings) or "auto")
         return Saved(folder, model)
 
     return save

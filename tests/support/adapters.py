@@ -23,7 +23,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from support.models import MIXTURES, Names, auto_class, names_of
 
@@ -71,6 +71,11 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     "lora-embedding-head": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
     "modules-to-save": lambda n: _lora(n, modules_to_save=[n.embedding, n.head, *n.norms]),
     "trainable-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
+    "embeddings-saved": _lora,
+    "embeddings-trained": _lora,
+    "embeddings-trained-lora": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
+    "embeddings-trained-whole": lambda n: _lora(n, modules_to_save=[n.embedding, n.norms[0]]),
+    "embeddings-trained-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
     "alora": lambda n: _lora(n, alora_invocation_tokens=list(INVOCATION)),
     "adalora": lambda n: AdaLoraConfig(
         init_r=6, target_r=4, total_step=10, target_modules=[*n.attention, *n.mlp_out], **_TASK
@@ -89,6 +94,7 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     ),
     "p-tuning-v2": lambda _: PrefixTuningConfig(num_virtual_tokens=20, **_TASK),
     "prompt": lambda _: PromptTuningConfig(num_virtual_tokens=16, **_TASK),
+    "embeddings-trained-prompt": lambda _: PromptTuningConfig(num_virtual_tokens=3, **_TASK),
     "p-tuning": lambda _: _p_tuning("LSTM"),
     "p-tuning-mlp": lambda _: _p_tuning("MLP"),
     "multitask": lambda _: MultitaskPromptTuningConfig(
@@ -125,6 +131,8 @@ def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0
         if names_of(family).excluded and hasattr(config, "exclude_modules"):
             config.exclude_modules = names_of(family).excluded
         base_model = auto_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
+        if "-trained" in kind:
+            _train_embeddings(base_model)
         model = get_peft_model(base_model, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -132,8 +140,15 @@ def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0
                     _randomise(name, parameter)
         if kind in _DTYPES:
             model.to(_DTYPES[kind])
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=kind.startswith("embeddings-") or "auto")
     return folder
+
+
+def _train_embeddings(model: PreTrainedModel) -> None:
+    """Changes the embedding and the head, as a training of the whole model before the adapter's does."""
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight.add_(0.3 * module.weight.std() * torch.randn_like(module.weight))
 
 
 def _randomise(name: str, parameter: torch.nn.Parameter) -> None:

@@ -138,7 +138,6 @@ NAMES: dict[str, Names] = {
         mlp_out=("dense_4h_to_h",),
         norms=("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
         embedding="embed_in",
-        head="embed_out",
     ),
 }
 

@@ -67,13 +67,43 @@ class Kind:
 
 
 class Rows:
-    """Collects an adapter's rows by module and part, in any order."""
+    """Collects an adapter's rows by module and part. Replaced weights come first, then changes of modules."""
 
-    def __init__(self, base: BaseSpec) -> None:
+    def __init__(self, base: BaseSpec, weights: BaseWeights) -> None:
         self.base = base
+        self._weights = weights
         self.parts: dict[str, dict[Part, torch.Tensor]] = defaultdict(dict)
         self.scalings: dict[str, float] = {}
         self.token_ids: dict[str, tuple[int, ...]] = {}
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The adapter's own weight of a module, or else the base's, in float32."""
+        own = self.parts.get(module, {}).get(Part.WEIGHT)
+        return self._weights.weight(module) if own is None else own.float()
+
+    def bias(self, module: str) -> torch.Tensor | None:
+        """The adapter's own bias of a module, or else the base's, in float32."""
+        own = self.parts.get(module, {}).get(Part.BIAS)
+        return self._weights.bias(module) if own is None else own.view(-1).float()
+
+    def replace(self, module: str, part: Part, tensor: torch.Tensor) -> None:
+        """Replaces a weight or a bias."""
+        if tensor.dim() == 1:
+            self.add_vector(module, part, tensor)
+        else:
+            self.parts[module][part] = tensor
+
+    def replace_tokens(self, module: str, token_ids: tuple[int, ...], rows_NE: torch.Tensor) -> None:
+        """Replaces the rows of some tokens, whose ids ascend, of the embedding or the head."""
+        own_VE = self.parts.get(module, {}).get(Part.WEIGHT)
+        if own_VE is None:
+            self.parts[module][Part.TOKENS] = rows_NE
+            self.token_ids[module] = token_ids
+        else:
+            dtype = torch.promote_types(own_VE.dtype, rows_NE.dtype)
+            self.parts[module][Part.WEIGHT] = own_VE.to(dtype).index_copy(
+                0, torch.tensor(token_ids), rows_NE.to(dtype)
+            )
 
     def add_vector(self, module: str, part: Part, vector_X: torch.Tensor) -> None:
         """Adds a part with one number for each input or output."""

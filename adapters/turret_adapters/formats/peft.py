@@ -95,7 +95,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
         tasks=tuple(
             HostAdapter(
                 spec=spec.of_task(task),
-                deltas={},
+                deltas=content.deltas,
                 prompt_embeddings=rows_NE,
             )
             for task, rows_NE in enumerate(content.tasks)

@@ -1,30 +1,30 @@
 """Base weights that an adapter of any kind replaces.
 
 These are whole modules (`modules_to_save`), biases (`bias`) and rows of the embedding or the head
-(`trainable_token_indices`), as in peft's `utils/other.py` (set_additional_trainable_modules) and
-`tuners/tuners_utils.py` (_get_learnable_bias_state_dict). peft's `utils/save_and_load.py` also saves
-untrained copies of the embedding and the head; they must equal the base's own, and are dropped.
+(`trainable_token_indices`), as in peft's `utils/other.py` (AuxiliaryTrainingWrapper and its subclasses) and
+`tuners/tuners_utils.py` (_get_learnable_bias_state_dict).
+
+A file can also have the base's embedding and head, trained or not (`save_embedding_layers` in peft's
+`utils/save_and_load.py`). peft loads them over the base's own; here those that differ replace them for this
+adapter, and those that are equal are dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from turret_adapters.errors import AdapterBaseError, AdapterFormatError
+from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import Fields, show
 from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.formats.kind import Rows, Tensors
 from turret_adapters.formats.targets import ending_with, modules_to_save
-from turret_adapters.formats.tensors import MODULE_PREFIX, VOCABULARY, WIDTH, Expected
+from turret_adapters.formats.tensors import MODULE_PREFIX, PROMPT_PREFIX, VOCABULARY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
-# A number and its roundings to bfloat16 and float16 are within these tolerances.
-COPY_RTOL = 5 * 2.0**-10
-COPY_ATOL = 2.0**-24
 ROWS_COMPARED = 8192
 
 _TOKENS_FIELD = "trainable_token_indices"
@@ -34,49 +34,72 @@ Place = tuple[str, Part]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """The tensors of a file, by key, that replace base weights (`places`) or copy them (`copies`).
+    """The tensors of a file, by key, that take the place of base weights.
 
-    `token_ids` are in the order of the rows in the file; a head in `tied_tokens` uses those of an embedding.
+    `places` are trained by the config. The others need not be in the file: `copies` are the base's own
+    weights, over which `places` go; `repeated` are written twice. `token_ids` are in the order of the rows in
+    the file; a head in `tied_tokens` uses those of an embedding.
     """
 
     base: BaseSpec
-    places: Mapping[str, Place]
     copies: Mapping[str, Place]
-    token_ids: Mapping[str, tuple[int, ...]]
-    tied_tokens: Mapping[str, str]
-    expected: Mapping[str, Expected]
+    places: Mapping[str, Place] = field(default_factory=dict)
+    repeated: Mapping[str, Place] = field(default_factory=dict)
+    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tied_tokens: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def expected(self) -> Mapping[str, Expected]:
+        return {
+            key: self._expected(module, part, optional=key not in self.places)
+            for key, (module, part) in {**self.repeated, **self.copies, **self.places}.items()
+        }
+
+    def _expected(self, module: str, part: Part, *, optional: bool) -> Expected:
+        shape = self.base.modules[module]
+        match part, shape.kind:
+            case Part.TOKENS, _:
+                hidden = shape.in_features if shape.kind is ModuleKind.HEAD else shape.out_features
+                return Expected((len(self.token_ids[module]), hidden), (None, WIDTH), optional)
+            case Part.WEIGHT, ModuleKind.EMBEDDING:
+                return Expected((shape.in_features, shape.out_features), (VOCABULARY, WIDTH), optional)
+            case Part.WEIGHT, ModuleKind.HEAD:
+                return Expected((shape.out_features, shape.in_features), (VOCABULARY, WIDTH), optional)
+            case _, ModuleKind.HEAD:
+                return Expected((shape.out_features,), (VOCABULARY,), optional)
+            case _:
+                return Expected((shape.out_features,), (WIDTH,), optional)
 
     def rows(self, tensors: Tensors, weights: BaseWeights) -> Rows:
-        """Checks the copies, and returns the rows of the replacements.
-
-        Raises:
-            AdapterBaseError: a copy differs from the base's weight.
-        """
-        for key, (module, part) in self.copies.items():
-            if key in tensors:
-                of_base = weights.weight(module) if part is Part.WEIGHT else weights.bias(module)
-                if of_base is None or not _same(tensors[key], of_base):
-                    raise AdapterBaseError(
-                        f"tensor {show(key)}: expected a copy of the weights of the base model "
-                        f"{self.base.name_or_path!r}, since {CONFIG_NAME} does not train them, found others "
-                        "(name the module in 'modules_to_save' if it was trained)"
-                    )
-        rows = Rows(self.base)
+        """The rows of the replacements."""
+        rows = Rows(self.base, weights)
+        for (module, part), tensor in self._changed_copies(tensors, weights).items():
+            rows.replace(module, part, tensor)
         for key, (module, part) in self.places.items():
-            tensor = tensors[key]
             if part is Part.TOKENS:
-                ids = self.token_ids[module]
-                order = sorted(range(len(ids)), key=ids.__getitem__)
-                rows.parts[module][part] = tensor[order].contiguous()
-                rows.token_ids[module] = tuple(sorted(ids))
-            elif tensor.dim() == 1:
-                rows.add_vector(module, part, tensor)
+                self._replace_tokens(rows, module, tensors[key])
             else:
-                rows.parts[module][part] = tensor
+                rows.replace(module, part, tensors[key])
         for head, embedding in self.tied_tokens.items():
-            rows.parts[head][Part.TOKENS] = rows.parts[embedding][Part.TOKENS]
-            rows.token_ids[head] = rows.token_ids[embedding]
+            self._replace_tokens(rows, head, tensors[_tokens_key(embedding)])
         return rows
+
+    def _changed_copies(self, tensors: Tensors, weights: BaseWeights) -> dict[Place, torch.Tensor]:
+        """The copies that differ from the base's weights. In a tied base, the last one is that of both."""
+        changed: dict[Place, torch.Tensor] = {}
+        for key, (module, part) in self.copies.items():
+            if key not in tensors:
+                continue
+            of_base = weights.weight(module) if part is Part.WEIGHT else weights.bias(module)
+            if of_base is not None and not _same(tensors[key], of_base):
+                sharing = self.base.tied_modules if part is Part.WEIGHT else ()
+                changed |= {(each, part): tensors[key] for each in (module, *sharing)}
+        return changed
+
+    def _replace_tokens(self, rows: Rows, module: str, rows_NE: torch.Tensor) -> None:
+        ids = self.token_ids[module]
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        rows.replace_tokens(module, tuple(sorted(ids)), rows_NE[order].contiguous())
 
 
 def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias_only: str = "") -> Replaced:
@@ -98,60 +121,78 @@ def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias
             raise fields.refusal(_TOKENS_FIELD, f"without {show(module)}, which is adapted already")
     bias = fields.get("bias") if bias_only else None
     with_bias = base.modules if bias == "all" else adapted if bias == bias_only else ()
+    wrapped = _Wrapped(adapted=adapted, tokens=token_ids, saved=saved)
     places = {
-        **_places_of_saved(saved),
-        **_places_of_biases(base, adapted, [module for module in with_bias if module not in saved]),
+        **{key: place for module in saved for key, place in _parameters(base, module, "")},
         **{
-            f"{MODULE_PREFIX}{module}.token_adapter.trainable_tokens_delta": (module, Part.TOKENS)
-            for module in token_ids.keys() - tied_tokens.keys()
+            key: place
+            for module in with_bias
+            if module not in saved
+            for key, place in _parameters(base, module, wrapped.path(module))
+            if place[1] is Part.BIAS
         },
+        **{_tokens_key(module): (module, Part.TOKENS) for module in token_ids.keys() - tied_tokens.keys()},
     }
     copies = {
         key: place
-        for key, place in _own_places(base, adapted).items()
-        if key not in places and place[0] not in token_ids
+        for module in base.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)
+        for key, place in _parameters(base, module, wrapped.path(module))
+        if key not in places
     }
-    expected = {
-        key: _expected(base.modules[module], part, len(token_ids.get(module, ())), optional=key in copies)
-        for key, (module, part) in {**places, **copies}.items()
+    # With bias="all" and with `save_embedding_layers`, peft writes every parameter inside a wrapper.
+    repeated = {
+        **{key: place for module in saved for key, place in _parameters(base, module, "modules_to_save.")},
+        **{key: place for module in saved for key, place in _parameters(base, module, "original_module.")},
+        **{_tokens_key(head): (head, Part.TOKENS) for head in tied_tokens},
     }
     return Replaced(
         base=base,
         places=places,
         copies=copies,
+        repeated=repeated,
         token_ids=token_ids,
         tied_tokens=tied_tokens,
-        expected=expected,
     )
 
 
-def _places_of_saved(saved: Mapping[str, ModuleShape]) -> dict[str, Place]:
-    places: dict[str, Place] = {}
-    for module, shape in saved.items():
-        places[f"{MODULE_PREFIX}{module}.weight"] = (module, Part.WEIGHT)
-        if shape.has_bias:
-            places[f"{MODULE_PREFIX}{module}.bias"] = (module, Part.BIAS)
-    return places
-
-
-def _places_of_biases(base: BaseSpec, adapted: Collection[str], modules: Iterable[str]) -> dict[str, Place]:
-    return {
-        _own_key(module, adapted, "bias"): (module, Part.BIAS)
-        for module in modules
-        if base.modules[module].has_bias
+def plan_copies(base: BaseSpec) -> Replaced:
+    """Plans the copies of base weights of a method that changes no module, whose keys are shorter in peft."""
+    copies = {
+        key: place
+        for module in base.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)
+        for key, place in _parameters(base, module, "", root=PROMPT_PREFIX)
     }
+    return Replaced(base=base, copies=copies)
 
 
-def _own_places(base: BaseSpec, adapted: Collection[str]) -> dict[str, Place]:
-    """The parameters of the embedding and the head themselves."""
-    modules = base.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)
-    weights = {_own_key(module, adapted, "weight"): (module, Part.WEIGHT) for module in modules}
-    return {**weights, **_places_of_biases(base, adapted, modules)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wrapped:
+    """The modules that peft wraps, by what it wraps them with."""
+
+    adapted: Collection[str]
+    tokens: Collection[str]
+    saved: Collection[str]
+
+    def path(self, module: str) -> str:
+        """Where a module's own parameters are, below its path."""
+        return (
+            ("base_layer." if module in self.adapted else "")
+            + ("token_adapter.base_layer." if module in self.tokens else "")
+            + ("original_module." if module in self.saved else "")
+        )
 
 
-def _own_key(module: str, adapted: Collection[str], name: str) -> str:
-    """The key of a base parameter, which peft moves into `base_layer` in a module that it wraps."""
-    return f"{MODULE_PREFIX}{module}.{'base_layer.' if module in adapted else ''}{name}"
+def _parameters(
+    base: BaseSpec, module: str, inside: str, root: str = MODULE_PREFIX
+) -> Iterator[tuple[str, Place]]:
+    """The keys and places of a module's weight and bias."""
+    yield f"{root}{module}.{inside}weight", (module, Part.WEIGHT)
+    if base.modules[module].has_bias:
+        yield f"{root}{module}.{inside}bias", (module, Part.BIAS)
+
+
+def _tokens_key(module: str) -> str:
+    return f"{MODULE_PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 def _saved_modules(fields: Fields, base: BaseSpec) -> dict[str, ModuleShape]:
@@ -214,26 +255,21 @@ def _lists_of_tokens(fields: Fields, base: BaseSpec) -> dict[str, tuple[int, ...
     return by_module
 
 
-def _expected(shape: ModuleShape, part: Part, num_tokens: int, *, optional: bool) -> Expected:
-    match part, shape.kind:
-        case Part.TOKENS, ModuleKind.HEAD:
-            return Expected((num_tokens, shape.in_features), (None, WIDTH))
-        case Part.TOKENS, _:
-            return Expected((num_tokens, shape.out_features), (None, WIDTH))
-        case Part.WEIGHT, ModuleKind.EMBEDDING:
-            return Expected((shape.in_features, shape.out_features), (VOCABULARY, WIDTH), optional)
-        case Part.WEIGHT, ModuleKind.HEAD:
-            return Expected((shape.out_features, shape.in_features), (VOCABULARY, WIDTH), optional)
-        case _, ModuleKind.HEAD:
-            return Expected((shape.out_features,), (VOCABULARY,), optional)
-        case _:
-            return Expected((shape.out_features,), (WIDTH,), optional)
-
-
 def _same(copy: torch.Tensor, of_base: torch.Tensor) -> bool:
-    return all(
-        torch.allclose(some.float(), others, rtol=COPY_RTOL, atol=COPY_ATOL)
-        for some, others in zip(
-            torch.split(copy, ROWS_COMPARED), torch.split(of_base, ROWS_COMPARED), strict=True
+    """Whether one has the numbers of the other, perhaps rounded."""
+    return any(
+        all(
+            _rounded_alike(some.float(), others, dtype)
+            for some, others in zip(
+                torch.split(copy, ROWS_COMPARED), torch.split(of_base, ROWS_COMPARED), strict=True
+            )
         )
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+
+
+def _rounded_alike(some: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> bool:
+    rounded, of_others = some.to(dtype), others.to(dtype)
+    return torch.equal(rounded, of_others) and (
+        torch.equal(rounded.float(), some) or torch.equal(of_others.float(), others)
     )

@@ -23,6 +23,7 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 8
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MODULE_PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."
 LENGTH_BYTES = 8
 
 # The dimension of the base model that a dimension of a tensor must equal; None if the config gives its size.

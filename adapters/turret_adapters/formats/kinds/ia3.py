@@ -54,7 +54,7 @@ class Ia3Plan:
                 continue
             rows.add_vector(name, Part.GAIN, gain_X)
             if shape.has_bias:
-                bias_O = weights.bias(name)
+                bias_O = rows.bias(name)
                 assert bias_O is not None, "the base says that this module has a bias"
                 rows.add_vector(name, Part.BIAS, check_finite(name, gain_X.float() * bias_O))
         return Content(deltas=rows.deltas())

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import COMMON, REFUSED, Fields, Policy, Use, integer, number, show
-from turret_adapters.formats.kind import Content, Kind, Rows, Tensors, check_finite
+from turret_adapters.formats.files import CONFIG_NAME
+from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.parameters import StackedPair, find_parameters, stacked_pairs
 from turret_adapters.formats.replaced import Replaced, plan_replaced
 from turret_adapters.formats.targets import BY_LAYER, Targets, resolve
@@ -111,17 +113,28 @@ class LoraPlan:
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
         rows = self.replaced.rows(tensors, weights)
+        if self.invocation_tokens and rows.parts:
+            # Rows apply from the invocation on, but peft applies its replacements to every token.
+            raise AdapterFormatError(
+                f"{CONFIG_NAME}: expected 'alora_invocation_tokens' to be empty beside weights of "
+                f"{show(next(iter(rows.parts)))} that differ from the base's, found "
+                f"{len(self.invocation_tokens)} tokens (save it with save_embedding_layers=False if they "
+                "were not trained)"
+            )
         for module in self.modules:
             a_RI, b_OR = (tensors[key] for key in module.pair)
             rows.add_lora(module.name, a_RI, b_OR, module.scaling)
             if self.use_dora:
                 magnitude_O = tensors[module.key("lora_magnitude_vector")]
                 gain_O = magnitude_O.float() / _norms(
-                    weights.weight(module.name), a_RI.float(), b_OR.float() * module.scaling
+                    rows.weight(module.name), a_RI.float(), b_OR.float() * module.scaling
                 )
                 rows.add_vector(module.name, Part.GAIN, check_finite(module.name, gain_O))
             if self.lora_bias:
-                self._add_bias(module, tensors[module.key("lora_B.bias")].float(), rows, weights)
+                bias_O = module.scaling * tensors[module.key("lora_B.bias")].float()
+                own_O = rows.bias(module.name)
+                sum_O = bias_O if own_O is None else own_O + bias_O
+                rows.add_vector(module.name, Part.BIAS, check_finite(module.name, sum_O))
         for pair in self.stacked:
             pair.add_to(rows, tensors)
         return Content(
@@ -129,12 +142,6 @@ class LoraPlan:
             max_rank=max([each.rank for each in self.modules] + [each.rank for each in self.stacked]),
             invocation_tokens=self.invocation_tokens,
         )
-
-    def _add_bias(self, module: _Module, bias_O: torch.Tensor, rows: Rows, weights: BaseWeights) -> None:
-        trained = rows.parts[module.name].get(Part.BIAS)
-        own_O = weights.bias(module.name) if trained is None else trained.view(-1).float()
-        sum_O = module.scaling * bias_O if own_O is None else own_O + module.scaling * bias_O
-        rows.add_vector(module.name, Part.BIAS, check_finite(module.name, sum_O))
 
 
 def _plan(fields: Fields, base: BaseSpec) -> LoraPlan:

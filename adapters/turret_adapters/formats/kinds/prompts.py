@@ -15,6 +15,7 @@ from turret_adapters.errors import AdapterBaseError
 from turret_adapters.formats.fields import COMMON, Fields, Policy, Use, refusal
 from turret_adapters.formats.files import CONFIG_NAME, MAX_TENSORS_BYTES
 from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
+from turret_adapters.formats.replaced import Replaced, plan_copies
 from turret_adapters.formats.tensors import WIDTH, Expected
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, Method, PrefixKind
@@ -50,17 +51,23 @@ class PrefixPlan:
 
     base: BaseSpec
     num_virtual_tokens: int
+    replaced: Replaced
 
     @property
     def expected(self) -> Mapping[str, Expected]:
-        return {_KEY: Expected((self.num_virtual_tokens, self.base.kv_width), (None, WIDTH))}
+        return {
+            **self.replaced.expected,
+            _KEY: Expected((self.num_virtual_tokens, self.base.kv_width), (None, WIDTH)),
+        }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
-        del weights
         base = self.base
         kv_NLTHD = tensors[_KEY].view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
         return Content(
-            prefix_kind=PrefixKind.KEY_VALUE, num_virtual_tokens=self.num_virtual_tokens, prefix_kv=kv_NLTHD
+            deltas=self.replaced.rows(tensors, weights).deltas(),
+            prefix_kind=PrefixKind.KEY_VALUE,
+            num_virtual_tokens=self.num_virtual_tokens,
+            prefix_kv=kv_NLTHD,
         )
 
 
@@ -70,14 +77,18 @@ class PromptPlan:
 
     base: BaseSpec
     num_virtual_tokens: int
+    replaced: Replaced
 
     @property
     def expected(self) -> Mapping[str, Expected]:
-        return {_KEY: Expected((self.num_virtual_tokens, self.base.hidden_size), (None, WIDTH))}
+        return {
+            **self.replaced.expected,
+            _KEY: Expected((self.num_virtual_tokens, self.base.hidden_size), (None, WIDTH)),
+        }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
-        del weights
         return Content(
+            deltas=self.replaced.rows(tensors, weights).deltas(),
             prefix_kind=PrefixKind.EMBEDDING,
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_embeddings=tensors[_KEY],
@@ -92,22 +103,24 @@ class MultitaskPlan:
     num_virtual_tokens: int
     num_tasks: int
     rank: int
+    replaced: Replaced
 
     @property
     def expected(self) -> Mapping[str, Expected]:
         hidden = self.base.hidden_size
         return {
+            **self.replaced.expected,
             _KEY: Expected((self.num_virtual_tokens, hidden), (None, WIDTH)),
             _COLS: Expected((self.num_tasks, self.num_virtual_tokens, self.rank), (None, None, None)),
             _ROWS: Expected((self.num_tasks, self.rank, hidden), (None, None, WIDTH)),
         }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
-        del weights
         shared_NE = tensors[_KEY].float()
         cols_SNR, rows_SRE = tensors[_COLS].float(), tensors[_ROWS].float()
         tasks = [shared_NE * (cols_NR @ rows_RE) for cols_NR, rows_RE in zip(cols_SNR, rows_SRE, strict=True)]
         return Content(
+            deltas=self.replaced.rows(tensors, weights).deltas(),
             prefix_kind=PrefixKind.EMBEDDING,
             num_virtual_tokens=self.num_virtual_tokens,
             tasks=tuple(check_finite(_KEY, task_NE) for task_NE in tasks),
@@ -124,7 +137,7 @@ def _plan_prefix(fields: Fields, base: BaseSpec) -> PrefixPlan:
         num_attention_heads=base.num_kv_heads,
         token_dim=base.num_kv_heads * base.head_dim,
     )
-    return PrefixPlan(base=base, num_virtual_tokens=num_virtual_tokens)
+    return PrefixPlan(base=base, num_virtual_tokens=num_virtual_tokens, replaced=plan_copies(base))
 
 
 def _plan_prompt(fields: Fields, base: BaseSpec) -> PromptPlan:
@@ -132,7 +145,7 @@ def _plan_prompt(fields: Fields, base: BaseSpec) -> PromptPlan:
     _check_base(
         fields, base, num_layers=base.num_layers, num_attention_heads=None, token_dim=base.hidden_size
     )
-    return PromptPlan(base=base, num_virtual_tokens=num_virtual_tokens)
+    return PromptPlan(base=base, num_virtual_tokens=num_virtual_tokens, replaced=plan_copies(base))
 
 
 def _plan_multitask(fields: Fields, base: BaseSpec) -> MultitaskPlan:
@@ -145,7 +158,11 @@ def _plan_multitask(fields: Fields, base: BaseSpec) -> MultitaskPlan:
             "num_tasks", num_tasks, f"a number of tasks whose prompts take at most {MAX_TENSORS_BYTES} bytes"
         )
     return MultitaskPlan(
-        base=base, num_virtual_tokens=prompt.num_virtual_tokens, num_tasks=num_tasks, rank=rank
+        base=base,
+        num_virtual_tokens=prompt.num_virtual_tokens,
+        num_tasks=num_tasks,
+        rank=rank,
+        replaced=prompt.replaced,
     )
 
 
