@@ -57,8 +57,9 @@ def test_the_example_files_are_valid():
 def test_every_metric_exists():
     sources = Path(__file__).parents[2] / "server" / "turret_server" / "observability"
     text = "".join(file.read_text() for file in sources.glob("*.py"))
+    endings = {"Counter": "_total", "CounterMetricFamily": "_total", "Info": "_info"}
     known = {
-        f"{name}_total" if kind.startswith("Counter") and not name.endswith("_total") else name
+        name.removesuffix("_total") + endings.get(kind, "")
         for kind, name in re.findall(r'(\w+)\(\s*"turret_([a-z_]+)"', text)
     }
     [section] = re.findall(r"## Metrics\n(.*?)\n## ", README, re.DOTALL)

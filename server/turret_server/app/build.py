@@ -43,7 +43,13 @@ from turret_server.model.load import (
 )
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
-from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, EngineMetrics, RequestMetrics
+from turret_server.observability.metrics import (
+    AdapterMetrics,
+    AuthMetrics,
+    EngineMetrics,
+    RequestMetrics,
+    add_server_info,
+)
 from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_log import UsageLog
 from turret_server.observability.usage_metrics import UsageMetrics
@@ -90,6 +96,13 @@ def build(
     metrics = CollectorRegistry()
     request_log = stack.enter_context(open_request_log(config, metrics))
     loaded, arena = _load_model(config)
+    add_server_info(
+        metrics,
+        model=config.model,
+        device=loaded.device.type,
+        dtype=_dtype_name(loaded),
+        context=loaded.max_context,
+    )
     library = _make_library(config, store, loaded)
     stack.callback(library.close)
     page_locked = loaded.device.type == "cuda"
@@ -114,7 +127,7 @@ def build(
     administration = AdapterAdministration(
         registry=registry, library=library, lifecycle=lifecycle, describer=describer, watches=watches
     )
-    AdapterMetrics(administration.states, memory, library.downloads, metrics)
+    AdapterMetrics(administration.count_states, memory, library.downloads, metrics)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
     generation, prompts = _make_services(
         engine, registry, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
@@ -284,6 +297,10 @@ def _load_adapters(config: ServerConfig, lifecycle: AdapterLifecycle, stack: Exi
         watch.start()
 
 
+def _dtype_name(loaded: LoadedModel) -> str:
+    return str(loaded.dtype).removeprefix("torch.")
+
+
 def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> None:
     rank = 16
     per_adapter = slab_layout(lora_rows(loaded.base, rank), arena.page_elements).num_pages
@@ -292,7 +309,7 @@ def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> No
         "of rank %d on every linear, or a mixture",
         config.model,
         loaded.device.type,
-        str(loaded.dtype).removeprefix("torch."),
+        _dtype_name(loaded),
         arena.num_pages * arena.page_bytes / 2**20,
         arena.num_pages,
         arena.block_size,

@@ -5,7 +5,8 @@ and out.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import copy_context
@@ -17,7 +18,7 @@ from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry, AdapterStatus
 from turret_adapters.sources.fetch import Download
 from turret_server.errors import InvalidRequestError
-from turret_server.lifecycle.adapter_info import AdapterDescriber, AdapterInfo
+from turret_server.lifecycle.adapter_info import AdapterDescriber, AdapterInfo, AdapterState
 from turret_server.lifecycle.publishing import AdapterLifecycle
 from turret_server.lifecycle.revisions import check_revision
 from turret_server.lifecycle.threads import LoadQueue
@@ -186,9 +187,10 @@ class AdapterAdministration:
         """Running fetches of the adapters that the tenant may load, in the order of their names."""
         return [each for each in self._library.downloads.running if caller.tenant.may_load(each.name)]
 
-    def states(self) -> Sequence[str]:
-        """The state of every adapter, for the metrics."""
-        return [self._describer.state(status).value for status in self._registry.statuses()]
+    def count_states(self) -> Mapping[str, int]:
+        """Adapters by state, for the metrics: every state that a loaded adapter may have."""
+        found = Counter(self._describer.state(status) for status in self._registry.statuses())
+        return {state.value: found[state] for state in AdapterState if state is not AdapterState.UNLOADED}
 
     async def _present(self, name: str, caller: Caller) -> AdapterInfo:
         [info] = await self._describe([self._registry.status(name)], caller)

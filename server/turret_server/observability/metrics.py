@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
-from collections import Counter as Count
-from collections.abc import Callable, Iterable
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from turret_adapters.errors import AdapterError
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.sources.fetch import Downloads
 from turret_server.engine.loop import EngineStats
-from turret_server.errors import UnauthenticatedError
+from turret_server.errors import TurretError, UnauthenticatedError
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_LONG_SECONDS = (*_SECONDS, 120.0, 300.0, 600.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+OK, CANCELLED, BUG = "ok", "cancelled", "internal_error"
+
+
+def outcome_of(error: Exception) -> str:
+    return error.reason.lower() if isinstance(error, TurretError | AdapterError) else BUG
+
+
+def _outcomes() -> set[str]:
+    """Every outcome of a request."""
+    return {OK, CANCELLED, BUG, *_reasons(TurretError), *_reasons(AdapterError)}
+
+
+def _reasons(kind: type[TurretError | AdapterError]) -> Iterator[str]:
+    for each in kind.__subclasses__():
+        yield each.reason.lower()
+        yield from _reasons(each)
+
+
+def add_server_info(
+    registry: CollectorRegistry, *, model: str, device: str, dtype: str, context: int
+) -> None:
+    """Add metrics of the process, and which version of the server serves which model; `context` in tokens."""
+    ProcessCollector(registry=registry)
+    build = {"version": version("turret"), "python": platform.python_version()}
+    Info("turret_build", "Versions of the server and of Python.", registry=registry).info(build)
+    Info("turret_model", "The base model.", registry=registry).info(
+        {"model": model, "device": device, "dtype": dtype, "context": str(context)}
+    )
 
 
 class RequestMetrics:
@@ -26,15 +59,29 @@ class RequestMetrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in _outcomes():
+            self.requests.labels(outcome)
+        self.duration = Histogram(
+            "turret_request_seconds",
+            "From the arrival of a request that the engine accepts to its end.",
+            buckets=_LONG_SECONDS,
+            registry=registry,
+        )
+        self.queue = Histogram(
+            "turret_queue_seconds",
+            "From when the engine accepts a request to its first step, or to its end without one.",
+            buckets=_LONG_SECONDS,
+            registry=registry,
+        )
         self.first_token = Histogram(
             "turret_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            buckets=_SECONDS,
+            "From a request's arrival to when the engine emits its first token.",
+            buckets=_LONG_SECONDS,
             registry=registry,
         )
         self.inter_token = Histogram(
             "turret_inter_token_seconds",
-            "Between two tokens of a request.",
+            "Between two tokens of a request, as the engine emits them.",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -123,7 +170,7 @@ class AdapterMetrics(Collector):
 
     def __init__(
         self,
-        states: Callable[[], Iterable[str]],
+        states: Callable[[], Mapping[str, int]],
         memory: HostMemory,
         downloads: Downloads,
         registry: CollectorRegistry,
@@ -134,14 +181,14 @@ class AdapterMetrics(Collector):
         registry.register(self)
 
     def describe(self) -> Iterable[Metric]:
-        return self._families([])
+        return self._families({})
 
     def collect(self) -> Iterable[Metric]:
         return self._families(self._states())
 
-    def _families(self, states: Iterable[str]) -> list[Metric]:
+    def _families(self, states: Mapping[str, int]) -> list[Metric]:
         adapters = GaugeMetricFamily("turret_adapters", "Adapters by state.", labels=["state"])
-        for state, count in Count(states).items():
+        for state, count in states.items():
             adapters.add_metric([state], count)
         memory, downloads = self._memory, self._downloads
         return [

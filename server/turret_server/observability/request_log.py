@@ -16,7 +16,7 @@ from turret_adapters.spec import AdapterSpec
 from turret_server import logs
 from turret_server.engine.request import Job
 from turret_server.errors import DeadlineError, TurretError, UsageLogFailedError
-from turret_server.observability.metrics import RequestMetrics
+from turret_server.observability.metrics import CANCELLED, OK, RequestMetrics, outcome_of
 from turret_server.observability.usage_log import UsageLog
 from turret_server.tenancy.auth import Caller
 
@@ -71,6 +71,15 @@ class RequestRecord:
         self.cached_tokens = num_cached_tokens
         self.generated_tokens += 1
         self.metrics.generated_tokens.inc()
+
+    def count(self, outcome: str) -> None:
+        """Count the request in the metrics at its end."""
+        assert self.ended is not None
+        self.metrics.requests.labels(outcome).inc()
+        if self.queue_seconds is not None:
+            self.metrics.queue.observe(self.queue_seconds)
+            self.metrics.duration.observe(self.ended - self.arrived)
+            self.metrics.cached_tokens.inc(self.cached_tokens)
 
     @property
     def prompt_tokens(self) -> int:
@@ -139,7 +148,7 @@ class RequestLog:
             UsageLogFailedError: the usage log cannot be written.
         """
         record = RequestRecord(caller=caller, metrics=self._metrics, about=logs.bound(), deadline=deadline)
-        outcome = "ok"
+        outcome = OK
         try:
             if self._usage_log:
                 self._usage_log.check()
@@ -155,12 +164,11 @@ class RequestLog:
                 await self.finish(record, outcome)
             raise
         except Exception as error:
-            outcome, record.error = _reason(error), error
+            outcome, record.error = outcome_of(error), error
             await self.finish(record, outcome)
             raise
         finally:
-            self._metrics.requests.labels(outcome).inc()
-            self._metrics.cached_tokens.inc(record.cached_tokens)
+            record.count(outcome)
             with logs.about(record.about):
                 _log(record, outcome)
             if self._on_end:
@@ -190,26 +198,22 @@ def _interruption(record: RequestRecord) -> str:
     has passed, or the client cancelled it.
     """
     if record.error is not None:
-        return _reason(record.error)
+        return outcome_of(record.error)
     if record.deadline is None:
-        return "cancelled"
+        return CANCELLED
     # The client's clock ends the call a moment before the server's would: gRPC sends timeouts rounded up, by
     # 1 % at most.
     early = 0.01 * (record.deadline - record.arrived) + _TRANSIT_SECONDS
     if time.monotonic() < record.deadline - early:
-        return "cancelled"
+        return CANCELLED
     record.error = DeadlineError("the deadline passed before the request finished")
-    return _reason(record.error)
-
-
-def _reason(error: Exception) -> str:
-    return error.reason.lower() if isinstance(error, TurretError | AdapterError) else "internal_error"
+    return outcome_of(record.error)
 
 
 def _log(record: RequestRecord, outcome: str) -> None:
     extra = {"fields": record.log_fields()}
     if record.error is None:
-        log.info("request %s", "finished" if outcome == "ok" else outcome, extra=extra)
+        log.info("request %s", "finished" if outcome == OK else outcome, extra=extra)
         return
     ours = not isinstance(record.error, TurretError | AdapterError) or record.error.code == "INTERNAL"
     log.log(logging.ERROR if ours else logging.INFO, "request failed: %s", record.error, extra=extra)

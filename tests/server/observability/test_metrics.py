@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from turret_adapters.errors import AdapterNotFoundError, AdapterTaskError
 from turret_server.engine.loop import EngineStats
 from turret_server.engine.step import SequenceStep, Step
-from turret_server.errors import UnauthenticatedError
-from turret_server.observability.metrics import AdapterMetrics, AuthMetrics, EngineMetrics, RequestMetrics
+from turret_server.errors import DeadlineError, UnauthenticatedError
+from turret_server.observability.metrics import (
+    AdapterMetrics,
+    AuthMetrics,
+    EngineMetrics,
+    RequestMetrics,
+    add_server_info,
+    outcome_of,
+)
 
 
 @pytest.fixture
@@ -88,18 +97,41 @@ def test_failed_authentications_are_counted_by_a_few_reasons(registry, value):
 
 
 def test_adapters_are_counted_when_they_are_asked_for(registry, value):
-    states = ["READY", "STAGED", "READY"]
+    states = {"resident": 2, "failed": 0}
     memory, downloads = SimpleNamespace(num_bytes=5, num_reads=2), SimpleNamespace(num_bytes=7, running=["a"])
     AdapterMetrics(lambda: states, memory, downloads, registry)
-    assert value("turret_adapters", state="READY") == 2
+    assert value("turret_adapters", state="resident") == 2
+    assert value("turret_adapters", state="failed") == 0
     assert value("turret_host_adapter_bytes") == 5
     assert value("turret_adapter_disk_reads_total") == 2
     assert value("turret_adapter_downloaded_bytes_total") == 7
     assert value("turret_adapter_downloads") == 1
-    states.clear()
+    states["resident"] = 0
     memory.num_bytes = 6
-    assert value("turret_adapters", state="READY") is None
+    assert value("turret_adapters", state="resident") == 0
     assert value("turret_host_adapter_bytes") == 6
+
+
+def test_every_outcome_is_there_before_the_first_request(registry, value):
+    RequestMetrics(registry)
+    errors = (
+        DeadlineError("late"),
+        AdapterNotFoundError("none"),
+        AdapterTaskError("none"),
+        ZeroDivisionError(),
+    )
+    for outcome in ("ok", "cancelled", *map(outcome_of, errors)):
+        assert value("turret_requests_total", outcome=outcome) == 0, outcome
+
+
+def test_the_server_the_model_and_the_process_are_described(registry, value):
+    add_server_info(registry, model="/models/llama", device="cpu", dtype="bfloat16", context=2048)
+    [build] = [each for each in registry.collect() if each.name == "turret_build"]
+    assert build.samples[0].labels["version"] == version("turret")
+    labels = {"model": "/models/llama", "device": "cpu", "dtype": "bfloat16", "context": "2048"}
+    assert value("turret_model_info", **labels) == 1
+    assert value("process_resident_memory_bytes") > 0
+    assert value("process_open_fds") > 0
 
 
 def test_requests_are_counted_by_outcome(registry, value):

@@ -88,6 +88,7 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
     caplog.set_level(logging.INFO)
     async with request_log.follow(CALLER) as record:
         record.begin(job(), PINS)
+        record.job.times.started = record.submitted + 0.25
         record.token(2, record.arrived + 0.5)
         record.token(2, record.arrived + 0.75)
         await request_log.finish(record, "length")
@@ -112,6 +113,8 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
     assert value("turret_prompt_tokens_total") == 3
     assert value("turret_generated_tokens_total") == 2
     assert value("turret_cached_tokens_total") == 2
+    assert value("turret_queue_seconds_sum") == pytest.approx(0.25)
+    assert value("turret_request_seconds_sum") == pytest.approx(record.ended - record.arrived)
     # The engine's times, not those of the reader.
     assert value("turret_time_to_first_token_seconds_sum") == pytest.approx(0.5)
     assert value("turret_inter_token_seconds_sum") == pytest.approx(0.25)
@@ -146,6 +149,8 @@ async def test_a_request_that_the_engine_never_had_uses_nothing(request_log, wri
     assert written() == []
     assert [record.finish_reason for record in ended] == ["invalid_request"]
     assert value("turret_requests_total", outcome="invalid_request") == 1
+    # Refusals, which take no time, are not among the durations.
+    assert value("turret_request_seconds_count") == value("turret_queue_seconds_count") == 0
 
 
 @pytest.mark.parametrize(
