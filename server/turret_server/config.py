@@ -170,6 +170,17 @@ class ServerConfig:
             Group.MODEL, "DTYPE", "Data type of activations. The base model's weights are NF4 in any case."
         ),
     )
+    max_context: int | None = field(
+        default=None,
+        metadata=_about(
+            Group.MODEL,
+            "TOKENS",
+            "Maximum tokens of a prompt and its answer. A model whose rotary embedding changes for long "
+            "sequences (longrope, dynamic) serves up to the length at which it does.",
+            _COUNT,
+            default_text="the model's context",
+        ),
+    )
     adapters: Path | None = field(
         default=None,
         metadata=_about(

@@ -87,6 +87,7 @@ BOUNDS = {
     "model": (["m"], [""]),
     "device": (["auto", "cpu", "cuda"], ["", "abacus", "CPU"]),
     "dtype": (["auto", "float32", "bfloat16", "float16"], ["int8"]),
+    "max_context": ([None, 1, 10**9], [0, -1]),
     "adapters": ([FOLDER], [FILE, FOLDER / "none"]),
     "pin": ([(), ("a",), ("a" * 128, "b.c-d_e")], [("",), ("a" * 129,), ("-a",), ("a", "b/c")]),
     "lazy_source": (["/a/{name}", "hf://o/{name}"], ["", "o/{name}", "hf://o/name", "/a/{name}/{name}"]),
@@ -308,6 +309,7 @@ def test_defaults_as_help_shows_them():
     assert {setting.name: setting.default_text for setting in SETTINGS if setting.default_text} == {
         "device": "auto",
         "dtype": "auto",
+        "max_context": "the model's context",
         "memory": "auto",
         "host_memory": "auto",
         "store": "$XDG_DATA_HOME/turret or ~/.local/share/turret",

@@ -70,6 +70,17 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**_GROUPED, head_dim=32, query_pre_attn_scalar=32, sliding_window=24),
     "gemma3": Gemma3TextConfig(**_GROUPED, head_dim=32, query_pre_attn_scalar=32, sliding_window=24),
     "phi3": Phi3Config(**_GROUPED),
+    # Its factors change at the length that is MAX_CONTEXT here.
+    "phi3-longrope": Phi3Config(
+        **_GROUPED | {"max_position_embeddings": 4 * MAX_CONTEXT},
+        original_max_position_embeddings=MAX_CONTEXT,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.8, 2.2, 2.7],
+            "long_factor": [1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0],
+        },
+    ),
     "gpt-neox": GPTNeoXConfig(**_SIZES),
     "mixtral": MixtralConfig(**_GROUPED | _EXPERTS | {"intermediate_size": 64}, num_local_experts=4),
     "qwen3-moe": Qwen3MoeConfig(
@@ -131,7 +142,7 @@ _VISION = Names(
 NAMES: dict[str, Names] = {
     **dict.fromkeys(MIXTURES, Names(mlp_in=(), mlp_out=())),
     **dict.fromkeys(MULTIMODAL, _VISION),
-    "phi3": Names(attention=("qkv_proj",), mlp_in=("gate_up_proj",)),
+    **dict.fromkeys(("phi3", "phi3-longrope"), Names(attention=("qkv_proj",), mlp_in=("gate_up_proj",))),
     "gpt-neox": Names(
         attention=("query_key_value",),
         mlp_in=("dense_h_to_4h",),

@@ -166,7 +166,8 @@ def _make_services(
     """The services that submit jobs to the engine."""
     model = ModelInfo(
         vocab_size=loaded.vocab_size,
-        max_context=loaded.max_context,
+        max_context=loaded.context.tokens,
+        context_note=loaded.context.note,
         block_size=arena.block_size,
         stop_token_ids=loaded.stop_token_ids,
     )
@@ -227,7 +228,9 @@ def open_request_log(config: ServerConfig, registry: CollectorRegistry) -> Itera
 def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, device)
-    loaded = load_model(config.model, device=device, dtype=dtype, cache=config.cache)
+    loaded = load_model(
+        config.model, device=device, dtype=dtype, cache=config.cache, max_context=config.max_context
+    )
     arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
     if not arena.num_pages:
         raise ConfigError(
@@ -305,11 +308,13 @@ def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> No
     rank = 16
     per_adapter = slab_layout(lora_rows(loaded.base, rank), arena.page_elements).num_pages
     log.info(
-        "%s on %s in %s; arena of %.0f MiB: %d pages of %d tokens; room for %d tokens, or %d LoRA adapters "
-        "of rank %d on every linear, or a mixture",
+        "%s on %s in %s; context of %d tokens%s; arena of %.0f MiB: %d pages of %d tokens; room for %d "
+        "tokens, or %d LoRA adapters of rank %d on every linear, or a mixture",
         config.model,
         loaded.device.type,
         _dtype_name(loaded),
+        loaded.context.tokens,
+        loaded.context.note,
         arena.num_pages * arena.page_bytes / 2**20,
         arena.num_pages,
         arena.block_size,

@@ -66,7 +66,7 @@ class DecodeGraphs:
         self._directories: dict[str, Directory | None] = {}
         self._sizes = _sizes(min(max_sequences, _MAX_SEQUENCES))
         # Virtual tokens come in addition to the model's context.
-        self._max_context = min(2 * loaded.max_context, arena.num_pages * arena.block_size)
+        self._max_context = min(2 * loaded.context.tokens, arena.num_pages * arena.block_size)
         max_rows = self._sizes[-1]
         self._buffers = DecodeBuffers(
             max_rows,

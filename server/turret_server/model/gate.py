@@ -13,8 +13,6 @@ from turret_server.errors import UnsupportedModelError
 from turret_server.model.experts import EXPERT_MODELS, EXPERTS_METHOD, has_experts, is_stacked
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Their frequencies depend on the longest position of the batch, so outputs would depend on other requests.
-_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -47,11 +45,6 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
             f"found layers of type {', '.join(sorted(other))}; supported are "
             f"{', '.join(sorted(_LAYER_TYPES))}"
         )
-    if batch_dependent := _rope_types(text) & _BATCH_DEPENDENT_ROPE:
-        raise refuse(
-            f"found rope_type {', '.join(sorted(batch_dependent))}, which depends on the longest sequence of "
-            "a batch; use a checkpoint with another rope_type, such as default, linear, yarn or llama3"
-        )
     widths = {getattr(text, each, None) for each in ("qk_head_dim", "head_dim")} - {None}
     value_width = getattr(text, "v_head_dim", None)
     if value_width is not None and widths - {value_width}:
@@ -76,12 +69,6 @@ def _check_quantization(config: PreTrainedConfig) -> None:
             "experts in 16 bit; use a checkpoint in 16 or 32 bit",
             model=config.model_type,
         )
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return {str(each.get("rope_type", "default")) for each in (nested or [parameters])}
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -34,10 +34,11 @@ from turret_adapters.spec import BaseSpec
 from turret_adapters.store.disk import make_private
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
-from turret_server.model import attention, gate
+from turret_server.model import attention, gate, rope
 from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
 from turret_server.model.classes import left_out, model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
+from turret_server.model.rope import ContextLength
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A base model, ready to run inside `step_context`. `max_context` is in tokens."""
+    """A base model, ready to run inside `step_context`."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class LoadedModel:
     ops: Ops
     device: torch.device
     dtype: torch.dtype
-    max_context: int
+    context: ContextLength
     vocab_size: int
     stop_token_ids: frozenset[int]
 
@@ -94,16 +95,23 @@ def quantization(
 
 
 def load_model(
-    name_or_path: str, *, device: torch.device, dtype: torch.dtype, cache: Path, ops: Ops | None = None
+    name_or_path: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: Path,
+    ops: Ops | None = None,
+    max_context: int | None = None,
 ) -> LoadedModel:
     """Loads a causal language model with its linears in NF4 and with the server's attention.
 
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
-        ConfigError: the model does not exist or is unreadable.
+        ConfigError: the model does not exist or is unreadable, or `max_context` is longer than its context.
     """
     attention.register()
     config = read_config(name_or_path)
+    context = rope.context_length(config, max_context)
     with _reading(name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     with torch.device("meta"):
@@ -113,6 +121,7 @@ def load_model(
     model = _load_quantised(name_or_path, config, device, dtype, cache)
     adapt_experts(model, ops)
     adapt_modules(model, ops)
+    rope.fix(model)
     model.generation_config = _generation_config(name_or_path, model)
     if device.type == "cpu":
         _copy_from_file(model)
@@ -124,7 +133,7 @@ def load_model(
         ops=ops,
         device=device,
         dtype=dtype,
-        max_context=model.config.get_text_config(decoder=True).max_position_embeddings,
+        context=context,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         stop_token_ids=_stop_token_ids(model, tokenizer),
     )

@@ -12,12 +12,16 @@ _DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What prompts are checked against. `block_size` is the number of tokens in a cached block."""
+    """What prompts are checked against. `block_size` is the number of tokens in a cached block.
+
+    `context_note` says why the context has no more than `max_context` tokens, where that is not plain.
+    """
 
     vocab_size: int
     max_context: int
     block_size: int
     stop_token_ids: frozenset[int]
+    context_note: str = ""
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """Check that a prompt has tokens, all of the vocabulary.
@@ -59,7 +63,8 @@ class ModelInfo:
             else:
                 what = f"take {num_tokens}; shorten the prompt"
             raise PromptTooLongError(
-                f"the model's context has {self.max_context} tokens; prompt and virtual tokens {what}",
+                f"the model's context has {self.max_context} tokens{self.context_note}; prompt and virtual "
+                f"tokens {what}",
                 max_context=self.max_context,
                 prompt_tokens=num_tokens,
                 max_tokens=num_generated,

@@ -59,6 +59,7 @@ def arguments_of(tmp_path: Path) -> dict[str, tuple[str | None, Any]]:
         "model": ("m", "m"),
         "device": ("cpu", "cpu"),
         "dtype": ("float32", "float32"),
+        "max_context": ("2000", 2000),
         "adapters": (str(folder), folder),
         "watch": (None, True),
         "pin": ("a", ("a",)),

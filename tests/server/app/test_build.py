@@ -252,8 +252,8 @@ def test_adapters_to_pin_are_pinned_and_all_are_written_down_for_the_base_model(
 
 async def test_requests_are_checked_against_the_model(parts: Parts) -> None:
     with pytest.raises(PromptTooLongError) as long:
-        await generate(parts, [5] * parts.loaded.max_context)
-    assert long.value.metadata["max_context"] == str(parts.loaded.max_context)
+        await generate(parts, [5] * parts.loaded.context.tokens)
+    assert long.value.metadata["max_context"] == str(parts.loaded.context.tokens)
     with pytest.raises(InvalidRequestError, match=f"below {parts.loaded.vocab_size}, the size"):
         await generate(parts, [parts.loaded.vocab_size])
     with pytest.raises(InvalidRequestError, match=f"whole blocks of {parts.arena.block_size} tokens"):
@@ -285,7 +285,8 @@ def test_the_log_says_how_much_fits(parts: Parts, caplog: pytest.LogCaptureFixtu
         _log_capacity(config(), parts.loaded, parts.arena)
     pages, block = parts.arena.num_pages, parts.arena.block_size
     found = (
-        f"m on cpu in float32; arena of 8 MiB: {pages} pages of {block} tokens; room for {pages * block} t"
+        f"m on cpu in float32; context of {parts.loaded.context.tokens} tokens; arena of 8 MiB: {pages} "
+        f"pages of {block} tokens; room for {pages * block} tokens"
     )
     assert found in caplog.text
 

@@ -12,7 +12,6 @@ from transformers import (
     JambaConfig,
     LlamaConfig,
     MixtralConfig,
-    Phi3Config,
     PreTrainedModel,
     RobertaConfig,
     T5Config,
@@ -93,21 +92,6 @@ def test_other_layers_are_refused_by_their_type(of):
     with pytest.raises(UnsupportedModelError, match=said):
         check_config(config, AutoModelForCausalLM._model_mapping[LlamaConfig])
     check(LlamaConfig(num_hidden_layers=2, layer_types=types[:2]))
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_a_rope_that_depends_on_the_batch_is_refused(rope_type):
-    parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-    if rope_type == "longrope":
-        half = [1.0] * 64
-        parameters |= {"short_factor": half, "long_factor": half, "original_max_position_embeddings": 1024}
-    with pytest.raises(UnsupportedModelError, match=rope_type):
-        check(LlamaConfig(rope_parameters=parameters))
-
-
-def test_a_rope_that_is_fixed_passes():
-    check(LlamaConfig(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}))
-    check(Phi3Config())
 
 
 @pytest.mark.parametrize(

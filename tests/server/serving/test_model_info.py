@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from turret_server.errors import InvalidRequestError, PromptTooLongError
@@ -21,6 +23,15 @@ def test_max_tokens_beyond_the_context_are_refused():
     with pytest.raises(PromptTooLongError) as refused:
         MODEL.max_tokens(101, 900)
     assert refused.value.metadata == {"max_context": "1000", "prompt_tokens": "900", "max_tokens": "101"}
+
+
+def test_the_refusal_says_why_the_context_ends_there():
+    model = replace(MODEL, context_note=", beyond which it would change")
+    said = (
+        "^the model's context has 1000 tokens, beyond which it would change; prompt and virtual tokens take"
+    )
+    with pytest.raises(PromptTooLongError, match=said):
+        model.check_room(900, 101)
 
 
 def test_token_ids_are_of_the_vocabulary():
