@@ -44,8 +44,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
+        if handler is None or not _is_implemented(_method(handler)):
+            return None  # type: ignore[return-value]  # gRPC answers UNIMPLEMENTED, as its stubs do not know
         if handler_call_details.method.startswith("/turret."):
             return _replaced(handler, self._authenticated(handler))
         return _replaced(handler, self._open(handler))
@@ -113,6 +113,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 def _method(handler: _Handler) -> Callable[..., Any]:
     methods = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     return next(filter(None, methods))
+
+
+def _is_implemented(method: Callable[..., Any]) -> bool:
+    """Whether a servicer has the method itself: those that it inherits from the stubs only raise."""
+    return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
 
 
 def _reader(handler: _Handler, max_bytes: int | None = None) -> RequestReader:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from turret.v1 import (
     adapters_pb2,
@@ -88,11 +89,9 @@ class RpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs are behind
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
-        )
+        _add_reflection([*_SERVICES, health.SERVICE_NAME], self._server)
 
     async def start(self, address: str) -> int:
         """Open the port; returns its number, which the system chooses if it is 0. Health reports that the
@@ -134,3 +133,38 @@ class RpcServer:
         answers = health_pb2.HealthCheckResponse
         for service in ("", *_SERVICES):
             await self._health.set(service, answers.SERVING if ready else answers.NOT_SERVING)
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the stubs are behind
+    """The health service, with the method that the library lacks."""
+
+    async def List(
+        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthListResponse:
+        return health_pb2.HealthListResponse(
+            statuses={
+                service: health_pb2.HealthCheckResponse(status=status)
+                for service, status in self._server_status.items()
+            }
+        )
+
+
+def _add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
+    """Add reflection, also in version v1, which the library lacks: only its name differs from v1alpha."""
+    alpha = descriptor_pb2.FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+    renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+    file = text_format.Parse(renamed, descriptor_pb2.FileDescriptorProto())
+    descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
+    name = f"{file.package}.{file.service[0].name}"
+    names = [*services, reflection.SERVICE_NAME, name]
+    reflection.enable_server_reflection(names, server)
+    servicer = reflection.aio.ReflectionServicer(names)  # type: ignore[attr-defined]  # the stubs are behind
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler}),)
+    )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from turret.v1 import inference_pb2, prompts_pb2
@@ -72,6 +72,24 @@ async def test_a_method_that_does_not_exist_is_not_implemented(door):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await door.channel.unary_unary(method)(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_method_of_a_service_that_has_no_code_is_not_implemented():
+    """As one that a later version of a library's stubs declares."""
+    stub = health_pb2_grpc.HealthServicer().Watch
+    handlers = {
+        "Later": grpc.unary_unary_rpc_method_handler(stub),
+        "LaterStream": grpc.unary_stream_rpc_method_handler(stub),
+    }
+    intercepted = calls.CallInterceptor(None, None).intercept_service
+    for method, handler in handlers.items():
+
+        async def continuation(_, handler=handler):
+            return handler
+
+        for service in ("turret.v1.InferenceService", "grpc.health.v1.Health"):
+            details = SimpleNamespace(method=f"/{service}/{method}")
+            assert await intercepted(continuation, details) is None
 
 
 async def test_a_caller_is_authenticated_before_the_request_is_read(open_door, tenants, scripted):

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health, health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_server.errors import ConfigError
@@ -78,14 +79,40 @@ async def test_two_servers_do_not_share_a_port(open_door):
         await second.server.start(f"127.0.0.1:{first.port}")
 
 
-async def test_reflection_lists_all_services(door):
-    stub = reflection_pb2_grpc.ServerReflectionStub(door.channel)
-    call = stub.ServerReflectionInfo()
-    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+async def reflected(door, version: str, **question):
+    """The answer of one version of the reflection service: their messages are the same on the wire."""
+    call = door.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )()
+    await call.write(reflection_pb2.ServerReflectionRequest(**question))
     answer = await call.read()
     await call.done_writing()
+    return answer
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_all_services(door, version):
+    answer = await reflected(door, version, list_services="")
     found = {service.name for service in answer.list_services_response.service}
-    assert found == {*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME}
+    own = {f"grpc.reflection.{each}.ServerReflection" for each in ("v1", "v1alpha")}
+    assert found == {*SERVICES, health.SERVICE_NAME, *own}
+    for name in found:
+        answer = await reflected(door, version, file_containing_symbol=name)
+        files = map(
+            descriptor_pb2.FileDescriptorProto.FromString,
+            answer.file_descriptor_response.file_descriptor_proto,
+        )
+        assert name in {f"{file.package}.{each.name}" for file in files for each in file.service}
+
+
+async def test_the_health_of_all_services_can_be_listed(door):
+    await door.server.ready()
+    listed = await door.health.List(health_pb2.HealthListRequest())
+    assert {name: each.status for name, each in listed.statuses.items()} == dict.fromkeys(
+        ("", *SERVICES, LIVENESS), SERVING
+    )
 
 
 async def test_a_message_beyond_the_limit_of_the_transport_is_refused(open_door, scripted):
