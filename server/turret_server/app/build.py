@@ -101,7 +101,7 @@ def build(
         model=config.model,
         device=loaded.device.type,
         dtype=_dtype_name(loaded),
-        context=loaded.max_context,
+        context=loaded.context.tokens,
     )
     library = _make_library(config, store, loaded)
     stack.callback(library.close)
