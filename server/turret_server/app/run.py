@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, start_http_server
 
 from turret_server.app.assembly import assemble
-from turret_server.app.readiness import report_ready
+from turret_server.app.readiness import report_ready, watch_steps
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig, split_address
+from turret_server.engine.watchdog import Pace, Watchdog
 from turret_server.errors import ConfigError, GenerationFailedError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # How long a call that is ended has to send its status; its client may be slow to read it.
 _STATUS_SECONDS = 2.0
+# Between two looks at an engine that stops, which takes no longer than a step.
+_STEP_SECONDS = 1.0
 
 
 def serve(config: ServerConfig, signals: StopSignals) -> None:
@@ -86,27 +90,44 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
 
 
 async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:
-    from turret_server.app.build import make_server  # noqa: PLC0415 -- torch and the model's libraries
+    # torch and the model's libraries
+    from turret_server.app.build import make_server  # noqa: PLC0415
+    from turret_server.observability.metrics import WatchdogMetrics  # noqa: PLC0415
 
     server = make_server(parts)
-    shutdown = Shutdown(server, parts)
+    watchdog = Watchdog(parts.engine.progress, config.max_step_seconds)
+    shutdown = Shutdown(server, parts, watchdog)
     with signals.on_event_loop(shutdown.request):
         port = await server.start(config.listen)
         log.info("serving on %s:%d", split_address(config.listen)[0], port)
         readiness = asyncio.create_task(report_ready(server.ready, parts.lifecycle.missing_pins))
+        steps = asyncio.create_task(watch_steps(watchdog, server, WatchdogMetrics(parts.metrics)))
         await shutdown.requested.wait()
         readiness.cancel()
-        await shutdown.drain(config.grace)
+        has_ended = await shutdown.drain(config.grace)
+        steps.cancel()
+    if not has_ended:
+        _abandon_engine()
     if parts.engine.failed:
         raise GenerationFailedError("the engine failed and its requests with it; the log says why")
+
+
+def _abandon_engine() -> None:
+    """End the process with the engine's thread in it: the memory in which it may still compute is not freed.
+    What is on disk is complete.
+    """
+    log.critical("the engine hangs in a step and does not stop; the process ends without it")
+    logging.shutdown()
+    os._exit(1)
 
 
 class Shutdown:
     """Ends the server on request, or when the engine fails. A second request ends the grace period."""
 
-    def __init__(self, server: RpcServer, parts: Parts) -> None:
+    def __init__(self, server: RpcServer, parts: Parts, watchdog: Watchdog) -> None:
         self._server = server
         self._parts = parts
+        self._watchdog = watchdog
         self.requested = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -122,8 +143,11 @@ class Shutdown:
             self._server.calls.skip_grace()
         self.requested.set()
 
-    async def drain(self, grace: float) -> None:
-        """Refuse new calls, let running ones finish for `grace` seconds, and end the rest."""
+    async def drain(self, grace: float) -> bool:
+        """Refuse new calls, let running ones finish for `grace` seconds, and end the rest.
+
+        Returns whether the engine has ended; it has not if it hangs.
+        """
         engine, calls = self._parts.engine, self._server.calls
         await self._server.drain()
         self._parts.watches.close()
@@ -132,10 +156,14 @@ class Shutdown:
             await calls.wait_grace(grace)
         if calls.num_running:
             log.warning("%d calls have not finished and are ended now", calls.num_running)
-        # Takes no longer than a step. It sends every request its end.
-        await asyncio.to_thread(engine.stop)
+        # It sends every request its end.
+        while not (has_ended := await asyncio.to_thread(engine.stop, _STEP_SECONDS)):
+            if self._watchdog.pace is not Pace.NORMAL:
+                engine.abandon()
+                break
         await calls.wait(_STATUS_SECONDS)
         calls.end()
         self._parts.lifecycle.interrupt()
         await calls.wait(_STATUS_SECONDS)
         await self._server.stop(_STATUS_SECONDS)
+        return has_ended

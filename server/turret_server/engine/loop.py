@@ -20,6 +20,7 @@ from turret_server.engine.residency.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
 from turret_server.engine.step import Step
+from turret_server.engine.watchdog import Progress
 from turret_server.errors import (
     AdapterTooLargeError,
     GenerationFailedError,
@@ -97,7 +98,8 @@ class Engine:
             weight=weight,
             on_dequeue=self._admission.leave,
         )
-        self._runner = RecoveringRunner(runner)
+        self.progress = Progress()
+        self._runner = RecoveringRunner(runner, self.progress.begin)
         self._on_stats = on_stats
         self._clock = clock
         self._inbox: deque[Callable[[], None]] = deque()
@@ -111,13 +113,22 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Fail the remaining requests with UNAVAILABLE, and end the thread."""
+    def stop(self, timeout: float | None = None) -> bool:
+        """Fail the remaining requests with UNAVAILABLE, and end the thread after its step. Returns whether it
+        has ended within `timeout` seconds.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Fail the remaining requests with UNAVAILABLE although the thread hangs in a step. Afterwards the
+        engine is of no more use.
+        """
+        self._end_all(_stopped())
 
     def submit(self, request: Request) -> None:
         """Queue a request. Its sink gets every token and exactly one end.
@@ -253,14 +264,13 @@ class Engine:
             while not self._stopping:
                 if not self.step():
                     self._sleep()
-            error: TurretError = ShuttingDownError(
-                "the server stopped before the request finished; send it to another server"
-            )
+            error: TurretError = _stopped()
         except Exception as failure:
             log.critical("the engine failed, and serves no more", exc_info=True)
             error = GenerationFailedError(f"the engine failed: {type(failure).__name__}: {failure}")
             self.failed = True
         self._end_all(error)
+        self.progress.is_idle = True
         if self.failed:
             self.on_failure()
 
@@ -269,6 +279,7 @@ class Engine:
 
         The engine's thread calls it in a loop. Without the thread, tests and simulations call it themselves.
         """
+        self.progress.begin()
         self._drain_inbox()
         step = self._scheduler.schedule(self._clock())
         seconds = self._run(step) if step is not None else 0.0
@@ -305,6 +316,7 @@ class Engine:
     def _sleep(self) -> None:
         with self._wake:
             if not self._arriving and not self._inbox and not self._stopping:
+                self.progress.is_idle = True
                 # What runs is computed in every step, so the engine sleeps only beside jobs that wait.
                 self._wake.wait(timeout=_IDLE_SECONDS if self._scheduler.waiting else None)
 
@@ -329,3 +341,7 @@ class Engine:
             num_failures=self._runner.num_failures if step is not None else 0,
             pages=pages,
         )
+
+
+def _stopped() -> ShuttingDownError:
+    return ShuttingDownError("the server stopped before the request finished; send it to another server")

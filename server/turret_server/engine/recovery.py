@@ -8,6 +8,7 @@ what the step writes for others, and draws depend on seed and position alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -30,10 +31,13 @@ class Runner(Protocol):
 
 
 class RecoveringRunner:
-    """Runs steps so that a sequence that fails does not fail others. `num_failures` counts failed runs."""
+    """Runs steps so that a sequence that fails does not fail others. `num_failures` counts failed runs;
+    `on_run` is called before each.
+    """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, on_run: Callable[[], None] = lambda: None) -> None:
         self._runner = runner
+        self._on_run = on_run
         self.num_failures = 0
 
     def run(self, step: Step) -> StepResult:
@@ -44,6 +48,7 @@ class RecoveringRunner:
             DeviceLostError: no step can be computed any more.
         """
         sequences = step.sequences
+        self._on_run()
         try:
             return self._runner.run(step)
         except DeviceLostError:

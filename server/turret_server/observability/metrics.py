@@ -143,6 +143,18 @@ class EngineMetrics:
             self._pages.labels(owner).set(count)
 
 
+class WatchdogMetrics:
+    """The age of the current step."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.age = Gauge(
+            "turret_step_age_seconds", "Age of the current step, to about a second.", registry=registry
+        )
+        self.late = Counter(
+            "turret_late_steps", "Steps that took so long that the server was not ready.", registry=registry
+        )
+
+
 class AuthMetrics:
     """Calls whose authentication failed."""
 

@@ -84,6 +84,7 @@ class RpcServer:
         """`calls` are those that the interceptor counts. Without credentials nothing is encrypted."""
         self.calls = calls
         self._credentials = credentials
+        self._is_ready, self._is_responsive, self._is_alive = False, True, True
         most = ("grpc.max_allowed_incoming_connections", _most_connections())
         self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
@@ -110,29 +111,39 @@ class RpcServer:
                 f"--listen {address}: the port cannot be opened; stop the program that uses it, or choose "
                 "another"
             ) from error
-        await self._report(ready=False)
-        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        await self._report()
         await self._server.start()
         return port
 
     async def ready(self) -> None:
-        """Report every service as SERVING."""
-        await self._report(ready=True)
+        """Report every service as SERVING, while the engine is responsive."""
+        self._is_ready = True
+        await self._report()
+
+    async def judge_engine(self, *, responsive: bool, alive: bool) -> None:
+        """Report every service as NOT_SERVING while the engine is not responsive, and the process while it is
+        not alive.
+        """
+        self._is_responsive, self._is_alive = responsive, alive
+        await self._report()
 
     async def drain(self) -> None:
         """Report every service as NOT_SERVING, and refuse new calls."""
         self.calls.refuse()
-        await self._report(ready=False)
+        self._is_ready = False
+        await self._report()
 
     async def stop(self, grace: float) -> None:
         """Close the port, and give running calls `grace` seconds to finish."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
 
-    async def _report(self, *, ready: bool) -> None:
+    async def _report(self) -> None:
         answers = health_pb2.HealthCheckResponse
-        for service in ("", *_SERVICES):
-            await self._health.set(service, answers.SERVING if ready else answers.NOT_SERVING)
+        for service in ("", *_SERVICES, LIVENESS):
+            # Decided now: what another report decided during the last wait counts.
+            good = self._is_alive if service == LIVENESS else self._is_ready and self._is_responsive
+            await self._health.set(service, answers.SERVING if good else answers.NOT_SERVING)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the stubs are behind

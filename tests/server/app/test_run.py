@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.assembly import assemble
 from turret_server.app.run import Shutdown, _check_model_path, _check_port, _serve_metrics
 from turret_server.config import ServerConfig
+from turret_server.engine.watchdog import Pace
 from turret_server.errors import ConfigError
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 HANG_S = 120
 """Only so that a failing test ends."""
@@ -62,6 +70,18 @@ def close_slowly(self):
 AdapterLibrary.close = close_slowly
 main(sys.argv[1:])
 """
+# Its first step never ends.
+HANGING = """
+import sys, threading
+from turret_cli.main import main
+from turret_server.engine import watchdog
+from turret_server.model.runner import ModelRunner
+
+watchdog._LATE_SECONDS = 0.1
+watchdog._LATE_STEPS = 0.1
+ModelRunner.run = lambda *_: threading.Event().wait()
+main(sys.argv[1:])
+"""
 
 
 def start(program: str, model: Path, cache: Path, *more: str) -> subprocess.Popen[str]:
@@ -84,6 +104,44 @@ def test_a_signal_ends_a_server_whose_model_is_loading(number, tmp_path):
         _, log = server.communicate(timeout=HANG_S)
     assert server.returncode == 0
     assert log.splitlines()[-1].endswith("stopped before the server was ready")
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_turns_readiness_off_then_liveness_and_does_not_hold_the_end_up(
+    base_of, quantised_cache, tmp_path
+):
+    usage = ("--usage-log", str(tmp_path / "usage.jsonl"), "--grace", "0")
+    with ExitStack() as stack:
+        server = stack.enter_context(start(HANGING, base_of("llama"), quantised_cache, *usage))
+        stack.callback(server.kill)
+        log = []
+
+        def logged(words: str) -> str:
+            for line in server.stderr:
+                log.append(line)
+                if words in line:
+                    return line
+            raise AssertionError("".join(log))
+
+        address = logged("serving on").split()[-1]
+        logged("ready")
+        channel = stack.enter_context(grpc.insecure_channel(address))
+        request = inference_pb2.GenerateRequest(text="the", max_tokens=9)
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate.future(request)
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        watch_life = stub.Watch(health_pb2.HealthCheckRequest(service="liveness"))
+        assert [next(watch).status, next(watch).status] == [SERVING, NOT_SERVING]
+        assert [next(watch_life).status, next(watch_life).status] == [SERVING, NOT_SERVING]
+        assert stub.Check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
+        server.send_signal(signal.SIGTERM)
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
+        rest = server.stderr.read()
+        assert server.wait(HANG_S) == 1
+    assert "hangs, and liveness is NOT_SERVING" in "".join(log) + rest
+    assert rest.splitlines()[-1].endswith("does not stop; the process ends without it")
+    [entry] = (tmp_path / "usage.jsonl").read_text().splitlines()
+    assert json.loads(entry)["finish_reason"] == "shutting_down"
 
 
 @pytest.mark.slow
@@ -160,7 +218,11 @@ class Recorded:
     def __init__(self, *, failed: bool = False, num_running: int = 1) -> None:
         self.used: list[str] = []
         note = self._note
-        self.engine = SimpleNamespace(failed=failed, on_failure=None, stop=note("engine.stop"))
+        self.stops = [True]
+        self.engine = SimpleNamespace(
+            failed=failed, on_failure=None, stop=self._stop_engine, abandon=note("engine.abandon")
+        )
+        self.watchdog = SimpleNamespace(pace=Pace.NORMAL)
         self.watches = SimpleNamespace(close=note("watches.close"))
         self.lifecycle = SimpleNamespace(interrupt=note("lifecycle.interrupt"))
         self.calls = SimpleNamespace(
@@ -172,6 +234,10 @@ class Recorded:
         )
         self.drain = self._note_async("drain")
         self.stop = self._note_async("stop")
+
+    def _stop_engine(self, _: float) -> bool:
+        self.used.append("engine.stop")
+        return self.stops.pop(0)
 
     def _note(self, what: str) -> Callable[..., None]:
         return lambda *values: self.used.append(" ".join([what, *map(str, values)]))
@@ -185,7 +251,7 @@ class Recorded:
 
 async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ended_after():
     parts = Recorded()
-    await Shutdown(parts, parts).drain(30)
+    await Shutdown(parts, parts, parts.watchdog).drain(30)
     assert parts.used == [
         "drain",
         "watches.close",
@@ -199,9 +265,22 @@ async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ende
     ]
 
 
+async def test_a_step_that_is_slow_is_waited_for_and_one_that_hangs_is_not():
+    parts = Recorded()
+    parts.stops = [False, False, True]
+    assert await Shutdown(parts, parts, parts.watchdog).drain(30)
+    assert (parts.used.count("engine.stop"), parts.used.count("engine.abandon")) == (3, 0)
+    parts = Recorded()
+    parts.stops, parts.watchdog.pace = [False], Pace.LATE
+    assert not await Shutdown(parts, parts, parts.watchdog).drain(30)
+    assert (parts.used.count("engine.stop"), parts.used.count("engine.abandon")) == (1, 1)
+    # Calls are ended and told all the same.
+    assert parts.used[-4:] == ["calls.end", "lifecycle.interrupt", "calls.wait 2.0", "stop 2.0"]
+
+
 async def test_after_a_failure_of_the_engine_nothing_is_waited_for():
     parts = Recorded(failed=True)
-    shutdown = Shutdown(parts, parts)
+    shutdown = Shutdown(parts, parts, parts.watchdog)
     assert shutdown.requested.is_set()
     await shutdown.drain(30)
     assert parts.used[:3] == ["drain", "watches.close", "engine.stop"]
@@ -209,7 +288,7 @@ async def test_after_a_failure_of_the_engine_nothing_is_waited_for():
 
 async def test_a_failure_of_the_engine_ends_the_server():
     parts = Recorded()
-    shutdown = Shutdown(parts, parts)
+    shutdown = Shutdown(parts, parts, parts.watchdog)
     assert not shutdown.requested.is_set()
     await asyncio.to_thread(parts.engine.on_failure)
     await shutdown.requested.wait()
@@ -217,7 +296,7 @@ async def test_a_failure_of_the_engine_ends_the_server():
 
 async def test_a_second_request_ends_the_grace_period():
     parts = Recorded()
-    shutdown = Shutdown(parts, parts)
+    shutdown = Shutdown(parts, parts, parts.watchdog)
     shutdown.request()
     assert (shutdown.requested.is_set(), parts.used) == (True, [])
     shutdown.request()
@@ -243,5 +322,5 @@ def test_an_address_that_this_machine_does_not_have_is_refused():
 @pytest.mark.parametrize("num_running", [0, 1])
 async def test_calls_that_are_cut_off_are_in_the_log(num_running, caplog):
     parts = Recorded(num_running=num_running)
-    await Shutdown(parts, parts).drain(0)
+    await Shutdown(parts, parts, parts.watchdog).drain(0)
     assert caplog.messages == ["1 calls have not finished and are ended now"][:num_running]

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, start_http_server
 from turret_server.app import build, run
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig
+from turret_server.engine.watchdog import Progress
 from turret_server.errors import GenerationFailedError
 from turret_server.rpc.drain import RunningCalls
 
@@ -50,9 +51,13 @@ class Serving:
             loop.call_soon_threadsafe(self.looked.set)
             return list(missing_pins)
 
-        self.engine = SimpleNamespace(failed=False, on_failure=None, stop=lambda: None)
+        self.engine = SimpleNamespace(
+            failed=False, on_failure=None, stop=lambda _: self.stops, progress=Progress()
+        )
+        self.stops = True
         parts = SimpleNamespace(
             engine=self.engine,
+            metrics=CollectorRegistry(),
             lifecycle=SimpleNamespace(missing_pins=look, interrupt=lambda: None),
             watches=SimpleNamespace(close=lambda: None),
         )

@@ -654,6 +654,29 @@ def test_the_log_line_of_a_failed_request_has_its_fields(caplog):
     assert seen == [{"request_id": "abc"}]
 
 
+def test_a_step_is_progress_and_an_engine_without_work_is_idle(served):
+    progress, numbers = served.engine.progress, []
+    served.device.before = lambda _: numbers.append((progress.number, progress.is_idle))
+    served.wait(served.submit(make_run([1], max_tokens=3)))
+    assert [is_idle for _, is_idle in numbers] == [False] * 3
+    assert [number for number, _ in numbers] == sorted({number for number, _ in numbers})
+    served.settle()
+    while not progress.is_idle:
+        pass
+
+
+def test_a_step_that_hangs_is_not_waited_for_and_its_requests_end(served):
+    held = served.hold()
+    waiting = served.submit(make_run([1]))
+    assert not served.engine.stop(timeout=0.01)
+    served.engine.abandon()
+    served.wait(held, waiting)
+    assert isinstance(held.error, ShuttingDownError)
+    assert isinstance(waiting.error, ShuttingDownError)
+    served.device.open.set()
+    assert served.engine.stop(PATIENCE)
+
+
 def test_an_engine_that_stops_has_not_failed(served):
     told: list[str] = []
     served.engine.on_failure = lambda: told.append("failed")

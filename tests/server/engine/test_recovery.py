@@ -44,7 +44,11 @@ class BrokenSimulation(Simulation):
     def __init__(self) -> None:
         super().__init__(num_pages=64)
         self.device = self.broken = self.residency.memory = BrokenDevice(64, 4)
-        self.runner = RecoveringRunner(self.broken)
+        self.num_told = 0
+        self.runner = RecoveringRunner(self.broken, self.told)
+
+    def told(self) -> None:
+        self.num_told += 1
 
     def failed(self, *guilty: Run) -> None:
         self.broken.guilty = {run.job.request_id for run in guilty}
@@ -84,6 +88,8 @@ def test_a_step_that_needs_too_much_memory_goes_through_in_parts(simulation):
     simulation.finish()
     assert [run.end for run in runs] == [FinishReason.LENGTH] * 4
     assert simulation.runner.num_failures > 0
+    # Every part is progress.
+    assert simulation.num_told == simulation.broken.num_runs > 4
 
 
 def test_a_request_that_runs_out_of_memory_alone_fails_with_out_of_memory(simulation):

@@ -32,6 +32,27 @@ async def test_services_are_ready_from_ready_to_drain_and_the_process_lives_all_
     assert await statuses() == [NOT_SERVING] * 4 + [SERVING]
 
 
+async def test_services_are_ready_only_while_the_engine_is_and_the_process_lives_unless_it_hangs(door):
+    async def statuses():
+        return [await door.status(service) for service in ("", *SERVICES, LIVENESS)]
+
+    await door.server.ready()
+    watch = door.health.Watch(health_pb2.HealthCheckRequest(service=LIVENESS))
+    assert (await watch.read()).status == SERVING
+    await door.server.judge_engine(responsive=False, alive=True)
+    assert await statuses() == [NOT_SERVING] * 4 + [SERVING]
+    await door.server.judge_engine(responsive=False, alive=False)
+    assert await statuses() == [NOT_SERVING] * 5
+    assert (await watch.read()).status == NOT_SERVING
+    watch.cancel()
+    await door.server.judge_engine(responsive=True, alive=True)
+    assert await statuses() == [SERVING] * 5
+    # A server that drains stays so, however its engine does.
+    await door.server.drain()
+    await door.server.judge_engine(responsive=True, alive=True)
+    assert await statuses() == [NOT_SERVING] * 4 + [SERVING]
+
+
 async def test_a_server_that_drains_refuses_new_calls(open_door):
     door = await open_door(prompts=SimpleNamespace(list=lambda _: []))
     await door.prompts.ListPinnedPrompts(prompts_pb2.ListPinnedPromptsRequest())
@@ -164,8 +185,8 @@ async def test_the_health_is_known_before_the_port_is_open(door, monkeypatch):
 async def test_a_server_that_drains_refuses_calls_before_it_says_so(door, monkeypatch):
     refused = []
 
-    async def report(*, ready):
-        refused.append((ready, door.server.calls._refusing))
+    async def report():
+        refused.append((door.server._is_ready, door.server.calls._refusing))
 
     monkeypatch.setattr(door.server, "_report", report)
     await door.server.drain()
