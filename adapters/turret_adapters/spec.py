@@ -38,7 +38,7 @@ class Part(Enum):
     """The role of an adapter's rows in one module, which computes y from x with its weight W and bias b.
 
     In a linear: y = gain · (W(input_gain · x) + scaling · Bᵀ(Ax)) + b. In an embedding, where x is a token,
-    y = W[x] + scaling · B(A[x]).
+    y = gain · (W[x] + scaling · B(A[x])).
     """
 
     LORA_A = "lora_a"  # [rank, in_features]; of an embedding [vocabulary, rank]

@@ -65,12 +65,16 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
         alpha_pattern={(n.mlp_out or n.attention)[0]: 4},
     ),
     "dora": lambda n: _lora(n, use_dora=True),
+    "dora-embedding": lambda n: _lora(n, use_dora=True, target_modules=[n.attention[0], n.embedding]),
     "lora-bias": lambda n: _lora(n, lora_bias=True),
     # "all" would be also those of the towers.
     "lora-trains-biases": lambda n: _lora(n, bias="lora_only" if n.excluded else "all"),
     "lora-embedding-head": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
     "modules-to-save": lambda n: _lora(n, modules_to_save=[n.embedding, n.head, *n.norms]),
     "trainable-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
+    "trainable-tokens-adapted-head": lambda n: _lora(
+        n, trainable_token_indices={n.embedding: [5, 50, 100]}, target_modules=[n.attention[0], n.head]
+    ),
     "embeddings-saved": _lora,
     "embeddings-trained": _lora,
     "embeddings-trained-lora": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),

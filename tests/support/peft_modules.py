@@ -71,7 +71,9 @@ def embedding(delta: ModuleDelta, weight_VE: torch.Tensor, x_N: torch.Tensor) ->
         assert list(delta.token_ids) == sorted(set(delta.token_ids))
         weight_VE[list(delta.token_ids)] = rows[TOKENS]
     y_NE = weight_VE[x_N]
-    return y_NE + delta.scaling * (rows[A][x_N] @ rows[B]) if A in rows else y_NE
+    if A in rows:
+        y_NE = y_NE + delta.scaling * (rows[A][x_N] @ rows[B])
+    return y_NE * rows.get(GAIN, torch.ones(1))
 
 
 def norm(delta: ModuleDelta, module: Any, x_NE: torch.Tensor) -> torch.Tensor:

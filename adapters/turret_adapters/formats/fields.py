@@ -40,10 +40,6 @@ COMMON: Mapping[str, Policy] = {
     "revision": Use.INERT,
     "task_type": ("CAUSAL_LM",),
 }
-_HINTS: Mapping[str, str] = {
-    "init_lora_weights": " (peft's save_pretrained(path_initial_model_for_weight_conversion=...) converts an "
-    "adapter that changed its base's weights)",
-}
 
 
 class Fields:
@@ -66,10 +62,8 @@ class Fields:
                 continue
             # JSON's true and 1 are different values, Python's are not.
             if not any(type(value) is type(other) and value == other for other in served):
-                values = (
-                    f"empty, {', '.join(map(repr, served))}" if served else "empty, since it is not supported"
-                )
-                raise self.refusal(name, values + _HINTS.get(name, ""))
+                values = f"empty, {', '.join(map(repr, served))}"
+                raise self.refusal(name, values if served else "empty, since it is not supported")
 
     def integer(self, name: str, *, most: int, default: int | None = None) -> int:
         return integer(name, self._values.get(name, default), most)

@@ -6,12 +6,15 @@ defines each kind of adapter.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from turret_adapters.errors import AdapterSourceError
-from turret_adapters.formats.fields import Fields, parse_object, refusal
+import torch
+
+from turret_adapters.errors import AdapterFormatError, AdapterSourceError
+from turret_adapters.formats.fields import Fields, parse_object, refusal, show
 from turret_adapters.formats.files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -28,7 +31,7 @@ from turret_adapters.formats.files import (
 from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import RenamedWeights, names_in_file
-from turret_adapters.formats.tensors import LENGTH_BYTES, check_entries, read_header, read_tensor
+from turret_adapters.formats.tensors import LENGTH_BYTES, match_entries, read_header, read_tensor
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
@@ -68,12 +71,18 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
         paths = names_in_file([entry.key for entry in entries], base)
         named = replace(base, modules={name: base.modules[path] for name, path in paths.items()})
         plan = kind.plan(fields, named)
-        check_entries(entries, plan.expected, named)
+        keys = match_entries(entries, plan.expected, named)
         digest.update(header)
-        tensors = {}
-        for entry in entries:
+        tensors: dict[str, torch.Tensor] = {}
+        for entry, key in zip(entries, keys, strict=True):
             progress(entry.begin, size)
-            tensors[entry.key] = read_tensor(file, entry, digest)
+            tensor = read_tensor(file, entry, digest)
+            if key in tensors and not torch.equal(tensors[key], tensor):
+                raise AdapterFormatError(
+                    f"tensor {show(key)}: expected the same numbers under each of its keys, found others "
+                    f"under {show(entry.key)} (remove the wrong one)"
+                )
+            tensors[key] = tensor
     content = plan.build(tensors, RenamedWeights(weights, paths))
     deltas = {paths[name]: delta for name, delta in content.deltas.items()}
     spec = AdapterSpec(
@@ -104,7 +113,8 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
 
 
 def _parse_config(data: bytes) -> tuple[Kind, Fields]:
-    values = parse_object(data, CONFIG_NAME)
+    # Editors on Windows begin a file in UTF-8 with a mark.
+    values = parse_object(data.removeprefix(codecs.BOM_UTF8), CONFIG_NAME)
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         hint = (

@@ -22,12 +22,11 @@ from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.formats.kind import Rows, Tensors
 from turret_adapters.formats.targets import ending_with, modules_to_save
 from turret_adapters.formats.tensors import MODULE_PREFIX, PROMPT_PREFIX, VOCABULARY, WIDTH, Expected
+from turret_adapters.formats.tokens import Tokens, tokens_of_field
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
 ROWS_COMPARED = 8192
-
-_TOKENS_FIELD = "trainable_token_indices"
 
 Place = tuple[str, Part]
 
@@ -37,16 +36,14 @@ class Replaced:
     """The tensors of a file, by key, that take the place of base weights.
 
     `places` are trained by the config. The others need not be in the file: `copies` are the base's own
-    weights, over which `places` go; `repeated` are written twice. `token_ids` are in the order of the rows in
-    the file; a head in `tied_tokens` uses those of an embedding.
+    weights, over which `places` go; `repeated` are written twice.
     """
 
     base: BaseSpec
     copies: Mapping[str, Place]
     places: Mapping[str, Place] = field(default_factory=dict)
     repeated: Mapping[str, Place] = field(default_factory=dict)
-    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    tied_tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: Tokens = field(default_factory=Tokens)
 
     @property
     def expected(self) -> Mapping[str, Expected]:
@@ -60,7 +57,7 @@ class Replaced:
         match part, shape.kind:
             case Part.TOKENS, _:
                 hidden = shape.in_features if shape.kind is ModuleKind.HEAD else shape.out_features
-                return Expected((len(self.token_ids[module]), hidden), (None, WIDTH), optional)
+                return Expected((len(self.tokens.ids[module]), hidden), (None, WIDTH), optional)
             case Part.WEIGHT, ModuleKind.EMBEDDING:
                 return Expected((shape.in_features, shape.out_features), (VOCABULARY, WIDTH), optional)
             case Part.WEIGHT, ModuleKind.HEAD:
@@ -76,12 +73,9 @@ class Replaced:
         for (module, part), tensor in self._changed_copies(tensors, weights).items():
             rows.replace(module, part, tensor)
         for key, (module, part) in self.places.items():
-            if part is Part.TOKENS:
-                self._replace_tokens(rows, module, tensors[key])
-            else:
+            if part is not Part.TOKENS:
                 rows.replace(module, part, tensors[key])
-        for head, embedding in self.tied_tokens.items():
-            self._replace_tokens(rows, head, tensors[_tokens_key(embedding)])
+        self.tokens.add_to(rows, tensors)
         return rows
 
     def _changed_copies(self, tensors: Tensors, weights: BaseWeights) -> dict[Place, torch.Tensor]:
@@ -96,13 +90,15 @@ class Replaced:
                 changed |= {(each, part): tensors[key] for each in (module, *sharing)}
         return changed
 
-    def _replace_tokens(self, rows: Rows, module: str, rows_NE: torch.Tensor) -> None:
-        ids = self.token_ids[module]
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        rows.replace_tokens(module, tuple(sorted(ids)), rows_NE[order].contiguous())
 
-
-def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias_only: str = "") -> Replaced:
+def plan_replaced(
+    fields: Fields,
+    base: BaseSpec,
+    adapted: Collection[str],
+    *,
+    bias_only: str = "",
+    tokens: Tokens | None = None,
+) -> Replaced:
     """Plans the base weights that the config replaces, besides the changes of the `adapted` modules.
 
     Args:
@@ -110,18 +106,17 @@ def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias
         base: the base model.
         adapted: the paths of the modules that peft wraps for the kind.
         bias_only: the value of `bias` that means the adapted modules' biases, if the kind has the field.
+        tokens: the tokens that the kind itself trains, if it has no field for them.
 
     Raises:
         AdapterFormatError: replacing one of them is not supported.
     """
     saved = _saved_modules(fields, base)
-    token_ids, tied_tokens = _token_ids(fields, base)
-    for module in token_ids:
-        if module in saved or module in adapted:
-            raise fields.refusal(_TOKENS_FIELD, f"without {show(module)}, which is adapted already")
+    if tokens is None:
+        tokens = tokens_of_field(fields, base, adapted=adapted, saved=saved)
     bias = fields.get("bias") if bias_only else None
     with_bias = base.modules if bias == "all" else adapted if bias == bias_only else ()
-    wrapped = _Wrapped(adapted=adapted, tokens=token_ids, saved=saved)
+    wrapped = _Wrapped(adapted=adapted, tokens=tokens, saved=saved)
     places = {
         **{key: place for module in saved for key, place in _parameters(base, module, "")},
         **{
@@ -131,7 +126,7 @@ def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias
             for key, place in _parameters(base, module, wrapped.path(module))
             if place[1] is Part.BIAS
         },
-        **{_tokens_key(module): (module, Part.TOKENS) for module in token_ids.keys() - tied_tokens.keys()},
+        **{tokens.key(module): (module, Part.TOKENS) for module in tokens.ids.keys() - tokens.tied.keys()},
     }
     copies = {
         key: place
@@ -143,15 +138,14 @@ def plan_replaced(fields: Fields, base: BaseSpec, adapted: Collection[str], bias
     repeated = {
         **{key: place for module in saved for key, place in _parameters(base, module, "modules_to_save.")},
         **{key: place for module in saved for key, place in _parameters(base, module, "original_module.")},
-        **{_tokens_key(head): (head, Part.TOKENS) for head in tied_tokens},
+        **{f"{tokens.key(head, wrapped.around(head))}": (head, Part.TOKENS) for head in tokens.tied},
     }
     return Replaced(
         base=base,
         places=places,
         copies=copies,
         repeated=repeated,
-        token_ids=token_ids,
-        tied_tokens=tied_tokens,
+        tokens=tokens,
     )
 
 
@@ -170,14 +164,18 @@ class _Wrapped:
     """The modules that peft wraps, by what it wraps them with."""
 
     adapted: Collection[str]
-    tokens: Collection[str]
+    tokens: Tokens
     saved: Collection[str]
+
+    def around(self, module: str) -> str:
+        """Where the module is, or its trained tokens, below its path."""
+        return "base_layer." if module in self.adapted else ""
 
     def path(self, module: str) -> str:
         """Where a module's own parameters are, below its path."""
         return (
-            ("base_layer." if module in self.adapted else "")
-            + ("token_adapter.base_layer." if module in self.tokens else "")
+            self.around(module)
+            + (f"{self.tokens.wrapper}base_layer." if module in self.tokens.ids else "")
             + ("original_module." if module in self.saved else "")
         )
 
@@ -191,10 +189,6 @@ def _parameters(
         yield f"{root}{module}.{inside}bias", (module, Part.BIAS)
 
 
-def _tokens_key(module: str) -> str:
-    return f"{MODULE_PREFIX}{module}.token_adapter.trainable_tokens_delta"
-
-
 def _saved_modules(fields: Fields, base: BaseSpec) -> dict[str, ModuleShape]:
     saved = {
         module: base.modules[module] for module in ending_with(modules_to_save(fields, base), base.modules)
@@ -206,53 +200,6 @@ def _saved_modules(fields: Fields, base: BaseSpec) -> dict[str, ModuleShape]:
                 f"found {show(module)}, of kind {shape.kind.value}"
             )
     return saved
-
-
-def _token_ids(fields: Fields, base: BaseSpec) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The token ids by module, and the embedding of each head that shares its token ids."""
-    by_module = _lists_of_tokens(fields, base)
-    tied = _tied_tokens(base, by_module)
-    by_module.update({head: by_module[embedding] for head, embedding in tied.items()})
-    for module, ids in by_module.items():
-        shape = base.modules[module]
-        if shape.kind not in (ModuleKind.EMBEDDING, ModuleKind.HEAD):
-            raise fields.refusal(_TOKENS_FIELD, f"of the embedding or the head, not of {show(module)}")
-        if shape.has_bias:
-            # peft leaves the bias out.
-            raise fields.refusal(_TOKENS_FIELD, f"without {show(module)}, which has a bias")
-        vocabulary = shape.in_features if shape.kind is ModuleKind.EMBEDDING else shape.out_features
-        if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-            raise fields.refusal(_TOKENS_FIELD, f"of token ids from 0 to {vocabulary - 1}")
-        if len(set(ids)) != len(ids):
-            raise fields.refusal(_TOKENS_FIELD, "of different token ids")
-    return by_module, tied
-
-
-def _tied_tokens(base: BaseSpec, by_module: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """In a tied base the head uses the embedding's rows, unless it has its own list."""
-    embedding = next((module for module in base.of_kind(ModuleKind.EMBEDDING) if module in by_module), None)
-    if not base.tied or embedding is None:
-        return {}
-    ids = by_module[embedding]
-    return {head: embedding for head in base.of_kind(ModuleKind.HEAD) if by_module.get(head, ids) == ids}
-
-
-def _lists_of_tokens(fields: Fields, base: BaseSpec) -> dict[str, tuple[int, ...]]:
-    """The unchecked lists of token ids, by module."""
-    value = fields.get(_TOKENS_FIELD)
-    if not value:
-        return {}
-    if isinstance(value, list):
-        return dict.fromkeys(base.of_kind(ModuleKind.EMBEDDING), tuple(value))
-    if not isinstance(value, dict) or not all(isinstance(ids, list) for ids in value.values()):
-        raise fields.refusal(_TOKENS_FIELD, "a list of token ids, or an object of such lists")
-    by_module: dict[str, tuple[int, ...]] = {}
-    for ending, ids in value.items():
-        modules = ending_with([ending], base.modules)
-        if not modules or not by_module.keys().isdisjoint(modules):
-            raise fields.refusal(_TOKENS_FIELD, "of different embeddings of the base model")
-        by_module.update(dict.fromkeys(modules, tuple(ids)))
-    return by_module
 
 
 def _same(copy: torch.Tensor, of_base: torch.Tensor) -> bool:

@@ -25,6 +25,8 @@ DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16,
 MODULE_PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
 LENGTH_BYTES = 8
+# Under which peft loads an adapter unless told otherwise.
+_ADAPTER_NAME = "default"
 
 # The dimension of the base model that a dimension of a tensor must equal; None if the config gives its size.
 WIDTH = "a width"
@@ -87,25 +89,43 @@ def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entr
     return length_bytes + header, entries
 
 
-def check_entries(entries: list[Entry], expected: Mapping[str, Expected], base: BaseSpec) -> None:
+def match_entries(entries: list[Entry], expected: Mapping[str, Expected], base: BaseSpec) -> list[str]:
     """Compares the tensors of a header with those to expect from the config and the base model.
+
+    Returns:
+        For each tensor the key by which it is expected. peft accepts a few other keys, see `_saved_key`.
 
     Raises:
         AdapterFormatError: a tensor is missing or unexpected, or its shape contradicts the config.
         AdapterBaseError: a shape or a path contradicts the base model.
     """
-    for entry in entries:
-        if entry.key not in expected:
+    keys = [entry.key if entry.key in expected else _saved_key(entry.key) for entry in entries]
+    for entry, key in zip(entries, keys, strict=True):
+        if key not in expected:
             raise _unexpected(entry.key, base)
-        _check_shape(entry, expected[entry.key], base)
-    found = {entry.key for entry in entries}
-    missing = [key for key, tensor in expected.items() if key not in found and not tensor.optional]
+        _check_shape(entry, expected[key], base)
+    missing = [key for key, tensor in expected.items() if key not in keys and not tensor.optional]
     if missing:
         number = sum(not tensor.optional for tensor in expected.values())
         raise AdapterFormatError(
             f"tensor {show(min(missing))}: expected {number} tensors by {CONFIG_NAME}, "
             f"found all but this and {len(missing) - 1} others"
         )
+    return keys
+
+
+def _saved_key(key: str) -> str:
+    """The key that peft saves for one that it also loads: that of a model's state dict, in which an adapter
+    named "default" stands in the key, and DoRA's vector is a module's weight.
+    """
+    names = key.split(".")
+    if names[-1] == _ADAPTER_NAME:
+        names.pop()
+    elif names[-2:-1] == [_ADAPTER_NAME]:
+        del names[-2]
+    if names[-2:] == ["lora_magnitude_vector", "weight"]:
+        names.pop()
+    return ".".join(names)
 
 
 def read_tensor(file: BufferedReader, entry: Entry, digest: hashlib._Hash) -> torch.Tensor:

@@ -142,7 +142,7 @@ class AdaptedEmbedding(Adapted):
                 b_RE = parts[Part.LORA_B].gather(step.arena).float()
                 scale = weight * delta.scaling * getattr(self.module, "embed_scale", 1.0)
                 y[0, rows] += (a_TR @ b_RE * scale).to(y.dtype)
-        return y
+        return _scale(y[0], self.name, Part.GAIN, step, step.deltas)[None]
 
     def _embed(self, rows_TE: torch.Tensor) -> torch.Tensor:
         """The module's output for these rows of its weight."""

@@ -87,15 +87,6 @@ def test_names_that_are_absent_differ_from_an_empty_list() -> None:
     assert (fields.names("empty"), fields.names("some")) == (frozenset(), {"a", "b"})
 
 
-def test_only_the_field_that_changes_the_bases_weights_has_the_hint_to_convert() -> None:
-    values = {"init_lora_weights": "pissa", "other": "pissa"}
-    for name, hinted in (("init_lora_weights", True), ("other", False)):
-        with pytest.raises(AdapterFormatError) as refusal:
-            Fields({name: values[name]}).check({name: (True,)})
-        assert f"'{name}' to be empty, True" in str(refusal.value)
-        assert ("path_initial_model_for_weight_conversion" in str(refusal.value)) == hinted
-
-
 def test_every_field_is_checked() -> None:
     fields = Fields({"read": 1, "empty": None, "no": False, "allowed": "x", "unknown": 2})
     with pytest.raises(AdapterFormatError, match="'unknown' to be empty, since it is not supported, found 2"):

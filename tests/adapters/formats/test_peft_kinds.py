@@ -58,6 +58,16 @@ CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {
         lora(target_modules=["q_proj", "o_proj"], use_dora=True, bias="lora_only"),
         {A, B, GAIN, BIAS},
     ),
+    "dora, embedding": (
+        "llama",
+        lora(target_modules=["q_proj", "embed_tokens"], use_dora=True),
+        {A, B, GAIN},
+    ),
+    "dora, embedding and head, tied": (
+        "llama-tied",
+        lora(target_modules=["embed_tokens", "lm_head"], use_dora=True, use_rslora=True),
+        {A, B, GAIN},
+    ),
     "lora_bias": ("qwen2", lora(target_modules=["q_proj", "o_proj"], lora_bias=True), {A, B, BIAS}),
     "lora_bias, head": ("phi", lora(target_modules=["lm_head"], lora_bias=True), {A, B, BIAS}),
     "lora_bias, trained biases": (
@@ -112,6 +122,26 @@ CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {
     "tokens of each": (
         "llama",
         lora(trainable_token_indices={"embed_tokens": [7, 2], "lm_head": [30, 1, 2]}),
+        {A, B, TOKENS},
+    ),
+    "tokens, adapted head": (
+        "llama",
+        lora(trainable_token_indices=[7, 2], target_modules=["lm_head"], use_dora=True),
+        {A, B, GAIN, TOKENS},
+    ),
+    "tokens, adapted head, tied": (
+        "llama-tied",
+        lora(trainable_token_indices=[7, 2], target_modules=["q_proj", "lm_head"]),
+        {A, B, TOKENS},
+    ),
+    "tokens, head with lora_bias, tied": (
+        "llama-tied",
+        lora(trainable_token_indices=[7, 2], target_modules=["lm_head"], lora_bias=True),
+        {A, B, BIAS, TOKENS},
+    ),
+    "adalora, tokens, adapted head, tied": (
+        "llama-tied",
+        adalora(trainable_token_indices=[7, 2], target_modules=["lm_head"]),
         {A, B, TOKENS},
     ),
     "lora, embedding, tied": ("llama-tied", lora(target_modules=["q_proj", "embed_tokens"]), {A, B}),
@@ -232,7 +262,7 @@ def test_a_large_modules_norms_are_computed_in_parts(
     make_model: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saved = save(lora(target_modules=["lm_head", "up_proj"], use_dora=True)(), seed=3)
+    saved = save(lora(target_modules=["lm_head", "embed_tokens", "up_proj"], use_dora=True)(), seed=3)
     monkeypatch.setattr(formats_lora, "DORA_ROWS", 30)
     found = read_adapter(saved.folder, base, weights)
     check(found, base, weights, make_model("llama"), load(saved.folder))

@@ -37,7 +37,7 @@ FIELDS: list[tuple[str, str, Any]] = [
     ("LORA", "ensure_weight_tying", 1),
     *[
         ("LORA", "init_lora_weights", value)
-        for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "of the future", 1)
+        for value in ("pissa", "PiSSA", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", 1)
     ],
     ("LORA", "task_type", "SEQ_CLS"),
     ("LORA", "task_type", 7),
@@ -181,7 +181,6 @@ def test_invocation_tokens_up_to_the_limits(sound: dict[str, Any], base: BaseSpe
 EMBEDDING = ["q_proj", "embed_tokens"]
 COMBINATIONS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True, "lora_bias": True}, "lora_bias"),
-    ({"use_dora": True, "target_modules": EMBEDDING}, "use_dora"),
     ({"lora_bias": True, "target_modules": EMBEDDING}, "lora_bias"),
     ({"alora_invocation_tokens": [5], "target_modules": EMBEDDING}, "alora_invocation_tokens"),
     ({"alora_invocation_tokens": [5], "use_dora": True}, "use_dora"),
@@ -209,13 +208,29 @@ def test_an_activated_lora_beside_trained_biases(
     refused(sound["LORA"].write(tmp_path), base_of_family("qwen2"), AdapterFormatError, "'bias'", "'all'")
 
 
-@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+    ],
+)
 def test_tokens_of_a_tied_base_whose_head_is_adapted(
     fields: dict[str, Any], sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
 ) -> None:
     sound["LORA"].fields.update({"trainable_token_indices": [5], **fields})
     base = base_of_family("llama-tied")
     refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "trainable_token_indices", "'lm_head'")
+
+
+def test_tokens_of_a_tied_base_below_dora(
+    sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    """peft has no bias in its wrapper, and fails."""
+    fields = {"trainable_token_indices": [5], "target_modules": ["lm_head"], "use_dora": True}
+    sound["LORA"].fields.update(fields)
+    base = base_of_family("llama-tied")
+    refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "use_dora", "'lm_head'")
 
 
 def test_tokens_of_a_biased_head(

@@ -40,9 +40,15 @@ TENSORS: list[tuple[str, Callable[[Any], Any], type[AdapterError], tuple[str, ..
     # Keys that nothing consumes.
     (
         "LORA",
-        rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.default.weight"),
+        rename(f"{Q0}.lora_A.weight", f"{Q0}.lora_A.mine.weight"),
         AdapterFormatError,
-        ("q_proj.lora_A.default.weight",),
+        ("q_proj.lora_A.mine.weight",),
+    ),
+    (
+        "LORA",
+        put(f"{Q0}.lora_A.default.weight", 4, 32),
+        AdapterFormatError,
+        ("q_proj.lora_A.weight", "the same numbers under each of its keys"),
     ),
     ("LORA", put(f"{Q0}.lora_magnitude_vector", 48), AdapterFormatError, ("lora_magnitude_vector",)),
     ("LORA", put(f"{Q0}.lora_B.bias", 48), AdapterFormatError, ("q_proj.lora_B.bias",)),

@@ -77,6 +77,16 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         lora(trainable_token_indices=[7, 2], modules_to_save=["lm_head"]),
         f"{EMBED}.token_adapter.base_layer.weight",
     ),
+    "tokens, adapted head, tied": (
+        "llama-tied",
+        lora(trainable_token_indices=[7, 2], target_modules=[r"lm_head", "q_proj"]),
+        f"{EMBED}.token_adapter.trainable_tokens_delta",
+    ),
+    "DoRA, by path": (
+        "llama",
+        lora(target_modules=["model.embed_tokens"], use_dora=True),
+        f"{EMBED}.lora_magnitude_vector.weight",
+    ),
     "norms": (
         "llama",
         lambda: LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"),

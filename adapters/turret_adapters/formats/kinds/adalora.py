@@ -75,6 +75,7 @@ class AdaLoraPlan:
 
 
 def _plan(fields: Fields, base: BaseSpec) -> AdaLoraPlan:
+    lora.check_initialisation(fields)
     modules = Targets.read(fields, base).find(base, ModuleKind.LINEAR, ModuleKind.HEAD)
     initial_rank = fields.integer("init_r", most=lora.MAX_RANK, default=12)
     ranks = dict.fromkeys(modules, initial_rank)

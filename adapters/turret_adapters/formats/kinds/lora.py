@@ -26,6 +26,10 @@ MAX_RANK = 512
 MAX_INVOCATION_TOKENS = 4096
 DORA_ROWS = 8192
 
+# Those of `init_lora_weights` that leave the base's weights as they are.
+_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+
+# ms-swift adds `lora_dtype`, `lorap_…` and `swift_type`, which concern the training.
 FIELDS: Mapping[str, Policy] = {
     **COMMON,
     **BY_LAYER,
@@ -38,15 +42,17 @@ FIELDS: Mapping[str, Policy] = {
     "eva_config": Use.INERT,
     "exclude_modules": Use.READ,
     "fan_in_fan_out": Use.INERT,
-    # pissa, olora, corda, loftq and lora_ga change the base's weights.
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+    "init_lora_weights": Use.READ,
     "kasa_config": REFUSED,
     "layer_replication": REFUSED,
     "loftq_config": Use.INERT,
     "lora_alpha": Use.READ,
     "lora_bias": Use.READ,
     "lora_dropout": Use.INERT,
+    "lora_dtype": Use.INERT,
     "lora_ga_config": Use.INERT,
+    "lorap_emb_lr": Use.INERT,
+    "lorap_lr_ratio": Use.INERT,
     "megatron_config": REFUSED,
     "megatron_core": Use.INERT,
     "monteclora_config": REFUSED,
@@ -54,6 +60,7 @@ FIELDS: Mapping[str, Policy] = {
     "r": Use.READ,
     "rank_pattern": Use.READ,
     "runtime_config": Use.INERT,
+    "swift_type": ("LORA",),
     "target_parameters": Use.READ,
     "trainable_token_indices": Use.READ,
     "use_bdlora": REFUSED,
@@ -126,7 +133,8 @@ class LoraPlan:
             rows.add_lora(module.name, a_RI, b_OR, module.scaling)
             if self.use_dora:
                 magnitude_O = tensors[module.key("lora_magnitude_vector")]
-                gain_O = magnitude_O.float() / _norms(
+                norms = _norms_by_token if module.shape.kind is ModuleKind.EMBEDDING else _norms
+                gain_O = magnitude_O.float() / norms(
                     rows.weight(module.name), a_RI.float(), b_OR.float() * module.scaling
                 )
                 rows.add_vector(module.name, Part.GAIN, check_finite(module.name, gain_O))
@@ -144,7 +152,27 @@ class LoraPlan:
         )
 
 
+def check_initialisation(fields: Fields) -> None:
+    """Refuses an initialisation that changes the base's weights.
+
+    Raises:
+        AdapterFormatError: it is one, or unknown.
+    """
+    name = "init_lora_weights"
+    value = fields.get(name)
+    if isinstance(value, str) and value.lower() in _INITIALISATIONS:
+        return
+    if value is not None and not isinstance(value, bool):
+        raise fields.refusal(
+            name,
+            f"true, false, {', '.join(map(repr, sorted(_INITIALISATIONS)))} (peft's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...) converts an adapter that changed "
+            "its base's weights)",
+        )
+
+
 def _plan(fields: Fields, base: BaseSpec) -> LoraPlan:
+    check_initialisation(fields)
     parameters = find_parameters(fields, base)
     targets: Mapping[str, ModuleShape] = {}
     if fields.get("target_modules") or not parameters:
@@ -216,11 +244,14 @@ def _check_combination(fields: Fields, plan: LoraPlan) -> None:
         raise fields.refusal("lora_bias", "false beside use_dora")
     embedding = next((m.name for m in plan.modules if m.shape.kind is ModuleKind.EMBEDDING), None)
     if embedding is not None:
-        for name in ("use_dora", "lora_bias", "alora_invocation_tokens"):
+        for name in ("lora_bias", "alora_invocation_tokens"):
             if fields.get(name):
                 raise fields.refusal(
-                    name, f"empty, since it is not supported on the embedding {show(embedding)}"
+                    name, f"empty, since peft does not support it on the embedding {show(embedding)}"
                 )
+    tied = plan.replaced.tokens.tied.keys() & {module.name for module in plan.modules}
+    if plan.use_dora and tied:
+        raise fields.refusal("use_dora", f"false beside trained tokens of the tied {show(min(tied))}")
     if not plan.invocation_tokens:
         return
     # Rows apply from the invocation on, but peft applies its replacements to every token.
@@ -242,6 +273,17 @@ def _dimensions(kind: ModuleKind) -> tuple[str, str]:
             return WIDTH, VOCABULARY
         case _:
             return WIDTH, WIDTH
+
+
+def _norms_by_token(weight_VE: torch.Tensor, a_RV: torch.Tensor, b_ER: torch.Tensor) -> torch.Tensor:
+    """‖W + (BA)ᵀ‖ of each feature of an embedding, over its tokens, computed for some tokens at a time."""
+    squares = [
+        torch.addmm(some_VE, some_RV.T, b_ER.T).square().sum(dim=0)
+        for some_VE, some_RV in zip(
+            torch.split(weight_VE, DORA_ROWS), torch.split(a_RV, DORA_ROWS, dim=1), strict=True
+        )
+    ]
+    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def _norms(weight_OI: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
