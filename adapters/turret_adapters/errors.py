@@ -17,6 +17,7 @@ AdapterError
 ├── StoreBusyError          UNAVAILABLE         STORE_BUSY               in use by another server or call
 ├── OwnerLimitError         RESOURCE_EXHAUSTED  QUOTA_EXCEEDED           the owner's quota is used up
 ├── StoreFullError          RESOURCE_EXHAUSTED  STORE_FULL               the disk or the budget is full
+│   └── UploadsFullError                                                 other uploads take the room
 └── StoreFailedError        INTERNAL            STORE_FAILED             the disk failed, or its permissions
 
 Each class has a stable reason and the name of a gRPC code.
@@ -28,10 +29,15 @@ from typing import ClassVar
 
 
 class AdapterError(ValueError):
-    """An adapter is not usable. The message names the field or file, what was expected and what was found."""
+    """An adapter is not usable. The message names the field or file, what was expected and what was found.
+
+    `retry_after` is in seconds; None if waiting does not help.
+    """
 
     reason: ClassVar[str]
     code: ClassVar[str]
+
+    retry_after: float | None = None
 
 
 class AdapterNotFoundError(AdapterError):
@@ -104,6 +110,7 @@ class SourceUnavailableError(AdapterError):
 
     reason = "SOURCE_UNAVAILABLE"
     code = "UNAVAILABLE"
+    retry_after = 5.0
 
 
 class UploadError(AdapterError):
@@ -139,6 +146,7 @@ class StoreBusyError(AdapterError):
 
     reason = "STORE_BUSY"
     code = "UNAVAILABLE"
+    retry_after = 1.0
 
 
 class OwnerLimitError(AdapterError):
@@ -157,6 +165,12 @@ class StoreFullError(AdapterError):
 
     reason = "STORE_FULL"
     code = "RESOURCE_EXHAUSTED"
+
+
+class UploadsFullError(StoreFullError):
+    """Uploads that are in progress take all of the room for uploads, and give it back at their end."""
+
+    retry_after = 5.0
 
 
 class StoreFailedError(AdapterError):

@@ -21,7 +21,21 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _PORTS = {"http": 80, "https": 443}
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_IPV6_UNICAST = ipaddress.ip_network("2000::/3")
+# Global by their number, at least for some versions of Python, and nowhere a public host.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "192.0.0.0/24",  # for protocols; a cloud's metadata service is in it
+            "192.88.99.0/24",  # relays of 6to4
+            "168.63.129.16/32",  # a cloud's metadata service
+            "2001::/23",  # for protocols; Teredo contains an IPv4 address
+            "2002::/16",  # 6to4 contains an IPv4 address
+            "3fff::/20",  # for documentation
+        ),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +182,10 @@ def _begins(url: SplitResult, allowed: SplitResult) -> bool:
 
 
 def _is_public(address: Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address) and (
-        address.sixtofour or address.teredo or address in _NAT64
-    ):
-        return False  # these contain an IPv4 address, which is not checked
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    if address.version == 6 and address not in _IPV6_UNICAST:
+        return False
+    listed = any(address in network for network in _NOT_PUBLIC)
+    return address.is_global and not address.is_multicast and not address.is_reserved and not listed
 
 
 def _list(items: tuple[object, ...]) -> str:

@@ -19,7 +19,7 @@ LOG_AFTER_SECONDS = 3.0
 log = logging.getLogger(__name__)
 
 _LOCK_NAME = "lock"
-_NAMES = ("names.sqlite", "names.sqlite-wal", "names.sqlite-shm")
+_NAMES = ("names.sqlite", "names.sqlite-wal", "names.sqlite-shm", "names.sqlite-reserve")
 _ENTRIES = {_LOCK_NAME, *_NAMES, "adapters", "staging", "uploads", "leases"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -127,13 +127,16 @@ class Names:
             return rows[0]
 
     def remove(self, name: str) -> None:
-        """Deletes a name and its history, if there is one."""
-        with self._database.transaction() as database:
+        """Deletes a name and its history, if there is one; also on a full disk, where it may give room."""
+
+        def remove(database: sqlite3.Connection) -> None:
             for table in ("published", "split"):
                 database.execute(
                     f"DELETE FROM {table} WHERE base = ? AND name = ?",  # noqa: S608 -- a constant
                     (self._base, name),
                 )
+
+        self._database.write_even_if_full(remove)
 
     def rollback_target(self, name: str, revision: str | None = None) -> Published:
         """The entry that `rollback` with the same arguments would make current.

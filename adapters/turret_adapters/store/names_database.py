@@ -9,7 +9,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from turret_adapters.store.disk import LOG_AFTER_SECONDS, errors_of_the_store
 # Only programs other than the server that has the store's lock, such as a backup, keep the database locked.
 BUSY_TIMES = 10
 BUSY_SECONDS = BUSY_TIMES * LOG_AFTER_SECONDS
+
+# Room for the log of dozens of removed names.
+RESERVE_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class NamesDatabase:
             StoreBusyError, StoreFullError, StoreFailedError
         """
         self._path = path
+        self._reserve = path.with_name(f"{path.name}-reserve")
         self._lock = threading.Lock()
         with errors_of_the_store(path.parent):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -92,6 +96,7 @@ class NamesDatabase:
             except BaseException:
                 self._connection.close()
                 raise
+        self._keep_reserve()
 
     def close(self) -> None:
         with self._lock:
@@ -114,6 +119,35 @@ class NamesDatabase:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def write_even_if_full(self, write: Callable[[sqlite3.Connection], None]) -> None:
+        """A transaction for what must be possible on a full disk: it gets the room of the reserve.
+
+        Raises:
+            StoreBusyError, NamesCorruptError, StoreFullError, StoreFailedError: as `transaction`.
+        """
+        try:
+            with self.transaction() as database:
+                write(database)
+        except (StoreFullError, StoreFailedError) as error:
+            # A disk quota that is used up is among the failures.
+            log.warning("%s: trying again with the room of %s", error, self._reserve)
+            self._reserve.unlink(missing_ok=True)
+            with self.transaction() as database:
+                write(database)
+        self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        """Take the reserve's room, if there is room."""
+        try:
+            handle = os.open(self._reserve, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(handle, 0, RESERVE_BYTES)
+            finally:
+                os.close(handle)
+        except OSError:
+            # Part of it would be as good as nothing, and keep room from others.
+            self._reserve.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         for left in reversed(range(BUSY_TIMES)):

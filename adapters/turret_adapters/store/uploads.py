@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from turret_adapters.errors import SourceTooLargeError, StoreBusyError, StoreFullError, UploadError
+from turret_adapters.errors import SourceTooLargeError, StoreBusyError, UploadError, UploadsFullError
 from turret_adapters.formats.files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -149,13 +149,13 @@ class Uploads:
         self.expire()
         own = [folder for folder in self._others(wanted) if folder.name.split("-")[1] == owner_key]
         if not self._free(own, size, 2) and own:
-            raise StoreFullError(
+            raise UploadsFullError(
                 f"expected at most {MAX_UPLOADS // 2} uploads of {self._max_bytes // 2} bytes in total of "
                 f"one tenant, found {len(own)} others in progress (try again when they are finished)"
             )
         others = self._others(wanted)
         if not self._free(others, size, 1):
-            raise StoreFullError(
+            raise UploadsFullError(
                 f"expected at most {MAX_UPLOADS} uploads of {self._max_bytes} bytes in total, "
                 f"found {len(others)} others in progress (try again when they are finished)"
             )

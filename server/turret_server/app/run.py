@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from turret_server.app.assembly import assemble
 from turret_server.app.readiness import report_ready, watch_steps
@@ -17,6 +18,7 @@ from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig, split_address
 from turret_server.engine.watchdog import Pace, Watchdog
 from turret_server.errors import ConfigError, GenerationFailedError
+from turret_server.observability.metrics_server import PATH, MetricsServer
 
 if TYPE_CHECKING:
     from turret_server.app.build import Parts
@@ -43,9 +45,9 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
     _check_port("--listen", config.listen)
     if config.metrics:
         _check_port("--metrics", config.metrics)
-    with assemble(config) as parts:
+    with assemble(config) as parts, ExitStack() as stack:
         if config.metrics:
-            _serve_metrics(config.metrics, parts.metrics)
+            stack.callback(_serve_metrics(config.metrics, parts.metrics).close)
         asyncio.run(_serve(config, parts, signals))
 
 
@@ -78,15 +80,16 @@ def _check_port(flag: str, address: str) -> None:
         ) from error
 
 
-def _serve_metrics(address: str, registry: CollectorRegistry) -> None:
+def _serve_metrics(address: str, registry: CollectorRegistry) -> MetricsServer:
     host, port = split_address(address)
     try:
-        server, _ = start_http_server(port, host, registry=registry)
+        server = MetricsServer(host, port, registry)
     except OSError as error:
         raise ConfigError(
             f"--metrics {address}: {error.strerror}; choose another port, or none to switch metrics off"
         ) from error
-    log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+    log.info("metrics on http://%s:%d%s", host, server.server_port, PATH)
+    return server
 
 
 async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:

@@ -28,7 +28,7 @@ def to_status(error: TurretError | AdapterError) -> status_pb2.Status:
     """The status of an error, without the id of its call."""
     metadata = error.metadata if isinstance(error, TurretError) else {}
     details = [_packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN, metadata=metadata))]
-    if isinstance(error, TurretError) and error.retry_after is not None:
+    if error.retry_after is not None:
         delay = duration_pb2.Duration()
         delay.FromTimedelta(timedelta(seconds=error.retry_after))
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))

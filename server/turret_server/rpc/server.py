@@ -43,8 +43,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # The streams of a peer that vanished end within about two minutes.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Pings without data are allowed every 30 s; the third violation ends the connection.
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    # gRPC's clients ping every 10 s at most, and a few milliseconds early. The third violation ends the
+    # connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 9_000),
     ("grpc.http2.max_ping_strikes", 2),
     # An idle connection costs a file descriptor; clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 15 * 60_000),

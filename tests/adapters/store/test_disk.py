@@ -122,6 +122,7 @@ def test_a_new_store_is_private(tmp_path: Path) -> None:
             "names.sqlite": 0o600,
             "names.sqlite-wal": 0o600,
             "names.sqlite-shm": 0o600,
+            "names.sqlite-reserve": 0o600,
         }
         stored = store.path(add(store, write_folder(tmp_path / "poet")))
         assert modes(stored) == {

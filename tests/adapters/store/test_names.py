@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -422,3 +424,66 @@ def test_a_database_that_stays_locked_is_waited_for_as_long_as_the_error_says(
     other.close()
     assert f"locked for {len(tries) * wait / 1000:g} s" in str(refused.value)
     assert len(caplog.records) == 1, "only the first wait is logged"
+
+
+# Fills a small file system, and removes names on it.
+FULL = """
+import os, sys
+from pathlib import Path
+from turret_adapters.errors import StoreFullError
+from turret_adapters.store.names import Names
+
+folder = Path(sys.argv[1])
+
+def fill(name):
+    with open(folder / name, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+
+for reserved in (True, False):
+    names = Names(folder / "names.sqlite", "base")
+    names.publish("other", "r0", "")
+    for number in range(20):
+        names.publish(f"poet-{number}", "r1", "x" * 1000)
+    names.close()
+    names = Names(folder / "names.sqlite", "base")
+    fill("filler")
+    if not reserved:
+        (folder / "names.sqlite-reserve").unlink()
+        fill("another")
+    try:
+        names.publish("bard", "r1", "x" * 100_000)
+        raise SystemExit("the disk is not full")
+    except StoreFullError:
+        pass
+    try:
+        for number in range(20):
+            names.remove(f"poet-{number}")
+    except StoreFullError:
+        print("full", sorted(names.current())[:2])
+    else:
+        print("removed", sorted(names.current()))
+    (folder / "filler").unlink()
+    names.remove("nobody")
+    print((folder / "names.sqlite-reserve").stat().st_blocks * 512)
+    names.close()
+"""
+
+
+def test_names_are_removed_on_a_full_disk_in_the_room_of_the_reserve(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=3m none {tmp_path}"
+    unshared = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*unshared, mount], capture_output=True, check=False).returncode:  # noqa: S603
+        pytest.skip("this user may not mount a file system")
+    command = [*unshared, f'{mount} && "$0" -c "$1" {tmp_path}', sys.executable, FULL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "removed ['other']",
+        str(module.RESERVE_BYTES),
+        "full ['other', 'poet-0']",
+        str(module.RESERVE_BYTES),
+    ]

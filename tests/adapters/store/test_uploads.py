@@ -14,8 +14,8 @@ from turret_adapters.errors import (
     SourceTooLargeError,
     StoreBusyError,
     StoreFailedError,
-    StoreFullError,
     UploadError,
+    UploadsFullError,
 )
 from turret_adapters.formats.files import MAX_CONFIG_BYTES
 from turret_adapters.store import uploads
@@ -152,7 +152,7 @@ def test_the_oldest_idle_upload_makes_room(
         second.write(0, b"t")
         with receive(store, b"tensor3"):
             assert len(partial(store)) == 2, "the first is gone"
-            with pytest.raises(StoreFullError, match="try again"):
+            with pytest.raises(UploadsFullError, match="try again"):
                 receive(store, b"tensor4")
         with receive(store, b"tensor4"):
             assert len(partial(store)) == 2
@@ -161,14 +161,14 @@ def test_the_oldest_idle_upload_makes_room(
 
 def test_the_number_of_uploads_is_limited(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MAX_UPLOADS", 4)
-    with receive(store, b"1"), receive(store, b"2"), pytest.raises(StoreFullError):
+    with receive(store, b"1"), receive(store, b"2"), pytest.raises(UploadsFullError):
         receive(store, b"3")
 
 
 def test_nobody_takes_all_the_room(open_store: Callable[..., AdapterStore]) -> None:
     store = open_store(28)
     with receive(store, b"tensor1"), receive(store, b"tensor2"):
-        with pytest.raises(StoreFullError, match="at most 128 uploads of 14 bytes in total of one tenant"):
+        with pytest.raises(UploadsFullError, match="at most 128 uploads of 14 bytes in total of one tenant"):
             receive(store, b"tensor3")
         with store.receive(digest(b"tensor3"), CONFIG, 7, "another") as other:
             other.write(0, b"tensor3")
@@ -322,7 +322,7 @@ def test_the_number_of_all_tenants_uploads_is_limited(
 ) -> None:
     monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
     with receive(store, owner="alice"), receive(store, owner="bob"):
-        with pytest.raises(StoreFullError, match=r"at most 2 uploads of .* found 2 others"):
+        with pytest.raises(UploadsFullError, match=r"at most 2 uploads of .* found 2 others"):
             receive(store, owner="carol")
         assert len(partial(store)) == 2
     with receive(store, owner="carol"):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import urllib.request
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter
 
 from turret_server.app import build, run
 from turret_server.app.signals import StopSignals
@@ -97,24 +98,11 @@ async def test_a_server_whose_engine_fails_ends_with_an_error(monkeypatch):
     assert serving.server.told[-2:] == ["drain", "stop"]
 
 
-def test_metrics_are_served_where_the_log_says(monkeypatch, caplog):
+def test_metrics_are_served_where_the_log_says(caplog):
     caplog.set_level("INFO")
-    started = []
-
-    def start(*arguments, **options):
-        started.append(start_http_server(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(run, "start_http_server", start)
     registry = CollectorRegistry()
     Counter("turret_of_this_test", "A test's.", registry=registry)
-    run._serve_metrics("127.0.0.1:0", registry)
-    [(server, thread)] = started
-    try:
+    with closing(run._serve_metrics("127.0.0.1:0", registry)):
         [message] = caplog.messages
         with urllib.request.urlopen(message.removeprefix("metrics on ")) as response:  # noqa: S310 (loopback)
             assert b"turret_of_this_test_total 0.0" in response.read()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from turret_adapters.errors import AdapterNotFoundError
+from turret_adapters.errors import AdapterNotFoundError, StoreBusyError, StoreFullError, UploadsFullError
 from turret_server import errors
 from turret_server.errors import InvalidRequestError, QueueFullError, TurretError
 from turret_server.rpc.caller import REQUEST_ID, bind_request_id
@@ -47,6 +47,13 @@ def test_a_full_queue_says_when_to_try_again(seconds):
     found = details(status)
     assert found["ErrorInfo"].metadata == {"tenant": "acme"}
     assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == seconds
+
+
+def test_an_adapters_error_says_when_to_try_again_if_that_can_help():
+    for error, seconds in ((StoreBusyError("busy"), 1.0), (UploadsFullError("full"), 5.0)):
+        found = details(to_status(error))
+        assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == seconds
+    assert "RetryInfo" not in details(to_status(StoreFullError("full")))
 
 
 def test_a_message_too_long_for_a_header_is_cut_between_characters():
