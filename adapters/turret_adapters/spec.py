@@ -25,6 +25,7 @@ class Method(Enum):
     VERA = "vera"
     IA3 = "ia3"
     LN_TUNING = "ln_tuning"
+    TRAINABLE_TOKENS = "trainable_tokens"
 
 
 class PrefixKind(Enum):

@@ -247,6 +247,7 @@ def _sound_files(save: Callable[..., Saved]) -> dict[str, Files]:
         PrefixTuningConfig,
         PromptEncoderConfig,
         PromptTuningConfig,
+        TrainableTokensConfig,
         VeraConfig,
     )
 
@@ -267,6 +268,9 @@ def _sound_files(save: Callable[..., Saved]) -> dict[str, Files]:
         "VERA": _files(save(VeraConfig(**targets, r=4))),
         "IA3": _files(save(IA3Config(**targets, feedforward_modules=["down_proj"]))),
         "LN_TUNING": _files(save(LNTuningConfig(task_type="CAUSAL_LM", target_modules=["norm"]))),
+        "TRAINABLE_TOKENS": _files(
+            save(TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[7, 60], init_weights=False))
+        ),
     }
 
 

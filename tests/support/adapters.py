@@ -20,6 +20,7 @@ from peft import (
     PromptEncoderReparameterizationType,
     PromptTuningConfig,
     TaskType,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -93,6 +94,9 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
         target_modules=[*n.attention, *n.mlp_out], feedforward_modules=list(n.mlp_out), **_TASK
     ),
     "ln-tuning": lambda n: LNTuningConfig(target_modules=list(n.norms), **_TASK),
+    "trainable-tokens-alone": lambda n: TrainableTokensConfig(
+        token_indices=[5, 50, 100], target_modules=[n.embedding], **_TASK
+    ),
     "prefix": lambda _: PrefixTuningConfig(
         num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=32, **_TASK
     ),

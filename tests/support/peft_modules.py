@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, VeraConfig
+from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, TrainableTokensConfig, VeraConfig
 
 from turret_adapters.host import BaseWeights, HostAdapter, ModuleDelta
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
@@ -37,6 +37,11 @@ def ia3(**fields: Any) -> Callable[[], IA3Config]:
 
 def ln(*names: str, **fields: Any) -> Callable[[], LNTuningConfig]:
     return lambda: LNTuningConfig(**TASK, target_modules=list(names), **fields)
+
+
+def tokens(*names: str, **fields: Any) -> Callable[[], TrainableTokensConfig]:
+    fields = {"token_indices": [7, 60, 0, 5], "target_modules": list(names) or None, **fields}
+    return lambda: TrainableTokensConfig(**TASK, **fields)
 
 
 def linear(

@@ -34,7 +34,6 @@ COMMON: Mapping[str, Policy] = {
     "auto_mapping": Use.INERT,
     "base_model_name_or_path": Use.INERT,
     "inference_mode": Use.INERT,
-    "modules_to_save": REFUSED,
     "peft_type": Use.READ,
     "peft_version": Use.INERT,
     "revision": Use.INERT,

@@ -29,7 +29,7 @@ class Tokens:
 
     ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    wrapper: str = "token_adapter."
+    wrapper: str = ""
 
     def key(self, module: str, around: str = "") -> str:
         """The key of a module's rows; `around` is the path of what peft wraps around the wrapper."""
@@ -51,13 +51,13 @@ def tokens_of_field(
         AdapterFormatError: peft would not accept or not run them.
     """
     listed = _lists_of_tokens(fields, base)
-    tied = _tied_heads(base, listed)
-    for module in [*listed, *tied]:
+    tokens = tokens_of_modules(base, listed, wrapper="token_adapter.")
+    for module in tokens.ids:
         # An adapted head that shares the embedding's rows has them below its adapter.
         if module in saved or (module in adapted and module in listed):
             raise fields.refusal(_FIELD, f"without {show(module)}, which is adapted already")
     check_token_ids(_FIELD, fields, base, listed)
-    return Tokens(ids={**listed, **{head: listed[embedding] for head, embedding in tied.items()}}, tied=tied)
+    return tokens
 
 
 def check_token_ids(
@@ -82,13 +82,15 @@ def check_token_ids(
             raise fields.refusal(name, "of different token ids")
 
 
-def _tied_heads(base: BaseSpec, listed: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """In a tied base the head uses the embedding's rows, unless it has its own list."""
+def tokens_of_modules(base: BaseSpec, listed: Mapping[str, tuple[int, ...]], *, wrapper: str) -> Tokens:
+    """The tokens of the listed modules, and of a head that is tied to the embedding and has no other list."""
     embedding = next((module for module in base.of_kind(ModuleKind.EMBEDDING) if module in listed), None)
-    if not base.tied or embedding is None:
-        return {}
-    ids = listed[embedding]
-    return {head: embedding for head in base.of_kind(ModuleKind.HEAD) if listed.get(head, ids) == ids}
+    tied: dict[str, str] = {}
+    if base.tied and embedding is not None:
+        heads = base.of_kind(ModuleKind.HEAD)
+        tied = {head: embedding for head in heads if listed.get(head, listed[embedding]) == listed[embedding]}
+    ids = {**listed, **{head: listed[embedding] for head, embedding in tied.items()}}
+    return Tokens(ids=ids, tied=tied, wrapper=wrapper)
 
 
 def _lists_of_tokens(fields: Fields, base: BaseSpec) -> dict[str, tuple[int, ...]]:

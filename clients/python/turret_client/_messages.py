@@ -47,6 +47,7 @@ _METHODS = {
     adapters_pb2.ADAPTER_METHOD_VERA: AdapterMethod.VERA,
     adapters_pb2.ADAPTER_METHOD_IA3: AdapterMethod.IA3,
     adapters_pb2.ADAPTER_METHOD_LN_TUNING: AdapterMethod.LN_TUNING,
+    adapters_pb2.ADAPTER_METHOD_TRAINABLE_TOKENS: AdapterMethod.TRAINABLE_TOKENS,
 }
 
 

@@ -98,6 +98,7 @@ class AdapterMethod(StrEnum):
     VERA = "vera"
     IA3 = "ia3"
     LN_TUNING = "ln_tuning"
+    TRAINABLE_TOKENS = "trainable_tokens"
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class _AdapterMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_METHOD_VERA: _AdapterMethod.ValueType  # 7
     ADAPTER_METHOD_IA3: _AdapterMethod.ValueType  # 8
     ADAPTER_METHOD_LN_TUNING: _AdapterMethod.ValueType  # 9
+    ADAPTER_METHOD_TRAINABLE_TOKENS: _AdapterMethod.ValueType  # 10
 
 class AdapterMethod(_AdapterMethod, metaclass=_AdapterMethodEnumTypeWrapper): ...
 
@@ -82,6 +83,7 @@ ADAPTER_METHOD_ADALORA: AdapterMethod.ValueType  # 6
 ADAPTER_METHOD_VERA: AdapterMethod.ValueType  # 7
 ADAPTER_METHOD_IA3: AdapterMethod.ValueType  # 8
 ADAPTER_METHOD_LN_TUNING: AdapterMethod.ValueType  # 9
+ADAPTER_METHOD_TRAINABLE_TOKENS: AdapterMethod.ValueType  # 10
 Global___AdapterMethod: _TypeAlias = AdapterMethod  # noqa: Y015
 
 @_typing.final

@@ -25,6 +25,7 @@ _METHODS = {
     Method.VERA: adapters_pb2.ADAPTER_METHOD_VERA,
     Method.IA3: adapters_pb2.ADAPTER_METHOD_IA3,
     Method.LN_TUNING: adapters_pb2.ADAPTER_METHOD_LN_TUNING,
+    Method.TRAINABLE_TOKENS: adapters_pb2.ADAPTER_METHOD_TRAINABLE_TOKENS,
 }
 _STATES = {
     AdapterState.STAGED: adapters_pb2.ADAPTER_STATE_STAGED,

@@ -14,7 +14,7 @@ from peft import (
     VeraConfig,
 )
 
-from support.peft_modules import TASK, adalora, check, ia3, linear, ln, lora, vera
+from support.peft_modules import TASK, adalora, check, ia3, linear, ln, lora, tokens, vera
 from turret_adapters.formats.kinds import lora as formats_lora
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights
@@ -191,6 +191,13 @@ CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {
     "vera, layers": ("llama", vera(target_modules=["q_proj"], layers_to_transform=[1]), {A, B}),
     "vera, all biases": ("qwen2", vera(bias="all"), {A, B, BIAS}),
     "vera_only": ("qwen2", vera(bias="vera_only"), {A, B, BIAS}),
+    "trainable_tokens": ("llama", tokens(), {TOKENS}),
+    "trainable_tokens, tied": ("llama-tied", tokens(), {TOKENS}),
+    "trainable_tokens, tied, by name": ("llama-tied", tokens("embed_tokens"), {TOKENS}),
+    "trainable_tokens, regex": ("neox", tokens(target_modules=r".*embed_in"), {TOKENS}),
+    "trainable_tokens, head": ("llama", tokens("lm_head"), {TOKENS}),
+    "trainable_tokens, tied head": ("llama-tied", tokens("lm_head"), {TOKENS}),
+    "trainable_tokens, both": ("llama", tokens("embed_tokens", "lm_head", init_weights=False), {TOKENS}),
     "ln_tuning": ("llama", ln("norm", "input_layernorm"), {WEIGHT}),
     "ln_tuning, biases": ("neox", ln("final_layer_norm", "post_attention_layernorm"), {WEIGHT, BIAS}),
     "ln_tuning, head": ("llama", ln("norm", modules_to_save=["lm_head"]), {WEIGHT}),

@@ -92,6 +92,11 @@ FIELDS: list[tuple[str, str, Any]] = [
     ("LN_TUNING", "target_modules", ["norm", "q_proj"]),
     ("LN_TUNING", "target_modules", "all-linear"),
     ("LN_TUNING", "modules_to_save", "lm_head"),
+    *[
+        ("TRAINABLE_TOKENS", "token_indices", value)
+        for value in (None, [], 3, "x", [61], [-1], [True], [1.0], [3, 3], {"embed_tokens": [3]})
+    ],
+    *[("TRAINABLE_TOKENS", "target_modules", value) for value in ([], ".*norm", ["q_proj"], ["norm"], 3)],
     *[("IA3", "feedforward_modules", value) for value in (None, 3, [1], "(")],
     ("IA3", "bias", "all"),
     ("VERA", "save_projection", False),
@@ -231,6 +236,15 @@ def test_tokens_of_a_tied_base_below_dora(
     sound["LORA"].fields.update(fields)
     base = base_of_family("llama-tied")
     refused(sound["LORA"].write(tmp_path), base, AdapterFormatError, "use_dora", "'lm_head'")
+
+
+def test_tokens_of_both_modules_of_a_tied_base(
+    sound: dict[str, Any], base_of_family: Callable[[str], BaseSpec], tmp_path: Path
+) -> None:
+    """peft wraps the head twice, and fails."""
+    sound["TRAINABLE_TOKENS"].fields["target_modules"] = ["embed_tokens", "lm_head"]
+    base = base_of_family("llama-tied")
+    refused(sound["TRAINABLE_TOKENS"].write(tmp_path), base, AdapterFormatError, "target_modules", "lm_head")
 
 
 def test_tokens_of_a_biased_head(

@@ -11,6 +11,7 @@ from peft import LNTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
 from support.peft_modules import check, ia3, lora, vera
+from support.peft_modules import tokens as trainable_tokens
 from support.refusals import refused
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats import replaced
@@ -87,6 +88,8 @@ CASES: dict[str, tuple[str, Callable[[], Any], str]] = {
         lora(target_modules=["model.embed_tokens"], use_dora=True),
         f"{EMBED}.lora_magnitude_vector.weight",
     ),
+    "trainable_tokens": ("llama", trainable_tokens(), f"{EMBED}.base_layer.weight"),
+    "trainable_tokens, tied": ("llama-tied", trainable_tokens(), f"{EMBED}.base_layer.weight"),
     "norms": (
         "llama",
         lambda: LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret_adapters.formats.kind import Kind
-from turret_adapters.formats.kinds import adalora, ia3, ln_tuning, lora, prompts, vera
+from turret_adapters.formats.kinds import adalora, ia3, ln_tuning, lora, prompts, trainable_tokens, vera
 
 KINDS: Mapping[str, Kind] = {
     "LORA": lora.KIND,
@@ -17,6 +17,7 @@ KINDS: Mapping[str, Kind] = {
     "VERA": vera.KIND,
     "IA3": ia3.KIND,
     "LN_TUNING": ln_tuning.KIND,
+    "TRAINABLE_TOKENS": trainable_tokens.KIND,
 }
 
 # peft converts these to LORA.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret_adapters.errors import AdapterBaseError
-from turret_adapters.formats.fields import COMMON, Fields, Policy, Use, refusal
+from turret_adapters.formats.fields import COMMON, REFUSED, Fields, Policy, Use, refusal
 from turret_adapters.formats.files import CONFIG_NAME, MAX_TENSORS_BYTES
 from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.replaced import Replaced, plan_copies
@@ -30,6 +30,7 @@ _FLOAT_BYTES = 4
 
 _FIELDS: Mapping[str, Policy] = {
     **COMMON,
+    "modules_to_save": REFUSED,
     "num_attention_heads": Use.READ,
     "num_layers": Use.READ,
     "num_transformer_submodules": (1,),
