@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from support.models import MIXTURES, Names, auto_class, names_of
@@ -95,7 +97,7 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     ),
     "ln-tuning": lambda n: LNTuningConfig(target_modules=list(n.norms), **_TASK),
     "trainable-tokens-alone": lambda n: TrainableTokensConfig(
-        token_indices=[5, 50, 100], target_modules=[n.embedding], **_TASK
+        token_indices=[*range(60, 160)], target_modules=[n.embedding], **_TASK
     ),
     "prefix": lambda _: PrefixTuningConfig(
         num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=32, **_TASK
@@ -116,12 +118,18 @@ MIXTURE_KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     "lora-experts-down": lambda n: _lora(
         n, r=3, target_modules=[], target_parameters=["down_proj"], use_rslora=True
     ),
+    "lora-experts-apart": _lora,
     "lora-experts-ranks": lambda n: _lora(
         n,
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
         rank_pattern={"gate_up_proj": 7},
         alpha_pattern={r"layers\.1\..*down_proj": 20},
     ),
+}
+# As transformers 4 names experts, each of whose linears has a pair: the first two, the last, and where.
+APART = {
+    "mixtral": ("w1", "w3", "w2", "block_sparse_moe"),
+    "qwen3-moe": ("gate_proj", "up_proj", "down_proj", "mlp"),
 }
 _DTYPES = {"lora-fp16": torch.float16, "lora-bf16": torch.bfloat16}
 
@@ -132,6 +140,8 @@ def kinds_of(family: str) -> dict[str, Callable[[Names], PeftConfig]]:
 
 def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
+    if kind == "lora-experts-apart":
+        return save_apart(family, base, folder)
     with warnings.catch_warnings():
         # peft says that embeddings are saved, that biases are trained, that DoRA is slow.
         warnings.simplefilter("ignore")
@@ -149,6 +159,32 @@ def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0
         if kind in _DTYPES:
             model.to(_DTYPES[kind])
         model.save_pretrained(folder, save_embedding_layers=kind.startswith("embeddings-") or "auto")
+    return folder
+
+
+def save_apart(family: str, base: Path, folder: Path, without: Collection[str] = (), **fields: Any) -> Path:
+    """A LoRA as peft with transformers 4 saves it, which stacks no experts: of all linears but `without`."""
+    config = AutoConfig.from_pretrained(base)
+    *linears, block = APART[family]
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    hidden, experts, rank = config.hidden_size, range(config.num_local_experts), 4
+    shapes = dict.fromkeys(linears[:2], (hidden, inner)) | {linears[2]: (inner, hidden)}
+    shapes = {f"experts.{expert}.{name}": shapes[name] for expert in experts for name in linears} | {
+        "gate": (hidden, len(experts))
+    }
+    tensors = {}
+    for layer in range(config.num_hidden_layers):
+        for name, (in_features, out_features) in shapes.items():
+            if name.rpartition(".")[2] not in without:
+                key = f"base_model.model.model.layers.{layer}.{block}.{name}"
+                tensors[f"{key}.lora_A.weight"] = 0.2 * torch.randn(rank, in_features)
+                tensors[f"{key}.lora_B.weight"] = 0.2 * torch.randn(out_features, rank)
+    targets = sorted({*linears, "gate"} - set(without))
+    saved = LoraConfig(r=rank, lora_alpha=8, target_modules=targets, **_TASK).to_dict()
+    saved |= {"target_modules": targets, **fields}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(saved, default=str))
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -30,7 +30,7 @@ from turret_adapters.formats.files import (
 )
 from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
-from turret_adapters.formats.layouts import RenamedWeights, names_in_file
+from turret_adapters.formats.layouts import layout_of_file
 from turret_adapters.formats.tensors import LENGTH_BYTES, match_entries, read_header, read_tensor
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
@@ -68,8 +68,8 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
     digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)
-        paths = names_in_file([entry.key for entry in entries], base)
-        named = replace(base, modules={name: base.modules[path] for name, path in paths.items()})
+        layout = layout_of_file([entry.key for entry in entries], base)
+        named = replace(base, modules=layout.modules)
         plan = kind.plan(fields, named)
         keys = match_entries(entries, plan.expected, named)
         digest.update(header)
@@ -83,12 +83,11 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
                     f"under {show(entry.key)} (remove the wrong one)"
                 )
             tensors[key] = tensor
-    content = plan.build(tensors, RenamedWeights(weights, paths))
-    deltas = {paths[name]: delta for name, delta in content.deltas.items()}
+    content = layout.content(plan.build(tensors, layout.weights(weights)))
     spec = AdapterSpec(
         revision=digest.hexdigest()[:REVISION_LENGTH],
         method=kind.method,
-        rows=row_groups(deltas),
+        rows=row_groups(content.deltas),
         prefix=_prefix_spec(content),
         max_rank=content.max_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
@@ -98,7 +97,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
     )
     return HostAdapter(
         spec=spec,
-        deltas=deltas,
+        deltas=content.deltas,
         prefix_kv=content.prefix_kv,
         prompt_embeddings=content.prompt_embeddings,
         tasks=tuple(
