@@ -100,14 +100,20 @@ class BaseWeights(Protocol):
 
 
 def joined_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:
-    """The spec of several prefixes of one kind, joined in order to one."""
-    [kind] = {spec.prefix.kind for spec in specs if spec.prefix}
+    """The spec of several prefixes, joined in order to one."""
+    parts = tuple(spec.prefix for spec in specs if spec.prefix)
+    kinds = {part.kind for part in parts}
+    kind = PrefixKind.EMBEDDING if PrefixKind.EMBEDDING in kinds else PrefixKind.KEY_VALUE
     digest = hashlib.sha256("+".join(spec.revision for spec in specs).encode()).hexdigest()
     return AdapterSpec(
         revision=f"joined-{digest[:32]}",
         method=Method.PREFIX_TUNING if kind is PrefixKind.KEY_VALUE else Method.PROMPT_TUNING,
         rows=(),
-        prefix=PrefixSpec(num_virtual_tokens=sum(spec.num_virtual_tokens for spec in specs), kind=kind),
+        prefix=PrefixSpec(
+            num_virtual_tokens=sum(part.num_virtual_tokens for part in parts),
+            kind=kind,
+            parts=parts if len(kinds) > 1 else (),
+        ),
         max_rank=0,
         num_parameters=sum(spec.num_parameters for spec in specs),
         file_bytes=sum(spec.file_bytes for spec in specs),
@@ -115,16 +121,29 @@ def joined_spec(specs: Sequence[AdapterSpec]) -> AdapterSpec:
 
 
 def join_prefixes(adapters: Sequence[HostAdapter]) -> HostAdapter:
-    """The tensors of `joined_spec`.
+    """The tensors of `joined_spec`, each with a row for every virtual token if there are both.
 
     The keys of a prefix have no rotary embedding, so keys and values do not depend on their position; the
-    keys and values of embeddings are computed at their position in the joined prefix.
+    keys and values of embeddings are computed at their position in the joined prefix, after those before.
     """
-    spec = joined_spec([adapter.spec for adapter in adapters])
-    keys_values = [adapter.prefix_kv.float() for adapter in adapters if adapter.prefix_kv is not None]
-    if keys_values:
-        return HostAdapter(spec=spec, deltas={}, prefix_kv=torch.cat(keys_values))
-    prompts = [
-        adapter.prompt_embeddings.float() for adapter in adapters if adapter.prompt_embeddings is not None
-    ]
-    return HostAdapter(spec=spec, deltas={}, prompt_embeddings=torch.cat(prompts))
+    return HostAdapter(
+        spec=joined_spec([adapter.spec for adapter in adapters]),
+        deltas={},
+        prefix_kv=_joined([(adapter.prefix_kv, adapter.spec.num_virtual_tokens) for adapter in adapters]),
+        prompt_embeddings=_joined(
+            [(adapter.prompt_embeddings, adapter.spec.num_virtual_tokens) for adapter in adapters]
+        ),
+    )
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor | None, int]]) -> torch.Tensor | None:
+    """The tensors one after another, with zeros for the rows of those that are missing; None if all are."""
+    found = next((tensor for tensor, _ in parts if tensor is not None), None)
+    if found is None:
+        return None
+    return torch.cat(
+        [
+            torch.zeros(count, *found.shape[1:]) if tensor is None else tensor.float()
+            for tensor, count in parts
+        ]
+    )

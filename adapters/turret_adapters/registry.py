@@ -422,8 +422,8 @@ def _of_task(named: Named, spec: AdapterSpec) -> AdapterSpec:
 def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
     """Checks that adapters, given with their names and weights, work together in one request.
 
-    LoRAs add up, each with its weight (peft's `add_weighted_adapter(combination_type="cat")`); prefixes of
-    one kind are joined.
+    LoRAs add up, each with its weight (peft's `add_weighted_adapter(combination_type="cat")`); prefixes are
+    joined.
 
     Raises:
         AdapterCompositionError: they do not.
@@ -440,9 +440,3 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
                 f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a LoRA is scaled, "
                 f"found {weight:g}"
             )
-    kinds = [spec.prefix.kind for _, spec, _ in named if spec.prefix]
-    if len(set(kinds)) > 1:
-        raise AdapterCompositionError(
-            "expected prefixes of one kind in a request, found prefixes of keys and values beside prefixes "
-            "of embeddings; request them separately"
-        )

@@ -114,10 +114,24 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSpec:
-    """Virtual tokens before the prompt, at positions 0 … num_virtual_tokens − 1."""
+    """Virtual tokens before the prompt, at positions 0 … num_virtual_tokens − 1.
+
+    A prefix that was joined of both kinds has `parts`, and is of the kind EMBEDDING.
+    """
 
     num_virtual_tokens: int
     kind: PrefixKind
+    parts: tuple[PrefixSpec, ...] = ()
+
+    @property
+    def embedded(self) -> tuple[range, ...]:
+        """The positions of embeddings, whose keys and values are to be computed; in runs, in order."""
+        runs, start = [], 0
+        for part in self.parts or (self,):
+            if part.kind is PrefixKind.EMBEDDING:
+                runs.append(range(start, start + part.num_virtual_tokens))
+            start += part.num_virtual_tokens
+        return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,20 @@ def test_prompts_of_embeddings_stand_in_their_order():
     assert joined.spec.revision != join_prefixes([first, second]).spec.revision
 
 
+def test_prefixes_of_both_kinds_have_rows_for_every_virtual_token():
+    first, last = prompt("1", torch.randn(3, 4)), prompt("3", torch.randn(1, 4))
+    keys_values = torch.randn(2, 5, 2, 1, 6)
+    middle = HostAdapter(spec=make_spec("2", num_virtual=2), deltas={}, prefix_kv=keys_values)
+    joined = join_prefixes([first, middle, last])
+    assert joined.spec.prefix.embedded == (range(3), range(5, 6))
+    assert (joined.spec.num_virtual_tokens, joined.spec.method) == (6, Method.PROMPT_TUNING)
+    assert torch.equal(joined.prefix_kv[3:5], keys_values)
+    assert torch.equal(joined.prompt_embeddings[:3], first.prompt_embeddings)
+    assert torch.equal(joined.prompt_embeddings[5:], last.prompt_embeddings)
+    assert (len(joined.prefix_kv), len(joined.prompt_embeddings)) == (6, 6)
+    assert join_prefixes([middle, first]).spec.prefix.embedded == (range(2, 5),)
+
+
 def test_a_joined_prefix_counts_all_its_parts_and_is_named_after_them_in_order():
     specs = [
         replace(make_spec(revision, num_virtual=tokens), num_parameters=size, file_bytes=10 * size)

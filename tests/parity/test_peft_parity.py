@@ -72,6 +72,11 @@ CASES = [
         (Named("p-tuning-v2"), Named("prefix")),
         lambda oracle, asked: oracle.prefixed(["p-tuning-v2", "prefix"], None, asked),
     ),
+    Case(
+        "prompt, prefix and prompt",
+        (Named("prompt"), Named("prefix"), Named("p-tuning")),
+        lambda oracle, asked: oracle.prefixed(["prompt", "prefix", "p-tuning"], None, asked),
+    ),
 ]
 
 

@@ -121,8 +121,9 @@ def expected_tokens(request: Request) -> list[int]:
 def _prefix(request: Request | PromptPin) -> list[int]:
     history: list[int] = []
     for spec in (use.spec for use in request.adapters if use.spec.prefix):
+        embedded = {position for run in spec.prefix.embedded for position in run}
         for index in range(spec.num_virtual_tokens):
-            if spec.prefix.kind is PrefixKind.KEY_VALUE:
+            if index not in embedded:
                 history.append(_content(spec.revision, "key_value", index))
             else:
                 history.append(_value(history, _content(spec.revision, "embedding", index), _rows(())))
@@ -174,8 +175,9 @@ class FakeDevice:
         revision, prefix = placement.spec.revision, placement.spec.prefix
         for row, page in enumerate(placement.slab_pages):
             self.pages[page] = [_content(revision, "row", row)] * self.block_size
-        if prefix and prefix.kind is PrefixKind.KEY_VALUE:
-            for position in range(prefix.num_virtual_tokens):
+        if prefix:
+            embedded = {position for run in prefix.embedded for position in run}
+            for position in sorted({*range(prefix.num_virtual_tokens)} - embedded):
                 page = placement.prefix_pages[position // self.block_size]
                 self.pages[page][position % self.block_size] = _content(revision, "key_value", position)
         if error is None:

@@ -49,23 +49,31 @@ class Oracle:
         return _run(self._exact(model), sequences, {})
 
     def prefixed(self, prefixes: Sequence[str], lora: str | None, sequences: Sequences) -> list[torch.Tensor]:
-        """Of keys and values that stand before the prompt, one prefix after another, perhaps with a LoRA."""
+        """Of prefixes that stand before the prompt, one after another, perhaps with a LoRA: keys and values, or
+        embeddings that the model computes after those before.
+        """
         model = self._load()
         config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        tensors = [load_file(self._adapters[name] / "adapter_model.safetensors") for name in prefixes]
-        kv_NX = torch.cat([tensor["prompt_embeddings"] for tensor in tensors]).to(self._dtype)
-        kv = kv_NX.view(len(kv_NX), -1, 2, kv_heads, head_dim).permute(1, 2, 3, 0, 4)[:, :, None]
+        files = [load_file(self._adapters[name] / "adapter_model.safetensors") for name in prefixes]
+        prefixes_NX = [file["prompt_embeddings"].to(self._dtype) for file in files]
         if lora:
             model = self._with(model, lora)
         model = self._exact(model)
         found = []
         for sequence in sequences:
             cache = DynamicCache(config=config)
-            for layer, (key, value) in enumerate(kv):
-                cache.update(key, value, layer)
-            found += _run(model, [sequence], {"past_key_values": cache}, num_before=len(kv_NX))
+            for rows_NX in prefixes_NX:
+                if rows_NX.shape[1] == config.hidden_size:
+                    with torch.inference_mode():
+                        model(inputs_embeds=rows_NX[None], past_key_values=cache)
+                    continue
+                kv = rows_NX.view(len(rows_NX), -1, 2, kv_heads, head_dim).permute(1, 2, 3, 0, 4)[:, :, None]
+                for layer, (key, value) in enumerate(kv):
+                    cache.update(key, value, layer)
+            num_before = sum(map(len, prefixes_NX))
+            found += _run(model, [sequence], {"past_key_values": cache}, num_before=num_before)
         return found
 
     def _load(self) -> torch.nn.Module:

@@ -267,7 +267,8 @@ class Scheduler:
     def _compute_virtual_tokens(self, plan: _Plan) -> None:
         """Add virtual tokens that are embeddings: their keys and values go to the adapter's own pages."""
         for resident in self.residency.to_compute():
-            count = min(resident.spec.num_virtual_tokens - resident.num_virtual_computed, plan.budget)
+            virtual = resident.uncomputed
+            count = min(len(virtual), plan.budget)
             if not count:
                 break
             resident.last_requested = resident.last_used = self.pool.clock
@@ -277,7 +278,7 @@ class Scheduler:
                 SequenceStep(
                     sequence_id=sequence_id,
                     token_ids=(VIRTUAL_TOKEN,) * count,
-                    start=resident.num_virtual_computed,
+                    start=virtual.start,
                     block_table=tuple(resident.prefix_pages),
                     prompt=resident.spec.revision,
                 )
@@ -351,7 +352,7 @@ class Scheduler:
         if error is not None:
             self.residency.fail(resident, str(error))
         else:
-            resident.num_virtual_computed += len(part.token_ids)
+            resident.num_virtual_computed = part.start + len(part.token_ids)
 
     def _update_sequence(self, sequence: Sequence, part: SequenceStep, result: StepResult) -> None:
         error = result.errors.get(part.sequence_id)

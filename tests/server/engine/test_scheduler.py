@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from support.fake_device import Simulation, expected_tokens, make_run, make_spec
+from turret_adapters.host import joined_spec
 from turret_adapters.spec import PrefixKind
 from turret_server.engine.request import FinishReason
 from turret_server.engine.residency.residency import MAX_LOADING, Residency
@@ -250,6 +251,18 @@ def test_virtual_tokens_are_computed_in_chunks_before_the_requests_start():
     assert all(run.job.request_id not in lengths(step) for step in steps[:-1])
     simulation.finish()
     assert finished(stream, run)
+
+
+def test_only_the_embeddings_of_a_joined_prefix_are_computed():
+    simulation = Simulation(max_batch_tokens=4)
+    kinds = [(PrefixKind.EMBEDDING, 5), (PrefixKind.KEY_VALUE, 3), (PrefixKind.EMBEDDING, 2)]
+    joined = joined_spec([prefix(count, kind, str(index)) for index, (kind, count) in enumerate(kinds)])
+    run = simulation.submit([1, 2], joined, max_tokens=2)
+    steps = step_until(simulation, lambda: run.end)
+    computed = [part for step in steps for part in step.sequences if part.sequence_id < 0]
+    assert [(part.start, len(part.token_ids)) for part in computed] == [(0, 4), (4, 1), (8, 2)]
+    simulation.finish()
+    assert finished(run)
 
 
 def test_virtual_tokens_of_several_adapters_are_computed_in_one_step():

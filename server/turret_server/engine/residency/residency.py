@@ -192,7 +192,6 @@ class Residency:
             tenant=tenant,
             pinned=any(pinned.revision == spec.revision for pinned in self.pinned()),
             copying=True,
-            num_virtual_computed=0 if embeddings else spec.num_virtual_tokens,
         )
         self._residents[spec.revision] = resident
         self.num_slab_pages += len(resident.slab_pages)

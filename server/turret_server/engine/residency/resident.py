@@ -32,7 +32,7 @@ class Resident:
     prefix_pages: list[int]
     tenant: str
     copying: bool
-    num_virtual_computed: int
+    num_virtual_computed: int = 0
     num_users: int = 0
     users: Counter[str] = field(default_factory=Counter)
     last_requested: int = 0
@@ -45,7 +45,14 @@ class Resident:
 
     @property
     def ready(self) -> bool:
-        return not self.copying and self.num_virtual_computed == self.spec.num_virtual_tokens
+        return not self.copying and not self.uncomputed
+
+    @property
+    def uncomputed(self) -> range:
+        """The next virtual tokens whose keys and values are to be computed."""
+        runs = self.spec.prefix.embedded if self.spec.prefix else ()
+        rest = (range(max(run.start, self.num_virtual_computed), run.stop) for run in runs)
+        return next(filter(None, rest), range(0))
 
     @property
     def pages(self) -> list[int]:
