@@ -7,7 +7,6 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -18,6 +17,7 @@ from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig, split_address
 from turret_server.engine.watchdog import Pace, Watchdog
 from turret_server.errors import ConfigError, GenerationFailedError
+from turret_server.model.checkpoint import check_path
 from turret_server.observability.metrics_server import PATH, MetricsServer
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         GenerationFailedError: the engine failed; a new process may do better.
     """
     # Before the model, which takes minutes to load.
-    _check_model_path(config.model)
+    check_path(config.model)
     _check_port("--listen", config.listen)
     if config.metrics:
         _check_port("--metrics", config.metrics)
@@ -49,16 +49,6 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         if config.metrics:
             stack.callback(_serve_metrics(config.metrics, parts.metrics).close)
         asyncio.run(_serve(config, parts, signals))
-
-
-def _check_model_path(model: str) -> None:
-    """Check that a model that can only be a folder exists; any other may be a name on the hub.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
-        raise ConfigError(f"--model {model}: no such folder; check the path")
 
 
 def _check_port(flag: str, address: str) -> None:

@@ -18,7 +18,8 @@ class StopSignals:
 
     1. While the server is built, SystemExit(0) is raised where the main thread stands, so that what has been
        constructed is closed.
-    2. Within `on_event_loop`, the callback is called on the loop.
+    2. Within `on_event_loop`, the callback is called on the loop: also for a signal of the first phase, whose
+       SystemExit a library may have caught.
     3. After that, while the parts are closed, nothing: closing goes on to its end.
 
     The handler is the process's own for the whole time: an event loop's would give way to the default, which
@@ -27,7 +28,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self._deliver: Callable[[], object] = _abort_start
+        self._deliver: Callable[[], object] = self._abort_start
+        self._aborted = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -44,6 +46,8 @@ class StopSignals:
         """Call `callback` on the running loop for every signal; ignore signals once the block has ended."""
         loop = asyncio.get_running_loop()
         self._deliver = partial(loop.call_soon_threadsafe, callback)
+        if self._aborted:
+            self._deliver()
         try:
             yield
         finally:
@@ -52,10 +56,10 @@ class StopSignals:
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self._deliver()
 
-
-def _abort_start() -> None:
-    log.info("stopped before the server was ready")
-    raise SystemExit(0)
+    def _abort_start(self) -> None:
+        self._aborted = True
+        log.info("stopped before the server was ready")
+        raise SystemExit(0)
 
 
 def _ignore() -> None:

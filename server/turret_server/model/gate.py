@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from turret_server.errors import UnsupportedModelError
 from turret_server.model.experts import EXPERT_MODELS, EXPERTS_METHOD, has_experts, is_stacked
 
+_NF4 = "bitsandbytes NF4"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -57,11 +58,10 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
 
 def _check_quantization(config: PreTrainedConfig) -> None:
     quantization: dict[str, Any] = getattr(config, "quantization_config", None) or {}
-    if quantization and quantization.get("bnb_4bit_quant_type") != "nf4":
-        found = quantization.get("quant_method", "unknown")
+    if quantization and _method(quantization) != _NF4:
         raise UnsupportedModelError(
-            f"the checkpoint is quantised with {found}; supported are checkpoints in 16 or 32 bit, and in "
-            "bitsandbytes NF4"
+            f"the checkpoint is quantised with {_method(quantization)}; use the checkpoint that it was "
+            f"made from, in 16 or 32 bit, which the first start quantises, or one that is in {_NF4}"
         )
     if quantization and has_experts(config) and quantization.get("quant_method") != EXPERTS_METHOD:
         raise UnsupportedModelError(
@@ -69,6 +69,15 @@ def _check_quantization(config: PreTrainedConfig) -> None:
             "experts in 16 bit; use a checkpoint in 16 or 32 bit",
             model=config.model_type,
         )
+
+
+def _method(quantization: dict[str, Any]) -> str:
+    found = str(quantization.get("quant_method") or "an unknown method")
+    if found != "bitsandbytes":
+        return _NF4 if found == EXPERTS_METHOD else found
+    if quantization.get("load_in_8bit"):
+        return "bitsandbytes in 8 bit"
+    return f"bitsandbytes {str(quantization.get('bnb_4bit_quant_type', 'fp4')).upper()}"
 
 
 def check_model(model: PreTrainedModel) -> None:

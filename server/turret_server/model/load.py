@@ -9,17 +9,18 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store.disk import make_private
@@ -36,6 +37,7 @@ from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate, rope
 from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
+from turret_server.model.checkpoint import check_type, reading
 from turret_server.model.classes import left_out, model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 from turret_server.model.rope import ContextLength
@@ -112,8 +114,8 @@ def load_model(
     attention.register()
     config = read_config(name_or_path)
     context = rope.context_length(config, max_context)
-    with _reading(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    with reading(name_or_path, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     with torch.device("meta"):
         gate.check_model(model_class(config)._from_config(config))  # noqa: SLF001
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
@@ -146,21 +148,12 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
         ConfigError: the model does not exist or is unreadable.
     """
-    with _reading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path)
+    with reading(name_or_path, CONFIG_NAME):
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        check_type(name_or_path, values, CONFIG_MAPPING, transformers.__version__)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     gate.check_config(config, model_class(config))
     return config
-
-
-@contextmanager
-def _reading(name_or_path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        found = str(error)
-        if not Path(name_or_path).exists():
-            found = "no such folder, and the hub has no such model or is unreachable; check the name or path"
-        raise ConfigError(f"--model {name_or_path}: {found}") from error
 
 
 def _load_quantised(
@@ -173,7 +166,8 @@ def _load_quantised(
     }
     if getattr(config, "quantization_config", None):
         log.info("loading %s, which is quantised", name_or_path)
-        model = _from_pretrained(name_or_path, config, options)
+        with reading(name_or_path, "its weights"):
+            model = _from_pretrained(name_or_path, config, options)
         _set_dtype(model, dtype)
         return model
     with suppress(OSError):  # `_save_copy` reports a cache that is not writable
@@ -181,19 +175,43 @@ def _load_quantised(
     copy = cache / "nf4" / _cache_key(name_or_path, config, dtype)
     if copy.is_dir():
         log.info("loading %s from its quantised copy in %s", name_or_path, copy)
-        return _from_pretrained(str(copy), config, options)
+        with reading(name_or_path, f"its quantised copy {copy}, which can be deleted,"):
+            return _from_pretrained(str(copy), config, options)
     log.info("loading %s and quantising it to NF4", name_or_path)
     kind = ExpertsConfig if has_experts(config) else BitsAndBytesConfig
     options["quantization_config"] = quantization(dtype, kind)
-    model = _from_pretrained(name_or_path, config, options)
+    with reading(name_or_path, "its weights"):
+        model = _from_pretrained(name_or_path, config, options)
     _save_copy(model, copy)
     return model
 
 
 def _from_pretrained(name_or_path: str, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    model = model_class(config).from_pretrained(name_or_path, **options)
+    model, found = model_class(config).from_pretrained(
+        name_or_path, **options, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    _check_weights(model, found)
     check_attention(model)
     return model.requires_grad_(requires_grad=False)
+
+
+def _check_weights(model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Transformers only warns of weights that are missing or of another shape; they have random numbers.
+
+    Raises:
+        ValueError: a weight is missing or has another shape than the configuration says.
+    """
+    if found["missing_keys"]:
+        number, first = len(found["missing_keys"]), min(found["missing_keys"])
+        raise ValueError(f"{number} weights that config.json implies are missing, such as {first}")
+    wrong = {name: shape for name, shape, _ in found["mismatched_keys"]}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):  # which transformers does not compare
+            shape = tuple(module.weight.quant_state.shape)
+            if shape != (module.out_features, module.in_features):
+                wrong[f"{name}.weight"] = shape
+    for name, shape in wrong.items():
+        raise ValueError(f"{name} has the shape {list(shape)}, which is not what config.json says")
 
 
 def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -266,7 +284,8 @@ def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) 
         files = sorted(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern))
         source: object = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     else:
-        source = [name_or_path, config._commit_hash]  # noqa: SLF001
+        with reading(name_or_path, CONFIG_NAME):  # from a folder that has the name of the commit
+            source = [name_or_path, Path(cached_file(name_or_path, CONFIG_NAME)).parent.name]
     parts = [config.to_json_string(), source, str(dtype), bitsandbytes.__version__]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return f"{folder.name}-{digest}"
@@ -274,7 +293,7 @@ def _cache_key(name_or_path: str, config: PreTrainedConfig, dtype: torch.dtype) 
 
 def _generation_config(name_or_path: str, model: PreTrainedModel) -> GenerationConfig:
     """That of the model's folder: the one of a quantised copy is as old as the copy."""
-    with _reading(name_or_path):
+    with reading(name_or_path, GENERATION_CONFIG_NAME):
         found = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         if found is None:
             return GenerationConfig.from_model_config(model.config)

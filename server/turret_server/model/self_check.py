@@ -65,6 +65,11 @@ def check_model(
             f"{len(layers)} of {num_layers} layers call the attention function; use a model in which every "
             "layer does"
         )
+    if not eager_TV.isfinite().all():
+        raise refuse(
+            f"the logits of a first prompt are not finite in {str(eager_TV.dtype).removeprefix('torch.')}; "
+            "use another --dtype, such as bfloat16, or a checkpoint whose weights are finite"
+        )
     for found_TV, where in ((alone_TV, "alone"), (beside_TV[len(other) :], "beside another")):
         difference = _difference(found_TV, eager_TV)
         if not difference <= _TOLERANCES[alone_TV.dtype]:

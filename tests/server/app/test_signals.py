@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -37,6 +37,19 @@ def test_a_signal_is_delivered_on_the_event_loop(number):
     signals = StopSignals()
     with signals.handled():
         assert asyncio.run(serve()) == 7
+
+
+def test_a_signal_of_the_start_that_a_library_swallowed_ends_the_server_when_it_serves():
+    async def serve() -> None:
+        called = asyncio.Event()
+        with signals.on_event_loop(called.set):
+            await called.wait()
+
+    signals = StopSignals()
+    with signals.handled():
+        with suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        asyncio.run(asyncio.wait_for(serve(), timeout=60))
 
 
 def test_a_signal_while_the_parts_are_closed_changes_nothing():

@@ -98,12 +98,13 @@ def test_other_layers_are_refused_by_their_type(of):
     ("quantization", "found"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
-        ({"bits": 4}, "unknown"),
+        ({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "fp4"}, "bitsandbytes FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bit"),
+        ({"bits": 4}, "an unknown method"),
     ],
 )
 def test_other_quantisations_are_refused(quantization, found):
-    with pytest.raises(UnsupportedModelError, match=f"quantised with {found}"):
+    with pytest.raises(UnsupportedModelError, match=f"quantised with {found}; use the checkpoint that it"):
         check(LlamaConfig(quantization_config=quantization))
 
 
