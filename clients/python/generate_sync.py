@@ -12,7 +12,7 @@ _CALLS = (
     (r"call = method\(", "call = method.future("),
     (r"await call\b", "call.result()"),
     (r"_channel\.close\(None\)", "_channel.close()"),
-    (r"from grpc import aio", "import grpc"),
+    (r"from grpc import aio\n", ""),
     (r"\baio\.", "grpc."),
 )
 _THREADS = (

@@ -33,8 +33,8 @@ class FailureError(click.ClickException):
         click.echo(f"error: {self.message}", file=file, err=True)
 
 
-class WrongSettingError(FailureError):
-    """A setting of the server is wrong: the exit status is 2, as for wrong usage."""
+class WrongUsageError(FailureError):
+    """An argument or a setting is invalid: the exit status is 2, as where click finds that."""
 
     exit_code = 2
 
@@ -127,6 +127,24 @@ def connection_options() -> ConnectionOptions:
 def connect(server: str) -> Client:
     """A client with the connection options. Its `with` block cancels the call, however the block is left."""
     return Client(server, **connection_options())
+
+
+class PromptCommand(click.Command):
+    """A command with a prompt as its last argument. Says how to write one that the shell or click takes for
+    something else.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        try:
+            super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(
+                f"{error.format_message()} A prompt that begins with a dash goes after --, at the end.", ctx
+            ) from error
+        if ctx.args and not ctx.resilient_parsing:
+            ctx.fail("Got words after the prompt; quote a prompt of several words.")
+        return ctx.args
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")

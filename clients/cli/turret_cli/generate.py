@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from turret_cli.common import adapter_option, connect, json_option, read_stdin, server_option, to_json
+from turret_cli.common import (
+    PromptCommand,
+    adapter_option,
+    connect,
+    json_option,
+    read_stdin,
+    server_option,
+    to_json,
+)
 from turret_cli.generation_options import generation_options
 
 if TYPE_CHECKING:
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=PromptCommand,
     epilog="""\b
 Examples:
   turret generate "Once upon a time"
@@ -23,7 +33,7 @@ Examples:
   turret generate --adapter pirate=0.7 --adapter formal=0.3 "Where is the treasure?"
   turret generate --adapter summary --no-stream --json < report.txt
   turret generate --tenant acme --priority -5 --cache-salt "$SECRET" "Once upon a time"
-"""
+""",
 )
 @click.argument("prompt", required=False)
 @adapter_option
@@ -38,6 +48,7 @@ def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool,
     Ctrl-C cancels the request.
     """
     text = read_stdin("PROMPT", prompt) if prompt in (None, "-") else prompt
+    _explain_escapes(options["stop"])
     with connect(server) as client:
         if no_stream:
             generation = client.generate(text, **options)
@@ -49,6 +60,16 @@ def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool,
                 click.echo(to_json(chunk))
         else:
             _print_stream(chunks)
+
+
+def _explain_escapes(stop: Iterable[str]) -> None:
+    """A stop string of escapes is sent as it is, and is hardly meant so."""
+    for each in stop:
+        if re.fullmatch(r"(\\[nrt])+", each):
+            click.echo(
+                f"note: --stop {each} is a backslash and a letter; for a line break write --stop $'{each}'",
+                err=True,
+            )
 
 
 def _print_stream(chunks: Iterable[Chunk]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from turret_cli.common import FailureError, WrongSettingError
+from turret_cli.common import FailureError, WrongUsageError
 
 if TYPE_CHECKING:
     from turret_adapters.host import HostAdapter
@@ -30,7 +30,7 @@ def server_code(extra: str) -> Iterator[None]:
     """Turns the errors of the server's packages into errors of the command line.
 
     Raises:
-        WrongSettingError: a setting of the server is wrong.
+        WrongUsageError: a setting of the server is wrong.
         FailureError: another error with a reason, or a dependency is not installed; `extra` brings it.
     """
     from turret_adapters.errors import AdapterError  # noqa: PLC0415
@@ -41,7 +41,7 @@ def server_code(extra: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise WrongSettingError(str(error), error.reason) from error
+        raise WrongUsageError(str(error), error.reason) from error
     except (AdapterError, TurretError) as error:
         raise FailureError(str(error), error.reason) from error
     except ModuleNotFoundError as error:

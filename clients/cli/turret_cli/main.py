@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from typing import Any
 
 import click
@@ -9,7 +12,7 @@ import click
 from turret_cli import INTERRUPTED
 from turret_cli.adapters import adapters
 from turret_cli.bench import bench
-from turret_cli.common import FailureError
+from turret_cli.common import FailureError, WrongUsageError
 from turret_cli.convert import convert
 from turret_cli.generate import generate
 from turret_cli.prompts import prompts
@@ -17,6 +20,8 @@ from turret_cli.serve import serve
 from turret_cli.tenants import tenants
 from turret_cli.validate import validate
 from turret_client import InternalError, TurretError
+
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class _Commands(click.Group):
@@ -31,7 +36,19 @@ class _Commands(click.Group):
             message = str(error)
             if isinstance(error, InternalError) and error.request_id:
                 message += f"; request id {error.request_id}"
-            raise FailureError(message, error.reason) from error
+            kind = WrongUsageError if error.reason == "INVALID_REQUEST" else FailureError
+            raise kind(message, error.reason) from error
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if error.filename is None and error.errno not in _UNWRITABLE:
+                raise
+            FailureError(f"{error.filename or 'standard output'}: {error.strerror}").show()
+            # What is left in its buffer would fail again at the end, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
 @click.group(

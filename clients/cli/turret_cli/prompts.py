@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from turret_cli.common import (
+    PromptCommand,
     adapter_option,
     connect,
     format_table,
@@ -43,12 +44,13 @@ def prompts() -> None:
 
 
 @prompts.command(
+    cls=PromptCommand,
     epilog="""\b
 Examples:
   turret prompts pin rules "You are a pirate. Answer in one sentence." --adapter pirate
   turret prompts pin manual --file manual.txt
   turret prompts pin secret --cache-salt "$SECRET" - < notes.txt
-"""
+""",
 )
 @click.argument("name")
 @click.argument("text", required=False)

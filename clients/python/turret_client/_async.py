@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
+import grpc
 from grpc import aio
 
 from turret.v1 import (
@@ -22,11 +23,13 @@ from turret_client._messages import (
     download_from,
     generate_request,
     generation_from,
+    message_of,
     pin_request,
     pinned_prompt_from,
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder
+from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -47,7 +50,8 @@ class AsyncClient:
     Tasks of one event loop may share a client. Cancelling a task cancels its call.
 
     Every method that calls the server raises a `turret_client.TurretError` if the call fails:
-    `UnavailableError` if the server cannot be reached, and the errors that the method lists.
+    `UnavailableError` if the server cannot be reached, `InvalidArgumentError` if an argument is not of its
+    type, `CancelledError` if the client is closed, and the errors that the method lists.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, **options: Unpack[ConnectionOptions]) -> None:
@@ -58,12 +62,13 @@ class AsyncClient:
             **options: Tenant, API key and TLS; see `ConnectionOptions`.
 
         Raises:
-            InvalidArgumentError: The tenant or the API key contains characters that gRPC cannot send, or
-                only one of `cert` and `key` is given.
+            InvalidArgumentError: The address is not HOST:PORT, the tenant or the API key contains characters
+                that gRPC cannot send, or only one of `cert` and `key` is given.
             OSError: A certificate file cannot be read.
         """
-        found = connection(**options)
+        found = connection(address, **options)
         self.address = address
+        self._is_closed = False
         self._metadata = found.metadata
         self._channel = (
             aio.secure_channel(address, found.credentials, options=CHANNEL_OPTIONS)
@@ -82,6 +87,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels running calls and closes the connection."""
+        self._is_closed = True
         await self._channel.close(None)
 
     async def generate(
@@ -140,7 +146,7 @@ class AsyncClient:
             NotFoundError: The source does not exist.
             FailedPreconditionError: The adapter does not match the server's model or memory.
         """
-        request = adapters_pb2.LoadAdapterRequest(name=name, path=path)
+        request = message_of(adapters_pb2.LoadAdapterRequest, name=name, path=path)
         response = await self._answer(self._adapters.LoadAdapter, request)
         return adapter_from(response.adapter)
 
@@ -177,6 +183,7 @@ class AsyncClient:
             while chunk := await asyncio.to_thread(next, chunks, None):
                 yield chunk
 
+        self._check_open()
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
         try:
             with call_scope(call, self.address):
@@ -194,7 +201,7 @@ class AsyncClient:
         Raises:
             NotFoundError: The adapter does not exist.
         """
-        request = adapters_pb2.UnloadAdapterRequest(name=name)
+        request = message_of(adapters_pb2.UnloadAdapterRequest, name=name)
         response = await self._answer(self._adapters.UnloadAdapter, request)
         return adapter_from(response.adapter)
 
@@ -208,7 +215,7 @@ class AsyncClient:
         Raises:
             NotFoundError: The adapter does not exist, or its history has no such earlier revision.
         """
-        request = adapters_pb2.RollbackAdapterRequest(name=name, revision=revision or "")
+        request = message_of(adapters_pb2.RollbackAdapterRequest, name=name, revision=revision)
         response = await self._answer(self._adapters.RollbackAdapter, request)
         return adapter_from(response.adapter)
 
@@ -226,7 +233,9 @@ class AsyncClient:
             InvalidArgumentError: `percent` is out of its range, or `revision` is not a revision's beginning.
             NotFoundError: The adapter does not exist, or its history has no such other revision.
         """
-        request = adapters_pb2.SetTrafficSplitRequest(name=name, revision=revision, percent=percent)
+        request = message_of(
+            adapters_pb2.SetTrafficSplitRequest, name=name, revision=revision, percent=percent
+        )
         response = await self._answer(self._adapters.SetTrafficSplit, request)
         return adapter_from(response.adapter)
 
@@ -236,14 +245,14 @@ class AsyncClient:
         Raises:
             NotFoundError: The adapter does not exist.
         """
-        request = adapters_pb2.GetAdapterRequest(name=name)
+        request = message_of(adapters_pb2.GetAdapterRequest, name=name)
         response = await self._answer(self._adapters.GetAdapter, request)
         return adapter_from(response.adapter)
 
     async def list_adapters(self) -> list[Adapter]:
         """Returns all adapters, sorted by name."""
         adapters: list[Adapter] = []
-        request = adapters_pb2.ListAdaptersRequest(page_size=_PAGE_SIZE)
+        request = message_of(adapters_pb2.ListAdaptersRequest, page_size=_PAGE_SIZE)
         while True:
             page = await self._answer(self._adapters.ListAdapters, request)
             adapters.extend(map(adapter_from, page.adapters))
@@ -266,6 +275,7 @@ class AsyncClient:
         Raises:
             ResourceExhaustedError: Changes arrived faster than they were read; watch again.
         """
+        self._check_open()
         call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._metadata)
         with call_scope(call, self.address):
             async for response in call:
@@ -318,7 +328,7 @@ class AsyncClient:
         Raises:
             NotFoundError: No prompt is pinned under the name; it may have been removed with its adapter.
         """
-        await self._answer(self._prompts.UnpinPrompt, prompts_pb2.UnpinPromptRequest(name=name))
+        await self._answer(self._prompts.UnpinPrompt, message_of(prompts_pb2.UnpinPromptRequest, name=name))
 
     async def list_pinned_prompts(self) -> list[PinnedPrompt]:
         """Returns the tenant's pinned prompts, sorted by name."""
@@ -326,12 +336,17 @@ class AsyncClient:
         response = await self._answer(self._prompts.ListPinnedPrompts, request)
         return [pinned_prompt_from(prompt) for prompt in response.prompts]
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise CancelledError("the client is closed; make another", code=grpc.StatusCode.CANCELLED)
+
     async def _answer(
         self,
         method: aio.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
     ) -> _Response:
+        self._check_open()
         call = method(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
             return await call
@@ -341,6 +356,7 @@ class AsyncClient:
         request: inference_pb2.GenerateRequest,
         timeout: float | None,  # noqa: ASYNC109 -- the call's gRPC deadline
     ) -> AsyncGenerator[Chunk]:
+        self._check_open()
         call = self._inference.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
             async for response in call:

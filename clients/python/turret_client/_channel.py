@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import grpc
 
-from turret_client.errors import InvalidArgumentError
+from turret_client.errors import invalid_argument
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 * 1024 * 1024),)
+
+# Forms of gRPC's own: https://github.com/grpc/grpc/blob/master/doc/naming.md
+_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+_ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,6})")
+_MAX_PORT = 2**16 - 1
 
 _TENANT_KEY = "turret-tenant"
 _API_KEY = "authorization"
@@ -48,6 +54,7 @@ class Connection:
 
 
 def connection(
+    address: str,
     *,
     tenant: str | None = None,
     api_key: str | None = None,
@@ -56,13 +63,14 @@ def connection(
     cert: str | Path | None = None,
     key: str | Path | None = None,
 ) -> Connection:
-    """The connection with these `ConnectionOptions`.
+    """The connection to an address with these `ConnectionOptions`.
 
     Raises:
-        InvalidArgumentError: The tenant or the API key contains characters that gRPC cannot send, or only
-            one of `cert` and `key` is given.
+        InvalidArgumentError: The address is not HOST:PORT, the tenant or the API key contains characters that
+            gRPC cannot send, or only one of `cert` and `key` is given.
         OSError: A certificate file cannot be read.
     """
+    _check_address(address)
     api_key = os.environ.get("TURRET_API_KEY") if api_key is None else api_key
     metadata = []
     if tenant is not None:
@@ -71,25 +79,39 @@ def connection(
         metadata.append((_API_KEY, f"Bearer {_checked(_API_KEY, 'the API key', api_key)}"))
     if (cert is None) != (key is None):
         missing = "key" if key is None else "cert"
-        raise _invalid(missing, f"cert and key must be given together; {missing} is missing")
+        raise invalid_argument(missing, f"cert and key must be given together; {missing} is missing")
     if not (tls or ca or cert):
         return Connection(tuple(metadata), None)
     pems = [Path(file).read_bytes() if file else None for file in (ca, key, cert)]
     return Connection(tuple(metadata), grpc.ssl_channel_credentials(*pems))
 
 
+def _check_address(address: str) -> None:
+    """GRPC takes a missing port for 443, and the rest of one that is too large for the port."""
+    if address.startswith(_SCHEMES):
+        return
+    scheme, mark, rest = address.rpartition("://")
+    if mark:
+        hint = " and TLS options" if scheme == "https" else ""
+        raise invalid_argument(
+            "address",
+            f"the server's address is HOST:PORT, without {scheme}://; found {address!r}; use "
+            f"{rest.partition('/')[0]!r}{hint}",
+        )
+    found = _ADDRESS.fullmatch(address)
+    if not found:
+        raise invalid_argument(
+            "address", f"the server's address is HOST:PORT, such as {DEFAULT_ADDRESS}; found {address!r}"
+        )
+    if not 0 < int(found[1]) <= _MAX_PORT:
+        raise invalid_argument(
+            "address", f"the port of the server's address is from 1 to {_MAX_PORT}; found {address!r}"
+        )
+
+
 def _checked(key: str, name: str, value: str) -> str:
     if not (value.isascii() and value.isprintable()):
         # Errors are logged: an API key must not appear in them.
         found = f"found {value!r}" if key == _TENANT_KEY else "found others"
-        raise _invalid(key, f"{name} must consist of printable ASCII characters; {found}")
+        raise invalid_argument(key, f"{name} must consist of printable ASCII characters; {found}")
     return value
-
-
-def _invalid(field: str, message: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        message,
-        reason="INVALID_REQUEST",
-        metadata={"field": field},
-        code=grpc.StatusCode.INVALID_ARGUMENT,
-    )

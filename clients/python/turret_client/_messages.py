@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_client._options import AdapterRef, GenerationOptions
@@ -20,11 +24,24 @@ from turret_client._results import (
     TrafficSplit,
     Usage,
 )
+from turret_client.errors import invalid_argument
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from turret_client._options import AdapterArgument
+
+_Message = TypeVar("_Message", bound=Message)
+_TYPES = {
+    FieldDescriptor.TYPE_STRING: "text that UTF-8 can encode",
+    FieldDescriptor.TYPE_BYTES: "bytes",
+    FieldDescriptor.TYPE_BOOL: "True or False",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_INT32: "an integer from -2147483648 to 2147483647",
+    FieldDescriptor.TYPE_INT64: "an integer from -9223372036854775808 to 9223372036854775807",
+    FieldDescriptor.TYPE_UINT32: "an integer from 0 to 4294967295",
+    FieldDescriptor.TYPE_UINT64: "an integer from 0 to 18446744073709551615",
+}
 
 _FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
@@ -51,23 +68,54 @@ _METHODS = {
 }
 
 
+def message_of(kind: type[_Message], **values: Any) -> _Message:
+    """A message with these values of its fields; None leaves a field unset.
+
+    Raises:
+        InvalidArgumentError: A value is not one of its field.
+    """
+    message = kind()
+    for name, value in values.items():
+        if value is None:
+            continue
+        field = kind.DESCRIPTOR.fields_by_name[name]
+        if field.is_repeated and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise invalid_argument(name, f"{name} is a sequence; for one value write {name}=[{value!r}]")
+        for item in value if field.is_repeated else [value]:
+            try:
+                message.MergeFrom(kind(**{name: [item] if field.is_repeated else item}))
+            except (TypeError, ValueError) as error:
+                raise invalid_argument(
+                    name, f"{name} must be {_TYPES[field.type]}; found {_shown(item)}"
+                ) from error
+    return message
+
+
+def _shown(value: object) -> str:
+    """A number as it is, and of everything else, which may be long or secret, its type."""
+    if isinstance(value, str):
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return "str"
+        return "a lone surrogate, as in text that was not UTF-8"
+    return repr(value) if isinstance(value, int | float) else type(value).__name__
+
+
 def generate_request(
     prompt: str | Sequence[int], *, adapter: AdapterArgument = None, **options: Any
 ) -> inference_pb2.GenerateRequest:
     """The request for a prompt with the other `GenerationOptions`; None leaves a field unset.
 
     Raises:
-        TypeError: An option does not exist or is of another type.
-        ValueError: A number does not fit into the field's type.
+        TypeError: An option does not exist.
+        InvalidArgumentError: A value is not one of its field.
     """
-    fields = inference_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
-    for name, value in options.items():
+    for name in options:
         if name not in GenerationOptions.__annotations__:
             known = ", ".join(GenerationOptions.__annotations__)
             raise TypeError(f"unknown option {name!r}; the options are {known}")
-        if fields[name].is_repeated and (isinstance(value, str) or not isinstance(value, Iterable | None)):
-            raise TypeError(f"{name} is a sequence; for one value write {name}=[{value!r}]")
-    request = inference_pb2.GenerateRequest(adapters=_adapter_refs(adapter), **options)
+    request = message_of(inference_pb2.GenerateRequest, **options)
+    request.adapters.extend(_adapter_refs(adapter))
     _set_prompt(request, prompt)
     return request
 
@@ -75,7 +123,8 @@ def generate_request(
 def pin_request(
     name: str, prompt: str | Sequence[int], *, adapter: AdapterArgument, **options: Any
 ) -> prompts_pb2.PinPromptRequest:
-    request = prompts_pb2.PinPromptRequest(name=name, adapters=_adapter_refs(adapter), **options)
+    request = message_of(prompts_pb2.PinPromptRequest, name=name, **options)
+    request.adapters.extend(_adapter_refs(adapter))
     _set_prompt(request, prompt)
     return request
 
@@ -83,18 +132,34 @@ def pin_request(
 def _set_prompt(
     request: inference_pb2.GenerateRequest | prompts_pb2.PinPromptRequest, prompt: str | Sequence[int]
 ) -> None:
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    with suppress(TypeError, ValueError):
+        if isinstance(prompt, str):
+            request.text = prompt
+            return
+        # Bytes would pass for numbers.
+        if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray | memoryview):
+            request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+            return
+    raise invalid_argument(
+        "prompt",
+        "the prompt must be text that UTF-8 can encode, or token ids from 0 to 4294967295; found "
+        f"{_shown(prompt)}",
+    )
 
 
 def _adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
     if adapter is None:
         return []
-    named = [adapter] if isinstance(adapter, str | AdapterRef) else adapter
-    refs = [AdapterRef(name=each) if isinstance(each, str) else each for each in named]
-    return [inference_pb2.AdapterRef(name=ref.name, weight=ref.weight, task=ref.task) for ref in refs]
+    named = adapter if isinstance(adapter, Iterable) and not isinstance(adapter, str) else [adapter]
+    return [_adapter_ref(AdapterRef(name=each) if isinstance(each, str) else each) for each in named]
+
+
+def _adapter_ref(ref: AdapterRef) -> inference_pb2.AdapterRef:
+    if not isinstance(ref, AdapterRef):
+        raise invalid_argument(
+            "adapter", f"adapter must be a name, an AdapterRef, or a list of these; found {_shown(ref)}"
+        )
+    return message_of(inference_pb2.AdapterRef, name=ref.name, weight=ref.weight, task=ref.task)
 
 
 def generation_from(response: inference_pb2.GenerateResponse) -> Generation:

@@ -39,6 +39,24 @@ _TRANSPORT_MESSAGES = {
         "the server at {address} does not implement the call ({details}); check the address and the versions"
     ),
 }
+# Why there is no connection, by words of gRPC's details, which are long and say it in its own terms.
+_CAUSES = {
+    "Connection refused": (
+        "no server listens there; start one with `turret serve`, wait until it serves, or check the address"
+    ),
+    "errors resolving": "the host is unknown; check the address",
+    "WRONG_VERSION_NUMBER": "what listens there does not use TLS; leave the TLS options out",
+    "CERTIFICATE_VERIFY_FAILED": (
+        "its certificate is not trusted; name the authority that signed it in the TLS options"
+    ),
+    "Hostname Verification Check": (
+        "its certificate is for another host; use a name in the certificate as the host of the address"
+    ),
+    "Expected SETTINGS frame": (
+        "what listens there is no gRPC server; check the port: that of the metrics is another one"
+    ),
+    "Socket closed": "it closed the connection; it has ended, or requires TLS or a client certificate",
+}
 
 
 class _Cancellable(Protocol):
@@ -72,8 +90,7 @@ def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
     details = error.details() or ""
     info, retry_after, request_id = _details(error)
     if info is None:
-        template = _TRANSPORT_MESSAGES.get(code, "{details}")
-        message = template.format(address=address, details=details)
+        message = _transport_message(code, address, details)
         info = error_details_pb2.ErrorInfo()
     else:
         message = details
@@ -85,6 +102,14 @@ def _turret_error(error: grpc.RpcError, address: str) -> errors.TurretError:
         retry_after=retry_after,
         request_id=request_id,
     )
+
+
+def _transport_message(code: grpc.StatusCode, address: str, details: str) -> str:
+    if code is grpc.StatusCode.UNAVAILABLE:
+        for words, cause in _CAUSES.items():
+            if words in details:
+                return f"cannot reach a Turret server at {address}: {cause}"
+    return _TRANSPORT_MESSAGES.get(code, "{details}").format(address=address, details=details)
 
 
 def _details(error: grpc.RpcError) -> tuple[error_details_pb2.ErrorInfo | None, float | None, str]:

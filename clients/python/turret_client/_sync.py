@@ -22,11 +22,13 @@ from turret_client._messages import (
     download_from,
     generate_request,
     generation_from,
+    message_of,
     pin_request,
     pinned_prompt_from,
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder
+from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -47,7 +49,8 @@ class Client:
     Threads may share a client.
 
     Every method that calls the server raises a `turret_client.TurretError` if the call fails:
-    `UnavailableError` if the server cannot be reached, and the errors that the method lists.
+    `UnavailableError` if the server cannot be reached, `InvalidArgumentError` if an argument is not of its
+    type, `CancelledError` if the client is closed, and the errors that the method lists.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, **options: Unpack[ConnectionOptions]) -> None:
@@ -58,12 +61,13 @@ class Client:
             **options: Tenant, API key and TLS; see `ConnectionOptions`.
 
         Raises:
-            InvalidArgumentError: The tenant or the API key contains characters that gRPC cannot send, or
-                only one of `cert` and `key` is given.
+            InvalidArgumentError: The address is not HOST:PORT, the tenant or the API key contains characters
+                that gRPC cannot send, or only one of `cert` and `key` is given.
             OSError: A certificate file cannot be read.
         """
-        found = connection(**options)
+        found = connection(address, **options)
         self.address = address
+        self._is_closed = False
         self._metadata = found.metadata
         self._channel = (
             grpc.secure_channel(address, found.credentials, options=CHANNEL_OPTIONS)
@@ -82,6 +86,7 @@ class Client:
 
     def close(self) -> None:
         """Cancels running calls and closes the connection."""
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -140,7 +145,7 @@ class Client:
             NotFoundError: The source does not exist.
             FailedPreconditionError: The adapter does not match the server's model or memory.
         """
-        request = adapters_pb2.LoadAdapterRequest(name=name, path=path)
+        request = message_of(adapters_pb2.LoadAdapterRequest, name=name, path=path)
         response = self._answer(self._adapters.LoadAdapter, request)
         return adapter_from(response.adapter)
 
@@ -177,6 +182,7 @@ class Client:
             while chunk := next(chunks, None):
                 yield chunk
 
+        self._check_open()
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
         try:
             with call_scope(call, self.address):
@@ -194,7 +200,7 @@ class Client:
         Raises:
             NotFoundError: The adapter does not exist.
         """
-        request = adapters_pb2.UnloadAdapterRequest(name=name)
+        request = message_of(adapters_pb2.UnloadAdapterRequest, name=name)
         response = self._answer(self._adapters.UnloadAdapter, request)
         return adapter_from(response.adapter)
 
@@ -208,7 +214,7 @@ class Client:
         Raises:
             NotFoundError: The adapter does not exist, or its history has no such earlier revision.
         """
-        request = adapters_pb2.RollbackAdapterRequest(name=name, revision=revision or "")
+        request = message_of(adapters_pb2.RollbackAdapterRequest, name=name, revision=revision)
         response = self._answer(self._adapters.RollbackAdapter, request)
         return adapter_from(response.adapter)
 
@@ -226,7 +232,9 @@ class Client:
             InvalidArgumentError: `percent` is out of its range, or `revision` is not a revision's beginning.
             NotFoundError: The adapter does not exist, or its history has no such other revision.
         """
-        request = adapters_pb2.SetTrafficSplitRequest(name=name, revision=revision, percent=percent)
+        request = message_of(
+            adapters_pb2.SetTrafficSplitRequest, name=name, revision=revision, percent=percent
+        )
         response = self._answer(self._adapters.SetTrafficSplit, request)
         return adapter_from(response.adapter)
 
@@ -236,14 +244,14 @@ class Client:
         Raises:
             NotFoundError: The adapter does not exist.
         """
-        request = adapters_pb2.GetAdapterRequest(name=name)
+        request = message_of(adapters_pb2.GetAdapterRequest, name=name)
         response = self._answer(self._adapters.GetAdapter, request)
         return adapter_from(response.adapter)
 
     def list_adapters(self) -> list[Adapter]:
         """Returns all adapters, sorted by name."""
         adapters: list[Adapter] = []
-        request = adapters_pb2.ListAdaptersRequest(page_size=_PAGE_SIZE)
+        request = message_of(adapters_pb2.ListAdaptersRequest, page_size=_PAGE_SIZE)
         while True:
             page = self._answer(self._adapters.ListAdapters, request)
             adapters.extend(map(adapter_from, page.adapters))
@@ -266,6 +274,7 @@ class Client:
         Raises:
             ResourceExhaustedError: Changes arrived faster than they were read; watch again.
         """
+        self._check_open()
         call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._metadata)
         with call_scope(call, self.address):
             for response in call:
@@ -318,7 +327,7 @@ class Client:
         Raises:
             NotFoundError: No prompt is pinned under the name; it may have been removed with its adapter.
         """
-        self._answer(self._prompts.UnpinPrompt, prompts_pb2.UnpinPromptRequest(name=name))
+        self._answer(self._prompts.UnpinPrompt, message_of(prompts_pb2.UnpinPromptRequest, name=name))
 
     def list_pinned_prompts(self) -> list[PinnedPrompt]:
         """Returns the tenant's pinned prompts, sorted by name."""
@@ -326,12 +335,17 @@ class Client:
         response = self._answer(self._prompts.ListPinnedPrompts, request)
         return [pinned_prompt_from(prompt) for prompt in response.prompts]
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise CancelledError("the client is closed; make another", code=grpc.StatusCode.CANCELLED)
+
     def _answer(
         self,
         method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         timeout: float | None = None,
     ) -> _Response:
+        self._check_open()
         call = method.future(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
             return call.result()
@@ -341,6 +355,7 @@ class Client:
         request: inference_pb2.GenerateRequest,
         timeout: float | None,
     ) -> Generator[Chunk]:
+        self._check_open()
         call = self._inference.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
             for response in call:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.v1 import adapters_pb2
+from turret_client._messages import message_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,11 +47,10 @@ class AdapterFolder:
             while data := file.read(_CHUNK_BYTES):
                 digest.update(data)
                 size += len(data)
-        return adapters_pb2.UploadAdapterRequest(
-            start=adapters_pb2.UploadStart(
-                name=self.name, digest=digest.hexdigest(), config=config, size=size
-            )
+        start = message_of(
+            adapters_pb2.UploadStart, name=self.name, digest=digest.hexdigest(), config=config, size=size
         )
+        return adapters_pb2.UploadAdapterRequest(start=start)
 
     def chunks(self, offset: int, size: int) -> Iterator[adapters_pb2.UploadAdapterRequest]:
         """The messages that send the tensors from `offset` on; `size` is the total in bytes."""

@@ -57,7 +57,17 @@ class TurretError(Exception):
 
 
 class InvalidArgumentError(TurretError):
-    """The request is invalid; a retry without changes fails again."""
+    """The request, or an argument of the client, is invalid; a retry without changes fails again."""
+
+
+def invalid_argument(field: str, message: str) -> InvalidArgumentError:
+    """The error for an argument that the client finds invalid, like that of a server."""
+    return InvalidArgumentError(
+        message,
+        reason="INVALID_REQUEST",
+        metadata={"field": field},
+        code=grpc.StatusCode.INVALID_ARGUMENT,
+    )
 
 
 class UnauthenticatedError(TurretError):

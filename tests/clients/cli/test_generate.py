@@ -100,6 +100,40 @@ def test_a_task_or_a_weight_that_is_no_number_is_a_usage_error(turret, value):
     assert "NAME[@REVISION][#TASK][=WEIGHT]" in result.stderr
 
 
+@pytest.mark.parametrize("command", [("generate",), ("prompts", "pin", "rules")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-dash",), "A prompt that begins with a dash goes after --, at the end."),
+        (("--Hello there",), "A prompt that begins with a dash goes after --, at the end."),
+        (("--cache-sal", "a", "Hello"), "Did you mean '--cache-salt'? A prompt"),
+        (("two", "words"), "Got words after the prompt; quote a prompt of several words."),
+        (("three", "of", "them"), "Got words after the prompt; quote a prompt of several words."),
+    ],
+)
+def test_a_prompt_that_click_takes_for_something_else_is_explained(turret, server, command, words, said):
+    result = turret(*command, *words)
+    assert (result.exit_code, server.requests) == (2, [])
+    assert said in " ".join(result.stderr.split())
+
+
+def test_a_prompt_that_begins_with_a_dash_follows_two(turret, server):
+    turret("generate", "--", "-dash")
+    assert server.requests == [inference_pb2.GenerateRequest(text="-dash")]
+
+
+@pytest.mark.parametrize(
+    ("stop", "is_explained"),
+    [("\\n", True), ("\\r\\n", True), ("\n", False), ("\\nabla", False), ("n", False), ("\\\\", False)],
+)
+def test_a_stop_string_of_escapes_is_sent_as_it_is_and_explained(turret, server, stop, is_explained):
+    result = turret("generate", "--stop", stop, "Hello")
+    assert list(server.requests[0].stop) == [stop]
+    assert result.stdout == "Ahoy, mátey\n"
+    expected = f"note: --stop {stop} is a backslash and a letter; for a line break write --stop $'{stop}'\n"
+    assert result.stderr == (expected if is_explained else "")
+
+
 @pytest.mark.parametrize("arguments", [(), ("-",)])
 @pytest.mark.parametrize(
     ("stdin", "prompt"),

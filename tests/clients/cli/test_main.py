@@ -121,8 +121,121 @@ def test_an_internal_error_names_the_request_for_a_report(turret, server):
 def test_no_server_there():
     result = CliRunner().invoke(main, ["adapters", "list", "--server", "127.0.0.1:1"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: cannot reach a Turret server at 127.0.0.1:1 (")
+    assert result.stderr.startswith("error: cannot reach a Turret server at 127.0.0.1:1: no server listens")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:1", "127.0.0.1:99999", ""])
+def test_an_address_that_is_none_is_wrong_usage(address):
+    result = CliRunner().invoke(main, ["adapters", "list", "--server", address])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("error: the ")
+    assert "HOST:PORT" in result.stderr or "from 1 to 65535" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "Hello", "--stop", ""), ("prompts", "pin", "a b", "Hello"), ("generate", "a\udcff")],
+)
+def test_an_argument_that_client_or_server_find_invalid_is_wrong_usage(turret, server, arguments):
+    server.failure = script.failure(
+        grpc.StatusCode.INVALID_ARGUMENT, "stop has 1 to 256 characters; found 0", reason="INVALID_REQUEST"
+    )
+    result = turret(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.endswith(" (INVALID_REQUEST)\n")
+
+
+def run_turret(
+    *arguments: str | bytes, server: str = "127.0.0.1:1", **options
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603 -- our own command
+        [TURRET, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=HANG_S,
+        env=os.environ | {"TURRET_SERVER": server},
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (b"generate", b"\xff\xfe a"),
+        (b"generate", b"--stop", b"\xff", b"a"),
+        (b"adapters", b"load", b"poet", b"/\xff"),
+        (b"adapters", b"show", b"\xff"),
+        (b"prompts", b"pin", b"\xff", b"a"),
+        (b"generate", b"--adapter", b"\xff", b"a"),
+    ],
+)
+def test_an_argument_that_is_not_utf_8_is_one_line(arguments):
+    done = run_turret(*arguments, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert re.fullmatch(r"error: .*; found a lone surrogate.* \(INVALID_REQUEST\)", line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "Hello"),
+        ("generate", "--no-stream", "--json", "Hello"),
+        ("adapters", "list"),
+        ("--help",),
+        ("generate", "--help"),
+    ],
+)
+def test_a_full_output_is_one_line(server, arguments):
+    with Path("/dev/full").open("w") as full:
+        done = run_turret(*arguments, server=server.address, stdout=full)
+    assert (done.returncode, done.stderr) == (1, "error: standard output: No space left on device\n")
+
+
+def test_an_output_that_nobody_reads_ends_quietly(server):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_turret("adapters", "list", server=server.address, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_tls_for_a_server_without_it_is_one_line(server):
+    done = run_turret("adapters", "list", "--tls", server=server.address, stdout=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.endswith(": what listens there does not use TLS; leave the TLS options out\n")
+    assert done.stderr.count("\n") == 1
+
+
+def completion(instruction: str, **environment: str) -> str:
+    return subprocess.run(  # noqa: S603 -- our own command
+        [TURRET],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"_TURRET_COMPLETE": instruction} | environment,
+    ).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_get_a_script_that_completes(shell):
+    assert f"_TURRET_COMPLETE={shell}_complete" in completion(f"{shell}_source")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("turret gen", "generate"),
+        ("turret generate --max", "--max-tokens"),
+        ("turret prompts pin --cache", "--cache-salt"),
+        ("turret serve --max-b", "--max-batch-tokens"),
+    ],
+)
+def test_commands_and_options_are_completed(typed, expected):
+    position = str(len(typed.split()) - 1)
+    assert expected in completion("bash_complete", COMP_WORDS=typed, COMP_CWORD=position)
 
 
 def test_server_option_beats_the_environment(server):

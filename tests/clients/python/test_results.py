@@ -120,12 +120,6 @@ def test_an_empty_list_of_tokens_is_not_a_missing_prompt(call, server, method):
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
-def test_one_stop_string_is_not_taken_for_its_characters(call, method):
-    with pytest.raises(TypeError, match="stop=\\['END'\\]"):
-        call(method, "Hello", stop="END")
-
-
-@pytest.mark.parametrize("method", ["generate", "stream"])
 @pytest.mark.parametrize("option", ["max_token", "text", "token_ids", "adapters"])
 def test_an_unknown_option_is_refused(call, server, method, option):
     with pytest.raises(TypeError, match=f"unknown option {option!r}; the options are adapter, max_tokens"):
