@@ -49,8 +49,8 @@ class Oracle:
         return _run(self._exact(model), sequences, {})
 
     def prefixed(self, prefixes: Sequence[str], lora: str | None, sequences: Sequences) -> list[torch.Tensor]:
-        """Of prefixes that stand before the prompt, one after another, perhaps with a LoRA: keys and values, or
-        embeddings that the model computes after those before.
+        """Of prefixes that stand before the prompt, one after another, perhaps with a LoRA: keys and values,
+        or embeddings that the model computes after those before.
         """
         model = self._load()
         config = model.config.get_text_config()
