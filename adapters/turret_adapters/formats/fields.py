@@ -56,13 +56,22 @@ class Fields:
     def check(self, policy: Mapping[str, Policy]) -> None:
         """Checks every field against its policy."""
         for name, value in self._values.items():
-            served = policy.get(name, REFUSED)
-            if isinstance(served, Use) or value is None or value is False or value in ([], {}):
+            if value is None or value is False or value in ([], {}):
+                continue
+            if name not in policy:
+                raise self.refusal(name, f"absent, since this version does not know it{self._version()}")
+            served = policy[name]
+            if isinstance(served, Use):
                 continue
             # JSON's true and 1 are different values, Python's are not.
             if not any(type(value) is type(other) and value == other for other in served):
                 values = f"empty, {', '.join(map(repr, served))}"
                 raise self.refusal(name, values if served else "empty, since it is not supported")
+
+    def _version(self) -> str:
+        version = self._values.get("peft_version")
+        found = f"peft {show(version)}" if isinstance(version, str) else "a newer peft"
+        return f" (the file may be from {found}; remove the field if it does not change the result)"
 
     def integer(self, name: str, *, most: int, default: int | None = None) -> int:
         return integer(name, self._values.get(name, default), most)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -19,6 +20,8 @@ from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
+_TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 8 << 30
@@ -26,6 +29,7 @@ MAX_FILE_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, TENSORS_NAME: MAX_TENSORS_BYTES
 CHUNK_BYTES = 1 << 20
 REVISION_LENGTH = 32
 MAX_NAMES_SHOWN = 5
+_MAX_FOLDERS = 1000
 
 _LENGTH_BYTES = 8
 
@@ -75,27 +79,55 @@ def resolve(path: str) -> Path:
             f"{path!r}: expected a folder with {CONFIG_NAME}, found {describe(error)}"
         ) from error
     if CONFIG_NAME not in names:
-        more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-        found = f"{', '.join(map(repr, names[:MAX_NAMES_SHOWN]))}{more}" if names else "an empty one"
+        inside = [name for name in names[:_MAX_FOLDERS] if _has_config(folder / name)]
+        if inside:
+            latest = max(inside, key=_with_numbers)
+            found = f"one in {_listed(inside)} (load {str(Path(path, latest))!r}, for example)"
+        else:
+            found = _listed(names) if names else "an empty one"
         raise AdapterSourceError(
             f"{path!r}: expected a folder with {CONFIG_NAME}, found {found}"
         ) from FileNotFoundError(CONFIG_NAME)
     return folder
 
 
-def refuse_pickle(folder: Path) -> None:
-    """Refuses an adapter that was saved without safetensors.
+def refuse_other_tensors(folder: Path) -> None:
+    """Refuses an adapter whose tensors are in other files than peft's one.
 
     Raises:
-        AdapterFormatError: the folder has a pickle instead of `adapter_model.safetensors`.
+        AdapterFormatError: the folder has pickles or parts instead of `adapter_model.safetensors`.
         OSError: the folder is unreadable.
     """
-    names = {entry.name for entry in folder.iterdir()}
-    if TENSORS_NAME not in names and _PICKLE_NAME in names:
-        raise AdapterFormatError(
-            f"expected {TENSORS_NAME}, found {_PICKLE_NAME}, a pickle, which can run code when it is loaded "
-            "(load it with peft where that is safe, then save_pretrained(path, safe_serialization=True))"
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(_TENSOR_SUFFIXES))
+    if TENSORS_NAME in names or not names:
+        return
+    if _PICKLE_NAME in names:
+        found = (
+            f"{_PICKLE_NAME}, a pickle, which can run code when it is loaded (load it with peft where that "
+            "is safe, then save_pretrained(path, safe_serialization=True))"
         )
+    elif any(_SHARD.search(name) for name in names):
+        found = (
+            f"its parts {_listed(names)} (read each with safetensors.torch.load_file, and write all of them "
+            f"with one save_file to {TENSORS_NAME})"
+        )
+    else:
+        found = f"{_listed(names)} (save the adapter with peft's save_pretrained)"
+    raise AdapterFormatError(f"expected {TENSORS_NAME}, found {found}")
+
+
+def _has_config(folder: Path) -> bool:
+    return not folder.is_symlink() and (folder / CONFIG_NAME).is_file()
+
+
+def _with_numbers(name: str) -> list[tuple[int, str]]:
+    """Sorts checkpoint-1000 after checkpoint-500."""
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"{', '.join(map(repr, names[:MAX_NAMES_SHOWN]))}{more}"
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from turret_adapters.formats.files import (
     describe,
     no_progress,
     open_inside,
-    refuse_pickle,
+    refuse_other_tensors,
     resolve,
 )
 from turret_adapters.formats.kind import Content, Kind
@@ -64,7 +64,7 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
-    refuse_pickle(folder)
+    refuse_other_tensors(folder)
     digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 
@@ -100,9 +102,10 @@ def match_entries(entries: list[Entry], expected: Mapping[str, Expected], base: 
         AdapterBaseError: a shape or a path contradicts the base model.
     """
     keys = [entry.key if entry.key in expected else _saved_key(entry.key) for entry in entries]
+    unexpected = [entry.key for entry, key in zip(entries, keys, strict=True) if key not in expected]
+    if unexpected:
+        raise _unexpected(unexpected, base)
     for entry, key in zip(entries, keys, strict=True):
-        if key not in expected:
-            raise _unexpected(entry.key, base)
         _check_shape(entry, expected[key], base)
     missing = [key for key, tensor in expected.items() if key not in keys and not tensor.optional]
     if missing:
@@ -194,8 +197,9 @@ def _check_shape(entry: Entry, expected: Expected, base: BaseSpec) -> None:
     raise AdapterFormatError(f"{message}, where {expected.shape[wrong[0]]} is what {CONFIG_NAME} says")
 
 
-def _unexpected(key: str, base: BaseSpec) -> AdapterError:
-    """The error for an unexpected tensor; another one if the base has no module at its key."""
+def _unexpected(keys: Sequence[str], base: BaseSpec) -> AdapterError:
+    """The error for unexpected tensors; another one if the base has no module at the first one's key."""
+    key = keys[0]
     names = key.removeprefix(MODULE_PREFIX).split(".")
     module = next((".".join(names[:end]) for end, name in enumerate(names) if name in _OF_MODULES), None)
     if key.startswith(MODULE_PREFIX) and module is not None and module not in base.modules:
@@ -203,8 +207,10 @@ def _unexpected(key: str, base: BaseSpec) -> AdapterError:
             f"module {show(module)}: expected a module of the base model {base.name_or_path!r}, "
             "found none of this path (load it on the base that it was trained on)"
         )
+    [(form, number)] = Counter(re.sub(r"\.\d+(?=\.)", ".*", key) for key in keys).most_common(1)
+    others = f"{len(keys)} others, {number} of them like {show(form)}" if len(keys) > 1 else "another"
     return AdapterFormatError(
-        f"tensor {show(key)}: expected only tensors of the modules that {CONFIG_NAME} targets, found another"
+        f"tensor {show(key)}: expected only tensors of the modules that {CONFIG_NAME} targets, found {others}"
     )
 
 

@@ -16,7 +16,7 @@ from turret_adapters.formats.files import (
     TENSORS_NAME,
     Progress,
     no_progress,
-    refuse_pickle,
+    refuse_other_tensors,
     write_whole,
 )
 from turret_adapters.sources.archive import SUFFIXES, unpack
@@ -49,7 +49,7 @@ def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_pro
     deadline = Deadline(policy.timeout)
     if "://" not in url:
         real = policy.folder(source)
-        refuse_pickle(real)
+        refuse_other_tensors(real)
         intake = Intake(folder, policy.max_bytes, _until(deadline, progress))
         for name in (CONFIG_NAME, TENSORS_NAME):
             intake.copy(real, name)

@@ -268,7 +268,16 @@ def print_adapters(found: Sequence[Adapter], *, as_json: bool) -> None:
         for adapter in found:
             click.echo(to_json(adapter))
     else:
-        click.echo(_table(found))
+        notes = (f"{adapter.name}: {note}" for adapter in found for note in _notes(adapter))
+        click.echo("\n".join([_table(found), *notes]))
+
+
+def _notes(adapter: Adapter) -> Iterator[str]:
+    """What the columns of the table do not show."""
+    if adapter.error:
+        yield adapter.error
+    if split := adapter.traffic_split:
+        yield f"{split.percent} % of the requests go to {split.revision[:12]}"
 
 
 def _table(found: Sequence[Adapter]) -> str:

@@ -89,8 +89,17 @@ def test_names_that_are_absent_differ_from_an_empty_list() -> None:
 
 def test_every_field_is_checked() -> None:
     fields = Fields({"read": 1, "empty": None, "no": False, "allowed": "x", "unknown": 2})
+    policy = {"read": Use.READ, "allowed": ("y", "x")}
+    with pytest.raises(AdapterFormatError, match=r"'unknown' to be absent, .* from a newer peft.* found 2"):
+        fields.check(policy)
     with pytest.raises(AdapterFormatError, match="'unknown' to be empty, since it is not supported, found 2"):
-        fields.check({"read": Use.READ, "allowed": ("y", "x")})
+        fields.check(policy | {"unknown": ()})
+
+
+def test_an_unknown_field_names_the_peft_that_wrote_it() -> None:
+    fields = Fields({"peft_version": "0.99.0", "new": {"a": 1}})
+    with pytest.raises(AdapterFormatError, match=r"'new' to be absent, .* may be from peft '0\.99\.0'"):
+        fields.check({"peft_version": Use.INERT})
 
 
 @pytest.mark.parametrize("value", ["x" * 5000, "\n\x00", {"a": ["b" * 500] * 500}, [[[[[[[[1]]]]]]]] * 50])

@@ -16,7 +16,7 @@ from turret_adapters.formats.files import (
     MAX_NAMES_SHOWN,
     digest_of_folder,
     open_inside,
-    refuse_pickle,
+    refuse_other_tensors,
     resolve,
     sync,
     write_whole,
@@ -167,12 +167,59 @@ def test_a_file_is_opened_up_to_the_size_that_is_allowed(tmp_path: Path) -> None
 
 
 def test_only_a_pickle_alone_is_refused(tmp_path: Path) -> None:
-    refuse_pickle(tmp_path)
+    refuse_other_tensors(tmp_path)
     (tmp_path / "adapter_model.bin").touch()
     with pytest.raises(AdapterFormatError, match="a pickle"):
-        refuse_pickle(tmp_path)
+        refuse_other_tensors(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
-    refuse_pickle(tmp_path)
+    refuse_other_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (
+            ["adapter_model-00001-of-00002.safetensors", "adapter_model-00002-of-00002.safetensors"],
+            "its parts 'adapter_model-00001-of-00002.safetensors', .*save_file",
+        ),
+        (["adapters.safetensors"], "found 'adapters.safetensors' .*save_pretrained"),
+        (["adapter_0.pt"], "found 'adapter_0.pt' .*save_pretrained"),
+    ],
+)
+def test_tensors_in_other_files_are_named(names: list[str], said: str, tmp_path: Path) -> None:
+    for name in ["adapter_config.json", "training_args.txt", *names]:
+        (tmp_path / name).touch()
+    with pytest.raises(AdapterFormatError, match=f"expected adapter_model.safetensors, .*{said}"):
+        refuse_other_tensors(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    refuse_other_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (["default"], r"found one in 'default' \(load '{path}/default', for example\)"),
+        (["checkpoint-10", "checkpoint-9"], r"'checkpoint-9' \(load '{path}/checkpoint-10', for"),
+        ([str(index) for index in range(7)], "'3', '4' and 2 more"),
+    ],
+)
+def test_the_folder_around_adapters_names_them(folders: list[str], said: str, tmp_path: Path) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "README.md").touch()
+    with pytest.raises(AdapterSourceError, match=said.format(path=tmp_path)):
+        resolve(str(tmp_path))
+
+
+def test_a_link_to_an_adapter_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "adapter_config.json").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(AdapterSourceError, match="found 'link'"):
+        resolve(str(tmp_path / "folder"))
 
 
 def test_all_is_written_although_the_system_writes_it_in_parts(

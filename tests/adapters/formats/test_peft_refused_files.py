@@ -176,6 +176,19 @@ def test_a_tensor_that_is_not_served(
     refused(sound[method].write(tmp_path), base, error, *parts)
 
 
+def test_many_unexpected_tensors_are_counted(sound: dict[str, Any], base: BaseSpec, tmp_path: Path) -> None:
+    """Under another name than peft's default."""
+    files = sound["LORA"]
+    for key in list(files.tensors):
+        files.tensors[key.replace(".weight", ".mine.weight")] = files.tensors.pop(key)
+    refused(
+        files.write(tmp_path),
+        base,
+        AdapterFormatError,
+        "found 12 others, 3 of them like 'base_model.model.model.layers.*.mlp.down_proj.lora_A.mine.weight'",
+    )
+
+
 def test_a_rank_of_a_pattern_that_the_tensor_lacks(
     sound: dict[str, Any], base: BaseSpec, tmp_path: Path
 ) -> None:

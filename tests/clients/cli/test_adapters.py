@@ -24,6 +24,7 @@ def test_list_is_an_aligned_table(turret, server):
             num_virtual_tokens=20,
             file_bytes=1023,
             arena_bytes=1024,
+            traffic_split=adapters_pb2.TrafficSplit(revision="def0123456789abc", percent=10),
         ),
     ]
     assert turret("adapters", "list").stdout.splitlines() == [
@@ -31,6 +32,9 @@ def test_list_is_an_aligned_table(turret, server):
         "broken  failed    unspecified    -                -        -           0       0 B      0 B       0",
         "pirate  resident  lora           0123456789ab    16        -        4.5M  17.2 MiB  9.0 MiB       2",
         "soft    staged    prompt_tuning  abc              -       20         999    1023 B  1.0 KiB       0",
+        f"broken: {script.BROKEN.error}",
+        f"pirate: 10 % of the requests go to {script.PIRATE.traffic_split.revision}",
+        "soft: 10 % of the requests go to def012345678",
     ]
 
 
