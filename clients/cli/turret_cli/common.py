@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound="Callable[..., Any]")
 
 _CONNECTION = "turret_cli.connection"
+_MAX_PROMPT_BYTES = 4 << 20
 
 
 class FailureError(click.ClickException):
@@ -175,10 +176,20 @@ def read_stdin(argument: str, given: str | None) -> str:
     """The prompt from standard input, for an argument that is missing or "-"."""
     if given is None and sys.stdin.isatty():
         raise click.UsageError(f"Give {argument}, or pipe it in.")
+    return decode_prompt(sys.stdin.buffer, "on standard input")
+
+
+def decode_prompt(file: IO[bytes], where: str) -> str:
+    """The prompt in a file, which is read no further than a server would take it."""
+    data = file.read(_MAX_PROMPT_BYTES + 1)
+    if len(data) > _MAX_PROMPT_BYTES:
+        raise click.UsageError(
+            f"The prompt {where} is larger than 4 MiB, which is the most that servers accept."
+        )
     try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
+        return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise click.UsageError("The prompt on standard input is not UTF-8.") from error
+        raise click.UsageError(f"The prompt {where} is not UTF-8.") from error
 
 
 def to_json(result: Generation | Chunk | Adapter | PinnedPrompt) -> str:

@@ -12,6 +12,7 @@ from turret_cli.common import (
     PromptCommand,
     adapter_option,
     connect,
+    decode_prompt,
     format_table,
     json_option,
     read_stdin,
@@ -88,7 +89,11 @@ def pin(
     """
     if text is not None and file is not None:
         raise click.UsageError("Give TEXT or --file, not both.")
-    prompt = _read(file) if file else read_stdin("TEXT", text) if text in (None, "-") else text
+    if file:
+        with file.open("rb") as opened:
+            prompt = decode_prompt(opened, f"in {file}")
+    else:
+        prompt = read_stdin("TEXT", text) if text in (None, "-") else text
     with connect(server) as client:
         pinned = client.pin_prompt(
             name, prompt, adapter=adapter, cache_salt=cache_salt, add_special_tokens=add_special_tokens
@@ -130,13 +135,6 @@ def unpin(name: str, *, server: str, as_json: bool) -> None:
     with connect(server) as client:
         client.unpin_prompt(name)
     click.echo(json.dumps({"name": name}) if as_json else f"unpinned {name}")
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_bytes().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"The prompt in {file} is not UTF-8.") from error
 
 
 def _print(found: Sequence[PinnedPrompt], *, as_json: bool) -> None:

@@ -117,6 +117,13 @@ def test_a_prompt_that_click_takes_for_something_else_is_explained(turret, serve
     assert said in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("command", [("generate",), ("prompts", "pin", "rules", "--file", "/dev/zero")])
+def test_a_prompt_without_end_is_not_read_to_its_end(turret, server, command):
+    result = turret(*command, stdin=b"a" * (5 << 20))
+    assert (result.exit_code, server.requests) == (2, [])
+    assert "is larger than 4 MiB, which is the most that servers accept." in " ".join(result.stderr.split())
+
+
 def test_a_prompt_that_begins_with_a_dash_follows_two(turret, server):
     turret("generate", "--", "-dash")
     assert server.requests == [inference_pb2.GenerateRequest(text="-dash")]
