@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 from turret_adapters.errors import (
     AdapterError,
@@ -20,8 +21,9 @@ from turret_adapters.errors import (
     SourceUnavailableError,
     StoreBusyError,
 )
-from turret_adapters.formats.files import Progress, no_progress
-from turret_adapters.formats.peft import read_adapter
+from turret_adapters.formats.files import TOKENIZER_FILES, TOKENIZER_NAME, Progress, no_progress
+from turret_adapters.formats.peft import read_adapter, read_changes
+from turret_adapters.formats.tokenizer import BaseTokenizer, OwnTokenizer
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.sources.fetch import Downloads, fetch
 from turret_adapters.sources.policy import Deadline, Policy, public
@@ -38,15 +40,23 @@ class AdapterLibrary:
     """Thread-safe. `names` and `store` are public: use them for what concerns only one of them."""
 
     def __init__(
-        self, *, store: AdapterStore, names: Names, policy: Policy, base: BaseSpec, weights: BaseWeights
+        self,
+        *,
+        store: AdapterStore,
+        names: Names,
+        policy: Policy,
+        base: BaseSpec,
+        weights: BaseWeights,
+        tokenizer: BaseTokenizer,
     ) -> None:
-        """Every adapter must fit the model with the spec `base` and the weights `weights`."""
+        """Every adapter must fit the model with the spec `base`, the weights `weights` and the tokenizer."""
         self.store = store
         self.names = names
         self.downloads = Downloads()
         self._policy = policy
         self._base = base
         self._weights = weights
+        self._tokenizer = tokenizer
         self._reader = reader_of(base)
         self._lock = threading.Lock()
         self._kept: set[str] = set()
@@ -86,6 +96,7 @@ class AdapterLibrary:
         with self._counted():
             with self.downloads.track(name, report) as counted, self.store.staging() as staged:
                 fetch(source, staged, policy, counted)
+                self._keep_changes(staged)
                 revision = self.store.adopt(staged)
             with self._held(revision) as adapter:
                 yield adapter
@@ -97,8 +108,24 @@ class AdapterLibrary:
         Raises:
             AdapterError: its bytes differ from those that were announced, or it does not fit the base.
         """
-        with self._counted(), self._held(upload.finish()) as adapter:
+        with self._counted(), self._held(upload.finish(self._keep_changes)) as adapter:
             yield adapter
+
+    def _keep_changes(self, folder: Path) -> None:
+        """Replaces the files of an adapter's tokenizer by what they change of the base's."""
+        changes = self._tokenizer.changes(folder)
+        for name in TOKENIZER_FILES:
+            (folder / name).unlink(missing_ok=True)
+        if changes:
+            (folder / TOKENIZER_NAME).write_bytes(changes)
+
+    def tokenizer(self, revision: str) -> OwnTokenizer:
+        """The tokenizer of a revision that has one of its own.
+
+        Raises:
+            AdapterError: it is not in the store, or damaged.
+        """
+        return self._tokenizer.changed(read_changes(self.store.path(revision)))
 
     def _check_interrupted(self) -> None:
         if self._interrupted.is_set():

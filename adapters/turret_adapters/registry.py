@@ -423,13 +423,15 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
     """Checks that adapters, given with their names and weights, work together in one request.
 
     LoRAs add up, each with its weight (peft's `add_weighted_adapter(combination_type="cat")`); prefixes are
-    joined.
+    joined. An adapter with a vocabulary of its own is alone, and tokenizers must be the same.
 
     Raises:
         AdapterCompositionError: they do not.
     """
     for name, spec, weight in named:
-        additive = not spec.invocation_tokens and all(group.part in _LORA for group in spec.rows)
+        additive = not (spec.invocation_tokens or spec.vocab_size) and all(
+            group.part in _LORA for group in spec.rows
+        )
         if len(named) > 1 and not additive:
             raise AdapterCompositionError(
                 f"adapter {name!r} ({spec.method.value}): expected only plain LoRAs and prefixes in a "
@@ -440,3 +442,8 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
                 f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a LoRA is scaled, "
                 f"found {weight:g}"
             )
+    if len({spec.tokenizer for _, spec, _ in named if spec.tokenizer}) > 1:
+        raise AdapterCompositionError(
+            "expected adapters with one tokenizer in a request, found adapters whose folders have different "
+            "ones; request them separately"
+        )

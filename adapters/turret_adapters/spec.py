@@ -69,6 +69,11 @@ class ModuleShape:
     out_features: int
     has_bias: bool = False
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an embedding or a head."""
+        return self.in_features if self.kind is ModuleKind.EMBEDDING else self.out_features
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseSpec:
@@ -98,8 +103,23 @@ class BaseSpec:
         """The modules that share their weight."""
         return tuple(self.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)) if self.tied else ()
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        [embedding] = self.of_kind(ModuleKind.EMBEDDING).values()
+        return embedding.num_tokens
+
     def of_kind(self, *kinds: ModuleKind) -> dict[str, ModuleShape]:
         return {name: shape for name, shape in self.modules.items() if shape.kind in kinds}
+
+    def resized(self, vocab_size: int) -> BaseSpec:
+        """The spec after transformers' `resize_token_embeddings`, which resizes embedding and head."""
+        modules = dict(self.modules)
+        for name, shape in self.of_kind(ModuleKind.EMBEDDING).items():
+            modules[name] = replace(shape, in_features=vocab_size)
+        for name, shape in self.of_kind(ModuleKind.HEAD).items():
+            modules[name] = replace(shape, out_features=vocab_size)
+        return replace(self, modules=modules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +160,8 @@ class AdapterSpec:
 
     With `invocation_tokens` (activated LoRA) the rows apply from the last occurrence of these tokens in the
     prompt on, and nowhere if there is none. `num_tasks` is the number of prefixes of a multitask adapter, of
-    which a request chooses one; 0 for other methods.
+    which a request chooses one; 0 for other methods. `vocab_size` is the number of its logits if it was
+    trained with resized embeddings, `tokenizer` the digest of its tokenizer's files if it has one of its own.
     """
 
     revision: str
@@ -152,6 +173,8 @@ class AdapterSpec:
     file_bytes: int
     invocation_tokens: tuple[int, ...] = ()
     num_tasks: int = 0
+    vocab_size: int | None = None
+    tokenizer: str = ""
     # By page size. It lives as long as the spec, so there is nothing to clean up.
     _num_slab_pages: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -183,7 +183,8 @@ def weights_of_family(make_model: Callable[[str], Any]) -> Callable[[str], BaseW
 @pytest.fixture(scope="session")
 def save(make_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Saved]:
     """Saves an adapter as peft makes it or, with a seed, with every trained number random. With `embeddings`
-    the embedding and the head are saved, too: those of the base ("saved"), or changed ones ("trained").
+    the embedding and the head are saved, too: those of the base ("saved"), or changed ones ("trained"). With
+    `vocab_size` they are resized first.
     """
     from peft import get_peft_model  # noqa: PLC0415 -- not for tests without it
 
@@ -194,10 +195,13 @@ def save(make_model: Callable[[str], Any], tmp_path_factory: pytest.TempPathFact
         family: str = "llama",
         seed: int | None = None,
         embeddings: str = "",
+        vocab_size: int | None = None,
     ) -> Saved:
         torch.manual_seed(1)
         with _warnings_of_peft():
             model = make_model(family).to(dtype)
+            if vocab_size:
+                model.resize_token_embeddings(vocab_size, mean_resizing=False)
             if embeddings == "trained":
                 with torch.no_grad():
                     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -222,9 +226,12 @@ def load(make_model: Callable[[str], Any]) -> Callable[..., Any]:
     """Loads an adapter as peft's users do."""
     from peft import PeftModel  # noqa: PLC0415 -- not for tests without it
 
-    def load(folder: Path, *, family: str = "llama") -> Any:
+    def load(folder: Path, *, family: str = "llama", vocab_size: int | None = None) -> Any:
         with _warnings_of_peft():
-            return PeftModel.from_pretrained(make_model(family), str(folder)).eval()
+            model = make_model(family)
+            if vocab_size:
+                model.resize_token_embeddings(vocab_size, mean_resizing=False)
+            return PeftModel.from_pretrained(model, str(folder)).eval()
 
     return load
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from support.guarded import guard
+from support.tokenizers import make_tokenizer
 from turret_adapters.errors import (
     AdapterFormatError,
     OwnerLimitError,
@@ -25,6 +26,7 @@ from turret_adapters.errors import (
     StoreFailedError,
 )
 from turret_adapters.formats.files import digest_of_folder
+from turret_adapters.formats.tokenizer import BaseTokenizer
 from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.sources.fetch import Download
@@ -45,7 +47,12 @@ def kept(tmp_path: Path) -> Iterator[AdapterStore]:
 def library(kept: AdapterStore, base: BaseSpec, weights: BaseWeights, tmp_path: Path) -> AdapterLibrary:
     names = Names(kept.root / "names.sqlite", "llama")
     return AdapterLibrary(
-        store=kept, names=names, policy=Policy(roots=(tmp_path,)), base=base, weights=weights
+        store=kept,
+        names=names,
+        policy=Policy(roots=(tmp_path,)),
+        base=base,
+        weights=weights,
+        tokenizer=BaseTokenizer(make_tokenizer(), None),
     )
 
 

@@ -54,7 +54,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
 
 
 def test_text_and_its_token_ids_are_the_same_prompt(client, served):
-    token_ids = served.parts.loaded.tokenizer.encode(PROMPT)
+    token_ids = served.parts.loaded.tokenizer.live.encode(PROMPT)
     assert client.generate(PROMPT, max_tokens=8) == client.generate(token_ids, max_tokens=8)
 
 

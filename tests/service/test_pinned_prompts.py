@@ -146,7 +146,7 @@ def test_the_list_is_in_the_order_of_names_and_says_the_revision(client, served)
     text = "the lazy dog and the other fox there then these those other " * 2
     client.pin_prompt("b", text)
     client.pin_prompt("a", prompt_of(33), adapter="lora")
-    num_tokens = len(served.parts.loaded.tokenizer.encode(text))
+    num_tokens = len(served.parts.loaded.tokenizer.live.encode(text))
     revision = client.get_adapter("lora").revision
     assert client.list_pinned_prompts() == [
         PinnedPrompt("a", revision, 33),

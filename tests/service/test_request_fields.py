@@ -113,7 +113,7 @@ def door(base_of, adapter_of, quantised_cache) -> Iterator[Door]:
             inference_pb2_grpc.InferenceServiceStub(channel),
             prompts_pb2_grpc.PromptServiceStub(channel),
             jobs,
-            served.parts.loaded.tokenizer.backend_tokenizer,
+            served.parts.loaded.tokenizer.live.backend_tokenizer,
         )
         engine.check_integrity()
 

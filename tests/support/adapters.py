@@ -28,8 +28,13 @@ from peft import (
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from support.models import MIXTURES, Names, auto_class, names_of
+from support.models import MIXTURES, VOCAB_SIZE, Names, auto_class, names_of
 
+# The sizes of vocabularies that adapters were trained with.
+VOCABULARIES = {
+    **{f"vocabulary-{what}": VOCAB_SIZE + 3 for what in ("added", "trained", "lora", "tokens", "prompt")},
+    "vocabulary-removed": VOCAB_SIZE - 10,
+}
 INVOCATION = (40, 41, 42)
 NUM_TASKS = 3
 
@@ -83,6 +88,19 @@ KINDS: dict[str, Callable[[Names], PeftConfig]] = {
     "embeddings-trained-lora": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
     "embeddings-trained-whole": lambda n: _lora(n, modules_to_save=[n.embedding, n.norms[0]]),
     "embeddings-trained-tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, 50, 100]}),
+    **{
+        f"vocabulary-{what}": make
+        for what, make in {
+            "added": lambda n: _lora(n, target_modules=list(n.attention)),
+            "trained": lambda n: _lora(
+                n, target_modules=list(n.attention), modules_to_save=[n.embedding, n.head]
+            ),
+            "lora": lambda n: _lora(n, target_modules=[n.attention[0], n.embedding, n.head]),
+            "tokens": lambda n: _lora(n, trainable_token_indices={n.embedding: [5, VOCAB_SIZE + 1]}),
+            "prompt": lambda _: PromptTuningConfig(num_virtual_tokens=3, **_TASK),
+            "removed": lambda n: _lora(n, target_modules=list(n.attention)),
+        }.items()
+    },
     "alora": lambda n: _lora(n, alora_invocation_tokens=list(INVOCATION)),
     "adalora": lambda n: AdaLoraConfig(
         init_r=6, target_r=4, total_step=10, target_modules=[*n.attention, *n.mlp_out], **_TASK
@@ -151,6 +169,8 @@ def save_adapter(kind: str, family: str, base: Path, folder: Path, seed: int = 0
         base_model = auto_class(AutoConfig.from_pretrained(base)).from_pretrained(base)
         if "-trained" in kind:
             _train_embeddings(base_model)
+        if kind in VOCABULARIES:
+            base_model.resize_token_embeddings(VOCABULARIES[kind], mean_resizing=False)
         model = get_peft_model(base_model, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

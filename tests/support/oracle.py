@@ -22,12 +22,21 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 class Oracle:
-    """`adapters` are folders by name; a composition is asked for with the names in it."""
+    """`adapters` are folders by name; a composition is asked for with the names in it. `vocabularies` are the
+    sizes of those that were trained with resized embeddings.
+    """
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Mapping[str, Path],
+        dtype: torch.dtype = torch.float32,
+        vocabularies: Mapping[str, int] | None = None,
+    ) -> None:
         self._base = base
         self._dtype = dtype
         self._adapters = adapters
+        self._vocabularies = vocabularies or {}
 
     def logits(
         self, adapter: str | None, sequences: Sequences, *, task: int | None = None
@@ -100,6 +109,8 @@ class Oracle:
         return model
 
     def _with(self, model: torch.nn.Module, adapter: str) -> PeftModel:
+        if vocab_size := self._vocabularies.get(adapter):
+            model.resize_token_embeddings(vocab_size, mean_resizing=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return PeftModel.from_pretrained(model, self._adapters[adapter])

@@ -29,7 +29,9 @@ class RecordingSampler(Sampler):
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
         self.revisions.append({sequence.adapters for sequence in sequences})
         for row, sequence in zip(logits_SV, sequences, strict=True):
-            self.logits[sequence.sequence_id].append(row.float().clone())
+            # A row ends with those of other requests' vocabularies, which are minus infinity.
+            own = row[: int(row.isneginf().logical_not().nonzero().max()) + 1]
+            self.logits[sequence.sequence_id].append(own.float().clone())
         return super().sample(logits_SV, sequences)
 
 

@@ -1,4 +1,4 @@
-"""The two files of an adapter: their names and limits, safe opening, digest, and durable writing.
+"""The files of an adapter: their names and limits, safe opening, digest, and durable writing.
 
 The author of a folder controls its contents, so a file is opened only if it is a regular file inside the
 folder, and read only up to a limit.
@@ -20,12 +20,28 @@ from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
+# A tokenizer's files as transformers saves them; the first makes it one. A folder may have none.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# In the folder of a revision, instead of them: what they change of the base model's.
+TOKENIZER_NAME = "turret_tokenizer.json"
 _TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 8 << 30
-MAX_FILE_BYTES = {CONFIG_NAME: MAX_CONFIG_BYTES, TENSORS_NAME: MAX_TENSORS_BYTES}
+MAX_TOKENIZER_BYTES = 4 << 20
+MAX_FILE_BYTES = {
+    CONFIG_NAME: MAX_CONFIG_BYTES,
+    TENSORS_NAME: MAX_TENSORS_BYTES,
+    TOKENIZER_NAME: MAX_TOKENIZER_BYTES,
+    **dict.fromkeys(TOKENIZER_FILES, MAX_TOKENIZER_BYTES),
+    TOKENIZER_FILES[0]: 64 << 20,
+}
 CHUNK_BYTES = 1 << 20
 REVISION_LENGTH = 32
 MAX_NAMES_SHOWN = 5
@@ -49,17 +65,29 @@ def config_digest(config: bytes) -> hashlib._Hash:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """The digest of an adapter's two files: 64 hexadecimal digits, the first `REVISION_LENGTH` of which are
-    the revision. `peft.read_adapter` computes the same from the bytes that it reads.
+    """The digest of an adapter's files: 64 hexadecimal digits, the first `REVISION_LENGTH` of which are the
+    revision. `peft.read_adapter` computes the same from the bytes that it reads.
+
+    After the tensors come the files of a tokenizer, if there are any, in the order of their names, each
+    after its `head_of`.
 
     Raises:
         OSError: a file is missing or unreadable.
     """
     digest = config_digest((folder / CONFIG_NAME).read_bytes())
-    with (folder / TENSORS_NAME).open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    for name in (TENSORS_NAME, *sorted({TOKENIZER_NAME, *TOKENIZER_FILES})):
+        if name == TENSORS_NAME or (folder / name).exists():
+            with (folder / name).open("rb", buffering=0) as file:
+                if name != TENSORS_NAME:
+                    digest.update(head_of(name, os.fstat(file.fileno()).st_size))
+                while chunk := file.read(CHUNK_BYTES):
+                    digest.update(chunk)
     return digest.hexdigest()
+
+
+def head_of(name: str, size: int) -> bytes:
+    """What stands in a digest before a file of a tokenizer."""
+    return f"{name} {size}\n".encode()
 
 
 def resolve(path: str) -> Path:

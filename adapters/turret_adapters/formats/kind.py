@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import Fields, Policy, show
@@ -78,8 +79,15 @@ class Rows:
 
     def weight(self, module: str) -> torch.Tensor:
         """The adapter's own weight of a module, or else the base's, in float32."""
-        own = self.parts.get(module, {}).get(Part.WEIGHT)
-        return self._weights.weight(module) if own is None else own.float()
+        parts = self.parts.get(module, {})
+        if Part.WEIGHT in parts:
+            return parts[Part.WEIGHT].float()
+        weight_VE = self._weights.weight(module)
+        if module in self.token_ids:  # they may follow the last of the base
+            ids = torch.tensor(self.token_ids[module])
+            missing = max(int(ids.max()) + 1 - len(weight_VE), 0)
+            weight_VE = pad(weight_VE, (0, 0, 0, missing)).index_copy(0, ids, parts[Part.TOKENS].float())
+        return weight_VE[: self.base.modules[module].num_tokens]
 
     def bias(self, module: str) -> torch.Tensor | None:
         """The adapter's own bias of a module, or else the base's, in float32."""
@@ -87,7 +95,10 @@ class Rows:
         return self._weights.bias(module) if own is None else own.view(-1).float()
 
     def replace(self, module: str, part: Part, tensor: torch.Tensor) -> None:
-        """Replaces a weight or a bias."""
+        """Replaces a weight or a bias, and rows of the weight that were replaced before."""
+        if part is Part.WEIGHT:
+            self.parts[module].pop(Part.TOKENS, None)
+            self.token_ids.pop(module, None)
         if tensor.dim() == 1:
             self.add_vector(module, part, tensor)
         else:
@@ -97,8 +108,10 @@ class Rows:
         """Replaces the rows of some tokens, whose ids ascend, of the embedding or the head."""
         own_VE = self.parts.get(module, {}).get(Part.WEIGHT)
         if own_VE is None:
-            self.parts[module][Part.TOKENS] = rows_NE
-            self.token_ids[module] = token_ids
+            before = zip(self.token_ids.get(module, ()), self.parts[module].get(Part.TOKENS, ()), strict=True)
+            rows = {**dict(before), **dict(zip(token_ids, rows_NE, strict=True))}
+            self.token_ids[module] = tuple(sorted(rows))
+            self.parts[module][Part.TOKENS] = torch.stack([rows[each] for each in self.token_ids[module]])
         else:
             dtype = torch.promote_types(own_VE.dtype, rows_NE.dtype)
             self.parts[module][Part.WEIGHT] = own_VE.to(dtype).index_copy(

@@ -19,10 +19,13 @@ from turret_adapters.formats.files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
     MAX_TENSORS_BYTES,
+    MAX_TOKENIZER_BYTES,
     REVISION_LENGTH,
     TENSORS_NAME,
+    TOKENIZER_NAME,
     Progress,
     describe,
+    head_of,
     no_progress,
     open_inside,
     refuse_other_tensors,
@@ -31,13 +34,18 @@ from turret_adapters.formats.files import (
 from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
+from turret_adapters.formats.replaced import own_vocabulary
 from turret_adapters.formats.tensors import LENGTH_BYTES, match_entries, read_header, read_tensor
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
 
 def read_adapter(
-    path: Path, base: BaseSpec, weights: BaseWeights, progress: Progress = no_progress
+    path: Path,
+    base: BaseSpec,
+    weights: BaseWeights,
+    progress: Progress = no_progress,
+    tokenizer: bytes | None = None,
 ) -> HostAdapter:
     """Reads an adapter that peft saved.
 
@@ -46,6 +54,8 @@ def read_adapter(
         base: the base model that it must match.
         weights: the model's weights; used only after everything else is checked.
         progress: called before each tensor with the bytes read and in total.
+        tokenizer: what the adapter's tokenizer changes, see `BaseTokenizer.changes`; None for what the folder
+            of a revision says.
 
     Raises:
         AdapterSourceError: there is no readable adapter at `path`.
@@ -53,14 +63,30 @@ def read_adapter(
         AdapterBaseError: the files were made for another base model.
     """
     try:
-        return _read_folder(resolve(str(path)), base, weights, progress)
+        return _read_folder(resolve(str(path)), base, weights, progress, tokenizer)
     except OSError as error:
         raise AdapterSourceError(
             f"{str(error.filename or path)!r}: expected a readable file, found {describe(error)}"
         ) from error
 
 
-def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: Progress) -> HostAdapter:
+def read_changes(folder: Path) -> bytes:
+    """What the tokenizer of a revision changes, from its folder; empty if it has none of its own.
+
+    Raises:
+        AdapterSourceError: the file is too large, or not a regular file.
+        OSError: it is unreadable.
+    """
+    try:
+        with open_inside(folder, TOKENIZER_NAME, MAX_TOKENIZER_BYTES) as (file, size):
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+
+
+def _read_folder(
+    folder: Path, base: BaseSpec, weights: BaseWeights, progress: Progress, tokenizer: bytes | None
+) -> HostAdapter:
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
@@ -70,6 +96,9 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
         header, entries = read_header(file, size)
         layout = layout_of_file([entry.key for entry in entries], base)
         named = replace(base, modules=layout.modules)
+        vocab_size = own_vocabulary({entry.key: entry.shape for entry in entries}, named)
+        if vocab_size:
+            named = named.resized(vocab_size)
         plan = kind.plan(fields, named)
         keys = match_entries(entries, plan.expected, named)
         digest.update(header)
@@ -83,6 +112,10 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
                     f"under {show(entry.key)} (remove the wrong one)"
                 )
             tensors[key] = tensor
+    if tokenizer is None:
+        tokenizer = read_changes(folder)
+    if tokenizer:
+        digest.update(head_of(TOKENIZER_NAME, len(tokenizer)) + tokenizer)
     content = layout.content(plan.build(tensors, layout.weights(weights)))
     spec = AdapterSpec(
         revision=digest.hexdigest()[:REVISION_LENGTH],
@@ -91,9 +124,11 @@ def _read_folder(folder: Path, base: BaseSpec, weights: BaseWeights, progress: P
         prefix=_prefix_spec(content),
         max_rank=content.max_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        file_bytes=len(config_bytes) + size,
+        file_bytes=len(config_bytes) + size + len(tokenizer),
         invocation_tokens=content.invocation_tokens,
         num_tasks=len(content.tasks),
+        vocab_size=vocab_size,
+        tokenizer=hashlib.sha256(tokenizer).hexdigest()[:REVISION_LENGTH] if tokenizer else "",
     )
     return HostAdapter(
         spec=spec,

@@ -6,17 +6,19 @@ These are whole modules (`modules_to_save`), biases (`bias`) and rows of the emb
 
 A file can also have the base's embedding and head, trained or not (`save_embedding_layers` in peft's
 `utils/save_and_load.py`). peft loads them over the base's own; here those that differ replace them for this
-adapter, and those that are equal are dropped.
+adapter, and those that are equal are dropped. If they have another number of rows, the adapter has a
+vocabulary of its own; rows that it only adds are kept as rows of single tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from turret_adapters.errors import AdapterFormatError
+from turret_adapters.errors import AdapterBaseError, AdapterFormatError
 from turret_adapters.formats.fields import Fields, show
 from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.formats.kind import Rows, Tensors
@@ -27,6 +29,12 @@ from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
 ROWS_COMPARED = 8192
+
+# The keys of the whole weight of a module, in any wrapper.
+_WHOLE = (
+    r"base_model\.(?:model\.)?{}"
+    r"(?:\.base_layer|\.token_adapter|\.original_module|\.modules_to_save|\.default)*\.weight"
+)
 
 Place = tuple[str, Part]
 
@@ -70,24 +78,36 @@ class Replaced:
     def rows(self, tensors: Tensors, weights: BaseWeights) -> Rows:
         """The rows of the replacements."""
         rows = Rows(self.base, weights)
-        for (module, part), tensor in self._changed_copies(tensors, weights).items():
-            rows.replace(module, part, tensor)
+        for (module, part), (start, tensor) in self._changed_copies(tensors, weights).items():
+            if start:
+                rows.replace_tokens(module, tuple(range(start, start + len(tensor))), tensor)
+            else:
+                rows.replace(module, part, tensor)
         for key, (module, part) in self.places.items():
             if part is not Part.TOKENS:
                 rows.replace(module, part, tensors[key])
         self.tokens.add_to(rows, tensors)
         return rows
 
-    def _changed_copies(self, tensors: Tensors, weights: BaseWeights) -> dict[Place, torch.Tensor]:
-        """The copies that differ from the base's weights. In a tied base, the last one is that of both."""
-        changed: dict[Place, torch.Tensor] = {}
+    def _changed_copies(
+        self, tensors: Tensors, weights: BaseWeights
+    ) -> dict[Place, tuple[int, torch.Tensor]]:
+        """The copies that differ from the base's weights: all rows, or those from a row on that only add to
+        it. In a tied base, the last one is that of both.
+        """
+        changed: dict[Place, tuple[int, torch.Tensor]] = {}
         for key, (module, part) in self.copies.items():
             if key not in tensors:
                 continue
+            own = tensors[key]
             of_base = weights.weight(module) if part is Part.WEIGHT else weights.bias(module)
-            if of_base is not None and not _same(tensors[key], of_base):
+            if of_base is None:
+                continue
+            same = _same(own[: len(of_base)], of_base[: len(own)])
+            start = len(of_base) if same and part is Part.WEIGHT else 0
+            if start < len(own) and not (same and len(own) == len(of_base)):
                 sharing = self.base.tied_modules if part is Part.WEIGHT else ()
-                changed |= {(each, part): tensors[key] for each in (module, *sharing)}
+                changed |= {(each, part): (start, own[start:].clone()) for each in (module, *sharing)}
         return changed
 
 
@@ -147,6 +167,34 @@ def plan_replaced(
         repeated=repeated,
         tokens=tokens,
     )
+
+
+def own_vocabulary(shapes: Mapping[str, Sequence[int]], base: BaseSpec) -> int | None:
+    """The number of tokens of an adapter that was trained with resized embeddings, from the shapes of its
+    tensors by key; None if it has the base's.
+
+    Raises:
+        AdapterBaseError: tokens were added, and the file has their embeddings without their logits, or the
+            other way round: peft saves only one if only one is a target.
+    """
+    modules = base.of_kind(ModuleKind.EMBEDDING, ModuleKind.HEAD)
+    sizes = {
+        module: shape[0]
+        for module in modules
+        for key, shape in shapes.items()
+        if len(shape) == 2 and re.fullmatch(_WHOLE.format(re.escape(module)), key)
+    }
+    own = {module: size for module, size in sizes.items() if size != modules[module].num_tokens}
+    if not own:
+        return None
+    resized, size = next(iter(own.items()))
+    missing = [module for module in modules if module not in sizes]
+    if missing and not base.tied and size > modules[resized].num_tokens:
+        raise AdapterBaseError(
+            f"module {show(missing[0])}: expected its weight with {size} rows in the file, as many as "
+            f"{show(resized)} has there, found none (add both to 'modules_to_save' or 'target_modules')"
+        )
+    return size
 
 
 def plan_copies(base: BaseSpec) -> Replaced:

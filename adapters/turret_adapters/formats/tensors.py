@@ -32,7 +32,7 @@ _ADAPTER_NAME = "default"
 
 # The dimension of the base model that a dimension of a tensor must equal; None if the config gives its size.
 WIDTH = "a width"
-VOCABULARY = "the vocabulary (a resized one is not supported)"
+VOCABULARY = "the vocabulary (save an adapter with a resized one with save_embedding_layers=True)"
 
 
 @dataclass(frozen=True, slots=True)

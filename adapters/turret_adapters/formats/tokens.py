@@ -75,7 +75,7 @@ def check_token_ids(
         if shape.has_bias:
             # peft leaves the bias out.
             raise fields.refusal(name, f"without {show(module)}, which has a bias")
-        vocabulary = shape.in_features if shape.kind is ModuleKind.EMBEDDING else shape.out_features
+        vocabulary = shape.num_tokens
         if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
             raise fields.refusal(name, f"of token ids from 0 to {vocabulary - 1}")
         if len(set(ids)) != len(ids):

@@ -1,6 +1,6 @@
-"""Reads an adapter's two files from an archive of unknown origin.
+"""Reads an adapter's files from an archive of unknown origin.
 
-The two files are found by their names and written under them, never under a path from the archive. An archive
+The files are found by their names and written under them, never under a path from the archive. An archive
 with a path out of itself, a link or a device is refused as a whole. Limits on what is read, in total and at
 once, hold whatever the archive announces, so neither disk nor memory fills.
 """
@@ -24,11 +24,19 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from turret_adapters.errors import AdapterError, AdapterSourceError, SourceTooLargeError
-from turret_adapters.formats.files import CHUNK_BYTES, CONFIG_NAME, TENSORS_NAME, write_whole
+from turret_adapters.formats.files import (
+    CHUNK_BYTES,
+    CONFIG_NAME,
+    TENSORS_NAME,
+    TOKENIZER_FILES,
+    write_whole,
+)
 from turret_adapters.sources.intake import Intake
 
 MAX_MEMBERS = 1000
 SUFFIXES = (".zip", ".tar.gz", ".tgz")
+
+_FILES = (CONFIG_NAME, TENSORS_NAME, *TOKENIZER_FILES)
 
 # The libraries read directories and long names at once; a valid archive of two files has less of them.
 _MAX_READ = 4 << 20
@@ -50,7 +58,7 @@ class Member:
 
 
 def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> None:
-    """Reads the two files from an archive.
+    """Reads an adapter's two files from an archive, and those of its tokenizer if it has any.
 
     Args:
         archive: a seekable file.
@@ -71,6 +79,7 @@ def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> Non
 
 def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
     chosen: dict[str, Member] = {}
+    tokenizers: dict[tuple[PurePosixPath, str], Member] = {}
     for number, member in enumerate(members, 1):
         if number > MAX_MEMBERS:
             raise SourceTooLargeError(f"{name}: expected at most {MAX_MEMBERS} members, found more")
@@ -84,6 +93,8 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
                 f"{name}: expected files and folders, found a link, device or encrypted file "
                 f"{member.path[:200]!r}"
             )
+        if path.name in TOKENIZER_FILES and not member.is_folder:
+            tokenizers[path.parent, path.name] = member
         if path.name in (CONFIG_NAME, TENSORS_NAME) and not member.is_folder:
             if path.name in chosen:
                 raise AdapterSourceError(f"{name}: expected one {path.name}, found several")
@@ -94,7 +105,9 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
         raise AdapterSourceError(
             f"{name}: expected {CONFIG_NAME} and {TENSORS_NAME} in one folder, found {found}"
         )
-    return {wanted: chosen[wanted] for wanted in (CONFIG_NAME, TENSORS_NAME)}
+    [folder] = folders
+    chosen |= {file: member for (parent, file), member in tokenizers.items() if parent == folder}
+    return {wanted: chosen[wanted] for wanted in _FILES if wanted in chosen}
 
 
 @contextmanager

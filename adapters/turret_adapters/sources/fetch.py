@@ -1,4 +1,4 @@
-"""Fetches an adapter's two files from any kind of source into a folder, and counts what is being fetched."""
+"""Fetches an adapter's files from any kind of source into a folder, and counts what is being fetched."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from turret_adapters.errors import SourceTooLargeError
 from turret_adapters.formats.files import (
     CONFIG_NAME,
     TENSORS_NAME,
+    TOKENIZER_FILES,
     Progress,
     no_progress,
     refuse_other_tensors,
@@ -22,12 +23,12 @@ from turret_adapters.formats.files import (
 from turret_adapters.sources.archive import SUFFIXES, unpack
 from turret_adapters.sources.filesystems import hub_url, take_from_fsspec
 from turret_adapters.sources.http import HttpSource
-from turret_adapters.sources.intake import Intake
+from turret_adapters.sources.intake import Intake, take_files
 from turret_adapters.sources.policy import Deadline, Policy
 
 
 def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_progress) -> None:
-    """Fetches an adapter's two files.
+    """Fetches an adapter's two files, and those of its tokenizer if there are any.
 
     Args:
         source: a folder of this machine (a path that is absolute or begins with a dot), `owner/name` or
@@ -53,6 +54,9 @@ def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_pro
         intake = Intake(folder, policy.max_bytes, _until(deadline, progress))
         for name in (CONFIG_NAME, TENSORS_NAME):
             intake.copy(real, name)
+        for name in TOKENIZER_FILES:
+            if (real / name).exists():
+                intake.copy(real, name)
         return
     # The @ of a hub URL begins the revision, which the policy does not look at.
     scheme = policy.url(url.partition("@")[0] if url.startswith("hf://") else url).scheme
@@ -78,10 +82,13 @@ def _until(deadline: Deadline, progress: Progress) -> Progress:
 def _take_folder(url: str, intake: Intake, policy: Policy, deadline: Deadline) -> None:
     parts = urlsplit(url)
     with HttpSource(policy, deadline) as source:
-        for name in (CONFIG_NAME, TENSORS_NAME):
+
+        def take(name: str) -> None:
             file_parts = parts._replace(path=f"{parts.path.rstrip('/')}/{name}")
             with source.get(urlunsplit(file_parts)) as body:
                 intake.take(name, body.chunks, body.size)
+
+        take_files(take)
 
 
 def _take_archive(url: str, intake: Intake, policy: Policy, deadline: Deadline, progress: Progress) -> None:

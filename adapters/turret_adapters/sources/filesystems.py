@@ -16,7 +16,7 @@ from fsspec.registry import known_implementations
 
 from turret_adapters.errors import AdapterError, AdapterSourceError, SourceUnavailableError
 from turret_adapters.formats.files import CHUNK_BYTES, CONFIG_NAME, TENSORS_NAME
-from turret_adapters.sources.intake import Intake
+from turret_adapters.sources.intake import Intake, take_files
 from turret_adapters.sources.policy import Deadline, public
 
 WAIT_SECONDS = 30.0
@@ -46,7 +46,8 @@ def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
         OSError: a file is not writable.
     """
     files, folder = _open(_pinned(url) if url.startswith("hf://") else url)
-    for name in (CONFIG_NAME, TENSORS_NAME):
+
+    def take(name: str) -> None:
         path = f"{folder}/{name}"
         try:
             size = files.info(path)["size"]
@@ -56,6 +57,8 @@ def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
             raise _refusal(url, error) from error
         with file:
             intake.take(name, _chunks(url, file, deadline), size)
+
+    take_files(take)
 
 
 def _open(url: str) -> tuple[Any, str]:

@@ -1,10 +1,10 @@
-"""Copies an adapter's two files into a folder, within limits, and reports the progress."""
+"""Copies an adapter's files into a folder, within limits, and reports the progress."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path
@@ -12,7 +12,10 @@ from pathlib import Path
 from turret_adapters.errors import AdapterSourceError, SourceTooLargeError
 from turret_adapters.formats.files import (
     CHUNK_BYTES,
+    CONFIG_NAME,
     MAX_FILE_BYTES,
+    TENSORS_NAME,
+    TOKENIZER_FILES,
     Progress,
     describe,
     open_inside,
@@ -20,6 +23,23 @@ from turret_adapters.formats.files import (
 )
 
 _FICLONE = 0x40049409  # linux/fs.h
+
+
+def take_files(take: Callable[[str], None]) -> None:
+    """Calls `take` for each file of an adapter. A tokenizer's files may be missing; without the first, the
+    others are not asked for.
+
+    Raises:
+        AdapterSourceError: `take` raises it for a file that must be there.
+    """
+    for name in (CONFIG_NAME, TENSORS_NAME):
+        take(name)
+    for name in TOKENIZER_FILES:
+        try:
+            take(name)
+        except AdapterSourceError:
+            if name == TOKENIZER_FILES[0]:
+                break
 
 
 class Intake:

@@ -1,6 +1,6 @@
 """Records of revisions: their encoded specs, so that a start does not read their tensors.
 
-A record is valid only for the version of Turret and the base that made it, and while both files look
+A record is valid only for the version of Turret and the base that made it, and while the files look
 unchanged. The first read of the tensors still compares digest and spec with it (`HostMemory.get`).
 """
 
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
+from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME, TOKENIZER_FILES, TOKENIZER_NAME
 from turret_adapters.spec import AdapterSpec, BaseSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
 
 # Clocks of file systems are coarse: a file that changed this recently may change again with the same times.
@@ -31,7 +31,9 @@ def reader_of(base: BaseSpec) -> str:
 
 
 def marks_of(folder: Path) -> str:
-    """Device, inode, size and times of an adapter's two files, as in Git's index; "" if one is missing."""
+    """Device, inode, size and times of an adapter's files, as in Git's index; "" if config or tensors are
+    missing.
+    """
     return " ".join(
         f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
         for found in _stats(folder)
@@ -45,10 +47,14 @@ def settled_marks_of(folder: Path) -> str:
 
 
 def _stats(folder: Path) -> list[os.stat_result]:
-    try:
-        return [(folder / name).stat() for name in (CONFIG_NAME, TENSORS_NAME)]
-    except OSError:
-        return []
+    found = []
+    for name in (CONFIG_NAME, TENSORS_NAME, TOKENIZER_NAME, *TOKENIZER_FILES):
+        try:
+            found.append((folder / name).stat())
+        except OSError:
+            if name in (CONFIG_NAME, TENSORS_NAME):
+                return []
+    return found
 
 
 def encode(spec: AdapterSpec) -> bytes:

@@ -1,7 +1,8 @@
 """The files of adapters on this machine's disk, addressed by their content.
 
     <root>/lock                   locked by the server that uses the store; contains its process id
-    <root>/adapters/<revision>/   an adapter's two files as peft wrote them, complete and read-only
+    <root>/adapters/<revision>/   an adapter's two files as peft wrote them, and what its tokenizer changes,
+                                  complete and read-only
     <root>/staging/<random>/      adapters that are being written or deleted
     <root>/uploads/<key>/         partial uploads, which can be resumed
     <root>/names.sqlite           see `names`
@@ -18,7 +19,7 @@ import shutil
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from turret_adapters.errors import (
     StoreBusyError,
     StoreFullError,
 )
-from turret_adapters.formats.files import REVISION_LENGTH, digest_of_folder, sync
+from turret_adapters.formats.files import REVISION_LENGTH, TENSORS_NAME, digest_of_folder, sync
 from turret_adapters.store.disk import (
     LoggedLock,
     errors_of_the_store,
@@ -100,7 +101,7 @@ class AdapterStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, staged: Path) -> str:
-        """Moves a folder of this disk, which has an adapter's two files and nothing else, to its revision.
+        """Moves a folder of this disk, which has the files of a revision and nothing else, to its revision.
 
         A revision that is there already stays, unless its bytes have changed.
 
@@ -132,7 +133,14 @@ class AdapterStore:
                 shutil.rmtree(replaced, ignore_errors=True)
         return revision
 
-    def receive(self, digest: str, config: bytes, size: int, owner: str = "") -> Upload:
+    def receive(
+        self,
+        digest: str,
+        config: bytes,
+        size: int,
+        owner: str = "",
+        tokenizer: Mapping[str, int] | None = None,
+    ) -> Upload:
         """Begins or resumes an upload: write from `upload.offset` on, then `finish`.
 
         Whether the store has the revision already is not revealed: a caller gets it only by sending the
@@ -143,6 +151,7 @@ class AdapterStore:
             config: the bytes of `adapter_config.json`.
             size: the number of bytes of `adapter_model.safetensors`.
             owner: the owner, who alone can resume it.
+            tokenizer: the bytes of each file of a tokenizer, in the order in which they follow the tensors.
 
         Raises:
             UploadError: an argument is invalid.
@@ -151,7 +160,8 @@ class AdapterStore:
             StoreFullError, StoreFailedError
         """
         with errors_of_the_store(self.root), self._lock:
-            return self._uploads.open(self.adopt, digest, config, size, owner)
+            sizes = {TENSORS_NAME: size, **(tokenizer or {})}
+            return self._uploads.open(self.adopt, digest, config, sizes, owner)
 
     def path(self, revision: str) -> Path:
         """The folder of a revision, which is marked as used now. It stays while the revision is held.

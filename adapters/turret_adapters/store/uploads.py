@@ -7,16 +7,24 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from turret_adapters.errors import SourceTooLargeError, StoreBusyError, UploadError, UploadsFullError
+from turret_adapters.errors import (
+    AdapterError,
+    SourceTooLargeError,
+    StoreBusyError,
+    UploadError,
+    UploadsFullError,
+)
 from turret_adapters.formats.files import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
+    MAX_FILE_BYTES,
     MAX_TENSORS_BYTES,
     TENSORS_NAME,
+    TOKENIZER_FILES,
     digest_of_folder,
     write_whole,
 )
@@ -37,21 +45,29 @@ class Upload:
         self,
         folder: Path,
         digest: str,
-        size: int,
+        sizes: Mapping[str, int],
         *,
         adopt: Callable[[Path], str],
         on_close: Callable[[], None],
     ) -> None:
-        self.size = size
+        """`sizes` are those of the files that are sent one after another."""
+        self.size = sum(sizes.values())
         self._folder = folder
         self._digest = digest
+        self._sizes = sizes
         self._adopt = adopt
         self._on_close = on_close
-        self._file = os.open(folder / TENSORS_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.offset = os.fstat(self._file).st_size
+        self._files = {
+            name: os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in sizes
+        }
+        self.offset = self._num_received
+
+    @property
+    def _num_received(self) -> int:
+        return sum(os.fstat(file).st_size for file in self._files.values())
 
     def write(self, offset: int, chunk: bytes) -> None:
-        """Appends a chunk of the tensor file, which begins at `offset` in the file.
+        """Appends a chunk of the files, which begins at `offset` of all of them.
 
         Raises:
             UploadError: the chunk does not continue the bytes so far, or exceeds the size.
@@ -68,15 +84,20 @@ class Upload:
             )
         with errors_of_the_store(self._folder.parent.parent):
             try:
-                write_whole(self._file, chunk)
+                for name, file in self._files.items():
+                    room = self._sizes[name] - os.fstat(file).st_size
+                    write_whole(file, chunk[:room])
+                    chunk = chunk[room:]
             finally:
-                self.offset = os.fstat(self._file).st_size
+                self.offset = self._num_received
 
-    def finish(self) -> str:
-        """Checks the bytes and moves them to their revision, which is held once.
+    def finish(self, prepare: Callable[[Path], None] | None = None) -> str:
+        """Checks the bytes, lets `prepare` change the folder, and moves it to its revision, which is held
+        once.
 
         Raises:
             UploadError: bytes are missing, or the digest differs; then they are deleted.
+            AdapterError: `prepare` raises it; then they are deleted too.
             StoreFullError, StoreFailedError
         """
         if self.offset != self.size:
@@ -88,12 +109,19 @@ class Upload:
             if found != self._digest:
                 shutil.rmtree(self._folder)
                 raise UploadError(f"digest: expected {self._digest}, found {found} (upload it again)")
+            try:
+                if prepare:
+                    prepare(self._folder)
+            except AdapterError:
+                shutil.rmtree(self._folder)
+                raise
             revision = self._adopt(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)
         return revision
 
     def close(self) -> None:
-        os.close(self._file)
+        for file in self._files.values():
+            os.close(file)
         self._on_close()
 
     def __enter__(self) -> Self:
@@ -111,12 +139,29 @@ class Uploads:
         self._max_bytes = min(MAX_UPLOADS_BYTES, MAX_UPLOADS_BYTES if max_bytes is None else max_bytes)
         self._receiving: set[Path] = set()
 
-    def open(self, adopt: Callable[[Path], str], digest: str, config: bytes, size: int, owner: str) -> Upload:
+    def open(
+        self,
+        adopt: Callable[[Path], str],
+        digest: str,
+        config: bytes,
+        sizes: Mapping[str, int],
+        owner: str,
+    ) -> Upload:
         """See `AdapterStore.receive`."""
         if not _DIGEST.fullmatch(digest):
             raise UploadError(f"digest: expected 64 hexadecimal digits, found {digest[:80]!r}")
-        if size < 0:
-            raise UploadError(f"size: expected a number of bytes, found {size}")
+        for name, size in sizes.items():
+            if name not in (TENSORS_NAME, *TOKENIZER_FILES):
+                raise UploadError(
+                    f"tokenizer: expected files named {', '.join(TOKENIZER_FILES)}, found {name[:80]!r}"
+                )
+            if size < 0:
+                raise UploadError(f"size: expected a number of bytes, found {size}")
+            if name != TENSORS_NAME and size > MAX_FILE_BYTES[name]:
+                raise SourceTooLargeError(
+                    f"{name}: expected at most {MAX_FILE_BYTES[name]} bytes, found {size}"
+                )
+        size = sum(sizes.values())
         max_size = min(MAX_TENSORS_BYTES, self._max_bytes)
         if len(config) > MAX_CONFIG_BYTES or size > max_size:
             raise SourceTooLargeError(
@@ -124,16 +169,21 @@ class Uploads:
                 f"found {len(config)} and {size}"
             )
         owner_key = hashlib.sha256(owner.encode()).hexdigest()[:_OWNER_LENGTH]
-        key = hashlib.sha256(repr((owner, digest, config)).encode()).hexdigest()
+        tokenizer = [item for item in sizes.items() if item[0] != TENSORS_NAME]
+        what = (owner, digest, config, tokenizer) if tokenizer else (owner, digest, config)
+        key = hashlib.sha256(repr(what).encode()).hexdigest()
         folder = self._folder / f"{size}-{owner_key}-{key}"
         if folder in self._receiving:
             raise StoreBusyError("another call is receiving this upload; try again when that call has ended")
         self._make_room(folder, size, owner_key)
         make_private(folder)
-        for path in folder.iterdir():
-            path.chmod(0o600)  # read-only if the server was killed in `finish`
+        for path in folder.iterdir():  # read-only or prepared if the server was killed in `finish`
+            if path.name == CONFIG_NAME or path.name in sizes:
+                path.chmod(0o600)
+            else:
+                path.unlink()
         (folder / CONFIG_NAME).write_bytes(config)
-        upload = Upload(folder, digest, size, adopt=adopt, on_close=lambda: self._receiving.discard(folder))
+        upload = Upload(folder, digest, sizes, adopt=adopt, on_close=lambda: self._receiving.discard(folder))
         self._receiving.add(folder)
         return upload
 

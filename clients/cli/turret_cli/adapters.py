@@ -310,6 +310,8 @@ def _details(adapter: Adapter) -> str:
         "rank": str(adapter.max_rank or "-"),
         "virtual tokens": str(adapter.num_virtual_tokens or "-"),
         "tasks": str(adapter.num_tasks or "-"),
+        "vocabulary": f"{adapter.vocab_size:,} tokens" if adapter.vocab_size else "-",
+        "tokenizer": "its own" if adapter.own_tokenizer else "the base model's",
         "parameters": f"{adapter.num_parameters:,}",
         "file": format_size(adapter.file_bytes),
         "arena": format_size(adapter.arena_bytes),

@@ -56,9 +56,12 @@ def server_code(extra: str) -> Iterator[None]:
 def read_adapter(path: Path, model: str, base: BaseSpec) -> HostAdapter:
     """The adapter in the folder, validated against the base model."""
     from turret_adapters.formats import peft  # noqa: PLC0415
+    from turret_adapters.formats.files import resolve  # noqa: PLC0415
     from turret_server.model.describe import CheckpointWeights  # noqa: PLC0415
+    from turret_server.model.load import read_tokenizer  # noqa: PLC0415
 
-    return peft.read_adapter(path, base, CheckpointWeights(model, base))
+    weights = CheckpointWeights(model, base)
+    return peft.read_adapter(path, base, weights, tokenizer=read_tokenizer(model).changes(resolve(str(path))))
 
 
 def format_range(values: Iterable[int]) -> str:

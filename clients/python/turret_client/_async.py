@@ -28,7 +28,7 @@ from turret_client._messages import (
     pinned_prompt_from,
 )
 from turret_client._status import call_scope
-from turret_client._upload import AdapterFolder
+from turret_client._upload import AdapterFolder, num_bytes
 from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class AsyncClient:
 
         Args:
             name: Name of the adapter.
-            folder: Contains `adapter_config.json` and `adapter_model.safetensors`, as peft saves them.
+            folder: Contains `adapter_config.json` and `adapter_model.safetensors`, as peft saves them. The
+                tokenizer's files are sent too, if there are any.
             progress: Called on another thread with the bytes sent so far and the total.
 
         Raises:
@@ -179,7 +180,7 @@ class AsyncClient:
             offset = await offsets.get()
             if offset is None:
                 return
-            chunks = files.chunks(offset, start.start.size)
+            chunks = files.chunks(offset, start.start)
             while chunk := await asyncio.to_thread(next, chunks, None):
                 yield chunk
 
@@ -192,7 +193,8 @@ class AsyncClient:
                 adapter = adapter_from((await anext(responses)).adapter)
         finally:
             offsets.put_nowait(None)
-        files.report(start.start.size, start.start.size)
+        size = num_bytes(start.start)
+        files.report(size, size)
         return adapter
 
     async def unload_adapter(self, name: str) -> Adapter:

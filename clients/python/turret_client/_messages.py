@@ -209,6 +209,8 @@ def adapter_from(message: adapters_pb2.Adapter) -> Adapter:
         draining_revisions=tuple(message.draining_revisions),
         error=message.error,
         num_tasks=message.num_tasks,
+        vocab_size=message.vocab_size,
+        own_tokenizer=message.own_tokenizer,
         history=tuple(map(_revision_from, message.history)),
         traffic_split=_split_from(message.traffic_split) if message.HasField("traffic_split") else None,
     )

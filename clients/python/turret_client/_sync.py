@@ -27,7 +27,7 @@ from turret_client._messages import (
     pinned_prompt_from,
 )
 from turret_client._status import call_scope
-from turret_client._upload import AdapterFolder
+from turret_client._upload import AdapterFolder, num_bytes
 from turret_client.errors import CancelledError
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ class Client:
 
         Args:
             name: Name of the adapter.
-            folder: Contains `adapter_config.json` and `adapter_model.safetensors`, as peft saves them.
+            folder: Contains `adapter_config.json` and `adapter_model.safetensors`, as peft saves them. The
+                tokenizer's files are sent too, if there are any.
             progress: Called on another thread with the bytes sent so far and the total.
 
         Raises:
@@ -178,7 +179,7 @@ class Client:
             offset = offsets.get()
             if offset is None:
                 return
-            chunks = files.chunks(offset, start.start.size)
+            chunks = files.chunks(offset, start.start)
             while chunk := next(chunks, None):
                 yield chunk
 
@@ -191,7 +192,8 @@ class Client:
                 adapter = adapter_from((next(responses)).adapter)
         finally:
             offsets.put_nowait(None)
-        files.report(start.start.size, start.start.size)
+        size = num_bytes(start.start)
+        files.report(size, size)
         return adapter
 
     def unload_adapter(self, name: str) -> Adapter:

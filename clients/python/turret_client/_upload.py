@@ -1,8 +1,9 @@
-"""Reads an adapter's two files for an upload."""
+"""Reads an adapter's files for an upload."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+# Without the first, a folder has no tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 _CHUNK_BYTES = 1 << 20
 _LENGTH_BYTES = 8
@@ -35,33 +43,56 @@ class AdapterFolder:
     progress: Callable[[int, int], None] | None
 
     def start(self) -> adapters_pb2.UploadAdapterRequest:
-        """The first message of the upload. Reads both files for the digest.
+        """The first message of the upload. Reads the files for the digest.
 
         Raises:
             OSError: A file is missing or cannot be read.
         """
         config = (self.path / CONFIG_NAME).read_bytes()
         digest = hashlib.sha256(len(config).to_bytes(_LENGTH_BYTES, "little") + config)
-        size = 0
-        with (self.path / TENSORS_NAME).open("rb") as file:
-            while data := file.read(_CHUNK_BYTES):
-                digest.update(data)
-                size += len(data)
+        sizes = {}
+        for name in [TENSORS_NAME, *sorted(self._tokenizer_files())]:
+            with (self.path / name).open("rb") as file:
+                sizes[name] = os.fstat(file.fileno()).st_size
+                if name != TENSORS_NAME:
+                    digest.update(f"{name} {sizes[name]}\n".encode())
+                while data := file.read(_CHUNK_BYTES):
+                    digest.update(data)
         start = message_of(
-            adapters_pb2.UploadStart, name=self.name, digest=digest.hexdigest(), config=config, size=size
+            adapters_pb2.UploadStart,
+            name=self.name,
+            digest=digest.hexdigest(),
+            config=config,
+            size=sizes.pop(TENSORS_NAME),
+            tokenizer=[adapters_pb2.TokenizerFile(name=name, size=size) for name, size in sizes.items()],
         )
         return adapters_pb2.UploadAdapterRequest(start=start)
 
-    def chunks(self, offset: int, size: int) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """The messages that send the tensors from `offset` on; `size` is the total in bytes."""
-        with (self.path / TENSORS_NAME).open("rb") as file:
-            file.seek(offset)
-            while data := file.read(_CHUNK_BYTES):
-                self.report(offset, size)
-                chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
-                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
-                offset += len(data)
+    def _tokenizer_files(self) -> list[str]:
+        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        return names if TOKENIZER_FILES[0] in names else []
+
+    def chunks(
+        self, offset: int, start: adapters_pb2.UploadStart
+    ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+        """The messages that send the files from `offset` on."""
+        total = num_bytes(start)
+        begin = 0
+        for name, size in [(TENSORS_NAME, start.size), *((file.name, file.size) for file in start.tokenizer)]:
+            with (self.path / name).open("rb") as file:
+                file.seek(min(offset - begin, size))
+                while data := file.read(_CHUNK_BYTES):
+                    self.report(offset, total)
+                    chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
+                    yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                    offset += len(data)
+            begin += size
 
     def report(self, done: int, size: int) -> None:
         if self.progress is not None:
             self.progress(done, size)
+
+
+def num_bytes(start: adapters_pb2.UploadStart) -> int:
+    """The bytes that follow the start of an upload."""
+    return start.size + sum(file.size for file in start.tokenizer)

@@ -172,15 +172,24 @@ class UploadStart(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     digest: _builtins.str
-    """SHA-256, as 64 hexadecimal digits, of: the length of the config (8 bytes, little-endian), the config, and the
-    tensors' file. The first 32 digits are the revision.
+    """SHA-256, as 64 hexadecimal digits, of: the length of the config (8 bytes, little-endian), the config, the tensors'
+    file, and for each file of the tokenizer, sorted by name, "NAME SIZE" with a line feed, and the file. Without a
+    tokenizer of its own, the first 32 digits are the adapter's revision.
     """
     config: _builtins.bytes
     """adapter_config.json, at most 1 MiB."""
     size: _builtins.int
     """Size of adapter_model.safetensors in bytes."""
+    @_builtins.property
+    def tokenizer(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizerFile]:
+        """The files of the adapter's tokenizer, if the folder has one. Their bytes follow those of the tensors, in this
+        order. The server keeps what they change of the base model's tokenizer: added tokens, special tokens and chat
+        template; they may change nothing else.
+        """
+
     def __init__(
         self,
         *,
@@ -188,14 +197,39 @@ class UploadStart(_message.Message):
         digest: _builtins.str = ...,
         config: _builtins.bytes = ...,
         size: _builtins.int = ...,
+        tokenizer: _abc.Iterable[Global___TokenizerFile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "digest", b"digest", "name", b"name", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "digest", b"digest", "name", b"name", "size", b"size", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadStart: _TypeAlias = UploadStart  # noqa: Y015
+
+@_typing.final
+class TokenizerFile(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tokenizer.json (at most 64 MiB), tokenizer_config.json, special_tokens_map.json or chat_template.jinja (4 MiB)."""
+    size: _builtins.int
+    """In bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizerFile: _TypeAlias = TokenizerFile  # noqa: Y015
 
 @_typing.final
 class UploadChunk(_message.Message):
@@ -204,7 +238,7 @@ class UploadChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
-    """Position of the bytes in adapter_model.safetensors; chunks are sent in order and without gaps."""
+    """Position of the bytes, counted from the start of the tensors; chunks are sent in order and without gaps."""
     data: _builtins.bytes
     """At least one byte and at most what fits into a message; 1 MiB is a good size."""
     def __init__(
@@ -521,6 +555,8 @@ class Adapter(_message.Message):
     NUM_TASKS_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
     TRAFFIC_SPLIT_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    OWN_TOKENIZER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     revision: _builtins.str
     """Digest of the adapter's files. Empty if state is FAILED."""
@@ -533,7 +569,9 @@ class Adapter(_message.Message):
     num_virtual_tokens: _builtins.int
     """Virtual tokens before the prompt; 0 if it has none."""
     file_bytes: _builtins.int
-    """Size of its files in bytes: adapter_config.json and the safetensors file."""
+    """Size in bytes of what the store keeps of it: adapter_config.json, the safetensors file and what its tokenizer
+    changes.
+    """
     arena_bytes: _builtins.int
     """Bytes that it takes in the arena when resident, in whole pages."""
     active_requests: _builtins.int
@@ -542,6 +580,10 @@ class Adapter(_message.Message):
     """Why state is FAILED; empty otherwise."""
     num_tasks: _builtins.int
     """Number of tasks of a multitask adapter; 0 for others."""
+    vocab_size: _builtins.int
+    """Number of its logits if it was trained with resized embeddings; 0 if it is that of the base model."""
+    own_tokenizer: _builtins.bool
+    """Whether its folder has a tokenizer that differs from the base model's, which its requests use."""
     @_builtins.property
     def draining_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Other revisions with in-flight requests: replaced ones, and earlier ones that requests name."""
@@ -574,10 +616,12 @@ class Adapter(_message.Message):
         num_tasks: _builtins.int = ...,
         history: _abc.Iterable[Global___AdapterRevision] | None = ...,
         traffic_split: Global___TrafficSplit | None = ...,
+        vocab_size: _builtins.int = ...,
+        own_tokenizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic_split", b"traffic_split"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "history", b"history", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "revision", b"revision", "state", b"state", "traffic_split", b"traffic_split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_requests", b"active_requests", "arena_bytes", b"arena_bytes", "draining_revisions", b"draining_revisions", "error", b"error", "file_bytes", b"file_bytes", "history", b"history", "max_rank", b"max_rank", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "own_tokenizer", b"own_tokenizer", "revision", b"revision", "state", b"state", "traffic_split", b"traffic_split", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,6 +64,7 @@ from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
+from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.tenants_file import TenantsFile
 
@@ -130,7 +131,7 @@ def build(
     AdapterMetrics(administration.count_states, memory, library.downloads, metrics)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
     generation, prompts = _make_services(
-        engine, registry, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
+        engine, registry, library, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
     )
     _log_capacity(config, loaded, arena)
     release_cores()
@@ -156,6 +157,7 @@ def build(
 def _make_services(
     engine: Engine,
     registry: AdapterRegistry,
+    library: AdapterLibrary,
     revisions: Revisions,
     loaded: LoadedModel,
     arena: Arena,
@@ -165,24 +167,24 @@ def _make_services(
 ) -> tuple[GenerationService, PromptService]:
     """The services that submit jobs to the engine."""
     model = ModelInfo(
-        vocab_size=loaded.vocab_size,
         max_context=loaded.context.tokens,
         context_note=loaded.context.note,
         block_size=arena.block_size,
-        stop_token_ids=loaded.stop_token_ids,
     )
-    codec = TextCodec(loaded.tokenizer)
+    vocabulary = Vocabulary(
+        codec=TextCodec(loaded.tokenizer.live), size=loaded.vocab_size, stop_token_ids=loaded.stop_token_ids
+    )
     jobs = Jobs(
         engine=engine,
         registry=registry,
         revisions=revisions,
-        codec=codec,
+        vocabularies=Vocabularies(vocabulary, library.tokenizer),
         model=model,
         usage=usage,
         lazy=lazy,
     )
     return (
-        GenerationService(engine=engine, jobs=jobs, codec=codec, model=model, request_log=request_log),
+        GenerationService(engine=engine, jobs=jobs, model=model, request_log=request_log),
         PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
     )
 
@@ -246,7 +248,12 @@ def _make_library(config: ServerConfig, store: AdapterStore, loaded: LoadedModel
     names = Names(config.store / "names.sqlite", identity)
     weights = ModelWeights(loaded.model, loaded.ops)
     return AdapterLibrary(
-        store=store, names=names, policy=_source_policy(config), base=loaded.base, weights=weights
+        store=store,
+        names=names,
+        policy=_source_policy(config),
+        base=loaded.base,
+        weights=weights,
+        tokenizer=loaded.tokenizer,
     )
 
 

@@ -113,6 +113,11 @@ class Job:
         return sum(use.spec.num_virtual_tokens for use in self.adapters)
 
     @property
+    def vocab_size(self) -> int | None:
+        """The size of its adapter's own vocabulary, if it has one."""
+        return next((use.spec.vocab_size for use in self.adapters if use.spec.vocab_size), None)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the prompt and the most that may be generated, without virtual tokens."""
         return len(self.prompt_token_ids) + self.max_tokens

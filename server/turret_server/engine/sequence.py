@@ -125,6 +125,7 @@ class Sequence:
             active_from=self.active_from,
             sampling=sampling if end == len(self.tokens) else None,
             num_generated=self.num_generated,
+            vocab_size=self.job.vocab_size,
         )
 
 

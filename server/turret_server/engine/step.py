@@ -19,7 +19,8 @@ class SequenceStep:
     `start` is the position of the first. Position p is in page `block_table[p // block_size]`.
     `adapters` are the revisions whose rows apply from position `active_from` on, and their weights.
     `prompt` is the revision whose embeddings replace virtual tokens.
-    `sampling` is None if no token is sampled after the last one.
+    `sampling` is None if no token is sampled after the last one. `vocab_size` is the number of tokens to
+    sample from, if it is not the model's.
     """
 
     sequence_id: int
@@ -31,6 +32,7 @@ class SequenceStep:
     prompt: str | None = None
     sampling: SamplingParams | None = None
     num_generated: int = 0
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,8 @@ class AdapterInfo:
     max_rank: int = 0
     num_virtual_tokens: int = 0
     num_tasks: int = 0
+    vocab_size: int = 0
+    own_tokenizer: bool = False
     file_bytes: int = 0
     arena_bytes: int = 0
     active_requests: int = 0
@@ -99,6 +101,8 @@ class AdapterDescriber:
             max_rank=spec.max_rank,
             num_virtual_tokens=spec.num_virtual_tokens,
             num_tasks=spec.num_tasks,
+            vocab_size=spec.vocab_size or 0,
+            own_tokenizer=bool(spec.tokenizer),
             file_bytes=spec.file_bytes,
             arena_bytes=self._engine.num_pages(spec) * max(spec.num_tasks, 1) * self._page_bytes,
         )

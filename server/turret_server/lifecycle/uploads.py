@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from turret_adapters.errors import UploadError
@@ -30,18 +30,24 @@ _NUM_THREADS = 4
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadStart:
     """What will come: `digest` as `digest_of_folder` computes it, the whole `adapter_config.json`, and the
-    size of `adapter_model.safetensors` in bytes.
+    bytes of `adapter_model.safetensors` and of each file of a tokenizer, which follow it in this order.
     """
 
     name: str
     digest: str
     config: bytes
     size: int
+    tokenizer: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return len(self.config) + self.size + sum(self.tokenizer.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadChunk:
-    """Bytes of `adapter_model.safetensors` from `offset` on."""
+    """Bytes from `offset` on, counted from the start of the tensors."""
 
     offset: int
     data: bytes
@@ -88,7 +94,14 @@ class AdapterUploads:
             _check_size(start, tenant)
             with self._loads.slot(tenant):
                 upload = await run_to_completion(
-                    partial(self._store.receive, start.digest, start.config, start.size, tenant.name),
+                    partial(
+                        self._store.receive,
+                        start.digest,
+                        start.config,
+                        start.size,
+                        tenant.name,
+                        start.tokenizer,
+                    ),
                     undo=Upload.close,
                     executor=self._threads,
                 )
@@ -137,7 +150,7 @@ class AdapterUploads:
 
 def _check_size(start: UploadStart, tenant: Tenant) -> None:
     """Refuse what exceeds the tenant's limit by itself before its bytes are sent."""
-    size, limit = len(start.config) + start.size, tenant.max_adapter_bytes
+    size, limit = start.num_bytes, tenant.max_adapter_bytes
     if limit is not None and size > limit:
         raise QuotaExceededError(
             f"the adapter has {size} bytes, and the adapters of tenant {tenant.name!r} may have {limit} "

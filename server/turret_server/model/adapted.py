@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from turret_adapters.spec import ModuleKind, ModuleShape, Part
@@ -76,7 +77,10 @@ class AdaptedLinear(Adapted):
 
 
 class AdaptedHead(Adapted):
-    """The linear from hidden states to logits, unquantised; x [1, S, hidden], only of tokens that sample."""
+    """The linear from hidden states to logits, unquantised; x [1, S, hidden], only of tokens that sample.
+
+    If an adapter of the step has a larger vocabulary than the base, all rows have its number of logits.
+    """
 
     def __init__(self, name: str, module: nn.Linear) -> None:
         super().__init__(name, _shape(ModuleKind.HEAD, module.in_features, module.out_features, module.bias))
@@ -90,17 +94,22 @@ class AdaptedHead(Adapted):
         y_SV = step.ops.linear(x_SE, self.weight)
         if deltas is None:
             return (y_SV if self.bias is None else y_SV + self.bias)[None]
-        for segment, delta, weight in deltas.with_parts(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A):
-            rows, own_x = segment.rows, x_SE[segment.rows]
+        found = list(deltas.with_parts(self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A))
+        largest = max((delta.vocab_size for _, delta, _ in found), default=0)
+        if largest > self.shape.out_features:
+            y_SV = functional.pad(y_SV, (0, largest - self.shape.out_features))
+        for segment, delta, weight in found:
+            own_x, own_y = x_SE[segment.rows], y_SV[segment.rows]
             if Part.WEIGHT in delta.parts:
-                y_SV[rows] = own_x @ delta.parts[Part.WEIGHT].gather(step.arena).T
+                weight_VE = delta.parts[Part.WEIGHT].gather(step.arena)
+                own_y[:, : len(weight_VE)] = own_x @ weight_VE.T
             if Part.TOKENS in delta.parts:
-                y_SV[rows, delta.token_ids] = own_x @ delta.parts[Part.TOKENS].gather(step.arena).T
+                own_y[:, delta.token_ids] = own_x @ delta.parts[Part.TOKENS].gather(step.arena).T
             if Part.LORA_A in delta.parts:
                 a_RE = delta.parts[Part.LORA_A].gather(step.arena).float()
                 b_VR = delta.parts[Part.LORA_B].gather(step.arena).float()
                 shrunk_SR = own_x.float() @ a_RE.T * (weight * delta.scaling)
-                y_SV[rows] += (shrunk_SR @ b_VR.T).to(y_SV.dtype)
+                own_y[:, : len(b_VR)] += (shrunk_SR @ b_VR.T).to(y_SV.dtype)
         y_SV = _scale(y_SV, self.name, Part.GAIN, step, deltas)
         return _add_bias(y_SV, self.name, self.bias, step, deltas)[None]
 
@@ -121,9 +130,12 @@ class AdaptedEmbedding(Adapted):
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         step = current_step()
-        y: torch.Tensor = self.module(token_ids)
         if step.deltas is None:
+            y: torch.Tensor = self.module(token_ids)
             return y
+        # Tokens beyond the base's are those of adapters that have rows for them.
+        of_base = token_ids.clamp(max=self.shape.in_features - 1)
+        y = self.module(of_base)
         for segment, delta, weight in step.deltas.with_parts(
             self.name, Part.WEIGHT, Part.TOKENS, Part.LORA_A
         ):
@@ -132,7 +144,7 @@ class AdaptedEmbedding(Adapted):
             if Part.WEIGHT in parts:
                 y[0, rows] = self._embed(parts[Part.WEIGHT].gather(step.arena, own_T))
             if Part.TOKENS in parts:
-                rows_TE = self.weight[own_T]
+                rows_TE = self.weight[of_base[0, rows]]
                 index_T = torch.searchsorted(delta.token_ids, own_T).clamp_(max=len(delta.token_ids) - 1)
                 is_replaced_T = delta.token_ids[index_T] == own_T
                 rows_TE[is_replaced_T] = parts[Part.TOKENS].gather(step.arena, index_T[is_replaced_T])
@@ -193,7 +205,8 @@ def _scale(x_TX: torch.Tensor, name: str, part: Part, step: StepContext, deltas:
     if found:
         x_TX = x_TX.clone()
     for segment, delta, _ in found:
-        x_TX[segment.rows] *= delta.parts[part].vector(step.arena)
+        gain_X = delta.parts[part].vector(step.arena)
+        x_TX[segment.rows, : len(gain_X)] *= gain_X
     return x_TX
 
 
@@ -202,11 +215,15 @@ def _add_bias(
 ) -> torch.Tensor:
     """Adds the bias, or the adapter's own where it has one."""
     own = list(deltas.with_parts(name, Part.BIAS))
-    if not own:
-        return y_TO if bias is None else y_TO + bias
-    bias_TO = torch.zeros_like(y_TO) if bias is None else bias.expand_as(y_TO).clone()
+    if not own and bias is None:
+        return y_TO
+    # A head may have more logits than biases, see `AdaptedHead`.
+    bias_TO = torch.zeros_like(y_TO)
+    if bias is not None:
+        bias_TO[:, : len(bias)] = bias
     for segment, delta, _ in own:
-        bias_TO[segment.rows] = delta.parts[Part.BIAS].vector(step.arena)
+        bias_O = delta.parts[Part.BIAS].vector(step.arena)
+        bias_TO[segment.rows, : len(bias_O)] = bias_O
     return y_TO + bias_TO
 
 

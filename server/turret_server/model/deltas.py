@@ -36,11 +36,14 @@ class ResidentRows:
 
 @dataclass(frozen=True, slots=True)
 class ResidentDelta:
-    """One adapter's changes of one module. `token_ids` are those of `Part.TOKENS`, ascending."""
+    """One adapter's changes of one module. `token_ids` are those of `Part.TOKENS`, ascending; `vocab_size` is
+    that of the adapter's own vocabulary, 0 if it has none.
+    """
 
     scaling: float
     parts: Mapping[Part, ResidentRows]
     token_ids: torch.Tensor
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +85,7 @@ def write_slab(
             adapter.deltas[name].scaling,
             of_module,
             torch.tensor(adapter.deltas[name].token_ids, dtype=torch.long, device=device),
+            adapter.spec.vocab_size or 0,
         )
         for name, of_module in parts.items()
     }

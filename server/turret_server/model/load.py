@@ -31,6 +31,8 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from turret_adapters.formats.files import TOKENIZER_FILES
+from turret_adapters.formats.tokenizer import BaseTokenizer
 from turret_adapters.spec import BaseSpec
 from turret_adapters.store.disk import make_private
 from turret_server.errors import ConfigError, UnsupportedModelError
@@ -52,7 +54,7 @@ class LoadedModel:
     """A base model, ready to run inside `step_context`."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: BaseTokenizer
     base: BaseSpec
     ops: Ops
     device: torch.device
@@ -114,8 +116,7 @@ def load_model(
     attention.register()
     config = read_config(name_or_path)
     context = rope.context_length(config, max_context)
-    with reading(name_or_path, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    tokenizer = read_tokenizer(name_or_path)
     with torch.device("meta"):
         gate.check_model(model_class(config)._from_config(config))  # noqa: SLF001
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
@@ -137,7 +138,7 @@ def load_model(
         dtype=dtype,
         context=context,
         vocab_size=model.get_input_embeddings().weight.shape[0],
-        stop_token_ids=_stop_token_ids(model, tokenizer),
+        stop_token_ids=_stop_token_ids(model, tokenizer.live),
     )
 
 
@@ -154,6 +155,18 @@ def read_config(name_or_path: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     gate.check_config(config, model_class(config))
     return config
+
+
+def read_tokenizer(name_or_path: str) -> BaseTokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+        ConfigError: the model has none, or it is unreadable.
+    """
+    with reading(name_or_path, "its tokenizer"):
+        live = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        found = cached_file(name_or_path, TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False)
+    return BaseTokenizer(live, None if found is None else Path(found))
 
 
 def _load_quantised(

@@ -136,12 +136,21 @@ class ModelRunner:
         for copy in step.copies:
             self._arena.copy_page(copy.source, copy.target)
         if self._graphs and (decoded := self._graphs.run(step)):
-            return self._sampler.sample(*decoded)
+            return self._sample(*decoded)
         batch = self._batch(step)
         logits_SV = self._forward(batch, set())
         if not batch.sampled:
             return StepResult(token_ids={})
-        return self._sampler.sample(logits_SV, batch.sampled)
+        return self._sample(logits_SV, batch.sampled)
+
+    @torch.inference_mode()
+    def _sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
+        """Samples from each sequence's own vocabulary: logits beyond it are another's, or the base's."""
+        for index, sequence in enumerate(sequences):
+            vocab_size = sequence.vocab_size or self._loaded.vocab_size
+            if vocab_size < logits_SV.shape[1]:
+                logits_SV[index, vocab_size:] = -torch.inf
+        return self._sampler.sample(logits_SV, sequences)
 
     def copy_to_device(
         self,

@@ -114,7 +114,13 @@ async def _parts(
     async for message in messages:
         if message.WhichOneof("part") == "start":
             start = message.start
-            yield UploadStart(name=start.name, digest=start.digest, config=start.config, size=start.size)
+            yield UploadStart(
+                name=start.name,
+                digest=start.digest,
+                config=start.config,
+                size=start.size,
+                tokenizer={file.name: file.size for file in start.tokenizer},
+            )
         else:
             yield UploadChunk(offset=message.chunk.offset, data=message.chunk.data)
 
@@ -133,6 +139,8 @@ def adapter_message(info: AdapterInfo) -> adapters_pb2.Adapter:
         draining_revisions=info.draining_revisions,
         error=info.error,
         num_tasks=info.num_tasks,
+        vocab_size=info.vocab_size,
+        own_tokenizer=info.own_tokenizer,
         history=map(_revision_message, info.history),
     )
     if info.method:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_server.errors import PromptTooLongError
 
 # Longer texts are counted in pieces of this many characters before they are tokenised as a whole.
@@ -14,9 +15,9 @@ PIECE_CHARACTERS = 1 << 12
 
 
 class TextCodec:
-    """A tokenizer. Thread-safe."""
+    """The base model's tokenizer, or an adapter's. Thread-safe."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | OwnTokenizer) -> None:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         # Checkpoints saved after a training often have both.
         self._tokenizer.no_truncation()

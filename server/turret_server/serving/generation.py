@@ -25,12 +25,9 @@ _SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
 class GenerationService:
     """What every door calls to generate. Used on one event loop."""
 
-    def __init__(
-        self, *, engine: Engine, jobs: Jobs, codec: TextCodec, model: ModelInfo, request_log: RequestLog
-    ) -> None:
+    def __init__(self, *, engine: Engine, jobs: Jobs, model: ModelInfo, request_log: RequestLog) -> None:
         self._engine = engine
         self._jobs = jobs
-        self._codec = codec
         self._model = model
         self._request_log = request_log
 
@@ -67,12 +64,13 @@ class GenerationService:
         if request.seed is None:
             sampling["seed"] = secrets.randbits(64)
         sampling["max_tokens"] = self._model.max_tokens(request.max_tokens, prepared.num_context)
-        stops = self._model.all_stop_token_ids(request.stop_token_ids)
+        vocabulary = prepared.vocabulary
+        stops = vocabulary.all_stop_token_ids(request.stop_token_ids)
         return Request(
             **prepared.fields,
             sink=sink,
             sampling=SamplingParams(**sampling),
-            stop_token_ids=stops.union(self._special_stops(request)),
+            stop_token_ids=stops.union(_special_stops(request, vocabulary.codec)),
             priority=request.priority,
             about=logs.bound(),
         )
@@ -80,16 +78,11 @@ class GenerationService:
     def _answer(self, request: GenerationRequest, prepared: Prepared, record: RequestRecord) -> _Answer:
         return _Answer(
             record=record,
-            text=TextStream(self._codec, prepared.fields["prompt_token_ids"], request.stop),
-            special_stops=self._special_stops(request),
+            text=TextStream(prepared.vocabulary.codec, prepared.fields["prompt_token_ids"], request.stop),
+            special_stops=_special_stops(request, prepared.vocabulary.codec),
             revision=prepared.lease.revision,
             stop_engine=partial(self._engine.cancel, prepared.fields["request_id"]),
         )
-
-    def _special_stops(self, request: GenerationRequest) -> dict[int, str]:
-        """The stop strings that are special tokens, by token: no answer's text ever has them."""
-        found = {self._codec.special_token_id(each): each for each in request.stop}
-        return {token_id: each for token_id, each in found.items() if token_id is not None}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,6 +133,12 @@ class _Answer:
             stop_string=stop_string,
             stop_token_id=stop_token_id,
         )
+
+
+def _special_stops(request: GenerationRequest, codec: TextCodec) -> dict[int, str]:
+    """The stop strings that are special tokens, by token: no answer's text ever has them."""
+    found = {codec.special_token_id(each): each for each in request.stop}
+    return {token_id: each for token_id, each in found.items() if token_id is not None}
 
 
 def _usage(record: RequestRecord) -> Usage:

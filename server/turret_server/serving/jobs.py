@@ -26,9 +26,10 @@ from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
-from turret_server.serving.codec import PIECE_CHARACTERS, TextCodec
+from turret_server.serving.codec import PIECE_CHARACTERS
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import GenerationRequest, PinRequest
+from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.access import check_use, errors_visible_to
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
@@ -97,6 +98,7 @@ class Prepared:
 
     caller: Caller
     lease: Lease
+    vocabulary: Vocabulary
     fields: JobFields
 
     @property
@@ -115,7 +117,7 @@ class Jobs:
         engine: Engine,
         registry: AdapterRegistry,
         revisions: Revisions,
-        codec: TextCodec,
+        vocabularies: Vocabularies,
         model: ModelInfo,
         usage: UsageMetrics,
         lazy: LazyAdapters | None = None,
@@ -124,7 +126,7 @@ class Jobs:
         self._registry = registry
         self._revisions = revisions
         self._lazy = lazy
-        self._codec = codec
+        self._vocabularies = vocabularies
         self._model = model
         self._quotas = Quotas()
         self._usage = usage
@@ -153,12 +155,15 @@ class Jobs:
         if routing_key is not None:
             named = [_positioned(each, routing_key) for each in named]
         check_use(tenant, [each.name for each in named])
-        token_ids = await self._tokenise(request.prompt, add_special_tokens=request.add_special_tokens)
         with errors_visible_to(tenant):
             lease = await self._lease(named)
         try:
             if named:
                 logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
+            vocabulary = await self._vocabularies.of([spec for _, spec in lease.pins])
+            token_ids = await self._tokenise(
+                request.prompt, vocabulary, add_special_tokens=request.add_special_tokens
+            )
             fields = JobFields(
                 request_id=next(self._request_ids),
                 prompt_token_ids=token_ids,
@@ -168,7 +173,7 @@ class Jobs:
                 # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
                 cache_salt=f"{tenant.cache_domain}/{request.cache_salt}",
             )
-            yield Prepared(caller=caller, lease=lease, fields=fields)
+            yield Prepared(caller=caller, lease=lease, vocabulary=vocabulary, fields=fields)
         finally:
             self._registry.release(lease)
 
@@ -205,12 +210,12 @@ class Jobs:
         return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(
-        self, prompt: str | Sequence[int] | None, *, add_special_tokens: bool
+        self, prompt: str | Sequence[int] | None, vocabulary: Vocabulary, *, add_special_tokens: bool
     ) -> tuple[int, ...]:
         assert prompt is not None, "validated"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
-            encode = partial(self._codec.encode, add_special_tokens=add_special_tokens)
+            encode = partial(vocabulary.codec.encode, add_special_tokens=add_special_tokens)
             # Short ones do not wait for long ones.
             executor = self._tokenisers if len(prompt) > PIECE_CHARACTERS else None
             loop, most = asyncio.get_running_loop(), self._model.max_context
@@ -218,7 +223,7 @@ class Jobs:
         else:
             self._model.check_room(len(prompt))
             token_ids = tuple(prompt)
-        self._model.check_token_ids(token_ids)
+        vocabulary.check_token_ids(token_ids)
         return token_ids
 
 

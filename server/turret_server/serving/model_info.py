@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from turret_server.errors import InvalidRequestError, PromptTooLongError
+from turret_server.errors import PromptTooLongError
 
 _DEFAULT_MAX_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """What prompts are checked against. `block_size` is the number of tokens in a cached block.
+    """The lengths that prompts are checked against. A cached block has `block_size` tokens.
 
     `context_note` says why the context has no more than `max_context` tokens, where that is not plain.
     """
 
-    vocab_size: int
     max_context: int
     block_size: int
-    stop_token_ids: frozenset[int]
     context_note: str = ""
-
-    def check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Check that a prompt has tokens, all of the vocabulary.
-
-        Raises:
-            InvalidRequestError: it has none, or one is not in the vocabulary.
-        """
-        if not token_ids:
-            raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
-        if max(token_ids) >= self.vocab_size:
-            raise InvalidRequestError(
-                f"token_ids are below {self.vocab_size}, the size of the vocabulary; found {max(token_ids)}",
-                field="token_ids",
-            )
-
-    def all_stop_token_ids(self, wanted: Sequence[int]) -> frozenset[int]:
-        """The model's end-of-sequence tokens and those of a request.
-
-        Raises:
-            InvalidRequestError: one is not in the vocabulary.
-        """
-        if wanted and max(wanted) >= self.vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids are below {self.vocab_size}, the size of the vocabulary; found "
-                f"{max(wanted)}",
-                field="stop_token_ids",
-            )
-        return self.stop_token_ids.union(wanted)
 
     def check_room(self, num_tokens: int, num_generated: int = 1) -> None:
         """Check that prompt, virtual tokens and tokens to generate fit into the context.

@@ -320,7 +320,7 @@ RESIZED: list[tuple[dict[str, Any], str, tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("fields", "key", "shape"), RESIZED, ids=[row[1] for row in RESIZED])
-def test_a_resized_vocabulary(
+def test_a_resized_vocabulary_without_the_whole_embedding_and_head(
     *,
     fields: dict[str, Any],
     key: str,
@@ -332,7 +332,9 @@ def test_a_resized_vocabulary(
     sound["LORA"].fields.update(fields)
     sound["LORA"].tensors.clear()
     sound["LORA"].tensors[key] = torch.zeros(shape)
-    parts = (key, str(list(shape)), "where 61 is the vocabulary", "resized", "tiny-llama")
+    parts = ("with 64 rows in the file", "found none", "modules_to_save")
+    if "lora_" in key:
+        parts = (key, str(list(shape)), "where 61 is the vocabulary", "resized", "tiny-llama")
     refused(sound["LORA"].write(tmp_path), base, AdapterBaseError, *parts)
 
 

@@ -29,6 +29,7 @@ from turret_adapters.errors import (
     SourceUnavailableError,
 )
 from turret_adapters.sources import intake
+from turret_adapters.sources.fetch import fetch
 from turret_adapters.sources.filesystems import hub_url
 from turret_adapters.sources.policy import Policy
 from turret_adapters.store.store import AdapterStore
@@ -69,8 +70,45 @@ def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> N
         fetch_into(store, f"{web.url}/poet/?token=1", policy, lambda *told: seen.append(told)) == revision()
     )
     assert read_folder(store.path(revision())) == files()
-    assert web.asked == ["/poet/adapter_config.json?token=1", "/poet/adapter_model.safetensors?token=1"]
+    names = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+    assert web.asked == [f"/poet/{name}?token=1" for name in names], "without the last there are no more"
     assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "web", "archive", "file system"])
+def test_a_tokenizer_comes_from_any_source(kind: str, web: Web, store: AdapterStore, tmp_path: Path) -> None:
+    """The template is where it may be missing, and another folder's tokenizer is none of the adapter's."""
+    pages = {
+        "poet/adapter_config.json": CONFIG,
+        "poet/adapter_model.safetensors": b"tensors",
+        "poet/tokenizer.json": b"tokens",
+        "poet/chat_template.jinja": b"template",
+        "tokenizer_config.json": b"another's",
+    }
+    source, policy = f"{web.url}/poet", Policy(urls=(web.url,), networks=LOOPBACK)
+    if kind == "folder":
+        source, policy = str(tmp_path / "poet"), Policy(roots=(tmp_path,))
+        (tmp_path / "poet").mkdir()
+        for name, data in pages.items():
+            (tmp_path / name).write_bytes(data)
+    elif kind == "web":
+        web.pages |= {f"/{name}": data for name, data in pages.items()}
+    elif kind == "archive":
+        data = io.BytesIO()
+        with zipfile.ZipFile(data, "w") as archive:
+            for name, content in pages.items():
+                archive.writestr(name, content)
+        web.pages["/poet.zip"] = data.getvalue()
+        source = f"{web.url}/poet.zip"
+    else:
+        source, policy = "memory://tokens/poet", Policy(urls=("memory://tokens",))
+        memory = fsspec.filesystem("memory")
+        for name, content in pages.items():
+            memory.pipe(f"/tokens/{name}", content)
+    with store.staging() as staged:
+        fetch(source, staged, policy)
+        found = {path.name: path.read_bytes() for path in staged.iterdir()}
+    assert found == {name.removeprefix("poet/"): data for name, data in pages.items() if "poet/" in name}
 
 
 def test_an_archive_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:

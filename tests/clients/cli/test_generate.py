@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from support import scripted_server as script
+from support.prompts import until
 from turret.v1 import inference_pb2
 from turret_client import Client
 
@@ -196,9 +197,13 @@ def interrupt_once_it_runs(server) -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     server.hold = True
 
+    main = threading.main_thread().ident
+
     def interrupt() -> None:
         server.began.wait()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        # Elsewhere in gRPC an exception may leave a lock held.
+        until(lambda: Path(sys._current_frames()[main].f_code.co_filename).name == "threading.py")
+        signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from transformers import AutoTokenizer
 
 from support.adapters import KINDS
 from support.models import FAMILIES
@@ -158,6 +160,18 @@ def test_saved_copies_are_held_against_the_models_weights(turret, base_of, adapt
         result = turret("adapters", "validate", path, "--model", base_of(model), "--json")
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout)["parts"].get("weight", 0) == replaced
+
+
+def test_a_vocabulary_and_a_tokenizer_of_its_own_are_told(turret, base_of, adapter_of, tmp_path):
+    folder = shutil.copytree(adapter_of("llama", "vocabulary-added"), tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(base_of("llama"))
+    tokenizer.save_pretrained(folder)
+    told = turret("adapters", "validate", folder, "--model", base_of("llama")).stdout
+    assert re.search(r"vocabulary +323 tokens\ntokenizer +the base model's\n", told)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    told = turret("adapters", "validate", folder, "--model", base_of("llama")).stdout
+    assert re.search(r"tokenizer +its own\n", told)
 
 
 def test_a_model_that_is_not_there_or_not_served_is_refused(turret, adapter_of, tmp_path):

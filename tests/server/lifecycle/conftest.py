@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from support.adapter_files import digest
 from support.fake_device import PAGE_ELEMENTS, FakeDevice
 from support.prompts import until
+from support.tokenizers import make_tokenizer
+from turret_adapters.formats.tokenizer import BaseTokenizer
 from turret_adapters.host_memory import HostMemory
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.registry import AdapterRegistry, Named
@@ -69,7 +71,12 @@ class Site:
         self.store = AdapterStore(self.root)
         self.names = Names(self.root / "names.sqlite", "tiny")
         self.library = AdapterLibrary(
-            store=self.store, names=self.names, policy=Policy(roots=(folder,)), base=BASE, weights=NoWeights()
+            store=self.store,
+            names=self.names,
+            policy=Policy(roots=(folder,)),
+            base=BASE,
+            weights=NoWeights(),
+            tokenizer=BaseTokenizer(make_tokenizer(), None),
         )
         self.registry = AdapterRegistry(HostMemory(host_bytes, self.library.read))
         device = FakeDevice(NUM_PAGES, BLOCK_SIZE, immediate=True)

@@ -183,7 +183,7 @@ def test_only_weights_come_from_the_quantised_copy(base_of, tmp_path):
     second = load(folder, tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "nf4").iterdir())) == 1
     assert (first.stop_token_ids, second.stop_token_ids) == ({1}, {5, 6, 2})
-    assert second.tokenizer.get_vocab() == make_tokenizer("byte-fallback").get_vocab()
+    assert second.tokenizer.live.get_vocab() == make_tokenizer("byte-fallback").get_vocab()
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=f"--model {folder}: .*generation_config.json"):
         load(folder, tmp_path / "cache")

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from support.fake_device import make_spec
 from support.tokenizers import VOCAB_SIZE, make_tokenizer
+from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_adapters.host import HostAdapter
 from turret_adapters.registry import AdapterRegistry
 from turret_server.engine.admission import TenantLimits
@@ -29,16 +30,32 @@ from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import Chunk, GenerationRequest
+from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
 from turret_server.tenancy.tenants import Tenant
 
-MODEL = ModelInfo(vocab_size=VOCAB_SIZE, max_context=64, block_size=4, stop_token_ids=frozenset({1}))
+MODEL = ModelInfo(max_context=64, block_size=4)
 
 
 @pytest.fixture(scope="package")
 def codec() -> TextCodec:
     return TextCodec(make_tokenizer())
+
+
+@pytest.fixture(scope="package")
+def own_tokenizer() -> Callable[[str], OwnTokenizer]:
+    """Reads the tokenizer of a revision that was trained with `<|new|>` as the end of its answers."""
+
+    def read(_revision: str) -> OwnTokenizer:
+        tokenizer = make_tokenizer()
+        tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+        backend = tokenizer.backend_tokenizer
+        return OwnTokenizer(
+            backend_tokenizer=backend, bos_token=None, eos_token="<|new|>", chat_template=None
+        )
+
+    return read
 
 
 class ScriptedEngine:
@@ -134,7 +151,7 @@ class Services:
 
 
 @pytest.fixture
-def services(codec: TextCodec) -> Services:
+def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> Services:
     """With the LoRAs `poet` and `bard`, and the prefixes `first`, of two virtual tokens, and `second`."""
     engine, registry, metrics, usage = (
         ScriptedEngine(),
@@ -149,17 +166,19 @@ def services(codec: TextCodec) -> Services:
         prefix = torch.zeros(2, 1, 2, 1, 1)
         registry.publish(name, HostAdapter(spec=spec, deltas={}, prefix_kv=prefix))
     revisions = EarlierRevisions(registry)
+    base = Vocabulary(codec=codec, size=VOCAB_SIZE, stop_token_ids=frozenset({1}))
+    vocabularies = Vocabularies(base, own_tokenizer)
     jobs = Jobs(
         engine=engine,
         registry=registry,
         revisions=revisions,
-        codec=codec,
+        vocabularies=vocabularies,
         model=MODEL,
         usage=UsageMetrics(metrics),
     )
     jobs._quotas = Quotas(clock=lambda: 0.0)
     log = RequestLog(RequestMetrics(metrics), usage)
-    generation = GenerationService(engine=engine, jobs=jobs, codec=codec, model=MODEL, request_log=log)
+    generation = GenerationService(engine=engine, jobs=jobs, model=MODEL, request_log=log)
     prompts = PromptService(engine=engine, registry=registry, jobs=jobs, model=MODEL, request_log=log)
     return Services(engine, registry, revisions, jobs, generation, prompts, usage, metrics)
 

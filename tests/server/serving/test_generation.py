@@ -70,7 +70,8 @@ async def test_an_answer_says_which_stop_ended_it(services, admin, codec):
 
 async def test_text_continues_the_prompt(services, admin):
     codec = TextCodec(make_tokenizer("byte-fallback"))
-    services.generation._codec = codec
+    base = services.jobs._vocabularies._base
+    services.jobs._vocabularies._base = replace(base, codec=codec)
     services.engine.answer(codec.encode("fox", 64))
     chunks = await services.generate(replace(REQUEST, prompt=codec.encode("the", 64)), admin)
     assert "".join(chunk.text for chunk in chunks) == " fox"

@@ -71,7 +71,7 @@ def test_the_service_imports_no_transport():
 async def test_an_answer_comes_in_chunks_and_ends_with_its_usage(parts):
     chunks = await answer(parts, replace(REQUEST, adapters=(AdapterRef(name="lora"),)))
     assert [chunk.finish_reason for chunk in chunks] == [None] * 7 + [FinishReason.LENGTH]
-    assert chunks[-1].usage.prompt_tokens == len(parts.loaded.tokenizer.encode(PROMPT))
+    assert chunks[-1].usage.prompt_tokens == len(parts.loaded.tokenizer.live.encode(PROMPT))
     assert chunks[-1].usage.generated_tokens == sum(len(chunk.token_ids) for chunk in chunks) == 8
     assert {chunk.revision for chunk in chunks} == {parts.registry.status("lora").spec.revision}
     base = await answer(parts, REQUEST)

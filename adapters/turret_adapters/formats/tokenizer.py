@@ -1,0 +1,258 @@
+"""What an adapter's own tokenizer changes of the base model's: added and special tokens, and chat template.
+
+Trainers save the tokenizer beside an adapter. Its model (the vocabulary and merges that it was trained with),
+normalizer, pre-tokenizer and decoder must be the base's. So all tokenizers share the memory of one model, and
+a stranger's file cannot make tokenising slow. Only the changes are kept, as JSON, in `TOKENIZER_NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from turret_adapters.errors import AdapterBaseError, AdapterFormatError
+from turret_adapters.formats import split_tokenizer
+from turret_adapters.formats.fields import parse_object, show
+from turret_adapters.formats.files import MAX_FILE_BYTES, TOKENIZER_FILES, TOKENIZER_NAME, open_inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_TOKEN_CHARACTERS = 512
+# A template that frames every prompt with special tokens.
+MAX_POST_PROCESSOR_BYTES = 16 << 10
+
+_JSON, _CONFIG, _MAP, _TEMPLATE = TOKENIZER_FILES
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+_SHARED = ("normalizer", "pre_tokenizer", "decoder")
+_EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+_REMEDY = "(delete the tokenizer's files from the adapter's folder to use the base model's tokenizer)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnTokenizer:
+    """A tokenizer; its members are named as those of `PreTrainedTokenizerBase`. Without a chat template it
+    uses the base model's.
+    """
+
+    backend_tokenizer: Tokenizer
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id(self.bos_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id(self.eos_token)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend_tokenizer.token_to_id(token)
+
+
+class BaseTokenizer:
+    """The base model's tokenizer, with which those of adapters are compared. Thread-safe."""
+
+    def __init__(self, live: PreTrainedTokenizerBase, file: Path | None) -> None:
+        """`live` is the tokenizer, and `file` the `tokenizer.json` from which transformers made it, if there
+        is one: what it makes may be written otherwise than the file.
+        """
+        self.live = live
+        self._file = file
+
+    @cached_property
+    def _splits(self) -> list[dict[str, Any]]:
+        found = [split_tokenizer.split(self.live.backend_tokenizer.to_str().encode())]
+        return [*found, _split(self._file)] if self._file else found
+
+    def changes(self, folder: Path) -> bytes:
+        """What the tokenizer in an adapter's folder changes, as JSON; empty if nothing, or if there is none.
+
+        Raises:
+            AdapterFormatError: its files are broken, or too large.
+            AdapterBaseError: it is not the base's with other added tokens, special tokens or chat template.
+            OSError: a file is unreadable.
+        """
+        if not (folder / _JSON).exists():
+            return b""
+        with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]):
+            found = _split(folder / _JSON)
+        if all(found["model"] != of_base["model"] for of_base in self._splits):
+            raise AdapterBaseError(
+                f"{_JSON}: expected the base model's vocabulary, with or without added tokens, found another "
+                f"one {_REMEDY}"
+            )
+        rest = found["rest"]
+        for name in _SHARED:
+            if not self._is_base(name, rest.get(name)):
+                raise AdapterBaseError(
+                    f"{_JSON}: expected the {name!r} of the base model's tokenizer, found "
+                    f"{show(rest.get(name))} {_REMEDY}"
+                )
+        post_processor = rest.get("post_processor")
+        changes = self._special_tokens(folder) | {
+            "added_tokens": rest.get("added_tokens", []),
+            "post_processor": None if self._is_base("post_processor", post_processor) else post_processor,
+            "chat_template": _chat_template(folder),
+        }
+        data = json.dumps(changes, sort_keys=True).encode()
+        if len(data) > MAX_FILE_BYTES[TOKENIZER_NAME]:
+            raise AdapterFormatError(
+                f"{_JSON}: expected at most {MAX_FILE_BYTES[TOKENIZER_NAME]} bytes of added tokens and chat "
+                f"template, found {len(data)} {_REMEDY}"
+            )
+        return b"" if self._is_same(self.changed(data)) else data
+
+    def changed(self, changes: bytes) -> OwnTokenizer:
+        """The tokenizer with the changes that `changes` returned.
+
+        Raises:
+            AdapterFormatError: they are broken, or number a token otherwise than the tokenizer does.
+        """
+        values = parse_object(changes, TOKENIZER_NAME)
+        base = self.live.backend_tokenizer
+        with _errors_of_the_tokenizer():
+            own = Tokenizer(base.model)
+            for name in (*_SHARED, "post_processor"):
+                if getattr(base, name) is not None:
+                    setattr(own, name, getattr(base, name))
+            if values["post_processor"] is not None:
+                own.post_processor = _post_processor(values["post_processor"])
+            _add_tokens(own, values["added_tokens"])
+            own.add_special_tokens(values["special_tokens"])
+            own.decode(own.encode("a").ids)
+        return OwnTokenizer(
+            backend_tokenizer=own,
+            bos_token=values["bos_token"],
+            eos_token=values["eos_token"],
+            chat_template=values["chat_template"],
+        )
+
+    def _is_base(self, name: str, section: object) -> bool:
+        """Whether a section is the base's; versions of `tokenizers` write defaults differently."""
+        of_base = [split["rest"].get(name) for split in self._splits]
+        if section in of_base:
+            return True
+        with _errors_of_the_tokenizer():
+            return _canonical(name, section) in [_canonical(name, each) for each in of_base]
+
+    def _is_same(self, own: OwnTokenizer) -> bool:
+        template = own.chat_template or self.live.chat_template
+        return (own.bos_token, own.eos_token, template) == (
+            self.live.bos_token,
+            self.live.eos_token,
+            self.live.chat_template,
+        ) and _differences(own.backend_tokenizer) == _differences(self.live.backend_tokenizer)
+
+    def _special_tokens(self, folder: Path) -> dict[str, Any]:
+        """The special tokens that the folder's configuration names, or else the base's."""
+        config = {**_object(folder, _MAP), **_object(folder, _CONFIG)}
+        if not any(name in config for name in _NAMED):
+            config = {name: getattr(self.live, name) for name in _NAMED}
+        named = {name: _text(config.get(name)) for name in _NAMED}
+        listed = [_text(token) for key in _LISTED for token in _list(config.get(key))]
+        return {
+            "bos_token": named["bos_token"],
+            "eos_token": named["eos_token"],
+            "special_tokens": list(dict.fromkeys(token for token in [*named.values(), *listed] if token)),
+        }
+
+
+@contextmanager
+def _errors_of_the_tokenizer() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the library's Rust code is no Exception, but concerns this tokenizer alone.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {error} {_REMEDY}") from error
+
+
+def _split(file: Path) -> dict[str, Any]:
+    program = [sys.executable, "-I", split_tokenizer.__file__, str(file)]
+    done = subprocess.run(program, capture_output=True, check=False)  # noqa: S603 (this package's)
+    if done.returncode:
+        found = done.stderr.decode(errors="replace").strip() or "a file that takes too much time or memory"
+        raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {found} {_REMEDY}")
+    parts: dict[str, Any] = json.loads(done.stdout)
+    return parts
+
+
+def _pipeline(sections: Mapping[str, Any]) -> Tokenizer:
+    """A tokenizer that knows no text."""
+    return Tokenizer.from_str(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": _EMPTY_MODEL, **sections})
+    )
+
+
+def _canonical(name: str, section: object) -> object:
+    return json.loads(_pipeline({name: section}).to_str())[name]
+
+
+def _post_processor(section: object) -> Any:
+    size = len(json.dumps(section))
+    if size > MAX_POST_PROCESSOR_BYTES:
+        raise ValueError(f"a post-processor of {size} bytes; at most {MAX_POST_PROCESSOR_BYTES} are allowed")
+    return _pipeline({"post_processor": section}).post_processor
+
+
+def _add_tokens(own: Tokenizer, tokens: list[dict[str, Any]]) -> None:
+    """Adds tokens in the order of their ids, which must be those that they get."""
+    for token in sorted(tokens, key=lambda token: int(token["id"])):
+        flags = {name: value for name, value in token.items() if name not in ("id", "content")}
+        content = token["content"]
+        if not 0 < len(content) <= MAX_TOKEN_CHARACTERS:
+            raise ValueError(f"an added token of {len(content)} characters, not 1 to {MAX_TOKEN_CHARACTERS}")
+        own.add_tokens([AddedToken(content, **flags)])
+        if own.token_to_id(content) != token["id"]:
+            raise ValueError(
+                f"added token {show(content)} with id {show(token['id'])}, which follows "
+                f"{own.get_vocab_size() - 1} tokens"
+            )
+
+
+def _differences(backend: Tokenizer) -> tuple[object, ...]:
+    """What may differ between the tokenizers of one base."""
+    tokens = backend.get_added_tokens_decoder()
+    pipeline = _pipeline({})
+    if backend.post_processor is not None:
+        pipeline.post_processor = backend.post_processor
+    return pipeline.to_str(), {token_id: token.__getstate__() for token_id, token in tokens.items()}
+
+
+def _chat_template(folder: Path) -> str | None:
+    if (folder / _TEMPLATE).exists():
+        with open_inside(folder, _TEMPLATE, MAX_FILE_BYTES[_TEMPLATE]) as (file, size):
+            return file.read(size).decode(errors="replace")
+    template = _object(folder, _CONFIG).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / name).exists():
+        return {}
+    with open_inside(folder, name, MAX_FILE_BYTES[name]) as (file, size):
+        return parse_object(file.read(size), name)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _text(token: object) -> str | None:
+    """Older versions of transformers write a token with its flags."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and 0 < len(content) <= MAX_TOKEN_CHARACTERS else None

@@ -1,0 +1,91 @@
+"""The vocabularies of requests: the base model's, or that of an adapter with tokens of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from turret_adapters.formats.tokenizer import OwnTokenizer
+from turret_adapters.spec import AdapterSpec
+from turret_server.errors import InvalidRequestError
+from turret_server.serving.codec import TextCodec
+
+# Tokenizers of adapters that are kept. Each shares most of its memory with the base model's.
+_CACHED = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Tokens and their texts. `size` is the number of logits; `stop_token_ids` end every answer."""
+
+    codec: TextCodec
+    size: int
+    stop_token_ids: frozenset[int]
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Check that a prompt has tokens, all of the vocabulary.
+
+        Raises:
+            InvalidRequestError: it has none, or one is not in the vocabulary.
+        """
+        if not token_ids:
+            raise InvalidRequestError("the prompt has no tokens; give at least one", field="prompt")
+        if max(token_ids) >= self.size:
+            raise InvalidRequestError(
+                f"token_ids are below {self.size}, the size of the vocabulary; found {max(token_ids)}",
+                field="token_ids",
+            )
+
+    def all_stop_token_ids(self, wanted: Sequence[int]) -> frozenset[int]:
+        """The tokens that end every answer and those of a request.
+
+        Raises:
+            InvalidRequestError: one is not in the vocabulary.
+        """
+        if wanted and max(wanted) >= self.size:
+            raise InvalidRequestError(
+                f"stop_token_ids are below {self.size}, the size of the vocabulary; found {max(wanted)}",
+                field="stop_token_ids",
+            )
+        return self.stop_token_ids.union(wanted)
+
+
+class Vocabularies:
+    """Finds the vocabulary of a request. Used on one event loop."""
+
+    def __init__(self, base: Vocabulary, read: Callable[[str], OwnTokenizer]) -> None:
+        """`read` reads the tokenizer of a revision, see `AdapterLibrary.tokenizer`."""
+        self._base = base
+        self._read = read
+        self._threads = ThreadPoolExecutor(1, "turret-vocabulary")
+        self._own: OrderedDict[str, Vocabulary] = OrderedDict()
+
+    async def of(self, adapters: Sequence[AdapterSpec]) -> Vocabulary:
+        """The vocabulary of a request for adapters that the caller holds, with at most one tokenizer.
+
+        Raises:
+            AdapterError: the tokenizer is unreadable.
+        """
+        own = next((spec for spec in adapters if spec.tokenizer), None)
+        vocabulary = await self._of_adapter(own) if own else self._base
+        return next(
+            (replace(vocabulary, size=spec.vocab_size) for spec in adapters if spec.vocab_size), vocabulary
+        )
+
+    async def _of_adapter(self, spec: AdapterSpec) -> Vocabulary:
+        if spec.tokenizer not in self._own:
+            loop = asyncio.get_running_loop()
+            tokenizer = await loop.run_in_executor(self._threads, self._read, spec.revision)
+            end, stops = tokenizer.eos_token_id, self._base.stop_token_ids
+            self._own[spec.tokenizer] = replace(
+                self._base,
+                codec=TextCodec(tokenizer),
+                stop_token_ids=stops if end is None else stops | {end},
+            )
+        self._own.move_to_end(spec.tokenizer)
+        if len(self._own) > _CACHED:
+            self._own.popitem(last=False)
+        return self._own[spec.tokenizer]

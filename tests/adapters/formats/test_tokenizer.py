@@ -1,0 +1,235 @@
+"""The oracle is the tokenizer that transformers makes of the adapter's folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from support.tokenizers import TOKENIZERS, make_tokenizer
+from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
+from turret_adapters.formats.tokenizer import MAX_TOKEN_CHARACTERS, BaseTokenizer
+
+WORDS = [
+    "the",
+    " fox",
+    "quick ",
+    "<|new|>",
+    " <|new|> ",
+    "<tool>",
+    "</s>",
+    "<s>",
+    "é",
+    "東",
+    "\n",
+    "jumps",
+    "  ",
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for kind in TOKENIZERS:
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        make_tokenizer(kind).save_pretrained(folders[kind])
+    return folders
+
+
+def base_of(folder: Path) -> BaseTokenizer:
+    return BaseTokenizer(AutoTokenizer.from_pretrained(folder), folder / "tokenizer.json")
+
+
+@pytest.fixture(params=TOKENIZERS)
+def base(request, bases) -> BaseTokenizer:
+    return base_of(bases[request.param])
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    """The base's tokenizer, as a trainer saves it beside an adapter."""
+    base.live.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit(file: Path, change) -> None:
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+def check_equal(base: BaseTokenizer, folder: Path) -> None:
+    oracle = AutoTokenizer.from_pretrained(folder)
+    own = base.changed(base.changes(folder))
+    assert (own.bos_token_id, own.eos_token_id) == (oracle.bos_token_id, oracle.eos_token_id)
+    assert own.chat_template == oracle.chat_template
+    chance = random.Random(0)
+    for _ in range(200):
+        text = "".join(chance.choices(WORDS, k=chance.randrange(8)))
+        token_ids = oracle.encode(text)
+        assert own.backend_tokenizer.encode(text).ids == token_ids
+        for skip in (True, False):
+            found = own.backend_tokenizer.decode(token_ids, skip_special_tokens=skip)
+            assert found == oracle.decode(token_ids, skip_special_tokens=skip)
+
+
+def test_a_folder_without_a_tokenizer_changes_nothing(base, tmp_path):
+    assert base.changes(tmp_path) == b""
+
+
+def test_what_trainers_save_without_adding_tokens_changes_nothing(base, folder):
+    assert base.changes(folder) == b""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=8)
+    tokenizer.save_pretrained(folder)
+    assert base.changes(folder) == b""
+
+
+def test_added_tokens_are_tokenised_as_by_transformers(base, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>", AddedToken("<|new|>", special=True)])
+    tokenizer.save_pretrained(folder)
+    check_equal(base, folder)
+
+
+def test_other_special_tokens_and_a_chat_template_are_those_of_transformers(base, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    check_equal(base, folder)
+
+
+def test_a_chat_template_alone_is_a_change(base, folder):
+    edit(folder / "tokenizer_config.json", lambda config: config.update(chat_template="{{ messages }}"))
+    assert base.changed(base.changes(folder)).chat_template == "{{ messages }}"
+    (folder / "chat_template.jinja").write_text("{{ tools }}")
+    assert base.changed(base.changes(folder)).chat_template == "{{ tools }}"
+
+
+def test_a_frame_of_special_tokens_is_that_of_transformers(base, folder):
+    end = base.live.eos_token_id
+    frame = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = frame
+    tokenizer.save(str(folder / "tokenizer.json"))
+    check_equal(base, folder)
+
+
+def test_files_of_older_versions_are_read(bases, tmp_path):
+    """transformers 4 wrote a map of special tokens, tokens with flags, and merges as strings."""
+    base = base_of(bases["byte-level"])
+    tokenizer = AutoTokenizer.from_pretrained(bases["byte-level"])
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path)
+
+    def write_old(values: dict) -> None:
+        values["model"]["merges"] = [" ".join(pair) for pair in values["model"]["merges"]]
+        del values["model"]["ignore_merges"]
+
+    edit(tmp_path / "tokenizer.json", write_old)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<pad>"}}))
+    (tmp_path / "tokenizer_config.json").unlink()
+    own = base.changed(base.changes(tmp_path))
+    assert own.backend_tokenizer.token_to_id("<tool>") == len(base.live)
+    assert own.eos_token_id == base.live.convert_tokens_to_ids("<pad>")
+
+
+def test_a_tokenizer_without_configuration_has_the_special_tokens_of_the_base(bases, tmp_path):
+    base = base_of(bases["byte-level"])
+    shutil.copy(bases["byte-level"] / "tokenizer.json", tmp_path)
+    assert base.changes(tmp_path) == b""
+
+
+def test_a_base_that_transformers_writes_otherwise_than_its_file_knows_both(bases, tmp_path):
+    """The file is what older adapters were saved with, and what transformers writes is what new ones are."""
+    base = base_of(bases["byte-level"])
+    live = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(base.live.backend_tokenizer.to_str()))
+    live.backend_tokenizer.normalizer = normalizers.NFC()
+    live.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"})
+    both = BaseTokenizer(live, bases["byte-level"] / "tokenizer.json")
+    assert both.changes(bases["byte-level"]) == b""
+    live.save_pretrained(tmp_path)
+    assert both.changes(tmp_path) == b""
+    with pytest.raises(AdapterBaseError, match="'normalizer'"):
+        base.changes(tmp_path)
+
+
+def set_id(values: dict) -> None:
+    values["added_tokens"].append(dict(values["added_tokens"][0], id=9999, content="<far>"))
+
+
+def set_long_token(values: dict) -> None:
+    content = "x" * (MAX_TOKEN_CHARACTERS + 1)
+    values["added_tokens"].append(dict(values["added_tokens"][0], id=9999, content=content))
+
+
+def set_frame(values: dict) -> None:
+    ids = {"id": "</s>", "ids": [1] * 10_000, "tokens": ["</s>"] * 10_000}
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "</s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"</s>": ids},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda values: values["model"]["vocab"].update(more=5000), AdapterBaseError, "vocabulary"),
+        (lambda values: values.update(normalizer={"type": "Lowercase"}), AdapterBaseError, "'normalizer'"),
+        (lambda values: values.update(pre_tokenizer=None), AdapterBaseError, "'pre_tokenizer'"),
+        (lambda values: values.update(decoder=None), AdapterBaseError, "'decoder'"),
+        (lambda values: values.update(decoder={"type": "New"}), AdapterFormatError, "expected a tokenizer"),
+        (set_id, AdapterFormatError, "'<far>' with id 9999"),
+        (set_long_token, AdapterFormatError, "513 characters"),
+        (set_frame, AdapterFormatError, "post-processor of"),
+        (lambda values: values.update(added_tokens=[{"id": 0}]), AdapterFormatError, "content"),
+        (lambda values: values.update(added_tokens=7), AdapterFormatError, "expected a tokenizer"),
+        (lambda values: values.pop("model"), AdapterFormatError, "model"),
+    ],
+    ids=[
+        "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id", "long", "frame", "no-text",
+        "no-list", "no-model",
+    ],
+)  # fmt: skip
+def test_another_tokenizer_is_refused_with_what_to_do(bases, tmp_path, change, error, message):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer.json", change)
+    with pytest.raises(error, match=message) as found:
+        base.changes(tmp_path)
+    assert "delete the tokenizer's files" in str(found.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"7", b"[" * 100_000, b'{"model": ' * 5000])
+def test_a_file_that_is_no_tokenizer_is_refused(bases, tmp_path, text):
+    base = base_of(bases["byte-level"])
+    (tmp_path / "tokenizer.json").write_bytes(text)
+    with pytest.raises(AdapterError, match="expected a tokenizer"):
+        base.changes(tmp_path)
+
+
+def test_code_in_a_tokenizers_folder_is_not_run(bases, tmp_path):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
+    auto = {"AutoTokenizer": ["own.Own", None]}
+    edit(
+        tmp_path / "tokenizer_config.json", lambda config: config.update(auto_map=auto, tokenizer_class="Own")
+    )
+    assert base.changes(tmp_path) == b""
+
+
+def test_a_link_out_of_the_folder_is_refused(bases, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to(bases["byte-level"] / "tokenizer.json")
+    with pytest.raises(AdapterSourceError, match="symbolic link"):
+        base_of(bases["byte-level"]).changes(tmp_path)
