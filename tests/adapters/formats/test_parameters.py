@@ -74,7 +74,7 @@ def test_rows_of_a_are_by_expert_and_columns_of_b_by_rank():
     [pair] = stacked_pairs(find("layers.0.experts.down_proj"), BASE, [(2, 0.5)])
     a_RI, b_OR = torch.randn(3 * 2, WIDTH), torch.randn(HIDDEN, 2 * 3)
     assert [expected.shape for expected in pair.expected.values()] == [a_RI.shape, b_OR.shape]
-    rows = Rows(BASE)
+    rows = Rows(BASE, weights=None)
     pair.add_to(rows, dict(zip(pair.expected, (a_RI, b_OR), strict=True)))
     for expert in range(3):
         delta = rows.deltas()[f"layers.0.experts.down_proj.{expert}"]

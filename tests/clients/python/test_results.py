@@ -41,6 +41,8 @@ PIRATE = Adapter(
     draining_revisions=("fedcba", "abcdef"),
     error="",
     num_tasks=0,
+    vocab_size=0,
+    own_tokenizer=False,
     history=(AdapterRevision(revision="0123", source="/srv/pirate", published_at=1.5),),
     traffic_split=TrafficSplit(revision="4567", percent=10),
 )
