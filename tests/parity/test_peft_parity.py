@@ -8,7 +8,8 @@ equal wherever the best logit leads the second by more than twice the tolerance.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,10 +95,7 @@ def cases_of(family: str) -> list[Case]:
     return [case for case in CASES if all(named.name in kinds for named in case.named)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(family, marks=_marks(family)) for family in FAMILIES],
-)
+@pytest.fixture(params=[pytest.param(family, marks=_marks(family)) for family in FAMILIES])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -108,23 +106,38 @@ def sampler() -> RecordingSampler:
 
 
 @pytest.fixture(scope="module")
-def parts(family, base_of, adapter_of, quantised_cache, sampler):
-    config = ServerConfig(
-        model=str(base_of(family)),
-        dtype="float32",
-        device="cpu",
-        memory="32MiB",
-        max_batch_tokens=CHUNK,
-        max_batch_requests=40,
-        cache=quantised_cache,
-    )
-    with assemble(config, sampler) as parts:
-        for kind in kinds_of(family):
-            parts.lifecycle.load(kind, str(adapter_of(family, kind)))
-        yield parts
+def serve(base_of, adapter_of, quantised_cache, sampler) -> Iterator[Callable[[str], Parts]]:
+    """The server of a family, which runs until that of another is asked for: starting one takes seconds."""
+    running: dict[str, Parts] = {}
+    with ExitStack() as stack:
+
+        def serve(family: str) -> Parts:
+            if family not in running:
+                running.clear()
+                stack.close()
+                config = ServerConfig(
+                    model=str(base_of(family)),
+                    dtype="float32",
+                    device="cpu",
+                    memory="64MiB",
+                    max_batch_tokens=CHUNK,
+                    max_batch_requests=40,
+                    cache=quantised_cache,
+                )
+                running[family] = stack.enter_context(assemble(config, sampler))
+                for kind in kinds_of(family):
+                    running[family].lifecycle.load(kind, str(adapter_of(family, kind)))
+            return running[family]
+
+        yield serve
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
+def parts(family: str, serve: Callable[[str], Parts]) -> Parts:
+    return serve(family)
+
+
+@pytest.fixture
 def oracle(family, base_of, adapter_of) -> Oracle:
     folders = {kind: Path(adapter_of(family, kind)) for kind in kinds_of(family)}
     return Oracle(base_of(family), folders, vocabularies=VOCABULARIES)
@@ -193,7 +206,7 @@ def test_mixed_in_one_batch_arriving_at_different_times(
         case = cases[index % len(cases)]
         prompt = in_vocabulary(case, prompt)  # noqa: PLW2901
         submitted[case].append(submit(parts, prompt, *case.named, max_tokens=16))
-        if index % 5 == 4:
+        if index % 8 == 7:
             submitted[case][-1].reached.wait(timeout=60)
     for requests in submitted.values():
         wait(*requests)
