@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from typing import Any
 
@@ -46,8 +45,6 @@ class _Commands(click.Group):
             if error.filename is None and error.errno not in _UNWRITABLE:
                 raise
             FailureError(f"{error.filename or 'standard output'}: {error.strerror}").show()
-            # What is left in its buffer would fail again at the end, with a traceback.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
 

@@ -72,8 +72,6 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = MAX_SECONDS
-
     def log_message(self, *_: Any) -> None:
         """No line for each scrape."""
 
