@@ -81,6 +81,21 @@ BOMBS = {
     "many dimensions": headed({"a": FLOATS | {"shape": [1] * 100_000 + [4]}}, bytes(16)),
     "lone surrogate": headed(b'{"\\ud800": {"dtype": "\\udfff"}}'),
     "a name like a path": headed({"../../etc/passwd": FLOATS}, bytes(16)),
+    "a name of dots": headed({"base_model.model." + "." * (1 << 20): FLOATS}, bytes(16)),
+    "names of peft's wrappers": headed(
+        {
+            f"base_model.model.{path}": FLOATS | {"data_offsets": [16 * index, 16 * index + 16]}
+            for index, path in enumerate(
+                (
+                    "lm_head.modules_to_save.weight",
+                    "model.embed_tokens.token_adapter.base_layer.weight",
+                    "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+                    "model.layers.0.mlp.experts.99999999.w1.lora_A.weight",
+                )
+            )
+        },
+        bytes(64),
+    ),
     "metadata": headed({"__metadata__": {"a": {"b": []}}}),
 }
 

@@ -143,7 +143,7 @@ def _renamed(base: BaseSpec, language_model: str, head: str) -> dict[str, str]:
 
 def _names_one_of(names: Mapping[str, str], key: str) -> bool:
     """Whether a key is that of a tensor of one of the modules."""
-    path = key.removeprefix(MODULE_PREFIX)
-    while path and path not in names:
-        path = path.rpartition(".")[0]
-    return bool(path)
+    # A hostile key has millions of dots: only as many are looked at as a module's path has.
+    deepest = max(path.count(".") for path in names) + 1
+    parts = key.removeprefix(MODULE_PREFIX).split(".", deepest)
+    return any(".".join(parts[:end]) in names for end in range(1, deepest + 1))

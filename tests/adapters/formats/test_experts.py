@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from support.adapters import APART, save_apart
 from support.refusals import refused
-from turret_adapters.errors import AdapterBaseError, AdapterFormatError
+from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError
 from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import HostAdapter
@@ -110,6 +113,23 @@ def test_more_than_a_pair_is_refused(make: Callable[..., Path], base: BaseSpec) 
             raise AssertionError(module)
 
     refused(folder, base, AdapterFormatError, "only a low-rank pair", "gain", weights=Ones())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_names_of_experts_are_read_or_refused(
+    data: st.DataObject, make: Callable[..., Path], base: BaseSpec, base_of: Callable, family: str
+) -> None:
+    folder = make()
+    tensors = load_file(folder / TENSORS_NAME)
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    names = key.split(".")
+    others = st.sampled_from(["experts", "w1", "up_proj", "down_proj", "gate", "4", "00", "-1", "mlp", ""])
+    names[data.draw(st.integers(0, len(names) - 1))] = data.draw(others)
+    tensors[".".join(names)] = tensors.pop(key)
+    save_file(tensors, folder / TENSORS_NAME)
+    with suppress(AdapterError):
+        read_adapter(folder, base, CheckpointWeights(str(base_of(family)), base))
 
 
 def test_an_activated_lora_of_experts_is_refused(make: Callable[..., Path], base: BaseSpec) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -87,6 +88,42 @@ def test_mutated_tensor_files(
     file = sound[method].write(tmp_path) / TENSORS
     file.write_bytes(data.draw(mutations(file.read_bytes())))
     read(tmp_path, base, weights)
+
+
+# What peft and transformers put into keys.
+KEY_NAMES = st.sampled_from(
+    "default modules_to_save original_module token_adapter base_layer bias weight 0 trainable_tokens_delta "
+    "lora_magnitude_vector lora_A ranknum experts w1 mlp ".split(" ")
+)
+
+
+@st.composite
+def renamed(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, some of them again or instead under keys with other names in them."""
+    found = dict(tensors)
+    for key in draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=4, unique=True)):
+        names = key.split(".")
+        for _ in range(draw(st.integers(1, 3))):
+            at = draw(st.integers(0, len(names)))
+            names[at : at + draw(st.integers(0, 1))] = [draw(KEY_NAMES)]
+        tensor = found[key] if draw(st.booleans()) else found.pop(key, tensors[key])
+        found[".".join(names)] = tensor.clone()
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+@FUZZ
+@given(data=st.data())
+def test_keys_with_other_names(
+    method: str,
+    data: st.DataObject,
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+) -> None:
+    files = dataclasses.replace(sound[method], tensors=data.draw(renamed(sound[method].tensors)))
+    read(files.write(tmp_path), base, weights)
 
 
 @pytest.mark.parametrize("method", METHODS)
