@@ -92,8 +92,24 @@ def test_mutated_tensor_files(
 
 # What peft and transformers put into keys.
 KEY_NAMES = st.sampled_from(
-    "default modules_to_save original_module token_adapter base_layer bias weight 0 trainable_tokens_delta "
-    "lora_magnitude_vector lora_A ranknum experts w1 mlp ".split(" ")
+    [
+        "default",
+        "modules_to_save",
+        "original_module",
+        "token_adapter",
+        "base_layer",
+        "bias",
+        "weight",
+        "0",
+        "trainable_tokens_delta",
+        "lora_magnitude_vector",
+        "lora_A",
+        "ranknum",
+        "experts",
+        "w1",
+        "mlp",
+        "",
+    ]
 )
 
 
