@@ -143,10 +143,10 @@ class Adapter:
             requests name.
         error: Why it FAILED; empty otherwise.
         num_tasks: Number of tasks of a multitask adapter; 0 for others.
-        vocab_size: Number of its logits if it was trained with resized embeddings; 0 for others.
-        own_tokenizer: Whether its folder has a tokenizer that differs from the base model's.
         history: Current and earlier revisions, latest first.
         traffic_split: Other revision that serves some of the requests; None if there is none.
+        vocab_size: Number of its logits if it was trained with resized embeddings; 0 for others.
+        own_tokenizer: Whether its folder has a tokenizer that differs from the base model's.
     """
 
     name: str
@@ -162,10 +162,10 @@ class Adapter:
     draining_revisions: tuple[str, ...]
     error: str
     num_tasks: int
-    vocab_size: int
-    own_tokenizer: bool
     history: tuple[AdapterRevision, ...]
     traffic_split: TrafficSplit | None
+    vocab_size: int
+    own_tokenizer: bool
 
 
 @dataclass(frozen=True, slots=True)

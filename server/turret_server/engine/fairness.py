@@ -9,7 +9,13 @@ While two tenants wait, the one with the higher counter starts nothing. So it ge
 remaining cost of its running requests: B · C / w, if B requests run at once, the largest costs C, and its
 weight is w. A request behind others of its tenant that cost Q starts after the engine has done at most
 (Q + B · C) · W / w + B · C of work, where W is the sum of the weights of waiting tenants, and its adapter is
-loaded. A tenant's only request waits for at most B · C, the cost of what runs already.
+loaded.
+
+A tenant of which nothing runs does not wait for others to end: the running tenant furthest ahead is preempted
+once it is ahead of it by `YIELD_COST`. In a step a running tenant of weight w gets ahead by at least
+`GENERATED_COST` / w. So a tenant that is not ahead of them itself and whose adapter is loaded starts after at
+most `YIELD_COST` · w / `GENERATED_COST` + 1 steps for each tenant that waits likewise. A preempted sequence
+keeps its place in its tenant's queue.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from turret_server.engine.sequence import Sequence
 # The cost of a token. A generated one takes a step, which reads all weights; the ratio is the paper's.
 PROMPT_COST = 1.0
 GENERATED_COST = 2.0
+
+# How far ahead a tenant must be to be preempted for one of which nothing runs: 64 generated tokens. With less
+# tenants that cannot all run at once would take turns more often, and each turn computes some tokens again.
+YIELD_COST = 64 * GENERATED_COST
 
 # Tenants without a job whose counters are remembered.
 MAX_IDLE_TENANTS = 1000
@@ -53,6 +63,21 @@ class FairQueue:
     def counter(self, tenant: str) -> float:
         """The service that the tenant received, in prompt tokens at weight 1."""
         return self._counters.get(tenant, self._floor)
+
+    def to_preempt(self, running: Iterable[str]) -> str | None:
+        """The tenant of which a sequence is to be preempted, if the `running` tenants take all room: the one
+        furthest ahead, if another waits with its adapters loaded and nothing running.
+        """
+        busy = set(running)
+        ahead = max(busy, key=self.counter, default=None)
+        idle = [
+            self.counter(tenant)
+            for tenant, queue in self._waiting.items()
+            if tenant not in busy and queue[0].job.times.ready is not None
+        ]
+        if ahead is None or not idle or self.counter(ahead) - min(idle) < YIELD_COST:
+            return None
+        return ahead
 
     def charge(self, tenant: str, cost: float) -> None:
         self._counters[tenant] = self.counter(tenant) + cost / self._weight(tenant)

@@ -309,8 +309,9 @@ class Engine:
             with logs.about(self._scheduler.about(sequence_id)):
                 log.warning("request %d failed: %s (%s)", sequence_id, error, error.reason)
         seconds = self._clock() - started
-        self._admission.record_step(step.num_tokens, seconds)
         self._scheduler.update(step, result, seconds)
+        running = self._scheduler.running
+        self._admission.record_step((each.job.max_tokens - each.num_generated for each in running), seconds)
         return seconds
 
     def _sleep(self) -> None:

@@ -132,6 +132,8 @@ class Scheduler:
         self.allocation = Allocation(pool, cache, residency, block_size)
         self.pacing = Pacing(limits.max_batch_tokens, limits.max_step_seconds)
         self.num_preempted = 0
+        # A sequence could not start for want of pages in the last step.
+        self._short_of_pages = False
         self._on_dequeue = on_dequeue
         self._by_id: dict[int, Sequence] = {}
         self._plan: _Plan  # of the last step
@@ -160,6 +162,7 @@ class Scheduler:
         elif self.pool.clock % _FORGET_EVERY == 0:
             self.waiting.forget_idle({sequence.tenant for sequence in self._by_id.values()})
         self._fail_overdue(now)
+        self._make_way()
         self._grow()
         streams = [sequence for sequence in self.running if sequence.num_remaining == 1]
         self._plan = plan = _Plan(self.pacing.budget(len(streams)), now, len(streams))
@@ -237,13 +240,22 @@ class Scheduler:
             while self.allocation.needs_page(sequence) and not self.allocation.grow(sequence):
                 self._preempt(self._victim())
 
-    def _victim(self) -> Sequence:
+    def _make_way(self) -> None:
+        """Preempt a sequence for a tenant of which nothing runs, if others take all slots or pages."""
+        if len(self.running) < self.limits.max_batch_requests and not self._short_of_pages:
+            return
+        self._short_of_pages = False
+        tenant = self.waiting.to_preempt(sequence.tenant for sequence in self.running)
+        if tenant is not None:
+            self._preempt(self._victim(tenant))
+
+    def _victim(self, tenant: str | None = None) -> Sequence:
         """The sequence to preempt: of those that were preempted least often, of the tenant with the highest
-        counter, the one with the fewest tokens to compute again. Every preemption pays for a token that is
-        generated, so sequences do not preempt each other for ever.
+        counter (or of a given one), the one with the fewest tokens to compute again. Every preemption pays
+        for a token that is generated, so sequences do not preempt each other for ever.
         """
         return min(
-            self.running,
+            (sequence for sequence in self.running if tenant in (None, sequence.tenant)),
             key=lambda sequence: (
                 sequence.num_preempted,
                 -self.waiting.counter(sequence.tenant),
@@ -333,6 +345,7 @@ class Scheduler:
             return True
         copies = self.allocation.allocate(sequence, residents)
         if copies is None:
+            self._short_of_pages = True
             return False
         plan.copies += copies
         self.waiting.remove(sequence)

@@ -60,13 +60,6 @@ def test_the_tokens_of_one_that_leaves_make_room():
     queue.enter(request(60))
 
 
-def test_a_step_that_took_no_time_is_fast():
-    queue = admission(max_requests=1)
-    queue.record_step(10, 0.0)
-    queue.enter(request())
-    assert refusal(queue, request()).retry_after == pytest.approx(0.1)
-
-
 def test_one_that_is_larger_than_the_queue_may_wait_alone():
     queue = admission(max_tokens=100)
     large = request(500)
@@ -94,64 +87,71 @@ def test_each_tenant_has_its_own_limits():
         refusal(queue, request(tenant=tenant))
 
 
-def test_the_hint_is_how_long_it_takes_until_there_is_room():
-    queue = admission(max_tokens=100)
-    queue.enter(request(100))
-    queue.record_step(10, 1.0)
-    assert refusal(queue, request(50)).retry_after == pytest.approx(5.0)
-    assert "try again in 5.0 s" in str(refusal(queue, request(50)))
+def test_the_hint_of_a_full_queue_is_how_long_the_next_running_job_takes():
+    queue = admission(max_requests=2)
+    for _ in range(2):
+        queue.enter(request(20))
+    queue.record_step([70, 30, 50], 0.1)
+    assert refusal(queue, request()).retry_after == pytest.approx(3.0)
+    assert "try again in 3.0 s" in str(refusal(queue, request()))
 
 
 def test_the_hint_knows_that_others_wait_too():
-    queue = admission(max_tokens=100)
-    queue.record_step(10, 1.0)
-    for tenant in "abcd":
-        queue.enter(request(100, tenant))
-    assert refusal(queue, request(50)).retry_after == pytest.approx(20.0)
-
-
-def test_the_hint_of_a_full_queue_is_the_time_of_one_request():
-    queue = admission(max_requests=2)
-    queue.record_step(10, 1.0)
-    for tokens in (20, 40):
-        queue.enter(request(tokens))
-    assert refusal(queue, request(2)).retry_after == pytest.approx(3.0)
-
-
-@pytest.mark.parametrize(
-    ("speed", "expected"), [(None, 1.0), (1e9, 0.1), (1e-3, 60.0)], ids=["unknown", "fast", "slow"]
-)
-def test_the_hint_is_never_foolish(speed, expected):
     queue = admission(max_requests=1)
-    if speed:
-        queue.record_step(1, 1 / speed)
-    queue.enter(request())
-    assert refusal(queue, request()).retry_after == pytest.approx(expected)
+    for tenant in "abc":
+        queue.enter(request(20, tenant))
+    queue.record_step([30, 50, 70, 90], 0.1)
+    assert refusal(queue, request()).retry_after == pytest.approx(7.0)
+
+
+def test_the_hint_counts_those_that_must_leave_for_their_tokens():
+    """40 tokens too many, in jobs of 20: the second end makes room, after the queued ones on one slot."""
+    queue = admission(max_requests=10, max_tokens=100)
+    for _ in range(4):
+        queue.enter(request(20))
+    queue.record_step([30, 50], 0.1)
+    assert refusal(queue, request(60)).retry_after == pytest.approx(5.0)
+    queue.record_step([30], 0.1)
+    assert refusal(queue, request(60)).retry_after == pytest.approx((30 + 20) * 0.1)
+    assert refusal(queue, request(21)).retry_after == pytest.approx(3.0)
 
 
 def test_the_hint_waits_for_the_limit_that_takes_longer():
     """Requests and tokens are both at their limit: one request more, but 40 tokens too many."""
     queue = admission(max_requests=2, max_tokens=100)
-    queue.record_step(10, 1.0)
     for tokens in (20, 40):
         queue.enter(request(tokens))
-    assert refusal(queue, request(80)).retry_after == pytest.approx(4.0)
+    queue.record_step([10, 20], 1.0)
+    assert refusal(queue, request(80)).retry_after == pytest.approx(20.0)
 
 
-def test_the_speed_follows_what_is_measured():
-    queue = admission(max_requests=1, max_tokens=10**6)
-    queue.enter(request(1000))
-    for speed in [50] * 50 + [1000] * 200:
-        queue.record_step(speed, 1.0)
-    assert refusal(queue, request(1000)).retry_after == pytest.approx(1.0, rel=0.05)
-
-
-def test_one_fast_step_changes_the_speed_a_little():
+@pytest.mark.parametrize(
+    ("remaining", "seconds", "expected"),
+    [(None, 0.0, 1.0), ([], 1.0, 0.1), ([1], 1e-9, 0.1), ([10], 1e3, 60.0)],
+    ids=["unknown", "nothing runs", "fast", "slow"],
+)
+def test_the_hint_is_never_foolish(remaining, seconds, expected):
     queue = admission(max_requests=1)
-    queue.enter(request(100))
-    for speed in (10, 10, 1000):
-        queue.record_step(speed, 1.0)
-    assert 1.0 < refusal(queue, request(100)).retry_after < 10.0
+    if remaining is not None:
+        queue.record_step(remaining, seconds)
+    queue.enter(request())
+    assert refusal(queue, request()).retry_after == pytest.approx(expected)
+
+
+def test_the_time_of_a_step_follows_what_is_measured():
+    queue = admission(max_requests=1)
+    queue.enter(request())
+    for seconds in [0.5] * 50 + [0.1] * 200:
+        queue.record_step([10], seconds)
+    assert refusal(queue, request()).retry_after == pytest.approx(1.0, rel=0.05)
+
+
+def test_one_slow_step_changes_it_a_little():
+    queue = admission(max_requests=1)
+    queue.enter(request())
+    for seconds in (0.1, 0.1, 1.0):
+        queue.record_step([10], seconds)
+    assert 1.0 < refusal(queue, request()).retry_after < 2.0
 
 
 def test_one_that_never_came_cannot_leave():
@@ -202,7 +202,7 @@ def test_many_threads_may_enter_and_leave():
 def test_the_counts_are_read_and_written_under_their_lock():
     queue = admission(max_requests=1)
     guard(queue, queue._lock.locked, "_queued")
-    queue.record_step(10, 1.0)
+    queue.record_step([10], 1.0)
     one = request()
     queue.enter(one)
     refusal(queue, request())

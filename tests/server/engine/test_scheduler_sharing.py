@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.fake_device import Simulation, make_run, make_spec
+from turret_server.engine import fairness
+from turret_server.engine.fairness import GENERATED_COST, YIELD_COST
 from turret_server.engine.request import FinishReason
 from turret_server.engine.sequence import Sequence
 from turret_server.errors import GenerationFailedError, RequestTooLargeError
@@ -122,6 +128,94 @@ def test_the_tenant_that_was_given_most_gives_way():
     assert gone.job.request_id in {run.job.request_id for run in greedy}
     simulation.finish()
     assert finished(modest, *greedy)
+
+
+def test_a_tenant_of_which_nothing_runs_gets_a_slot_once_the_others_are_ahead():
+    simulation = Simulation(num_pages=200, max_batch_requests=4)
+    heavy = [simulation.submit([token], tenant="heavy", max_tokens=150) for token in range(6)]
+    for _ in range(3):
+        simulation.step()
+    light = [simulation.submit([9, token], tenant="light", max_tokens=20) for token in range(2)]
+    steps = step_until(simulation, lambda: light[0].tokens)
+    # The heavy tenant is charged for four tokens in a step, and the light one starts from its counter.
+    assert len(steps) == YIELD_COST / (4 * GENERATED_COST) + 1
+    assert simulation.scheduler.num_preempted == 1
+    assert not light[1].tokens, "others give way to the first of a tenant only"
+    running = [sequence.tenant for sequence in simulation.scheduler.running]
+    assert sorted(running) == ["heavy"] * 3 + ["light"]
+    simulation.finish()
+    assert finished(*heavy, *light)
+
+
+def test_a_tenant_that_is_not_ahead_does_not_give_way():
+    simulation = Simulation(num_pages=200, max_batch_requests=2)
+    runs = [
+        simulation.submit([1], tenant="a", max_tokens=60),
+        simulation.submit([2], tenant="a", max_tokens=4),
+    ]
+    simulation.step()
+    late = simulation.submit([3], tenant="b", max_tokens=4)
+    steps = step_until(simulation, lambda: late.tokens)
+    assert len(steps) == 4, "a slot is free when the short one ends"
+    assert not any(sequence.num_preempted for sequence in simulation.scheduler.sequences)
+    simulation.finish()
+    assert finished(late, *runs)
+
+
+def test_nobody_gives_way_while_a_slot_is_free_or_the_adapter_is_loaded():
+    simulation = Simulation(num_pages=200, max_batch_requests=2, immediate=False)
+    heavy = [simulation.submit([token], tenant="heavy", max_tokens=150) for token in range(3)]
+    waits = simulation.submit([9], LORA, tenant="light")
+    for _ in range(int(YIELD_COST)):
+        simulation.step()
+        assert not simulation.scheduler.num_preempted
+    simulation.device.complete()
+    step_until(simulation, lambda: waits.tokens)
+    assert simulation.scheduler.num_preempted == 1
+    simulation.finish()
+    assert finished(waits, *heavy)
+
+
+def test_pages_are_given_up_for_a_tenant_of_which_nothing_runs():
+    simulation = Simulation(num_pages=40, block_size=4, max_batch_requests=8)
+    heavy = [simulation.submit(range(60), tenant="heavy", max_tokens=60) for _ in range(2)]
+    for _ in range(10):
+        simulation.step()
+    light = simulation.submit(range(100, 140), tenant="light", max_tokens=20)
+    steps = step_until(simulation, lambda: light.tokens)
+    assert len(steps) <= YIELD_COST / GENERATED_COST + 2
+    simulation.finish()
+    assert finished(light, *heavy)
+
+
+ARRIVALS = st.tuples(st.integers(0, 10), st.sampled_from("abcd"), st.sampled_from([1, 10, 50]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrivals=st.lists(ARRIVALS, min_size=2, max_size=8),
+    weights=st.fixed_dictionaries(dict.fromkeys("abcd", st.sampled_from([0.5, 1.0, 2.0]))),
+    slots=st.integers(1, 4),
+)
+def test_a_tenant_that_is_not_ahead_gets_a_slot_within_the_bound(arrivals, weights, slots):
+    """YIELD_COST · w / GENERATED_COST + 1 steps for each tenant that waits likewise."""
+    simulation = Simulation(num_pages=400, max_batch_requests=slots, weights=weights)
+    yield_cost, waited = 8 * GENERATED_COST, Counter()
+    bound = (yield_cost / GENERATED_COST * max(weights.values()) + 1) * len(weights)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fairness, "YIELD_COST", yield_cost)
+        for gap, tenant, max_tokens in [*arrivals, (1000, "a", 1)]:
+            for _ in range(gap):
+                if not simulation.step():
+                    break
+                running = {sequence.tenant for sequence in simulation.scheduler.running}
+                counter = simulation.scheduler.waiting.counter
+                least = min(map(counter, running), default=0.0)
+                idle = {sequence.tenant for sequence in simulation.scheduler.waiting} - running
+                waited = Counter({tenant: waited[tenant] + 1 for tenant in idle if counter(tenant) <= least})
+                assert max(waited.values(), default=0) <= bound
+            simulation.submit([len(simulation.runs)], tenant=tenant, max_tokens=max_tokens)
+        simulation.finish()
 
 
 def test_of_a_tenants_requests_the_one_with_the_least_to_compute_again_gives_way():
