@@ -64,6 +64,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_GROUPED),
     "llama-nf4": LlamaConfig(**_GROUPED),
     "llama-tied": LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**_GROUPED, sliding_window=24),
     "qwen2": Qwen2Config(**_GROUPED),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=32),
     # The window is shorter than the prompts, so that a wrong one shows.
@@ -116,6 +117,8 @@ MULTIMODAL: dict[str, PreTrainedConfig] = {
 FAMILIES |= {family: MULTIMODAL[family] for family in ("gemma3-vision", "qwen2.5-vl")}
 # Those whose checkpoint is in NF4 and bfloat16, with some linears in bfloat16.
 QUANTISED = frozenset({"llama-nf4"})
+# Those whose tokenizer is not byte-level.
+TOKENIZER_KINDS = {"mistral": "byte-fallback"}
 # The modules that they keep in bfloat16, beside the head.
 KEPT = ("lm_head", "model.layers.0.mlp", "q_proj", "layers.2.self_attn.o_proj")
 # Those whose experts are stacked parameters. Their only linears are those of the attention.
@@ -178,7 +181,7 @@ def save_model(family: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     if family in QUANTISED:
         quantise(folder, folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, TOKENIZER_KINDS.get(family, "byte-level"))
     return folder
 
 

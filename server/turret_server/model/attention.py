@@ -34,7 +34,7 @@ def paged_attention(
     step = current_step()
     layer = module.layer_idx
     assert isinstance(layer, int)
-    step.layers_seen.add(layer)
+    step.attention_calls.append(layer)
     kv = step.arena.layer(layer)
     step.ops.write_kv(kv, key[0].transpose(0, 1), value[0].transpose(0, 1), step.attention)
     params = AttentionParams(

@@ -20,7 +20,7 @@ from turret_server.model.deltas import DeltaBatch
 class StepContext:
     """`deltas` are the adapters' changes for the step's tokens, `head_deltas` those for tokens that sample.
 
-    `layers_seen` collects the layers whose attention was called.
+    `attention_calls` collects the layer of every call of the attention.
     """
 
     ops: Ops
@@ -28,7 +28,7 @@ class StepContext:
     attention: AttentionBatch
     deltas: DeltaBatch | None
     head_deltas: DeltaBatch | None
-    layers_seen: set[int]
+    attention_calls: list[int]
 
 
 class _Slot(threading.local):

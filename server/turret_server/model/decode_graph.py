@@ -181,7 +181,7 @@ class DecodeGraphs:
             ),
             deltas=deltas,
             head_deltas=None,
-            layers_seen=set(),
+            attention_calls=[],
         )
         with step_context(context):
             output = self._loaded.model(

@@ -41,8 +41,7 @@ def describe_model(name_or_path: str) -> BaseSpec:
     """
     attention.register()
     config = load.read_config(name_or_path)
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, attn_implementation=attention.NAME)  # noqa: SLF001
+    model = load.meta_model(name_or_path, config)
     load.check_attention(model)
     _quantise_shapes(model, config)
     gate.check_model(model)

@@ -46,6 +46,8 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
             f"found layers of type {', '.join(sorted(other))}; supported are "
             f"{', '.join(sorted(_LAYER_TYPES))}"
         )
+    if text.is_heterogeneous:
+        raise refuse("their layers differ in width or number of heads; use a model in which all are alike")
     widths = {getattr(text, each, None) for each in ("qk_head_dim", "head_dim")} - {None}
     value_width = getattr(text, "v_head_dim", None)
     if value_width is not None and widths - {value_width}:

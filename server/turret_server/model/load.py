@@ -117,8 +117,7 @@ def load_model(
     config = read_config(name_or_path)
     context = rope.context_length(config, max_context)
     tokenizer = read_tokenizer(name_or_path)
-    with torch.device("meta"):
-        gate.check_model(model_class(config)._from_config(config))  # noqa: SLF001
+    gate.check_model(meta_model(name_or_path, config))
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
     ops = ops or select_ops(device, dtype)
     model = _load_quantised(name_or_path, config, device, dtype, cache)
@@ -167,6 +166,16 @@ def read_tokenizer(name_or_path: str) -> BaseTokenizer:
         live = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         found = cached_file(name_or_path, TOKENIZER_FILES[0], _raise_exceptions_for_missing_entries=False)
     return BaseTokenizer(live, None if found is None else Path(found))
+
+
+def meta_model(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on torch's meta device, which has shapes and no numbers.
+
+    Raises:
+        ConfigError: transformers does not build it, for example because a library of it is missing.
+    """
+    with reading(name_or_path, "its architecture"), torch.device("meta"):
+        return model_class(config)._from_config(config, attn_implementation=attention.NAME)  # noqa: SLF001
 
 
 def _load_quantised(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from turret_server.errors import ConfigError
+from turret_server.errors import ConfigError, UnsupportedModelError
 
 _CHANGING = {"dynamic", "longrope"}
 
@@ -31,8 +31,15 @@ def context_length(config: PreTrainedConfig, wanted: int | None) -> ContextLengt
 
     Raises:
         ConfigError: `wanted` is longer.
+        UnsupportedModelError: the configuration does not say how long.
     """
     text = config.get_text_config(decoder=True)
+    if not hasattr(text, "max_position_embeddings"):
+        raise UnsupportedModelError(
+            f"{config.model_type} models are not supported: their configuration has no "
+            "max_position_embeddings, the length of their context; use a model of another type",
+            model=config.model_type,
+        )
     found = ContextLength(text.max_position_embeddings)
     for parameters in _parameters(text):
         rope_type, tokens = parameters.get("rope_type"), text.max_position_embeddings

@@ -90,13 +90,11 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: the model computes something else.
         """
-        block_size, num_pages = self._arena.block_size, self._arena.num_pages
-        # The first takes more than one page, where there are as many.
         check_model(
             self._loaded.model,
             self._all_logits,
             num_layers=self._loaded.base.num_layers,
-            lengths=(block_size + 3 if num_pages >= 2 else block_size, 7 if num_pages >= 3 else 0),
+            lengths=(7, 3 if self._arena.num_pages >= 2 else 0),
         )
 
     def warm_up(self, max_sequences: int) -> None:
@@ -138,7 +136,7 @@ class ModelRunner:
         if self._graphs and (decoded := self._graphs.run(step)):
             return self._sample(*decoded)
         batch = self._batch(step)
-        logits_SV = self._forward(batch, set())
+        logits_SV = self._forward(batch, [])
         if not batch.sampled:
             return StepResult(token_ids={})
         return self._sample(logits_SV, batch.sampled)
@@ -185,19 +183,26 @@ class ModelRunner:
             self._graphs.forget(revision)
         self._prompts.pop(revision, None)
 
-    def _all_logits(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, set[int]]:
+    def _all_logits(
+        self, prompts: Sequence[Sequence[int]], parts: Sequence[slice] | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
         """Computes prompts on the first pages. See `self_check.Compute`."""
         sequences, pages = [], count()
         for index, token_ids in enumerate(prompts):
             table = tuple(islice(pages, -(-len(token_ids) // self._arena.block_size)))
             sequences.append(
-                SequenceStep(sequence_id=index, token_ids=tuple(token_ids), start=0, block_table=table)
+                SequenceStep(
+                    sequence_id=index,
+                    token_ids=tuple(token_ids[parts[index]] if parts else token_ids),
+                    start=parts[index].start if parts else 0,
+                    block_table=table,
+                )
             )
         batch = self._batch(Step(sequences=tuple(sequences)))
         every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
-        layers_seen: set[int] = set()
+        attention_calls: list[int] = []
         with _errors_of_the_device():
-            return self._forward(replace(batch, last_S=every_token), layers_seen), layers_seen
+            return self._forward(replace(batch, last_S=every_token), attention_calls), attention_calls
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:
@@ -226,7 +231,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch, layers_seen: set[int]) -> torch.Tensor:
+    def _forward(self, batch: Batch, attention_calls: list[int]) -> torch.Tensor:
         """Logits of the last token of every sequence that samples, [S, vocabulary]."""
         model = self._loaded.model
         context = StepContext(
@@ -235,7 +240,7 @@ class ModelRunner:
             attention=batch.attention,
             deltas=batch.deltas,
             head_deltas=batch.head_deltas,
-            layers_seen=layers_seen,
+            attention_calls=attention_calls,
         )
         with step_context(context):
             if batch.virtual:

@@ -1,7 +1,8 @@
 """Whether a model computes with the server's attention what it computes with transformers' own.
 
 The gate knows what goes wrong; this finds what nobody knew: attention that looks at later tokens, that a
-layer calls twice, or that needs more than keys, values and positions. Part of every start.
+layer calls twice, or that needs more than keys, values and positions; a state that is kept from one step to
+the next. Part of every start.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from turret_server.engine.step import DeviceLostError
 from turret_server.errors import UnsupportedModelError
 from turret_server.model import attention
+from turret_server.model.classes import left_out
 
 # The root mean square of the differences of logits, in standard deviations of all. One token that rounding
 # sends to another expert must not count as much as what is wrong everywhere.
@@ -23,16 +25,20 @@ _TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 class Compute(Protocol):
-    def __call__(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, set[int]]:
-        """The logits of every token of a batch of prompts, [T, vocabulary], and the layers that called the
-        server's attention.
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], parts: Sequence[slice] | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Computes a part of each prompt of a batch, after those before it, or all of it. Returns the logits
+        of each token, [T, vocabulary], and the layer of each call of the server's attention.
         """
 
 
 def check_model(
     model: PreTrainedModel, compute: Compute, *, num_layers: int, lengths: tuple[int, int]
 ) -> None:
-    """Compares a short random prompt, alone and beside another, with eager attention on the same weights.
+    """Compares a short random prompt, in two steps beside another, with eager attention on the same weights.
+
+    It costs the forward passes of three steps: as few as show what goes wrong.
 
     Args:
         model: a model whose modules are adapted.
@@ -49,9 +55,12 @@ def check_model(
         return UnsupportedModelError(f"{model_type} models are not supported: {why}", model=model_type)
 
     prompt, other = _prompts(model.get_input_embeddings().weight.shape[0], *lengths)
+    prompts = [each for each in (other, prompt) if each]  # what leaks, leaks to those behind
+    halves = [len(each) // 2 for each in prompts]
     try:
-        alone_TV, layers = compute([prompt])
-        beside_TV, _ = compute([other, prompt]) if other else (alone_TV, layers)
+        first_TV, calls = compute(prompts, [slice(0, half) for half in halves])
+        ends = [slice(half, len(each)) for half, each in zip(halves, prompts, strict=True)]
+        second_TV, _ = compute(prompts, ends)
         with _eager_attention(model):
             eager_TV, _ = compute([prompt])
     except (MemoryError, DeviceLostError):
@@ -60,22 +69,23 @@ def check_model(
         raise refuse(
             f"a first prompt failed with {type(error).__name__}: {error}; use a model of another type"
         ) from error
-    if len(layers) != num_layers:
+    if sorted(calls) != list(range(num_layers)):
         raise refuse(
-            f"{len(layers)} of {num_layers} layers call the attention function; use a model in which every "
-            "layer does"
+            f"of {num_layers} layers, {len(set(calls))} call the attention function, {len(calls)} times; use "
+            "a model in which every layer does once"
         )
     if not eager_TV.isfinite().all():
         raise refuse(
             f"the logits of a first prompt are not finite in {str(eager_TV.dtype).removeprefix('torch.')}; "
             "use another --dtype, such as bfloat16, or a checkpoint whose weights are finite"
         )
-    for found_TV, where in ((alone_TV, "alone"), (beside_TV[len(other) :], "beside another")):
-        difference = _difference(found_TV, eager_TV)
-        if not difference <= _TOLERANCES[alone_TV.dtype]:
+    expected = (eager_TV[: halves[-1]], eager_TV[halves[-1] :])
+    for found_TV, expected_TV, step in zip((first_TV, second_TV), expected, ("first", "second"), strict=True):
+        difference = _difference(found_TV[-len(expected_TV) :], expected_TV)
+        if not difference <= _TOLERANCES[found_TV.dtype]:
             raise refuse(
-                f"the logits of a prompt {where} differ from those with transformers' eager attention by "
-                f"{difference:.2g} standard deviations; use a model of another type"
+                f"the logits of a prompt's {step} step, beside another, differ from those with transformers' "
+                f"eager attention by {difference:.2g} standard deviations; use a model of another type"
             )
 
 
@@ -87,7 +97,8 @@ def _prompts(vocab_size: int, first: int, second: int) -> tuple[list[int], list[
 
 @contextmanager
 def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    decoder = model.get_decoder()  # the towers of a multimodal model have their own
+    # Transformers warns of the towers that were taken out.
+    decoder = model.get_decoder() if left_out(model) else model
     decoder.set_attn_implementation("eager")
     try:
         yield

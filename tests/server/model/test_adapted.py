@@ -162,7 +162,7 @@ def run(module: nn.Module, x: torch.Tensor, ops, deltas=None, arena=None) -> tor
         attention=None,
         deltas=None if of_head else deltas,
         head_deltas=deltas if of_head else None,
-        layers_seen=set(),
+        attention_calls=[],
     )
     with torch.inference_mode(), step_context(context):
         return module(x)

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 )
 def test_options_reach_the_kernel_and_the_step_is_written_to_the_layer(options, expected):
     kv, batch = paged(torch.float32, [(3, 20), (1, 9)], num_kv_heads=KV_HEADS, head_dim=DIM, device=CPU)
-    written, seen = kv.clone(), set()
+    written, seen = kv.clone(), []
     query = torch.randn(1, HEADS, 4, DIM)
     key, value = torch.randn(2, 1, KV_HEADS, 4, DIM)
     ops, layers = ReferenceOps(), {7: kv}
@@ -41,11 +41,11 @@ def test_options_reach_the_kernel_and_the_step_is_written_to_the_layer(options, 
         attention=batch,
         deltas=None,
         head_deltas=None,
-        layers_seen=seen,
+        attention_calls=seen,
     )
     with step_context(context):
         found, weights = paged_attention(SimpleNamespace(layer_idx=7), query, key, value, None, **options)
-    assert seen == {7}
+    assert seen == [7]
     assert weights is None
     ops.write_kv(written, key[0].transpose(0, 1), value[0].transpose(0, 1), batch)
     assert torch.equal(kv, written)

@@ -10,7 +10,7 @@ from turret_server.model.context import StepContext, current_step, step_context
 
 def context() -> StepContext:
     return StepContext(
-        ops=ReferenceOps(), arena=None, attention=None, deltas=None, head_deltas=None, layers_seen=set()
+        ops=ReferenceOps(), arena=None, attention=None, deltas=None, head_deltas=None, attention_calls=[]
     )
 
 

@@ -82,7 +82,7 @@ def routing(num_tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]
 
 def run(own: nn.Module, inputs, arena: Arena | None = None, deltas: DeltaBatch | None = None) -> Any:
     context = StepContext(
-        ops=ReferenceOps(), arena=arena, attention=None, deltas=deltas, head_deltas=None, layers_seen=set()
+        ops=ReferenceOps(), arena=arena, attention=None, deltas=deltas, head_deltas=None, attention_calls=[]
     )
     with torch.inference_mode(), step_context(context):
         return own(*inputs)

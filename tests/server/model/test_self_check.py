@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, DiffLlamaConfig, DiffLlamaForCausalLM
 
 from support.models import VOCAB_SIZE
 from support.tokenizers import save_tokenizer
@@ -66,7 +66,7 @@ def test_attention_that_looks_at_later_tokens_is_found(tmp_path, monkeypatch):
     save_tokenizer(tmp_path / "model")
     monkeypatch.setattr(gate, "check_model", lambda _: None)
     with pytest.raises(
-        UnsupportedModelError, match=r"bert models.*a prompt alone differ.*standard"
+        UnsupportedModelError, match=r"bert models.*a prompt's first step, .* differ.*standard"
     ) as refused:
         load(tmp_path / "model", tmp_path / "cache").check()
     assert refused.value.metadata["model"] == "bert"
@@ -76,8 +76,32 @@ def test_attention_that_looks_at_later_tokens_is_found(tmp_path, monkeypatch):
 def test_what_depends_on_the_company_is_found(base_of, quantised_cache, dtype):
     runner = load(base_of("llama"), quantised_cache, dtype=dtype)
     alter(runner, lambda y: y + y.mean(1, keepdim=True))
-    with pytest.raises(UnsupportedModelError, match="of a prompt beside another differ"):
+    with pytest.raises(UnsupportedModelError, match="of a prompt's first step, beside another, differ"):
         runner.check()
+
+
+def test_what_depends_on_where_a_prompt_is_cut_is_found(base_of, quantised_cache):
+    runner = load(base_of("llama"), quantised_cache)
+    alter(runner, lambda y: y * 1.5 if y.shape[1] == 6 else y)  # the second step: 2 of one, 4 of the other
+    with pytest.raises(UnsupportedModelError, match="of a prompt's second step, beside another, differ"):
+        runner.check()
+
+
+def test_layers_that_call_attention_twice_are_found(tmp_path):
+    """The second call would overwrite the keys and values that later tokens need of the first."""
+    config = DiffLlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    DiffLlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    said = "diffllama models .*: of 2 layers, 2 call the attention function, 4 times; use"
+    with pytest.raises(UnsupportedModelError, match=said):
+        load(tmp_path / "model", tmp_path / "cache").check()
 
 
 def test_what_depends_on_the_server_alone_is_found(base_of, quantised_cache):
@@ -85,7 +109,7 @@ def test_what_depends_on_the_server_alone_is_found(base_of, quantised_cache):
     config = runner._loaded.model.config
 
     alter(runner, lambda y: y * 1.05 if config._attn_implementation == "turret" else y)
-    with pytest.raises(UnsupportedModelError, match="of a prompt alone differ"):
+    with pytest.raises(UnsupportedModelError, match=r"of a prompt's first step, .* differ"):
         runner.check()
 
 
@@ -124,7 +148,8 @@ def test_what_the_machine_lacks_is_not_the_models_fault(base_of, quantised_cache
 
 
 def test_prompts_are_as_long_as_there_is_room_for(base_of, quantised_cache):
-    for num_pages, expected in ((1, {(0, 16)}), (2, {(0, 19)}), (3, {(0, 19), (0, 7, 26)})):
+    beside = {(0, 1, 4), (0, 2, 6), (0, 7)}
+    for num_pages, expected in ((1, {(0, 3), (0, 4), (0, 7)}), (2, beside), (8, beside)):
         runner = load(base_of("llama"), quantised_cache, num_pages)
         computed = []
         alter(runner, lambda _, computed=computed: computed.append(current_step().attention.query_bounds))
