@@ -298,9 +298,8 @@ def test_a_model_in_which_a_layer_has_other_attention_is_refused(runner, loaded,
     model = copy.deepcopy(loaded.model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     odd = ModelRunner(replace(loaded, model=model), runner._arena, host, sampler)
-    with pytest.raises(
-        UnsupportedModelError, match="llama models are not supported: 2 of 3 layers"
-    ) as refused:
+    said = "llama models are not supported: of 3 layers, 2 call the attention function, 2 times"
+    with pytest.raises(UnsupportedModelError, match=said) as refused:
         odd.check()
     assert refused.value.metadata == {"model": "llama"}
     odd.close()
