@@ -102,7 +102,7 @@ def make_adapter(
     experts: nn.Module, base: BaseSpec, rank: int
 ) -> tuple[HostAdapter, dict[str, torch.Tensor]]:
     """Random pairs of both projections, and what peft's `ParamWrapper.get_delta_weight` makes of them."""
-    rows, weights = Rows(base), {}
+    rows, weights = Rows(base, None), {}
     for projection, parameter in experts.named_parameters():
         a_RI = torch.randn(rank * EXPERTS, parameter.shape[2]) * 0.2
         b_OR = torch.randn(parameter.shape[1], rank * EXPERTS) * 0.2
