@@ -28,7 +28,7 @@ from peft import (
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from support.models import MIXTURES, VOCAB_SIZE, Names, auto_class, names_of
+from support.models import MIXTURES, MULTIMODAL, VOCAB_SIZE, Names, auto_class, names_of
 
 # The sizes of vocabularies that adapters were trained with.
 VOCABULARIES = {
@@ -153,6 +153,9 @@ _DTYPES = {"lora-fp16": torch.float16, "lora-bf16": torch.bfloat16}
 
 
 def kinds_of(family: str) -> dict[str, Callable[[Names], PeftConfig]]:
+    if family in MULTIMODAL:  # where peft does not notice that embeddings were resized, and leaves them out
+        unsaved = {f"vocabulary-{what}" for what in ("added", "tokens", "prompt", "removed")}
+        return {kind: make for kind, make in KINDS.items() if kind not in unsaved}
     return KINDS | MIXTURE_KINDS if family in MIXTURES else KINDS
 
 
