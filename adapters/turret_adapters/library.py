@@ -14,6 +14,7 @@ from pathlib import Path
 
 from turret_adapters.errors import (
     AdapterError,
+    AdapterFormatError,
     AdapterSourceError,
     RevisionCorruptError,
     RevisionNotFoundError,
@@ -123,9 +124,15 @@ class AdapterLibrary:
         """The tokenizer of a revision that has one of its own.
 
         Raises:
-            AdapterError: it is not in the store, or damaged.
+            RevisionNotFoundError: it is not in the store.
+            RevisionCorruptError: its tokenizer is damaged.
         """
-        return self._tokenizer.changed(read_changes(self.store.path(revision)))
+        try:
+            return self._tokenizer.changed(read_changes(self.store.path(revision)))
+        except (AdapterFormatError, OSError) as error:
+            raise RevisionCorruptError(
+                f"revision {revision} in the store: {error} (loading it from its source repairs it)"
+            ) from error
 
     def _check_interrupted(self) -> None:
         if self._interrupted.is_set():

@@ -161,7 +161,7 @@ class AdapterSpec:
     With `invocation_tokens` (activated LoRA) the rows apply from the last occurrence of these tokens in the
     prompt on, and nowhere if there is none. `num_tasks` is the number of prefixes of a multitask adapter, of
     which a request chooses one; 0 for other methods. `vocab_size` is the number of its logits if it was
-    trained with resized embeddings, `tokenizer` the digest of its tokenizer's files if it has one of its own.
+    trained with resized embeddings, `tokenizer` identifies its tokens if they are not the base's.
     """
 
     revision: str

@@ -92,7 +92,13 @@ class Rows:
     def bias(self, module: str) -> torch.Tensor | None:
         """The adapter's own bias of a module, or else the base's, in float32."""
         own = self.parts.get(module, {}).get(Part.BIAS)
-        return self._weights.bias(module) if own is None else own.view(-1).float()
+        if own is not None:
+            return own.view(-1).float()
+        bias_O = self._weights.bias(module)
+        if bias_O is None:
+            return None
+        num_outputs = self.base.modules[module].out_features
+        return pad(bias_O, (0, max(num_outputs - len(bias_O), 0)))[:num_outputs]
 
     def replace(self, module: str, part: Part, tensor: torch.Tensor) -> None:
         """Replaces a weight or a bias, and rows of the weight that were replaced before."""

@@ -36,6 +36,7 @@ from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
 from turret_adapters.formats.replaced import own_vocabulary
 from turret_adapters.formats.tensors import LENGTH_BYTES, match_entries, read_header, read_tensor
+from turret_adapters.formats.tokenizer import digest_of_tokens
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
@@ -128,7 +129,7 @@ def _read_folder(
         invocation_tokens=content.invocation_tokens,
         num_tasks=len(content.tasks),
         vocab_size=vocab_size,
-        tokenizer=hashlib.sha256(tokenizer).hexdigest()[:REVISION_LENGTH] if tokenizer else "",
+        tokenizer=digest_of_tokens(tokenizer),
     )
     return HostAdapter(
         spec=spec,

@@ -28,6 +28,7 @@ from turret_adapters.formats.tokens import Tokens, tokens_of_field
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
+MAX_ADDED_TOKENS = 1 << 16
 ROWS_COMPARED = 8192
 
 # The keys of the whole weight of a module, in any wrapper.
@@ -188,6 +189,13 @@ def own_vocabulary(shapes: Mapping[str, Sequence[int]], base: BaseSpec) -> int |
     if not own:
         return None
     resized, size = next(iter(own.items()))
+    most = modules[resized].num_tokens + MAX_ADDED_TOKENS
+    if size > most:
+        # All requests of a batch have as many logits as the largest vocabulary.
+        raise AdapterBaseError(
+            f"module {show(resized)}: expected at most {most} tokens, {MAX_ADDED_TOKENS} more than the base "
+            f"model has, found {size}"
+        )
     missing = [module for module in modules if module not in sizes]
     if missing and not base.tied and size > modules[resized].num_tokens:
         raise AdapterBaseError(

@@ -7,9 +7,11 @@ a stranger's file cannot make tokenising slow. Only the changes are kept, as JSO
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from turret_adapters.formats.files import MAX_FILE_BYTES, TOKENIZER_FILES, TOKEN
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_ADDED_TOKENS = 1 << 14
 MAX_TOKEN_CHARACTERS = 512
 # A template that frames every prompt with special tokens.
 MAX_POST_PROCESSOR_BYTES = 16 << 10
@@ -35,20 +38,17 @@ _JSON, _CONFIG, _MAP, _TEMPLATE = TOKENIZER_FILES
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _SHARED = ("normalizer", "pre_tokenizer", "decoder")
-_EMPTY_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
+_READER = threading.Lock()
 _REMEDY = "(delete the tokenizer's files from the adapter's folder to use the base model's tokenizer)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnTokenizer:
-    """A tokenizer; its members are named as those of `PreTrainedTokenizerBase`. Without a chat template it
-    uses the base model's.
-    """
+    """A tokenizer; its members are named as those of `PreTrainedTokenizerBase`."""
 
     backend_tokenizer: Tokenizer
     bos_token: str | None
     eos_token: str | None
-    chat_template: str | None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -73,9 +73,9 @@ class BaseTokenizer:
         self._file = file
 
     @cached_property
-    def _splits(self) -> list[dict[str, Any]]:
-        found = [split_tokenizer.split(self.live.backend_tokenizer.to_str().encode())]
-        return [*found, _split(self._file)] if self._file else found
+    def _splits(self) -> list[Any]:
+        found = [_read_apart("split", self.live.backend_tokenizer.to_str().encode())]
+        return [*found, _read_apart("split", self._file.read_bytes())] if self._file else found
 
     def changes(self, folder: Path) -> bytes:
         """What the tokenizer in an adapter's folder changes, as JSON; empty if nothing, or if there is none.
@@ -87,8 +87,8 @@ class BaseTokenizer:
         """
         if not (folder / _JSON).exists():
             return b""
-        with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]):
-            found = _split(folder / _JSON)
+        with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]) as (file, size):
+            found = _read_apart("split", file.read(size))
         if all(found["model"] != of_base["model"] for of_base in self._splits):
             raise AdapterBaseError(
                 f"{_JSON}: expected the base model's vocabulary, with or without added tokens, found another "
@@ -96,32 +96,40 @@ class BaseTokenizer:
             )
         rest = found["rest"]
         for name in _SHARED:
-            if not self._is_base(name, rest.get(name)):
+            if not self._is_base(name, rest[name]):
                 raise AdapterBaseError(
                     f"{_JSON}: expected the {name!r} of the base model's tokenizer, found "
-                    f"{show(rest.get(name))} {_REMEDY}"
+                    f"{show(rest[name])} {_REMEDY}"
                 )
-        post_processor = rest.get("post_processor")
-        changes = self._special_tokens(folder) | {
-            "added_tokens": rest.get("added_tokens", []),
+        post_processor = rest["post_processor"]
+        tokens = self._special_tokens(folder) | {
+            "added_tokens": rest["added_tokens"] or [],
             "post_processor": None if self._is_base("post_processor", post_processor) else post_processor,
-            "chat_template": _chat_template(folder),
         }
+        template = _chat_template(folder)
+        changes = {
+            "tokens": None if self._has_same_tokens(self._changed(tokens)) else tokens,
+            "chat_template": None if template == self.live.chat_template else template,
+        }
+        if changes == {"tokens": None, "chat_template": None}:
+            return b""
         data = json.dumps(changes, sort_keys=True).encode()
         if len(data) > MAX_FILE_BYTES[TOKENIZER_NAME]:
             raise AdapterFormatError(
                 f"{_JSON}: expected at most {MAX_FILE_BYTES[TOKENIZER_NAME]} bytes of added tokens and chat "
                 f"template, found {len(data)} {_REMEDY}"
             )
-        return b"" if self._is_same(self.changed(data)) else data
+        return data
 
     def changed(self, changes: bytes) -> OwnTokenizer:
-        """The tokenizer with the changes that `changes` returned.
+        """The tokenizer with the changes of tokens that `changes` returned.
 
         Raises:
             AdapterFormatError: they are broken, or number a token otherwise than the tokenizer does.
         """
-        values = parse_object(changes, TOKENIZER_NAME)
+        return self._changed(parse_object(changes, TOKENIZER_NAME)["tokens"])
+
+    def _changed(self, values: Mapping[str, Any]) -> OwnTokenizer:
         base = self.live.backend_tokenizer
         with _errors_of_the_tokenizer():
             own = Tokenizer(base.model)
@@ -137,24 +145,22 @@ class BaseTokenizer:
             backend_tokenizer=own,
             bos_token=values["bos_token"],
             eos_token=values["eos_token"],
-            chat_template=values["chat_template"],
         )
 
     def _is_base(self, name: str, section: object) -> bool:
         """Whether a section is the base's; versions of `tokenizers` write defaults differently."""
-        of_base = [split["rest"].get(name) for split in self._splits]
+        of_base = [split["rest"][name] for split in self._splits]
         if section in of_base:
             return True
-        with _errors_of_the_tokenizer():
-            return _canonical(name, section) in [_canonical(name, each) for each in of_base]
+        canonical = _read_apart("canonical", json.dumps({name: section}).encode())
+        return canonical in [_read_apart("canonical", json.dumps({name: each}).encode()) for each in of_base]
 
-    def _is_same(self, own: OwnTokenizer) -> bool:
-        template = own.chat_template or self.live.chat_template
-        return (own.bos_token, own.eos_token, template) == (
+    def _has_same_tokens(self, own: OwnTokenizer) -> bool:
+        return (own.bos_token, own.eos_token, _differences(own.backend_tokenizer)) == (
             self.live.bos_token,
             self.live.eos_token,
-            self.live.chat_template,
-        ) and _differences(own.backend_tokenizer) == _differences(self.live.backend_tokenizer)
+            _differences(self.live.backend_tokenizer),
+        )
 
     def _special_tokens(self, folder: Path) -> dict[str, Any]:
         """The special tokens that the folder's configuration names, or else the base's."""
@@ -181,25 +187,22 @@ def _errors_of_the_tokenizer() -> Iterator[None]:
         raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {error} {_REMEDY}") from error
 
 
-def _split(file: Path) -> dict[str, Any]:
-    program = [sys.executable, "-I", split_tokenizer.__file__, str(file)]
-    done = subprocess.run(program, capture_output=True, check=False)  # noqa: S603 (this package's)
+def _read_apart(how: str, text: bytes) -> Any:
+    """What `split_tokenizer` prints for a text. One runs at a time: each may take much memory and a core."""
+    program = [sys.executable, "-I", split_tokenizer.__file__, how]
+    with _READER:
+        done = subprocess.run(program, input=text, capture_output=True, check=False)  # noqa: S603 (our own)
     if done.returncode:
         found = done.stderr.decode(errors="replace").strip() or "a file that takes too much time or memory"
         raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {found} {_REMEDY}")
-    parts: dict[str, Any] = json.loads(done.stdout)
-    return parts
+    return json.loads(done.stdout)
 
 
 def _pipeline(sections: Mapping[str, Any]) -> Tokenizer:
     """A tokenizer that knows no text."""
     return Tokenizer.from_str(
-        json.dumps({"version": "1.0", "added_tokens": [], "model": _EMPTY_MODEL, **sections})
+        json.dumps({"version": "1.0", "added_tokens": [], "model": split_tokenizer.EMPTY_MODEL, **sections})
     )
-
-
-def _canonical(name: str, section: object) -> object:
-    return json.loads(_pipeline({name: section}).to_str())[name]
 
 
 def _post_processor(section: object) -> Any:
@@ -211,16 +214,22 @@ def _post_processor(section: object) -> Any:
 
 def _add_tokens(own: Tokenizer, tokens: list[dict[str, Any]]) -> None:
     """Adds tokens in the order of their ids, which must be those that they get."""
+    if len(tokens) > MAX_ADDED_TOKENS:
+        raise ValueError(f"{len(tokens)} added tokens; at most {MAX_ADDED_TOKENS} are allowed")
+    added = []
     for token in sorted(tokens, key=lambda token: int(token["id"])):
         flags = {name: value for name, value in token.items() if name not in ("id", "content")}
-        content = token["content"]
-        if not 0 < len(content) <= MAX_TOKEN_CHARACTERS:
-            raise ValueError(f"an added token of {len(content)} characters, not 1 to {MAX_TOKEN_CHARACTERS}")
-        own.add_tokens([AddedToken(content, **flags)])
-        if own.token_to_id(content) != token["id"]:
+        length = len(token["content"])
+        if not 0 < length <= MAX_TOKEN_CHARACTERS:
+            raise ValueError(f"an added token of {length} characters, not 1 to {MAX_TOKEN_CHARACTERS}")
+        added.append(AddedToken(token["content"], **flags))
+    own.add_tokens(added)
+    for token in tokens:
+        found = own.token_to_id(token["content"])
+        if found != token["id"]:
             raise ValueError(
-                f"added token {show(content)} with id {show(token['id'])}, which follows "
-                f"{own.get_vocab_size() - 1} tokens"
+                f"added token {show(token['content'])} with id {show(token['id'])}, which is number {found} "
+                "after the base model's vocabulary"
             )
 
 
@@ -249,6 +258,9 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _list(value: object) -> list[object]:
+    """Newer versions of transformers name the tokens of the list."""
+    if isinstance(value, dict):
+        return [*value.values()]
     return value if isinstance(value, list) else []
 
 
@@ -256,3 +268,13 @@ def _text(token: object) -> str | None:
     """Older versions of transformers write a token with its flags."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) and 0 < len(content) <= MAX_TOKEN_CHARACTERS else None
+
+
+def digest_of_tokens(changes: bytes) -> str:
+    """Identifies the tokens of what `BaseTokenizer.changes` returned; empty if they are the base's.
+
+    Raises:
+        AdapterFormatError: it is broken.
+    """
+    tokens = parse_object(changes, TOKENIZER_NAME).get("tokens") if changes else None
+    return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest() if tokens else ""

@@ -60,9 +60,13 @@ class Intake:
         """
         if size is not None:
             self._check(name, size)
-        with (self.folder / name).open("wb", buffering=0) as file:
-            for chunk in self._counted(name, chunks, size):
-                write_whole(file.fileno(), chunk)
+        try:
+            with (self.folder / name).open("wb", buffering=0) as file:
+                for chunk in self._counted(name, chunks, size):
+                    write_whole(file.fileno(), chunk)
+        except BaseException:
+            (self.folder / name).unlink(missing_ok=True)
+            raise
 
     def copy(self, folder: Path, name: str) -> None:
         """Copies a file from a folder on this machine, sharing its blocks where the file system can.

@@ -29,7 +29,7 @@ from turret_adapters.errors import (
     StoreBusyError,
     StoreFullError,
 )
-from turret_adapters.formats.files import REVISION_LENGTH, TENSORS_NAME, digest_of_folder, sync
+from turret_adapters.formats.files import REVISION_LENGTH, digest_of_folder, sync
 from turret_adapters.store.disk import (
     LoggedLock,
     errors_of_the_store,
@@ -160,8 +160,7 @@ class AdapterStore:
             StoreFullError, StoreFailedError
         """
         with errors_of_the_store(self.root), self._lock:
-            sizes = {TENSORS_NAME: size, **(tokenizer or {})}
-            return self._uploads.open(self.adopt, digest, config, sizes, owner)
+            return self._uploads.open(self.adopt, digest, config, size, tokenizer or {}, owner)
 
     def path(self, revision: str) -> Path:
         """The folder of a revision, which is marked as used now. It stays while the revision is held.

@@ -57,10 +57,23 @@ class Upload:
         self._sizes = sizes
         self._adopt = adopt
         self._on_close = on_close
-        self._files = {
-            name: os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for name in sizes
-        }
+        self._files: dict[str, int] = {}
+        try:
+            for name in sizes:
+                self._files[name] = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._drop_after_a_gap()
+        except BaseException:
+            self.close()
+            raise
         self.offset = self._num_received
+
+    def _drop_after_a_gap(self) -> None:
+        """A server that was killed in `finish` may have left a file whole after one that is not."""
+        whole = True
+        for name, file in self._files.items():
+            if not whole:
+                os.ftruncate(file, 0)
+            whole = whole and os.fstat(file).st_size == self._sizes[name]
 
     @property
     def _num_received(self) -> int:
@@ -144,23 +157,25 @@ class Uploads:
         adopt: Callable[[Path], str],
         digest: str,
         config: bytes,
-        sizes: Mapping[str, int],
+        size: int,
+        tokenizer: Mapping[str, int],
         owner: str,
     ) -> Upload:
         """See `AdapterStore.receive`."""
         if not _DIGEST.fullmatch(digest):
             raise UploadError(f"digest: expected 64 hexadecimal digits, found {digest[:80]!r}")
-        for name, size in sizes.items():
-            if name not in (TENSORS_NAME, *TOKENIZER_FILES):
+        if (least := min([size, *tokenizer.values()])) < 0:
+            raise UploadError(f"size: expected a number of bytes, found {least}")
+        for name, num_bytes in tokenizer.items():
+            if name not in TOKENIZER_FILES:
                 raise UploadError(
                     f"tokenizer: expected files named {', '.join(TOKENIZER_FILES)}, found {name[:80]!r}"
                 )
-            if size < 0:
-                raise UploadError(f"size: expected a number of bytes, found {size}")
-            if name != TENSORS_NAME and size > MAX_FILE_BYTES[name]:
+            if num_bytes > MAX_FILE_BYTES[name]:
                 raise SourceTooLargeError(
-                    f"{name}: expected at most {MAX_FILE_BYTES[name]} bytes, found {size}"
+                    f"{name}: expected at most {MAX_FILE_BYTES[name]} bytes, found {num_bytes}"
                 )
+        sizes = {TENSORS_NAME: size, **tokenizer}
         size = sum(sizes.values())
         max_size = min(MAX_TENSORS_BYTES, self._max_bytes)
         if len(config) > MAX_CONFIG_BYTES or size > max_size:
@@ -169,8 +184,7 @@ class Uploads:
                 f"found {len(config)} and {size}"
             )
         owner_key = hashlib.sha256(owner.encode()).hexdigest()[:_OWNER_LENGTH]
-        tokenizer = [item for item in sizes.items() if item[0] != TENSORS_NAME]
-        what = (owner, digest, config, tokenizer) if tokenizer else (owner, digest, config)
+        what = (owner, digest, config, list(sizes.items())) if tokenizer else (owner, digest, config)
         key = hashlib.sha256(repr(what).encode()).hexdigest()
         folder = self._folder / f"{size}-{owner_key}-{key}"
         if folder in self._receiving:

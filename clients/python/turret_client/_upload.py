@@ -80,13 +80,15 @@ class AdapterFolder:
         begin = 0
         for name, size in [(TENSORS_NAME, start.size), *((file.name, file.size) for file in start.tokenizer)]:
             with (self.path / name).open("rb") as file:
-                file.seek(min(offset - begin, size))
+                file.seek(min(max(offset - begin, 0), size))
                 while data := file.read(_CHUNK_BYTES):
                     self.report(offset, total)
                     chunk = adapters_pb2.UploadChunk(offset=offset, data=data)
                     yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
                     offset += len(data)
             begin += size
+            if offset < begin:
+                raise OSError(f"{name} changed while it was sent; upload it again")
 
     def report(self, done: int, size: int) -> None:
         if self.progress is not None:

@@ -105,8 +105,8 @@ class Admission:
         """How long it takes until so many jobs leave the queue, one when a running job ends. Each is taken to
         generate all tokens that it may.
         """
-        if not self._remaining:
-            return 0.0
+        if not self._remaining:  # all wait for their adapters
+            return 1.0
         rounds, index = divmod(num_ends - 1, len(self._remaining))
         tokens = sum(queued.tokens for queued in self._queued.values())
         mean = tokens / sum(queued.requests for queued in self._queued.values())

@@ -12,7 +12,9 @@ weight is w. A request behind others of its tenant that cost Q starts after the 
 loaded.
 
 A tenant of which nothing runs does not wait for others to end: the running tenant furthest ahead is preempted
-once it is ahead of it by `YIELD_COST`. In a step a running tenant of weight w gets ahead by at least
+once it is ahead of it by `YIELD_COST`, at a sequence that generates: a prompt that is half computed would be
+computed again for nothing. If pages are short, the lead must also pay for what is computed again, since its
+cached blocks may be gone. In a step a running tenant of weight w gets ahead by at least
 `GENERATED_COST` / w. So a tenant that is not ahead of them itself and whose adapter is loaded starts after at
 most `YIELD_COST` · w / `GENERATED_COST` + 1 steps for each tenant that waits likewise. A preempted sequence
 keeps its place in its tenant's queue.
@@ -64,20 +66,20 @@ class FairQueue:
         """The service that the tenant received, in prompt tokens at weight 1."""
         return self._counters.get(tenant, self._floor)
 
-    def to_preempt(self, running: Iterable[str]) -> str | None:
-        """The tenant of which a sequence is to be preempted, if the `running` tenants take all room: the one
-        furthest ahead, if another waits with its adapters loaded and nothing running.
+    def lead(self, tenant: str, running: Container[str]) -> float:
+        """How far a tenant is ahead of another of which nothing runs, though it waits with its adapters
+        loaded; of the one furthest behind. `running` are the tenants of which something runs.
         """
-        busy = set(running)
-        ahead = max(busy, key=self.counter, default=None)
         idle = [
-            self.counter(tenant)
-            for tenant, queue in self._waiting.items()
-            if tenant not in busy and queue[0].job.times.ready is not None
+            self.counter(other)
+            for other, queue in self._waiting.items()
+            if other not in running and queue[0].job.times.ready is not None
         ]
-        if ahead is None or not idle or self.counter(ahead) - min(idle) < YIELD_COST:
-            return None
-        return ahead
+        return self.counter(tenant) - min(idle, default=math.inf)
+
+    def cost_of_recomputing(self, sequence: Sequence) -> float:
+        """What it would cost its tenant to compute a sequence's tokens again."""
+        return PROMPT_COST * sequence.num_computed / self._weight(sequence.tenant)
 
     def charge(self, tenant: str, cost: float) -> None:
         self._counters[tenant] = self.counter(tenant) + cost / self._weight(tenant)

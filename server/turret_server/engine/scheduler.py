@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from turret_adapters.spec import AdapterSpec
-from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, FairQueue
+from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, YIELD_COST, FairQueue
 from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
@@ -238,24 +238,30 @@ class Scheduler:
         """Allocate the page of every running sequence's next token, and preempt others if pages run out."""
         for sequence in list(self.running):
             while self.allocation.needs_page(sequence) and not self.allocation.grow(sequence):
-                self._preempt(self._victim())
+                self._preempt(self._victim(self.running))
 
     def _make_way(self) -> None:
         """Preempt a sequence for a tenant of which nothing runs, if others take all slots or pages."""
         if len(self.running) < self.limits.max_batch_requests and not self._short_of_pages:
             return
-        self._short_of_pages = False
-        tenant = self.waiting.to_preempt(sequence.tenant for sequence in self.running)
-        if tenant is not None:
-            self._preempt(self._victim(tenant))
+        short_of_pages, self._short_of_pages = self._short_of_pages, False
+        generating = [sequence for sequence in self.running if sequence.num_remaining == 1]
+        if not generating:
+            return
+        tenants = {sequence.tenant for sequence in self.running}
+        ahead = max((sequence.tenant for sequence in generating), key=self.waiting.counter)
+        victim = self._victim([sequence for sequence in generating if sequence.tenant == ahead])
+        recomputed = self.waiting.cost_of_recomputing(victim) if short_of_pages else 0.0
+        if self.waiting.lead(ahead, tenants) >= YIELD_COST + recomputed:
+            self._preempt(victim)
 
-    def _victim(self, tenant: str | None = None) -> Sequence:
+    def _victim(self, sequences: list[Sequence]) -> Sequence:
         """The sequence to preempt: of those that were preempted least often, of the tenant with the highest
-        counter (or of a given one), the one with the fewest tokens to compute again. Every preemption pays
-        for a token that is generated, so sequences do not preempt each other for ever.
+        counter, the one with the fewest tokens to compute again. Every preemption pays for a token that is
+        generated, so sequences do not preempt each other for ever.
         """
         return min(
-            (sequence for sequence in self.running if tenant in (None, sequence.tenant)),
+            sequences,
             key=lambda sequence: (
                 sequence.num_preempted,
                 -self.waiting.counter(sequence.tenant),

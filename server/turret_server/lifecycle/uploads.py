@@ -39,11 +39,6 @@ class UploadStart:
     size: int
     tokenizer: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files."""
-        return len(self.config) + self.size + sum(self.tokenizer.values())
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadChunk:
@@ -150,7 +145,8 @@ class AdapterUploads:
 
 def _check_size(start: UploadStart, tenant: Tenant) -> None:
     """Refuse what exceeds the tenant's limit by itself before its bytes are sent."""
-    size, limit = start.num_bytes, tenant.max_adapter_bytes
+    # Of a tokenizer only the changes are kept, which count when they are known.
+    size, limit = len(start.config) + start.size, tenant.max_adapter_bytes
     if limit is not None and size > limit:
         raise QuotaExceededError(
             f"the adapter has {size} bytes, and the adapters of tenant {tenant.name!r} may have {limit} "

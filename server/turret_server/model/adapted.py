@@ -215,8 +215,8 @@ def _add_bias(
 ) -> torch.Tensor:
     """Adds the bias, or the adapter's own where it has one."""
     own = list(deltas.with_parts(name, Part.BIAS))
-    if not own and bias is None:
-        return y_TO
+    if not own and (bias is None or len(bias) == y_TO.shape[1]):
+        return y_TO if bias is None else y_TO + bias
     # A head may have more logits than biases, see `AdaptedHead`.
     bias_TO = torch.zeros_like(y_TO)
     if bias is not None:

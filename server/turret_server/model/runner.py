@@ -144,10 +144,11 @@ class ModelRunner:
     @torch.inference_mode()
     def _sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
         """Samples from each sequence's own vocabulary: logits beyond it are another's, or the base's."""
-        for index, sequence in enumerate(sequences):
-            vocab_size = sequence.vocab_size or self._loaded.vocab_size
-            if vocab_size < logits_SV.shape[1]:
-                logits_SV[index, vocab_size:] = -torch.inf
+        sizes = [sequence.vocab_size or self._loaded.vocab_size for sequence in sequences]
+        if min(sizes) < logits_SV.shape[1]:
+            tokens_V = torch.arange(logits_SV.shape[1], device=logits_SV.device)
+            sizes_S1 = torch.tensor(sizes, device=logits_SV.device)[:, None]
+            logits_SV.masked_fill_(tokens_V >= sizes_S1, -torch.inf)
         return self._sampler.sample(logits_SV, sequences)
 
     def copy_to_device(

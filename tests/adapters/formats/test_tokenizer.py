@@ -13,7 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from support.tokenizers import TOKENIZERS, make_tokenizer
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
-from turret_adapters.formats.tokenizer import MAX_TOKEN_CHARACTERS, BaseTokenizer
+from turret_adapters.formats.tokenizer import (
+    MAX_ADDED_TOKENS,
+    MAX_TOKEN_CHARACTERS,
+    BaseTokenizer,
+    digest_of_tokens,
+)
 
 WORDS = [
     "the",
@@ -67,7 +72,6 @@ def check_equal(base: BaseTokenizer, folder: Path) -> None:
     oracle = AutoTokenizer.from_pretrained(folder)
     own = base.changed(base.changes(folder))
     assert (own.bos_token_id, own.eos_token_id) == (oracle.bos_token_id, oracle.eos_token_id)
-    assert own.chat_template == oracle.chat_template
     chance = random.Random(0)
     for _ in range(200):
         text = "".join(chance.choices(WORDS, k=chance.randrange(8)))
@@ -99,19 +103,33 @@ def test_added_tokens_are_tokenised_as_by_transformers(base, folder):
     check_equal(base, folder)
 
 
-def test_other_special_tokens_and_a_chat_template_are_those_of_transformers(base, folder):
+def test_other_special_tokens_are_those_of_transformers(base, folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<|new|>"})
-    tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(folder)
     check_equal(base, folder)
 
 
-def test_a_chat_template_alone_is_a_change(base, folder):
+def test_a_chat_template_alone_is_kept_and_changes_no_tokens(base, folder):
     edit(folder / "tokenizer_config.json", lambda config: config.update(chat_template="{{ messages }}"))
-    assert base.changed(base.changes(folder)).chat_template == "{{ messages }}"
+    changes = base.changes(folder)
+    assert json.loads(changes) == {"tokens": None, "chat_template": "{{ messages }}"}
+    assert digest_of_tokens(changes) == ""
     (folder / "chat_template.jinja").write_text("{{ tools }}")
-    assert base.changed(base.changes(folder)).chat_template == "{{ tools }}"
+    assert json.loads(base.changes(folder))["chat_template"] == "{{ tools }}"
+
+
+def test_a_digest_of_tokens_knows_no_template(base, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(folder)
+    digest = digest_of_tokens(base.changes(folder))
+    assert len(digest) == 64
+    (folder / "chat_template.jinja").write_text("{{ tools }}")
+    assert digest_of_tokens(base.changes(folder)) == digest
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    assert digest_of_tokens(base.changes(folder)) not in ("", digest)
 
 
 def test_a_frame_of_special_tokens_is_that_of_transformers(base, folder):
@@ -181,6 +199,23 @@ def set_frame(values: dict) -> None:
     }
 
 
+def test_special_tokens_that_have_names_of_their_own_are_those_of_transformers(base, folder):
+    names = {"extra_special_tokens": {"image_token": "<image>"}}
+    edit(folder / "tokenizer_config.json", lambda config: config.update(names))
+    check_equal(base, folder)
+
+
+def set_many_tokens(values: dict) -> None:
+    first = values["added_tokens"][0]
+    more = [dict(first, id=1000 + index, content=f"<{index}>") for index in range(MAX_ADDED_TOKENS + 1)]
+    values["added_tokens"] += more
+
+
+def set_slow_pattern(values: dict) -> None:
+    """It takes seconds to compile, for which only a process of its own has time."""
+    values["normalizer"] = {"type": "Replace", "pattern": {"Regex": f"(?i:{'ß' * 4000})"}, "content": ""}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -192,12 +227,16 @@ def set_frame(values: dict) -> None:
         (set_id, AdapterFormatError, "'<far>' with id 9999"),
         (set_long_token, AdapterFormatError, "513 characters"),
         (set_frame, AdapterFormatError, "post-processor of"),
+        (set_many_tokens, AdapterFormatError, "at most 16384 are allowed"),
+        (set_slow_pattern, AdapterBaseError, "'normalizer'"),
+        (lambda values: values.update(decoder=["x" * 100] * 100_000), AdapterFormatError, "bytes beside"),
         (lambda values: values.update(added_tokens=[{"id": 0}]), AdapterFormatError, "content"),
         (lambda values: values.update(added_tokens=7), AdapterFormatError, "expected a tokenizer"),
         (lambda values: values.pop("model"), AdapterFormatError, "model"),
     ],
     ids=[
-        "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id", "long", "frame", "no-text",
+        "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id", "long", "frame", "many",
+        "slow", "large", "no-text",
         "no-list", "no-model",
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.fake_device import Simulation, make_run, make_spec
-from turret_server.engine import fairness
+from turret_server.engine import scheduler
 from turret_server.engine.fairness import GENERATED_COST, YIELD_COST
 from turret_server.engine.request import FinishReason
 from turret_server.engine.sequence import Sequence
@@ -188,6 +188,16 @@ def test_pages_are_given_up_for_a_tenant_of_which_nothing_runs():
     assert finished(light, *heavy)
 
 
+def test_prompts_of_two_tenants_that_do_not_fit_together_are_computed_once():
+    simulation = Simulation(num_pages=110, block_size=4, max_batch_tokens=32)
+    runs = [
+        simulation.submit(range(1000 * index, 1000 * index + 400), tenant="ab"[index % 2], max_tokens=8)
+        for index in range(4)
+    ]
+    steps = step_until(simulation, lambda: finished(*runs))
+    assert sum(step.num_tokens for step in steps) <= 4 * (400 + 8)
+
+
 ARRIVALS = st.tuples(st.integers(0, 10), st.sampled_from("abcd"), st.sampled_from([1, 10, 50]))
 
 
@@ -203,7 +213,7 @@ def test_a_tenant_that_is_not_ahead_gets_a_slot_within_the_bound(arrivals, weigh
     yield_cost, waited = 8 * GENERATED_COST, Counter()
     bound = (yield_cost / GENERATED_COST * max(weights.values()) + 1) * len(weights)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(fairness, "YIELD_COST", yield_cost)
+        patched.setattr(scheduler, "YIELD_COST", yield_cost)
         for gap, tenant, max_tokens in [*arrivals, (1000, "a", 1)]:
             for _ in range(gap):
                 if not simulation.step():
@@ -239,7 +249,7 @@ def test_one_that_gave_way_is_spared_the_next_time():
     [first, second] = [Sequence.of(run.job) for run in (simulation.submit([1]), simulation.submit(range(6)))]
     first.num_preempted, second.num_computed = 1, 6
     simulation.scheduler.running += [first, second]
-    assert simulation.scheduler._victim() is second
+    assert simulation.scheduler._victim(simulation.scheduler.running) is second
     simulation.scheduler.running.clear()
     simulation.finish()
     assert finished(long)

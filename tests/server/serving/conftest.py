@@ -51,9 +51,7 @@ def own_tokenizer() -> Callable[[str], OwnTokenizer]:
         tokenizer = make_tokenizer()
         tokenizer.add_special_tokens({"eos_token": "<|new|>"})
         backend = tokenizer.backend_tokenizer
-        return OwnTokenizer(
-            backend_tokenizer=backend, bos_token=None, eos_token="<|new|>", chat_template=None
-        )
+        return OwnTokenizer(backend_tokenizer=backend, bos_token=None, eos_token="<|new|>")
 
     return read
 
