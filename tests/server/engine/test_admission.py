@@ -127,7 +127,7 @@ def test_the_hint_waits_for_the_limit_that_takes_longer():
 
 @pytest.mark.parametrize(
     ("remaining", "seconds", "expected"),
-    [(None, 0.0, 1.0), ([], 1.0, 0.1), ([1], 1e-9, 0.1), ([10], 1e3, 60.0)],
+    [(None, 0.0, 1.0), ([], 0.1, 1.0), ([1], 1e-9, 0.1), ([10], 1e3, 60.0)],
     ids=["unknown", "nothing runs", "fast", "slow"],
 )
 def test_the_hint_is_never_foolish(remaining, seconds, expected):
