@@ -35,6 +35,14 @@ def test_a_prefix_and_a_lora_and_another_prefix(client):
     assert client.generate(PROMPT, adapter=["p-tuning-v2", "lora", "prefix"], max_tokens=4) != together
 
 
+def test_prefixes_of_keys_and_values_and_of_embeddings(client):
+    named = ["prefix", "prompt", "p-tuning-v2"]
+    together = client.generate(PROMPT, adapter=named, max_tokens=12)
+    assert together.usage.cached_tokens >= 7 + 16 + 20
+    assert together.revision == "+".join(client.get_adapter(name).revision for name in named)
+    assert client.generate(PROMPT, adapter=named[::-1], max_tokens=12).token_ids != together.token_ids
+
+
 def test_a_task_is_chosen_by_its_number(client):
     adapter = client.get_adapter("multitask")
     assert (adapter.method, adapter.num_tasks) == (AdapterMethod.MULTITASK_PROMPT_TUNING, 3)
@@ -54,7 +62,6 @@ def test_a_task_is_chosen_by_its_number(client):
         ([AdapterRef(name="lora", task=0)], "ADAPTER_TASK"),
         (["lora", "ia3"], "ADAPTER_COMPOSITION"),
         ([AdapterRef(name="prefix", weight=2.0)], "ADAPTER_COMPOSITION"),
-        (["prefix", "prompt"], "ADAPTER_COMPOSITION"),
         (["lora", "lora"], "INVALID_REQUEST"),
         ([AdapterRef(name="lora", weight=float("nan"))], "INVALID_REQUEST"),
         ([AdapterRef(name="lora", weight=1e9)], "INVALID_REQUEST"),

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 MAX_MEMORY_BYTES = 4 << 30
-MAX_SECONDS = 60
+MAX_SECONDS = 15
 MAX_PARTS_BYTES = 8 << 20
 
 SECTIONS = ("normalizer", "pre_tokenizer", "decoder", "post_processor", "added_tokens")

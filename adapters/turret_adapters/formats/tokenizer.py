@@ -21,16 +21,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from turret_adapters.errors import AdapterBaseError, AdapterFormatError
+from turret_adapters.errors import AdapterBaseError, AdapterFormatError, AdapterSourceError
 from turret_adapters.formats import split_tokenizer
 from turret_adapters.formats.fields import parse_object, show
-from turret_adapters.formats.files import MAX_FILE_BYTES, TOKENIZER_FILES, TOKENIZER_NAME, open_inside
+from turret_adapters.formats.files import (
+    MAX_FILE_BYTES,
+    TOKENIZER_FILES,
+    TOKENIZER_NAME,
+    describe,
+    open_inside,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_ADDED_TOKENS = 1 << 14
 MAX_TOKEN_CHARACTERS = 512
+MAX_FRAME_TOKENS = 32
 # A template that frames every prompt with special tokens.
 MAX_POST_PROCESSOR_BYTES = 16 << 10
 
@@ -38,6 +45,9 @@ _JSON, _CONFIG, _MAP, _TEMPLATE = TOKENIZER_FILES
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 _SHARED = ("normalizer", "pre_tokenizer", "decoder")
+_TOKEN_FIELDS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+# More tokens than a frame may add.
+_PROBE = "a b " * 64
 _READER = threading.Lock()
 _REMEDY = "(delete the tokenizer's files from the adapter's folder to use the base model's tokenizer)"
 
@@ -83,10 +93,22 @@ class BaseTokenizer:
         Raises:
             AdapterFormatError: its files are broken, or too large.
             AdapterBaseError: it is not the base's with other added tokens, special tokens or chat template.
-            OSError: a file is unreadable.
+            AdapterSourceError: a file is unreadable, or a link out of the folder.
         """
         if not (folder / _JSON).exists():
             return b""
+        try:
+            return self._changes(folder)
+        except RecursionError as error:
+            raise AdapterFormatError(
+                f"{_JSON}: expected a tokenizer, found one nested too deeply {_REMEDY}"
+            ) from error
+        except OSError as error:
+            raise AdapterSourceError(
+                f"{error.filename!r}: expected a readable file, found {describe(error)} {_REMEDY}"
+            ) from error
+
+    def _changes(self, folder: Path) -> bytes:
         with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]) as (file, size):
             found = _read_apart("split", file.read(size))
         if all(found["model"] != of_base["model"] for of_base in self._splits):
@@ -101,11 +123,9 @@ class BaseTokenizer:
                     f"{_JSON}: expected the {name!r} of the base model's tokenizer, found "
                     f"{show(rest[name])} {_REMEDY}"
                 )
-        post_processor = rest["post_processor"]
-        tokens = self._special_tokens(folder) | {
-            "added_tokens": rest["added_tokens"] or [],
-            "post_processor": None if self._is_base("post_processor", post_processor) else post_processor,
-        }
+        tokens = self._special_tokens(folder) | {"added_tokens": rest["added_tokens"] or []}
+        if not self._is_base("post_processor", rest["post_processor"]):
+            tokens["post_processor"] = rest["post_processor"]
         template = _chat_template(folder)
         changes = {
             "tokens": None if self._has_same_tokens(self._changed(tokens)) else tokens,
@@ -133,14 +153,16 @@ class BaseTokenizer:
         base = self.live.backend_tokenizer
         with _errors_of_the_tokenizer():
             own = Tokenizer(base.model)
-            for name in (*_SHARED, "post_processor"):
+            for name in _SHARED:
                 if getattr(base, name) is not None:
                     setattr(own, name, getattr(base, name))
-            if values["post_processor"] is not None:
-                own.post_processor = _post_processor(values["post_processor"])
             _add_tokens(own, values["added_tokens"])
             own.add_special_tokens(values["special_tokens"])
-            own.decode(own.encode("a").ids)
+            if "post_processor" not in values:
+                if base.post_processor is not None:
+                    own.post_processor = base.post_processor
+            elif values["post_processor"] is not None:
+                _set_frame(own, values["post_processor"])
         return OwnTokenizer(
             backend_tokenizer=own,
             bos_token=values["bos_token"],
@@ -187,6 +209,21 @@ def _errors_of_the_tokenizer() -> Iterator[None]:
         raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {error} {_REMEDY}") from error
 
 
+def _set_frame(own: Tokenizer, section: object) -> None:
+    """Sets what frames a text: it must be short, and have the text once and tokens that there are."""
+    plain = own.encode(_PROBE).ids
+    own.post_processor = _post_processor(section)
+    framed = own.encode(_PROBE).ids
+    num_added = len(framed) - len(plain)
+    if not 0 <= num_added <= MAX_FRAME_TOKENS:
+        raise ValueError(
+            f"a frame that makes {len(framed)} tokens of {len(plain)}; it may add up to {MAX_FRAME_TOKENS}"
+        )
+    if max(framed, default=0) >= own.get_vocab_size():
+        raise ValueError(f"a frame with token {max(framed)}, of {own.get_vocab_size()} tokens")
+    own.decode(framed)
+
+
 def _read_apart(how: str, text: bytes) -> Any:
     """What `split_tokenizer` prints for a text. One runs at a time: each may take much memory and a core."""
     program = [sys.executable, "-I", split_tokenizer.__file__, how]
@@ -216,6 +253,8 @@ def _add_tokens(own: Tokenizer, tokens: list[dict[str, Any]]) -> None:
     """Adds tokens in the order of their ids, which must be those that they get."""
     if len(tokens) > MAX_ADDED_TOKENS:
         raise ValueError(f"{len(tokens)} added tokens; at most {MAX_ADDED_TOKENS} are allowed")
+    if unknown := {name for token in tokens for name in token} - _TOKEN_FIELDS:
+        raise ValueError(f"an added token with {show(min(unknown))}, which is unknown")
     added = []
     for token in sorted(tokens, key=lambda token: int(token["id"])):
         flags = {name: value for name, value in token.items() if name not in ("id", "content")}

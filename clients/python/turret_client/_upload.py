@@ -69,7 +69,7 @@ class AdapterFolder:
         return adapters_pb2.UploadAdapterRequest(start=start)
 
     def _tokenizer_files(self) -> list[str]:
-        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
         return names if TOKENIZER_FILES[0] in names else []
 
     def chunks(

@@ -10,6 +10,7 @@ import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.spec import Method
+from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterRevision, AdapterState
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.uploads import UploadChunk, UploadStart
@@ -114,6 +115,9 @@ async def _parts(
     async for message in messages:
         if message.WhichOneof("part") == "start":
             start = message.start
+            names = [file.name for file in start.tokenizer]
+            if len(set(names)) < len(names):
+                raise InvalidRequestError("a file of the tokenizer is named twice", field="tokenizer")
             yield UploadStart(
                 name=start.name,
                 digest=start.digest,

@@ -141,6 +141,20 @@ def test_a_frame_of_special_tokens_is_that_of_transformers(base, folder):
     check_equal(base, folder)
 
 
+def test_a_frame_that_is_left_out_is_left_out(tmp_path):
+    live = make_tokenizer()
+    start = live.bos_token_id
+    live.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
+    live.save_pretrained(tmp_path / "base")
+    base = base_of(tmp_path / "base")
+    assert base.live.encode("the")[0] == start
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    own = base.changed(base.changes(tmp_path / "adapter"))
+    assert own.backend_tokenizer.encode("the").ids[0] != start
+
+
 def test_files_of_older_versions_are_read(bases, tmp_path):
     """transformers 4 wrote a map of special tokens, tokens with flags, and merges as strings."""
     base = base_of(bases["byte-level"])
@@ -211,6 +225,26 @@ def set_many_tokens(values: dict) -> None:
     values["added_tokens"] += more
 
 
+def set_text_twice(values: dict) -> None:
+    set_frame(values)
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    values["post_processor"] |= {"single": [text, text], "special_tokens": {}}
+
+
+def set_no_text(values: dict) -> None:
+    set_frame(values)
+    values["post_processor"] |= {"single": [], "special_tokens": {}}
+
+
+def set_far_frame(values: dict) -> None:
+    set_frame(values)
+    values["post_processor"]["special_tokens"]["</s>"] |= {"ids": [4_000_000_000], "tokens": ["</s>"]}
+
+
+def set_unknown_flag(values: dict) -> None:
+    values["added_tokens"].append(dict(values["added_tokens"][0], id=9999, content="<far>", forged=1))
+
+
 def set_slow_pattern(values: dict) -> None:
     """It takes seconds to compile, for which only a process of its own has time."""
     values["normalizer"] = {"type": "Replace", "pattern": {"Regex": f"(?i:{'ß' * 4000})"}, "content": ""}
@@ -227,6 +261,10 @@ def set_slow_pattern(values: dict) -> None:
         (set_id, AdapterFormatError, "'<far>' with id 9999"),
         (set_long_token, AdapterFormatError, "513 characters"),
         (set_frame, AdapterFormatError, "post-processor of"),
+        (set_text_twice, AdapterFormatError, "a frame that makes"),
+        (set_no_text, AdapterFormatError, "a frame that makes 0 tokens"),
+        (set_far_frame, AdapterFormatError, "a frame with token 4000000000"),
+        (set_unknown_flag, AdapterFormatError, "'forged', which is unknown"),
         (set_many_tokens, AdapterFormatError, "at most 16384 are allowed"),
         (set_slow_pattern, AdapterBaseError, "'normalizer'"),
         (lambda values: values.update(decoder=["x" * 100] * 100_000), AdapterFormatError, "bytes beside"),
@@ -235,7 +273,8 @@ def set_slow_pattern(values: dict) -> None:
         (lambda values: values.pop("model"), AdapterFormatError, "model"),
     ],
     ids=[
-        "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id", "long", "frame", "many",
+        "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id",
+        "long", "frame", "twice", "none", "far", "unknown", "many",
         "slow", "large", "no-text",
         "no-list", "no-model",
     ],
@@ -266,6 +305,27 @@ def test_code_in_a_tokenizers_folder_is_not_run(bases, tmp_path):
         tmp_path / "tokenizer_config.json", lambda config: config.update(auto_map=auto, tokenizer_class="Own")
     )
     assert base.changes(tmp_path) == b""
+
+
+@pytest.mark.parametrize("depth", [100, 900, 960, 980, 990, 2000])
+@pytest.mark.parametrize("name", ["added_tokens", "post_processor"])
+def test_nested_sections_are_refused_where_only_the_readers_process_parses_them(bases, tmp_path, name, depth):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text()) | {name: "HERE"}
+    text = json.dumps(values).replace('"HERE"', "[" * depth + "]" * depth)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(AdapterFormatError, match="expected a tokenizer"):
+        base.changes(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(bases, tmp_path):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").mkdir()
+    with pytest.raises(AdapterSourceError, match="readable file, found is a directory"):
+        base.changes(tmp_path)
 
 
 def test_a_link_out_of_the_folder_is_refused(bases, tmp_path):

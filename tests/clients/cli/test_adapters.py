@@ -93,6 +93,8 @@ def test_show_prints_all_fields(turret):
         "rank            16",
         "virtual tokens  -",
         "tasks           -",
+        "vocabulary      -",
+        "tokenizer       the base model's",
         "parameters      4,500,000",
         "file            17.2 MiB",
         "arena           9.0 MiB",

@@ -315,7 +315,7 @@ def test_an_arena_without_a_page_is_refused_and_the_store_is_free(
 
 def test_a_store_without_a_size_has_no_limit_and_belongs_to_the_model_that_is_named(tmp_path: Path) -> None:
     settings = config(model="owner/model", store=tmp_path)
-    loaded = SimpleNamespace(model=None, ops=None, base=None)
+    loaded = SimpleNamespace(model=None, ops=None, base=None, tokenizer=None)
     with closing(open_store(settings)) as store:
         assert store.max_bytes is None
         library = _make_library(settings, store, loaded)
