@@ -81,8 +81,8 @@ CASES = [
 ]
 
 
-# One with linears alone, one with experts. The others run in `make test-all`.
-_QUICK = {"llama", "mixtral"}
+# The others run in `make test-all`.
+_QUICK = {"llama"}
 
 
 def _marks(family: str) -> list[pytest.MarkDecorator]:
