@@ -82,4 +82,4 @@ settings: $(READY)  ## Write the table of settings in deploy/README.md
 	@$(BIN)/python deploy/settings.py
 
 clean:  ## Remove the environment and what the other targets made
-	rm -rf $(VENV) .demo .bench .load .model .soak .chaos
+	rm -rf $(VENV) .demo .bench .load .model .mutants .soak .chaos

@@ -1,13 +1,15 @@
 """Which modules are mutated, and which tests run on their mutants.
 
 The tests of a module run in stages, nearest first: the files that mirror its name, the other tests of its
-folder, and the tests of the whole server that cover its package. A mutant that one stage kills does not
-reach the next.
+folder, and the tests of the whole server that cover its package. Where it is known which tests run the
+mutated lines, these take the place of the first two. A mutant that one stage kills does not reach the next.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,6 +42,12 @@ def modules(root: Path, paths: Sequence[str], *, gpu: bool) -> list[str]:
         files = [root / path] if path.suffix == ".py" else (root / path).rglob("*.py")
         found |= {file.relative_to(root).as_posix() for file in files if not is_generated(file)}
     return sorted(path for path in found if path.startswith(_GPU) == gpu)
+
+
+def import_path(root: Path) -> str:
+    """The `PYTHONPATH` that imports the packages of the tree at `root`."""
+    build = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    return os.pathsep.join(str(root / path) for path in build["dev-mode-dirs"])
 
 
 def draw(root: Path, paths: Sequence[str], *, count: int, seed: int, gpu: bool) -> tuple[list[Mutant], int]:

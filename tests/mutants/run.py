@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -25,7 +24,8 @@ from queue import SimpleQueue
 
 import click
 
-from mutants.mirrors import draw, stages
+from mutants.covering import Covering, record
+from mutants.mirrors import draw, import_path, stages
 from mutants.report import Outcome, report
 from mutants.sites import Mutant
 
@@ -40,6 +40,7 @@ _NOT_COPIED = (
     ".demo",
     ".load",
     ".model",
+    ".mutants",
     ".soak",
     ".chaos",
     ".whl",
@@ -63,6 +64,7 @@ class Copy:
 
     root: Path
     num_stages: int | None = None
+    covering: Covering | None = None
     # Tests that failed with a mutant, and whether they pass without.
     clean: dict[str, bool] = field(default_factory=dict)
     _num_mutated: int = 0
@@ -76,7 +78,7 @@ class Copy:
     def _hunt(self, mutant: Mutant) -> TestRun:
         """The first test that fails with the mutant and passes without it."""
         new_kernels = "/kernels/cpu/" in mutant.path
-        for tests in islice(stages(self.root, mutant.path), self.num_stages):
+        for tests in self._stages(mutant):
             while True:
                 broken = {name for name, passes in self.clean.items() if not passes}
                 if not (left := [test for test in tests if test not in broken]):
@@ -90,6 +92,11 @@ class Copy:
                 if self._passes_without(found.failed):
                     return found
         return TestRun("")
+
+    def _stages(self, mutant: Mutant) -> list[list[str]]:
+        by_name = list(islice(stages(self.root, mutant.path), self.num_stages))
+        covering = self.covering.tests(mutant, by_name[0]) if self.covering else []
+        return [covering, *by_name[2:]] if covering else by_name
 
     def _passes_without(self, test: str) -> bool:
         if test not in self.clean:
@@ -128,17 +135,16 @@ class Copy:
             command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={_TEST_SECONDS}"]
             command += ["-o", "faulthandler_exit_on_timeout=true", f"--basetemp={folder}/tests"]
             command += [f"--deselect={name}" for name in left_out]
+            names = Path(folder) / "tests.txt"
+            names.write_text("\n".join(tests))
             with (Path(folder) / "output").open("w+") as output:
-                status = self._run([*command, *tests], os.environ | places, output.fileno())
+                status = self._run([*command, f"@{names}"], os.environ | places, output.fileno())
                 output.seek(0)
                 return _read_run(status, output.read(), tests)
 
     def _run(self, command: list[str], environment: dict[str, str], output: int) -> int | None:
         """The exit status, or None at the time limit. Kills servers left behind as well."""
-        build = tomllib.loads((self.root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(str(self.root / path) for path in build["dev-mode-dirs"])
-        }
+        environment |= {"PYTHONPATH": import_path(self.root)}
         process = subprocess.Popen(  # noqa: S603 (pytest)
             command, cwd=self.root, env=environment, stdout=output, stderr=output, start_new_session=True
         )
@@ -169,6 +175,11 @@ def _read_run(status: int | None, output: str, tests: list[str]) -> TestRun:
 @click.option("--count", default=20, show_default=True, help="How many mutants.")
 @click.option("--jobs", default=1, show_default=True, help="How many at a time.")
 @click.option("--near", is_flag=True, help="Run only the tests that mirror the module and its folder.")
+@click.option(
+    "--covering",
+    type=click.Path(path_type=Path),
+    help="Folder of the record of which test runs which line, made first if missing (a run of all tests).",
+)
 @click.option("--gpu", is_flag=True, help="Mutate the code that only a GPU runs, instead of all other code.")
 @click.option("--results", type=click.Path(path_type=Path), help="File for the report, in Markdown.")
 def main(
@@ -177,6 +188,7 @@ def main(
     count: int,
     jobs: int,
     near: bool,  # noqa: FBT001
+    covering: Path | None,
     gpu: bool,  # noqa: FBT001
     results: Path | None,
 ) -> None:
@@ -185,8 +197,11 @@ def main(
     arguments = " ".join([*paths, f"--seed {seed} --count {count}", *["--near"][:near], *["--gpu"][:gpu]])
     about = f"`make mutants ARGS='{arguments}'`: {len(mutants)} of {num_sites} sites"
     outcomes: list[Outcome] = []
+    if covering and not covering.exists():
+        record(ROOT, covering.absolute())
+    num_stages, lines = 2 if near else None, Covering(ROOT, covering) if covering else None
     with tempfile.TemporaryDirectory(prefix="turret-mutants-", ignore_cleanup_errors=True) as folder:
-        for outcome in _judge_all(mutants, Path(folder), jobs, 2 if near else None):
+        for outcome in _judge_all(mutants, Path(folder), jobs, num_stages, lines):
             outcomes.append(outcome)
             what = f"{outcome.mutant.path} {outcome.mutant.site.kind}"
             fate = f"killed by {outcome.killer} ({outcome.how})" if outcome.killer else "SURVIVED"
@@ -199,12 +214,14 @@ def main(
     click.echo(f"{killed} of {len(outcomes)} killed")
 
 
-def _judge_all(mutants: list[Mutant], folder: Path, jobs: int, num_stages: int | None) -> Iterator[Outcome]:
+def _judge_all(
+    mutants: list[Mutant], folder: Path, jobs: int, num_stages: int | None, covering: Covering | None
+) -> Iterator[Outcome]:
     copies = SimpleQueue[Copy]()
     for job in range(jobs):
         root = folder / str(job)
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-        copies.put(Copy(root, num_stages))
+        copies.put(Copy(root, num_stages, covering))
 
     def judge(mutant: Mutant) -> Outcome:
         copy = copies.get()
