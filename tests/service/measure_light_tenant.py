@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python -m service.measure_light_tenant
 
-On the real model. The heavy tenant has 16 answers running all the time. Alone and with the light one, which
-asks every two seconds, take turns. It prints the tokens per second of both kinds of turns, and the times to
-the light tenant's first tokens.
+On the real model. The heavy tenant has 16 answers running all the time. Every two seconds a short question
+comes as well: in turns from the heavy tenant, so that it waits for an answer to end, and from a light one. It
+prints the tokens per second of all answers and the times to the short ones' first tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,9 +27,18 @@ _NUM_LONG = 16
 _LONG_TOKENS = 400
 _SHORT_TOKENS = 8
 _NUM_TURNS = 5
-_TURN_SECONDS = 20.0
+_NUM_SHORT = 10
 _SECONDS_BETWEEN = 2.0
 _PROMPT = "Chapter {}. It was a dark and stormy night, and the travellers began to tell a story:"
+_SHORT_PROMPT = "What is the capital of France?"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tokens per second of all answers, and the seconds to the first tokens of the short ones."""
+
+    rate: float
+    waits: list[float]
 
 
 class Load:
@@ -41,7 +50,6 @@ class Load:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self.num_tokens = 0
-        self.waits: list[float] = []
 
     def end(self) -> None:
         self._ended.set()
@@ -64,51 +72,53 @@ class Load:
         with self._lock:
             self.num_tokens += len(chunk.token_ids)
 
-    def light(self) -> None:
-        """Short answers for the length of a turn."""
-        with Client(self._address, tenant="light") as client:
-            ends = time.monotonic() + _TURN_SECONDS
-            while (began := time.monotonic()) < ends:
-                for index, chunk in enumerate(
-                    client.stream("What is the capital of France?", max_tokens=_SHORT_TOKENS)
-                ):
-                    if not index:
-                        self.waits.append(time.monotonic() - began)
-                    self._count(chunk)
-                time.sleep(max(0.0, min(began + _SECONDS_BETWEEN, ends) - time.monotonic()))
+    def turn(self, tenant: str) -> Turn:
+        """A short answer every two seconds."""
+        waits: list[float] = []
+
+        def ask(client: Client) -> None:
+            asked = time.monotonic()
+            for index, chunk in enumerate(client.stream(_SHORT_PROMPT, max_tokens=_SHORT_TOKENS)):
+                if not index:
+                    waits.append(time.monotonic() - asked)
+                self._count(chunk)
+
+        began, num_before = time.monotonic(), self.num_tokens
+        with Client(self._address, tenant=tenant) as client, ThreadPoolExecutor(_NUM_SHORT) as pool:
+            asks = []
+            for _ in range(_NUM_SHORT):
+                asks.append(pool.submit(ask, client))
+                time.sleep(_SECONDS_BETWEEN)
+            rate = (self.num_tokens - num_before) / (time.monotonic() - began)
+            for each in asks:
+                each.result()
+        return Turn(rate, waits)
 
 
 def main() -> None:
     options = ("--memory", "512MiB", "--max-batch-requests", str(_NUM_LONG))
+    turns: dict[str, list[Turn]] = {"heavy": [], "light": []}
     with TemporaryDirectory() as cache, server_process(real_model(), Path(cache), *options) as server:
         load = Load(server.address)
         with ThreadPoolExecutor(_NUM_LONG) as pool:
             running = [pool.submit(load.heavy) for _ in range(_NUM_LONG)]
-            time.sleep(_TURN_SECONDS)  # compiles and warms everything
-            load.light()
-            load.waits.clear()
-            alone, both = [], []
+            load.turn("light")  # compiles and warms everything
             for _ in range(_NUM_TURNS):
-                alone.append(_rate(load, lambda: time.sleep(_TURN_SECONDS)))
-                both.append(_rate(load, load.light))
+                for tenant, measured in turns.items():
+                    measured.append(load.turn(tenant))
             load.end()
             for future in running:
                 future.result()
         server.stop()
-    loss = statistics.median(b / a - 1 for a, b in zip(alone, both, strict=True))
-    sys.stdout.write(
-        f"alone: {statistics.median(alone):.1f} tokens/s; both: {statistics.median(both):.1f} tokens/s "
-        f"({loss:+.1%}, median of {_NUM_TURNS} pairs)\n"
-        f"first tokens of the light tenant: {len(load.waits)}, median {statistics.median(load.waits):.2f} s, "
-        f"longest {max(load.waits):.2f} s\n"
-    )
-
-
-def _rate(load: Load, turn: Callable[[], None]) -> float:
-    """Tokens per second while `turn` runs."""
-    before, began = load.num_tokens, time.monotonic()
-    turn()
-    return (load.num_tokens - before) / (time.monotonic() - began)
+    for tenant, measured in turns.items():
+        waits = [wait for turn in measured for wait in turn.waits]
+        sys.stdout.write(
+            f"short answers of the {tenant} tenant: "
+            f"{statistics.median(turn.rate for turn in measured):.1f} tokens/s in all; first tokens after "
+            f"{statistics.median(waits):.2f} s, {max(waits):.2f} s at most ({len(waits)} answers)\n"
+        )
+    changes = [b.rate / a.rate - 1 for a, b in zip(turns["heavy"], turns["light"], strict=True)]
+    sys.stdout.write(f"throughput: {statistics.median(changes):+.1%} (median of {_NUM_TURNS} pairs)\n")
 
 
 if __name__ == "__main__":

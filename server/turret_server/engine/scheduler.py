@@ -250,22 +250,25 @@ class Scheduler:
             return
         tenants = {sequence.tenant for sequence in self.running}
         ahead = max((sequence.tenant for sequence in generating), key=self.waiting.counter)
-        victim = self._victim([sequence for sequence in generating if sequence.tenant == ahead])
+        candidates = [sequence for sequence in generating if sequence.tenant == ahead]
+        victim = self._victim(candidates, keeps_blocks=not short_of_pages)
         recomputed = self.waiting.cost_of_recomputing(victim) if short_of_pages else 0.0
         if self.waiting.lead(ahead, tenants) >= YIELD_COST + recomputed:
             self._preempt(victim)
 
-    def _victim(self, sequences: list[Sequence]) -> Sequence:
+    def _victim(self, sequences: list[Sequence], *, keeps_blocks: bool = False) -> Sequence:
         """The sequence to preempt: of those that were preempted least often, of the tenant with the highest
         counter, the one with the fewest tokens to compute again. Every preemption pays for a token that is
-        generated, so sequences do not preempt each other for ever.
+        generated, so sequences do not preempt each other for ever. If nobody wants its pages, a sequence
+        `keeps_blocks` that are whole in the prefix cache.
         """
+        block_size = self.allocation.block_size
         return min(
             sequences,
             key=lambda sequence: (
                 sequence.num_preempted,
                 -self.waiting.counter(sequence.tenant),
-                sequence.num_computed,
+                sequence.num_computed % block_size if keeps_blocks else sequence.num_computed,
                 -sequence.job.request_id,
             ),
         )

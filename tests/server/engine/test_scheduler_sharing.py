@@ -238,6 +238,25 @@ def test_of_a_tenants_requests_the_one_with_the_least_to_compute_again_gives_way
     assert finished(long, short)
 
 
+def test_for_a_slot_the_one_gives_way_whose_last_block_is_the_least_filled():
+    simulation = Simulation(num_pages=200, block_size=16, max_batch_requests=3)
+    heavy = [
+        simulation.submit(range(100 * n, 100 * n + n), tenant="heavy", max_tokens=150) for n in (7, 20, 13)
+    ]
+    simulation.step()
+    light = simulation.submit([9], tenant="light")
+    before = step_until(simulation, lambda: simulation.scheduler.num_preempted)
+    # Each computed its prompt in the first step, and a token in each one up to that of the preemption.
+    remainders = [(n + len(before) - 1) % 16 for n in (7, 20, 13)]
+    [gone] = simulation.scheduler.waiting
+    assert gone.job is heavy[remainders.index(min(remainders))].job
+    step_until(simulation, lambda: finished(light))
+    [resumed] = [part for part in simulation.step().sequences if part.sequence_id == gone.job.request_id]
+    assert len(resumed.token_ids) == min(remainders) + 1
+    simulation.finish()
+    assert finished(*heavy)
+
+
 def test_one_that_gave_way_is_spared_the_next_time():
     simulation = Simulation(num_pages=11, block_size=1)
     short, long = simulation.submit([1], max_tokens=5), simulation.submit(range(6), max_tokens=5)

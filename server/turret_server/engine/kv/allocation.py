@@ -27,7 +27,7 @@ class Allocation:
         self._pool = pool
         self._cache = cache
         self._residency = residency
-        self._block_size = block_size
+        self.block_size = block_size
         # By request id.
         self._pinned: dict[int, Sequence] = {}
 
@@ -42,7 +42,7 @@ class Allocation:
             {
                 page
                 for sequence in self._pinned.values()
-                for page in sequence.block_table[sequence.num_virtual // self._block_size :]
+                for page in sequence.block_table[sequence.num_virtual // self.block_size :]
             }
         )
 
@@ -55,7 +55,7 @@ class Allocation:
         That token is not computed. Whole pages of a prefix are shared, and count once, as the adapter's.
         """
         num_tokens = sequence.num_prompt + max(sequence.job.max_tokens - 1, 0)
-        num_pages = -(-num_tokens // self._block_size) - sequence.num_virtual // self._block_size
+        num_pages = -(-num_tokens // self.block_size) - sequence.num_virtual // self.block_size
         return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.job.adapters)
 
     def check_fits(self, sequence: Sequence) -> None:
@@ -125,13 +125,13 @@ class Allocation:
             The page copies that the next step must make first; None if there are too few pages.
         """
         num_virtual = sequence.num_virtual
-        whole = num_virtual // self._block_size
+        whole = num_virtual // self.block_size
         # The last token is computed in any case: its logits are needed.
-        keys = sequence.keys((len(sequence.tokens) - 1) // self._block_size, self._block_size)
+        keys = sequence.keys((len(sequence.tokens) - 1) // self.block_size, self.block_size)
         cached = self._cache.match(keys[whole:])
         prefix = [page for resident in residents for page in resident.prefix_pages]
         shared = prefix[:whole]
-        missing = -(-len(sequence.tokens) // self._block_size) - len(shared) - len(cached)
+        missing = -(-len(sequence.tokens) // self.block_size) - len(shared) - len(cached)
         pages = self._pool.allocate(missing)
         if pages is None:
             self._pool.release(cached)
@@ -139,20 +139,20 @@ class Allocation:
             return None
         self._pool.share(shared)
         sequence.block_table = [*shared, *cached, *pages]
-        sequence.num_computed = max(num_virtual, (whole + len(cached)) * self._block_size)
+        sequence.num_computed = max(num_virtual, (whole + len(cached)) * self.block_size)
         for resident in residents:
             self._residency.acquire(resident, sequence.tenant)
         sequence.residents = residents
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-        if num_virtual % self._block_size and not cached:
+        if num_virtual % self.block_size and not cached:
             return [PageCopy(source=prefix[whole], target=pages[0])]
         return []
 
     def needs_page(self, sequence: Sequence) -> bool:
         """Whether a running sequence has no page for its next token."""
         table = sequence.block_table
-        return bool(table) and len(table) * self._block_size < len(sequence.tokens)
+        return bool(table) and len(table) * self.block_size < len(sequence.tokens)
 
     def grow(self, sequence: Sequence) -> bool:
         """Allocate one more page; False if there is none."""
@@ -162,21 +162,21 @@ class Allocation:
 
     def commit(self, sequence: Sequence, num_tokens: int) -> None:
         """Count `num_tokens` more as computed, and put the blocks that became whole into the cache."""
-        before = max(sequence.num_computed, sequence.num_virtual) // self._block_size
+        before = max(sequence.num_computed, sequence.num_virtual) // self.block_size
         sequence.num_computed += num_tokens
-        after = sequence.num_computed // self._block_size
-        keys = sequence.keys(after, self._block_size)
+        after = sequence.num_computed // self.block_size
+        keys = sequence.keys(after, self.block_size)
         for index in range(before, after):
             self._cache.insert(keys[index], sequence.block_table[index])
 
     def invalidate(self, sequence: Sequence) -> None:
         """Remove the sequence's blocks from the cache, as they may be wrong."""
-        self._cache.invalidate(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
+        self._cache.invalidate(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
 
     def release(self, sequence: Sequence) -> None:
         """Release pages and adapters. Cached blocks can be found again until they are evicted."""
         self._pool.release(sequence.block_table)
-        self._cache.mark_released(sequence.keys(sequence.num_computed // self._block_size, self._block_size))
+        self._cache.mark_released(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
         sequence.block_table = []
         sequence.num_computed = 0
         for resident in sequence.residents:
@@ -201,9 +201,9 @@ class Allocation:
         except (QuotaExceededError, RequestTooLargeError):
             del self._pinned[request_id]
             raise
-        whole = sequence.num_virtual // self._block_size
-        count = sequence.num_prompt // self._block_size
-        keys = sequence.keys(count, self._block_size)[whole:]
+        whole = sequence.num_virtual // self.block_size
+        count = sequence.num_prompt // self.block_size
+        keys = sequence.keys(count, self.block_size)[whole:]
         # If another sequence computed the same blocks at the same time, the cache may have its pages: those
         # are kept. If they were evicted since, the sequence's own are inserted.
         for key, page in zip(keys, sequence.block_table[whole:count], strict=True):
