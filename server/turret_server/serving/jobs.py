@@ -26,6 +26,7 @@ from turret_server.lifecycle.revisions import Revisions
 from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.serving.chat import Chat
 from turret_server.serving.codec import PIECE_CHARACTERS
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import GenerationRequest, PinRequest
@@ -210,9 +211,10 @@ class Jobs:
         return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(
-        self, prompt: str | Sequence[int] | None, vocabulary: Vocabulary, *, add_special_tokens: bool
+        self, prompt: str | Sequence[int] | Chat | None, vocabulary: Vocabulary, *, add_special_tokens: bool
     ) -> tuple[int, ...]:
         assert prompt is not None, "validated"
+        assert not isinstance(prompt, Chat), "no door passes one on yet"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
             encode = partial(vocabulary.codec.encode, add_special_tokens=add_special_tokens)

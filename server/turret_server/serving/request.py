@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from turret_server.serving.chat import Chat, ToolCallDelta
 from turret_server.serving.request_fields import RequestFields
 
 
@@ -14,6 +15,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
+    TOOL_CALLS = "tool_calls"  # the answer ended with calls of tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +29,9 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest(RequestFields):
-    """A generation. `prompt` is text or token ids; `deadline` is a time of `time.monotonic`."""
+    """A generation. `prompt` is text, token ids or a chat; `deadline` is a time of `time.monotonic`."""
 
-    prompt: str | Sequence[int] | None
+    prompt: str | Sequence[int] | Chat | None
     adapters: Sequence[AdapterRef] = ()
     deadline: float | None = None
 
@@ -61,6 +63,9 @@ class Usage:
 class Chunk:
     """What is new of an answer. `finish_reason`, `usage` and what ended it are set in the last chunk only:
     `stop_string` is one of the request's, `stop_token_id` an end-of-sequence token or one of the request's.
+
+    Of a chat's answer, `reasoning` is new text of the part that precedes the answer, and `tool_calls` what is
+    new of the calls; neither is part of `text`.
     """
 
     text: str
@@ -70,6 +75,8 @@ class Chunk:
     usage: Usage | None = None
     stop_string: str | None = None
     stop_token_id: int | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
