@@ -59,16 +59,18 @@ _ADAPTER = (
 )
 _ZEROS = {"int": "0", "float": "0.0", "bool": "False", "str": '""'}
 _TYPES = {"int": int, "float": float, "bool": bool}
+_NO_ITEMS = "field(default_factory=dict)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """A scalar or repeated scalar field of a request.
+    """A scalar field of a request, or one of several scalars.
 
     Attributes:
         name: Name in the protocol, the server and the client.
         kind: Python type of a value: "int", "float", "bool" or "str".
         repeated: The field holds any number of values.
+        mapping: The field is a map of integers to values.
         optional: An unset field differs from one that is set to zero.
         meaning: The field's comment in the protocol, without the sentence "Default: …" at its end.
         unset: Meaning of an unset field by that sentence; empty without it.
@@ -80,6 +82,7 @@ class Field:
     name: str
     kind: str
     repeated: bool
+    mapping: bool
     optional: bool
     meaning: str
     unset: str
@@ -90,7 +93,8 @@ class Field:
     @property
     def allowed(self) -> str:
         """The bounds in words, such as "from 0 to 100"; empty without bounds."""
-        bounds = [self._numbers, self._items, self._lengths]
+        bounds = [self._items, f"each {self._numbers}"] if self.mapping else [self._numbers, self._items]
+        bounds.append(self._lengths)
         return ", ".join(filter(None, bounds))
 
     @property
@@ -119,7 +123,9 @@ class Field:
     def description(self, *, numbers: bool = True, default: bool = True) -> str:
         """Meaning, bounds and default as sentences."""
         sentences = [self.meaning]
-        bounds = self.allowed if numbers else ", ".join(filter(None, [self._items, self._lengths]))
+        bounds = (
+            self.allowed if numbers or self.mapping else ", ".join(filter(None, [self._items, self._lengths]))
+        )
         if bounds:
             sentences.append(f"{bounds[0].upper()}{bounds[1:]}.")
         if default and self.default_words:
@@ -131,7 +137,7 @@ class Field:
         """What an unset field means; empty for empty strings and lists."""
         if self.unset:
             return self.unset
-        return "" if self.default in (None, '""', "()") else self.default.removesuffix(".0")
+        return "" if self.default in (None, '""', "()", _NO_ITEMS) else self.default.removesuffix(".0")
 
     @property
     def required(self) -> bool:
@@ -140,6 +146,8 @@ class Field:
 
     def annotation(self, sequence: str) -> str:
         """The field's type in Python; `sequence` is that of a repeated field, with {} for its elements."""
+        if self.mapping:
+            return f"Mapping[int, {self.kind}]"
         if self.repeated:
             return sequence.format(self.kind)
         return self.kind if self.default is not None else f"{self.kind} | None"
@@ -204,7 +212,7 @@ def _run_protoc(proto: Path, folder: Path) -> dict[str, str]:
 
 
 def read_fields(descriptors: bytes, file_name: str, message_name: str) -> list[Field]:
-    """The scalar fields of a message that stand outside of a oneof, in the order of their numbers.
+    """The fields of scalars of a message that stand outside of a oneof, in the order of their numbers.
 
     `descriptors` is a serialised FileDescriptorSet with imports and source info.
     """
@@ -223,20 +231,33 @@ def read_fields(descriptors: bytes, file_name: str, message_name: str) -> list[F
         tuple(location.path): " ".join(location.leading_comments.split())
         for location in file.source_code_info.location
     }
+    entries = {
+        f".{file.package}.{message_name}.{entry.name}": entry.field[1].type
+        for entry in message.nested_type
+        if entry.options.map_entry
+    }
     return [
-        _field(field, field.options.Extensions[extension], comments.get((4, index, 2, position), ""))
+        _field(
+            field,
+            field.options.Extensions[extension],
+            comments.get((4, index, 2, position), ""),
+            entries.get(field.type_name, field.type),
+        )
         for position, field in enumerate(message.field)
-        if field.type in _KINDS and (field.proto3_optional or not field.HasField("oneof_index"))
+        if (field.type in _KINDS or field.type_name in entries)
+        and (field.proto3_optional or not field.HasField("oneof_index"))
     ]
 
 
-def _field(field: Any, options: Any, comment: str) -> Field:
-    kind = _KINDS[field.type]
+def _field(field: Any, options: Any, comment: str, value_type: Any) -> Field:
+    """`value_type` is the type of the field's values, which are those of a map."""
+    kind = _KINDS[value_type]
     number = _TYPES.get(kind, float)
     rule = {each.name: value for each, value in options.ListFields() if each.name != "default_value"}
     rule |= {each: number(rule[each]) for each in ("min", "max") if each in rule}
-    repeated = field.label == FieldDescriptorProto.LABEL_REPEATED
-    default: str | None = "()" if repeated else _ZEROS[kind]
+    mapping = field.type not in _KINDS
+    repeated = field.label == FieldDescriptorProto.LABEL_REPEATED and not mapping
+    default: str | None = _NO_ITEMS if mapping else "()" if repeated else _ZEROS[kind]
     if field.proto3_optional:
         default = repr(number(options.default_value)) if options.HasField("default_value") else None
     meaning, _, unset = comment.partition(" Default: ")
@@ -244,6 +265,7 @@ def _field(field: Any, options: Any, comment: str) -> Field:
         name=field.name,
         kind=kind,
         repeated=repeated,
+        mapping=mapping,
         optional=field.proto3_optional,
         meaning=meaning,
         unset=unset.removesuffix("."),
@@ -258,7 +280,7 @@ def server_fields(requests: Sequence[Field], adapters: Sequence[Field], pins: Se
     lines = [
         f'"""The fields of a request and their bounds. {GENERATED_BY.format("proto/turret/v1")}"""',
         "from collections.abc import Mapping",
-        "from dataclasses import dataclass",
+        "from dataclasses import dataclass, field",
         "from types import MappingProxyType",
         "",
         "@dataclass(frozen=True, slots=True, kw_only=True)",
@@ -271,7 +293,7 @@ def server_fields(requests: Sequence[Field], adapters: Sequence[Field], pins: Se
         "        exclusive_min: The number must be larger than `min`.",
         "        min_length: Smallest length of a string, or of each string of a list, in characters.",
         "        max_length: Largest length of a string, or of each string of a list, in characters.",
-        "        max_items: Largest number of elements of a list.",
+        "        max_items: Largest number of elements of a list or a mapping.",
         '    """',
         "    min: float | None = None",
         "    max: float | None = None",
@@ -306,7 +328,7 @@ def client_options(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
     """The keyword arguments of the client's generating methods, and the adapter reference."""
     lines = [
         f'"""The options of a generation. {GENERATED_BY.format("proto/turret/v1")}"""',
-        "from collections.abc import Sequence",
+        "from collections.abc import Mapping, Sequence",
         "from dataclasses import dataclass",
         "from typing import TypeAlias, TypedDict",
         "",
@@ -334,6 +356,7 @@ def cli_options(requests: Sequence[Field]) -> str:
         "from collections.abc import Callable",
         "from typing import Any, TypeVar",
         "import click",
+        "from turret_cli.common import biases",
         "",
         '_Command = TypeVar("_Command", bound=Callable[..., Any])',
         "",
@@ -361,7 +384,11 @@ def _flag(field: Field) -> str:
 
 def _click_arguments(field: Field) -> Iterator[str]:
     rule = field.rule
-    if field.integers:
+    if field.mapping:
+        yield "multiple=True"
+        yield "callback=biases"
+        yield 'metavar="ID=F"'
+    elif field.integers:
         low, high = rule.get("min", field.integers[0]), rule.get("max", field.integers[1])
         yield f"type=click.IntRange({low}, {high})"
     elif field.kind == "float":
@@ -370,17 +397,17 @@ def _click_arguments(field: Field) -> Iterator[str]:
         yield f"type=click.FloatRange({', '.join(bounds)})"
     if field.repeated:
         yield "multiple=True"
-    elif not field.optional:
+    elif not field.optional and not field.mapping:
         yield f"default={field.default}"
         if field.kind != "str":
             yield "show_default=True"
     if field.kind == "bool" and field.optional:
         yield "default=None"
-    elif field.kind != "bool":
+    elif field.kind != "bool" and not field.mapping:
         yield f'metavar="{ {"int": "N", "float": "F", "str": "S"}[field.kind] }"'
     # click shows the range of a number and a default by itself.
     text = field.description(numbers=False, default=field.optional or bool(field.unset))
-    yield f"help={_literal(text + ' Repeatable.' * field.repeated)}"
+    yield f"help={_literal(text + ' Repeatable.' * (field.repeated or field.mapping))}"
 
 
 def reference_table(requests: Sequence[Field]) -> str:

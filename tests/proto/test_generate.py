@@ -11,7 +11,14 @@ import pytest
 import generate
 
 ROOT = Path(generate.__file__).parent.parent
-SOURCES = ("pyproject.toml", "proto", generate.ASYNC_CLIENT, generate.REFERENCE)
+# The generated options of the command line import `common.py`.
+SOURCES = (
+    "pyproject.toml",
+    "proto",
+    "clients/cli/turret_cli/common.py",
+    generate.ASYNC_CLIENT,
+    generate.REFERENCE,
+)
 GENERATED = {
     generate.SERVER_FIELDS,
     generate.CLIENT_OPTIONS,
@@ -47,16 +54,35 @@ def test_no_generated_file_is_stale():
 
 def test_a_new_field_reaches_every_generated_file(tree):
     files = add_field(
-        tree, "// Smallest share. Default: off.\noptional float min_p = 90 [(rule) = {min: 0, max: 0.5}];"
+        tree, "// Smallest share. Default: off.\noptional float least = 90 [(rule) = {min: 0, max: 0.5}];"
     )
-    assert "min_p: float | None = None\n" in files[generate.SERVER_FIELDS]
-    assert '"min_p": FieldRule(min=0.0, max=0.5),' in files[generate.SERVER_FIELDS]
-    assert "min_p: Smallest share. From 0 to 0.5. Default: off.\n" in files[generate.CLIENT_OPTIONS]
-    assert "    min_p: float | None\n" in files[generate.CLIENT_OPTIONS]
+    assert "least: float | None = None\n" in files[generate.SERVER_FIELDS]
+    assert '"least": FieldRule(min=0.0, max=0.5),' in files[generate.SERVER_FIELDS]
+    assert "least: Smallest share. From 0 to 0.5. Default: off.\n" in files[generate.CLIENT_OPTIONS]
+    assert "    least: float | None\n" in files[generate.CLIENT_OPTIONS]
     assert "click.FloatRange(min=0, max=0.5)" in files[generate.CLI_OPTIONS]
     assert 'help="Smallest share. Default: off."' in files[generate.CLI_OPTIONS]
-    assert "| `min_p` | `--min-p` | from 0 to 0.5 | off | Smallest share. |\n" in files[generate.REFERENCE]
-    assert "min_p" in files["proto/turret/v1/inference_pb2.py"]
+    assert "| `least` | `--least` | from 0 to 0.5 | off | Smallest share. |\n" in files[generate.REFERENCE]
+    assert "least" in files["proto/turret/v1/inference_pb2.py"]
+
+
+def test_a_map_is_a_mapping_with_bounds_for_its_values(tree):
+    files = add_field(
+        tree, "// Bias.\nmap<uint32, float> offsets = 90 [(rule) = {min: -1, max: 2, max_items: 3}];"
+    )
+    declared = "offsets: Mapping[int, float] = field(default_factory=dict)\n"
+    assert declared in files[generate.SERVER_FIELDS]
+    assert '"offsets": FieldRule(min=-1.0, max=2.0, max_items=3),' in files[generate.SERVER_FIELDS]
+    assert "    offsets: Mapping[int, float] | None\n" in files[generate.CLIENT_OPTIONS]
+    assert "offsets: Bias. At most 3, each from -1 to 2.\n" in files[generate.CLIENT_OPTIONS]
+    option = files[generate.CLI_OPTIONS].partition('"--offsets"')[2].partition("),")[0]
+    assert [each.strip() for each in option.split(",")[1:4]] == [
+        "multiple=True", "callback=biases", 'metavar="ID=F"',
+    ]  # fmt: skip
+    assert (
+        "| `offsets` | `--offsets` | at most 3, each from -1 to 2 | none | Bias. |\n"
+        in files[generate.REFERENCE]
+    )
 
 
 RULES = [

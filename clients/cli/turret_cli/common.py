@@ -192,8 +192,21 @@ def decode_prompt(file: IO[bytes], where: str) -> str:
         raise click.UsageError(f"The prompt {where} is not UTF-8.") from error
 
 
+def biases(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> dict[int, float]:
+    """From several ID=F."""
+    found = {}
+    for value in values:
+        token_id, _, bias = value.partition("=")
+        try:
+            found[int(token_id)] = float(bias)
+        except ValueError as error:
+            raise click.BadParameter(f"expected ID=F, found {value!r}") from error
+    return found
+
+
 def to_json(result: Generation | Chunk | Adapter | PinnedPrompt) -> str:
-    return json.dumps(asdict(result))
+    """Bytes become lists of numbers."""
+    return json.dumps(asdict(result), default=list)
 
 
 def format_table(words: Sequence[str], numbers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -39,7 +39,11 @@ Examples:
 @adapter_option
 @server_option
 @generation_options
-@click.option("--no-stream", is_flag=True, help="Print nothing until the generation has finished.")
+@click.option(
+    "--no-stream",
+    is_flag=True,
+    help="Print nothing until the generation has finished; so it is with --n above 1, unless with --json.",
+)
 @json_option
 def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool, **options: Any) -> None:
     """Generate text from PROMPT and print it as it arrives.
@@ -50,9 +54,11 @@ def generate(prompt: str | None, *, server: str, no_stream: bool, as_json: bool,
     text = read_stdin("PROMPT", prompt) if prompt in (None, "-") else prompt
     _explain_escapes(options["stop"])
     with connect(server) as client:
-        if no_stream:
+        several = (options["n"] or 1) > 1
+        if no_stream or (several and not as_json):
             generation = client.generate(text, **options)
-            click.echo(to_json(generation) if as_json else generation.text)
+            texts = [choice.text for choice in generation.choices] or [generation.text]
+            click.echo(to_json(generation) if as_json else "\n---\n".join(texts))
             return
         chunks = client.stream(text, **options)
         if as_json:

@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from turret_cli.common import biases
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GENERATION_OPTIONS = {
@@ -92,6 +94,98 @@ GENERATION_OPTIONS = {
         default=None,
         help="Add the special tokens of the tokenizer to a text, such as a beginning-of-sequence token. "
         "A text that begins with that token gets no second one. Default: True.",
+    ),
+    "min_p": click.option(
+        "--min-p",
+        type=click.FloatRange(min=0, max=1),
+        default=0.0,
+        show_default=True,
+        metavar="F",
+        help="Sample only from tokens whose probability, after the temperature, is at least this share "
+        "of the likeliest token's. 0 is off.",
+    ),
+    "repetition_penalty": click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(min=0, max=100, min_open=True),
+        metavar="F",
+        help="Penalty of tokens that are in the prompt or in the answer so far: positive logits are "
+        "divided by it, negative ones multiplied. 1 is off, above 1 discourages repetition. "
+        "Default: 1.",
+    ),
+    "frequency_penalty": click.option(
+        "--frequency-penalty",
+        type=click.FloatRange(min=-2, max=2),
+        default=0.0,
+        show_default=True,
+        metavar="F",
+        help="Subtracted from the logit of a token for each time that it is in the answer so far.",
+    ),
+    "presence_penalty": click.option(
+        "--presence-penalty",
+        type=click.FloatRange(min=-2, max=2),
+        default=0.0,
+        show_default=True,
+        metavar="F",
+        help="Subtracted from the logit of each token that is in the answer so far.",
+    ),
+    "logit_bias": click.option(
+        "--logit-bias",
+        multiple=True,
+        callback=biases,
+        metavar="ID=F",
+        help="Added to the logits of these token ids, before penalties. -100 all but excludes a token. "
+        "At most 300, each from -100 to 100. Repeatable.",
+    ),
+    "min_tokens": click.option(
+        "--min-tokens",
+        type=click.IntRange(0, 2147483647),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Number of tokens before which neither end-of-sequence tokens nor stop tokens are "
+        "generated, and no stop string ends the answer. At most max_tokens.",
+    ),
+    "ignore_eos": click.option(
+        "--ignore-eos/--no-ignore-eos",
+        default=False,
+        show_default=True,
+        help="Continue after the end-of-sequence tokens of the model. Stop tokens and stop strings of "
+        "the request still end the generation.",
+    ),
+    "include_stop": click.option(
+        "--include-stop/--no-include-stop",
+        default=False,
+        show_default=True,
+        help="Include the text of the stop string, or of the stop token of the request, that ended the "
+        "generation.",
+    ),
+    "skip_special_tokens": click.option(
+        "--skip-special-tokens/--no-skip-special-tokens",
+        default=None,
+        help="Leave special tokens, such as the end-of-sequence token, out of the text. Default: True.",
+    ),
+    "n": click.option(
+        "--n",
+        type=click.IntRange(1, 128),
+        metavar="N",
+        help="Number of answers to the prompt, which is computed once. The first has the request's seed,"
+        " each other one a seed derived from it. More than 1 need a temperature above 0. Default: "
+        "1.",
+    ),
+    "logprobs": click.option(
+        "--logprobs",
+        type=click.IntRange(0, 20),
+        metavar="N",
+        help="Return the log probability of each token of the answer, and of so many of the likeliest "
+        "tokens in its place. They are those of the model, before temperature, penalties and the "
+        "like. Default: none.",
+    ),
+    "prompt_logprobs": click.option(
+        "--prompt-logprobs",
+        type=click.IntRange(0, 20),
+        metavar="N",
+        help="The same for the tokens of the prompt, which is then computed without the prefix cache. "
+        "Default: none.",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,11 +16,13 @@ from turret_client._results import (
     AdapterMethod,
     AdapterRevision,
     AdapterState,
+    Choice,
     Chunk,
     Download,
     FinishReason,
     Generation,
     PinnedPrompt,
+    TokenLogprob,
     TrafficSplit,
     Usage,
 )
@@ -79,6 +81,9 @@ def message_of(kind: type[_Message], **values: Any) -> _Message:
         if value is None:
             continue
         field = kind.DESCRIPTOR.fields_by_name[name]
+        if field.message_type and field.message_type.GetOptions().map_entry:
+            _fill(getattr(message, name), name, value)
+            continue
         if field.is_repeated and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise invalid_argument(name, f"{name} is a sequence; for one value write {name}=[{value!r}]")
         for item in value if field.is_repeated else [value]:
@@ -89,6 +94,16 @@ def message_of(kind: type[_Message], **values: Any) -> _Message:
                     name, f"{name} must be {_TYPES[field.type]}; found {_shown(item)}"
                 ) from error
     return message
+
+
+def _fill(field: MutableMapping[int, float], name: str, values: object) -> None:
+    """Sets a field that is a map of token ids to numbers."""
+    try:
+        field.update(values)  # type: ignore[call-overload] # what is no mapping raises
+    except (TypeError, ValueError, AttributeError) as error:
+        raise invalid_argument(
+            name, f"{name} must map integers from 0 to 4294967295 to numbers; found {_shown(values)}"
+        ) from error
 
 
 def _shown(value: object) -> str:
@@ -169,7 +184,35 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         finish_reason=_FINISH_REASONS.get(response.finish_reason, FinishReason.UNSPECIFIED),
         usage=_usage_from(response.usage),
         revision=response.revision,
+        choices=tuple(map(_choice_from, response.choices)),
+        logprobs=_logprobs_from(response.logprobs),
+        prompt_logprobs=_logprobs_from(response.prompt_logprobs),
         **_stop_from(response),
+    )
+
+
+def _choice_from(message: inference_pb2.Choice) -> Choice:
+    return Choice(
+        index=message.index,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        finish_reason=_FINISH_REASONS.get(message.finish_reason, FinishReason.UNSPECIFIED),
+        logprobs=_logprobs_from(message.logprobs),
+        **_stop_from(message),
+    )
+
+
+def _logprobs_from(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(
+            token_id=message.token_id,
+            text=message.token.decode(errors="replace"),
+            token=message.token,
+            logprob=message.logprob,
+            rank=message.rank,
+            top=_logprobs_from(message.top),
+        )
+        for message in messages
     )
 
 
@@ -184,12 +227,17 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
             else None
         ),
         usage=_usage_from(response.usage) if response.HasField("usage") else None,
+        index=response.index,
+        logprobs=_logprobs_from(response.logprobs),
+        prompt_logprobs=_logprobs_from(response.prompt_logprobs),
         **_stop_from(response),
     )
 
 
-def _stop_from(response: inference_pb2.GenerateResponse | inference_pb2.GenerateStreamResponse) -> Any:
-    """The fields of both results that say what ended the generation."""
+def _stop_from(
+    response: inference_pb2.GenerateResponse | inference_pb2.GenerateStreamResponse | inference_pb2.Choice,
+) -> Any:
+    """The fields of all results that say what ended the generation."""
     token_id = response.stop_token_id if response.HasField("stop_token_id") else None
     return {"stop_string": response.stop_string or None, "stop_token_id": token_id}
 

@@ -22,10 +22,11 @@ class Usage:
     """Tokens of one request.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt, without virtual tokens of adapters.
+        prompt_tokens: Tokens of the prompt, without virtual tokens of adapters. They count once, whatever `n`
+            is.
         cached_tokens: Tokens whose keys and values were found in memory instead of computed: virtual tokens
             of adapters and cached blocks of the prompt.
-        generated_tokens: Tokens of the answer.
+        generated_tokens: Tokens of the answer, or of all answers.
     """
 
     prompt_tokens: int
@@ -34,11 +35,49 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log probability of a token, given all tokens before it.
+
+    Attributes:
+        token_id: The token.
+        text: Its text, with U+FFFD for bytes that are not whole characters.
+        token: The bytes of its text.
+        logprob: Its log probability by the model alone, before temperature, penalties and the like.
+        rank: 1 for the likeliest token, 2 for the next, and so on.
+        top: The likeliest tokens in its place, the likeliest first, as many as the request asks for.
+    """
+
+    token_id: int
+    text: str
+    token: bytes
+    logprob: float
+    rank: int
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer of a generation with `n` above 1; the attributes are those of `Generation`."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """A finished generation. `revision` is the adapter's; empty for the base model.
 
     What ended it, with `FinishReason.STOP`: `stop_string` is the stop string, `stop_token_id` the
     end-of-sequence token or stop token; both if a stop string is a special token.
+
+    With `n` above 1, `choices` are all answers, and the other attributes are those of the first. If the
+    request asks for them, `logprobs` has one item for each token, `prompt_logprobs` one for each token of the
+    prompt but the first.
     """
 
     text: str
@@ -48,14 +87,18 @@ class Generation:
     revision: str
     stop_string: str | None = None
     stop_token_id: int | None = None
+    choices: tuple[Choice, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """New text and tokens of a stream.
 
-    `finish_reason` and `usage` are set in the last chunk only, and so is what ended the stream, see
-    `Generation`.
+    `finish_reason` is set in the last chunk of each answer only, and so is what ended it, see `Generation`;
+    `usage` in the last chunk of all. With `n` above 1, chunks of all answers come in turns; `index` says of
+    which one, from 0. `prompt_logprobs` are in the first chunk.
     """
 
     text: str
@@ -65,6 +108,9 @@ class Chunk:
     usage: Usage | None
     stop_string: str | None = None
     stop_token_id: int | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class AdapterState(StrEnum):

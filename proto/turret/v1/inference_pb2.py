@@ -26,13 +26,15 @@ from turret.v1 import chat_pb2 as turret_dot_v1_dot_chat__pb2
 from turret.v1 import rules_pb2 as turret_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\x1a\x14turret/v1/chat.proto\x1a\x15turret/v1/rules.proto\"\xcc\x04\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterRefB\x06\xf2\xbb\x18\x02\x30\x08\x12&\n\nmax_tokens\x18\x04 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12+\n\x0btemperature\x18\x05 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00Y@\x12\x35\n\x05top_p\x18\x06 \x01(\x02\x42!\xf2\xbb\x18\x1d\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\xf0?\x18\x01\x39\x00\x00\x00\x00\x00\x00\xf0?H\x02\x88\x01\x01\x12\x1c\n\x05top_k\x18\x07 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x19\n\x04stop\x18\t \x03(\tB\x0b\xf2\xbb\x18\x07 \x01(\x80\x02\x30\x10\x12(\n\x08priority\x18\n \x01(\x05\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00$\xc0\x11\x00\x00\x00\x00\x00\x00$@\x12\x1b\n\ncache_salt\x18\x0b \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12\x1c\n\x0brouting_key\x18\x0c \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12\x1e\n\x0estop_token_ids\x18\r \x03(\rB\x06\xf2\xbb\x18\x02\x30\x10\x12.\n\x12\x61\x64\x64_special_tokens\x18\x0e \x01(\x08\x42\r\xf2\xbb\x18\t9\x00\x00\x00\x00\x00\x00\xf0?H\x04\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_add_special_tokens\"\x8e\x01\n\nAdapterRef\x12\x14\n\x04name\x18\x01 \x01(\tB\x06\xf2\xbb\x18\x02 \x01\x12\x34\n\x06weight\x18\x02 \x01(\x02\x42\x1f\xf2\xbb\x18\x1b\t\x00\x00\x00\x00\x00\x00Y\xc0\x11\x00\x00\x00\x00\x00\x00Y@9\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12 \n\x04task\x18\x03 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\t\n\x07_weightB\x07\n\x05_task\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x95\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x1a\n\rstop_token_id\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x11\n\treasoning\x18\n \x01(\t\x12\'\n\ntool_calls\x18\x0b \x03(\x0b\x32\x13.turret.v1.ToolCallB\x10\n\x0e_stop_token_id\"\xa0\x02\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x1a\n\rstop_token_id\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x11\n\treasoning\x18\n \x01(\t\x12,\n\ntool_calls\x18\x0b \x03(\x0b\x32\x18.turret.v1.ToolCallDeltaB\x10\n\x0e_stop_token_id\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a!.turret.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\x1a\x14turret/v1/chat.proto\x1a\x15turret/v1/rules.proto\"\x92\n\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12/\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterRefB\x06\xf2\xbb\x18\x02\x30\x08\x12&\n\nmax_tokens\x18\x04 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12+\n\x0btemperature\x18\x05 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00Y@\x12\x35\n\x05top_p\x18\x06 \x01(\x02\x42!\xf2\xbb\x18\x1d\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\xf0?\x18\x01\x39\x00\x00\x00\x00\x00\x00\xf0?H\x02\x88\x01\x01\x12\x1c\n\x05top_k\x18\x07 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\x19\n\x04stop\x18\t \x03(\tB\x0b\xf2\xbb\x18\x07 \x01(\x80\x02\x30\x10\x12(\n\x08priority\x18\n \x01(\x05\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00$\xc0\x11\x00\x00\x00\x00\x00\x00$@\x12\x1b\n\ncache_salt\x18\x0b \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12\x1c\n\x0brouting_key\x18\x0c \x01(\tB\x07\xf2\xbb\x18\x03(\x80\x01\x12\x1e\n\x0estop_token_ids\x18\r \x03(\rB\x06\xf2\xbb\x18\x02\x30\x10\x12.\n\x12\x61\x64\x64_special_tokens\x18\x0e \x01(\x08\x42\r\xf2\xbb\x18\t9\x00\x00\x00\x00\x00\x00\xf0?H\x04\x88\x01\x01\x12%\n\x05min_p\x18\x14 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\xf0?\x12\x42\n\x12repetition_penalty\x18\x15 \x01(\x02\x42!\xf2\xbb\x18\x1d\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00Y@\x18\x01\x39\x00\x00\x00\x00\x00\x00\xf0?H\x05\x88\x01\x01\x12\x31\n\x11\x66requency_penalty\x18\x16 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\xc0\x11\x00\x00\x00\x00\x00\x00\x00@\x12\x30\n\x10presence_penalty\x18\x17 \x01(\x02\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\xc0\x11\x00\x00\x00\x00\x00\x00\x00@\x12X\n\nlogit_bias\x18\x18 \x03(\x0b\x32).turret.v1.GenerateRequest.LogitBiasEntryB\x19\xf2\xbb\x18\x15\t\x00\x00\x00\x00\x00\x00Y\xc0\x11\x00\x00\x00\x00\x00\x00Y@0\xac\x02\x12!\n\nmin_tokens\x18\x19 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00\x12\x12\n\nignore_eos\x18\x1a \x01(\x08\x12\x14\n\x0cinclude_stop\x18\x1b \x01(\x08\x12/\n\x13skip_special_tokens\x18\x1c \x01(\x08\x42\r\xf2\xbb\x18\t9\x00\x00\x00\x00\x00\x00\xf0?H\x06\x88\x01\x01\x12/\n\x01n\x18\x1d \x01(\x05\x42\x1f\xf2\xbb\x18\x1b\t\x00\x00\x00\x00\x00\x00\xf0?\x11\x00\x00\x00\x00\x00\x00`@9\x00\x00\x00\x00\x00\x00\xf0?H\x07\x88\x01\x01\x12-\n\x08logprobs\x18\x1e \x01(\x05\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\x34@H\x08\x88\x01\x01\x12\x34\n\x0fprompt_logprobs\x18\x1f \x01(\x05\x42\x16\xf2\xbb\x18\x12\t\x00\x00\x00\x00\x00\x00\x00\x00\x11\x00\x00\x00\x00\x00\x00\x34@H\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_add_special_tokensB\x15\n\x13_repetition_penaltyB\x16\n\x14_skip_special_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x8e\x01\n\nAdapterRef\x12\x14\n\x04name\x18\x01 \x01(\tB\x06\xf2\xbb\x18\x02 \x01\x12\x34\n\x06weight\x18\x02 \x01(\x02\x42\x1f\xf2\xbb\x18\x1b\t\x00\x00\x00\x00\x00\x00Y\xc0\x11\x00\x00\x00\x00\x00\x00Y@9\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12 \n\x04task\x18\x03 \x01(\x05\x42\r\xf2\xbb\x18\t\t\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x42\t\n\x07_weightB\x07\n\x05_task\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x1a\n\rstop_token_id\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x11\n\treasoning\x18\n \x01(\t\x12\'\n\ntool_calls\x18\x0b \x03(\x0b\x32\x13.turret.v1.ToolCall\x12\"\n\x07\x63hoices\x18\x14 \x03(\x0b\x32\x11.turret.v1.Choice\x12)\n\x08logprobs\x18\x15 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x16 \x03(\x0b\x32\x17.turret.v1.TokenLogprobB\x10\n\x0e_stop_token_id\"\x92\x02\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x12)\n\x08logprobs\x18\x07 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12\x11\n\treasoning\x18\x08 \x01(\t\x12\'\n\ntool_calls\x18\t \x03(\x0b\x32\x13.turret.v1.ToolCallB\x10\n\x0e_stop_token_id\"t\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12$\n\x03top\x18\x05 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\"\x8c\x03\n\x16GenerateStreamResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.turret.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.turret.v1.Usage\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0bstop_string\x18\x06 \x01(\t\x12\x1a\n\rstop_token_id\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x11\n\treasoning\x18\n \x01(\t\x12,\n\ntool_calls\x18\x0b \x03(\x0b\x32\x18.turret.v1.ToolCallDelta\x12\r\n\x05index\x18\x14 \x01(\x05\x12)\n\x08logprobs\x18\x15 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12\x30\n\x0fprompt_logprobs\x18\x16 \x03(\x0b\x32\x17.turret.v1.TokenLogprobB\x10\n\x0e_stop_token_id\"O\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x15\n\rcached_tokens\x18\x02 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x05*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xaa\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12Q\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a!.turret.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'turret.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GENERATEREQUEST'].fields_by_name['adapters']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['adapters']._serialized_options = b'\362\273\030\0020\010'
   _globals['_GENERATEREQUEST'].fields_by_name['max_tokens']._loaded_options = None
@@ -55,26 +57,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST'].fields_by_name['stop_token_ids']._serialized_options = b'\362\273\030\0020\020'
   _globals['_GENERATEREQUEST'].fields_by_name['add_special_tokens']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['add_special_tokens']._serialized_options = b'\362\273\030\t9\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['min_p']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['min_p']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['repetition_penalty']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['repetition_penalty']._serialized_options = b'\362\273\030\035\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\000Y@\030\0019\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['frequency_penalty']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\300\021\000\000\000\000\000\000\000@'
+  _globals['_GENERATEREQUEST'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['presence_penalty']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\300\021\000\000\000\000\000\000\000@'
+  _globals['_GENERATEREQUEST'].fields_by_name['logit_bias']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['logit_bias']._serialized_options = b'\362\273\030\025\t\000\000\000\000\000\000Y\300\021\000\000\000\000\000\000Y@0\254\002'
+  _globals['_GENERATEREQUEST'].fields_by_name['min_tokens']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['min_tokens']._serialized_options = b'\362\273\030\t\t\000\000\000\000\000\000\000\000'
+  _globals['_GENERATEREQUEST'].fields_by_name['skip_special_tokens']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['skip_special_tokens']._serialized_options = b'\362\273\030\t9\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['n']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['n']._serialized_options = b'\362\273\030\033\t\000\000\000\000\000\000\360?\021\000\000\000\000\000\000`@9\000\000\000\000\000\000\360?'
+  _globals['_GENERATEREQUEST'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['logprobs']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\0004@'
+  _globals['_GENERATEREQUEST'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['prompt_logprobs']._serialized_options = b'\362\273\030\022\t\000\000\000\000\000\000\000\000\021\000\000\000\000\000\0004@'
   _globals['_ADAPTERREF'].fields_by_name['name']._loaded_options = None
   _globals['_ADAPTERREF'].fields_by_name['name']._serialized_options = b'\362\273\030\002 \001'
   _globals['_ADAPTERREF'].fields_by_name['weight']._loaded_options = None
   _globals['_ADAPTERREF'].fields_by_name['weight']._serialized_options = b'\362\273\030\033\t\000\000\000\000\000\000Y\300\021\000\000\000\000\000\000Y@9\000\000\000\000\000\000\360?'
   _globals['_ADAPTERREF'].fields_by_name['task']._loaded_options = None
   _globals['_ADAPTERREF'].fields_by_name['task']._serialized_options = b'\362\273\030\t\t\000\000\000\000\000\000\000\000'
-  _globals['_FINISHREASON']._serialized_start=1498
-  _globals['_FINISHREASON']._serialized_end=1623
+  _globals['_FINISHREASON']._serialized_start=2840
+  _globals['_FINISHREASON']._serialized_end=2965
   _globals['_GENERATEREQUEST']._serialized_start=86
-  _globals['_GENERATEREQUEST']._serialized_end=674
-  _globals['_ADAPTERREF']._serialized_start=677
-  _globals['_ADAPTERREF']._serialized_end=819
-  _globals['_TOKENIDS']._serialized_start=821
-  _globals['_TOKENIDS']._serialized_end=844
-  _globals['_GENERATERESPONSE']._serialized_start=847
-  _globals['_GENERATERESPONSE']._serialized_end=1124
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1127
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1415
-  _globals['_USAGE']._serialized_start=1417
-  _globals['_USAGE']._serialized_end=1496
-  _globals['_INFERENCESERVICE']._serialized_start=1626
-  _globals['_INFERENCESERVICE']._serialized_end=1796
+  _globals['_GENERATEREQUEST']._serialized_end=1384
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=1183
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=1231
+  _globals['_ADAPTERREF']._serialized_start=1387
+  _globals['_ADAPTERREF']._serialized_end=1529
+  _globals['_TOKENIDS']._serialized_start=1531
+  _globals['_TOKENIDS']._serialized_end=1554
+  _globals['_GENERATERESPONSE']._serialized_start=1557
+  _globals['_GENERATERESPONSE']._serialized_end=1963
+  _globals['_CHOICE']._serialized_start=1966
+  _globals['_CHOICE']._serialized_end=2240
+  _globals['_TOKENLOGPROB']._serialized_start=2242
+  _globals['_TOKENLOGPROB']._serialized_end=2358
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2361
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2757
+  _globals['_USAGE']._serialized_start=2759
+  _globals['_USAGE']._serialized_end=2838
+  _globals['_INFERENCESERVICE']._serialized_start=2968
+  _globals['_INFERENCESERVICE']._serialized_end=3138
 # @@protoc_insertion_point(module_scope)

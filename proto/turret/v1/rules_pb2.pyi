@@ -45,7 +45,7 @@ class FieldRule(_message.Message):
     max_length: _builtins.int
     """Largest length of a string, or of each string of a repeated field, in Unicode code points."""
     max_items: _builtins.int
-    """Largest number of elements of a repeated field."""
+    """Largest number of elements of a repeated field or a map. The bounds of numbers are those of a map's values."""
     default_value: _builtins.float
     """The value that the server uses for an unset field. Without it an unset field has the zero of its type or, if
     the field is optional, the meaning that its comment gives.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, MutableMapping
 from contextlib import aclosing
 from dataclasses import fields
 from typing import Any
@@ -14,7 +14,14 @@ from google.protobuf.message import Message
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_server.rpc.caller import caller
 from turret_server.serving.generation import GenerationService
-from turret_server.serving.request import AdapterRef, Chunk, FinishReason, GenerationRequest, Usage
+from turret_server.serving.request import (
+    AdapterRef,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    TokenLogprob,
+    Usage,
+)
 from turret_server.serving.request_fields import RequestFields
 
 _FINISH_REASONS = {
@@ -31,18 +38,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.GenerateResponse:
+        choices: dict[int, inference_pb2.Choice] = {}
         response = inference_pb2.GenerateResponse()
         async with aclosing(self._service.generate(_request_of(request, context), caller())) as chunks:
             async for chunk in chunks:
-                response.text += chunk.text
-                response.token_ids.extend(chunk.token_ids)
+                choice = choices.setdefault(chunk.index, inference_pb2.Choice(index=chunk.index))
+                _add(chunk, choice)
+                response.prompt_logprobs.extend(map(_logprob, chunk.prompt_logprobs))
                 last = chunk
-        assert last.finish_reason
         assert last.usage
-        response.finish_reason = _FINISH_REASONS[last.finish_reason]
         response.usage.CopyFrom(_usage(last.usage))
         response.revision = last.revision
-        response.MergeFrom(inference_pb2.GenerateResponse(**_stop(last)))
+        first = choices[0]
+        response.MergeFrom(
+            inference_pb2.GenerateResponse(
+                text=first.text,
+                token_ids=first.token_ids,
+                finish_reason=first.finish_reason,
+                stop_string=first.stop_string,
+                stop_token_id=first.stop_token_id if first.HasField("stop_token_id") else None,
+                logprobs=first.logprobs,
+                choices=[choice for _, choice in sorted(choices.items())] if len(choices) > 1 else (),
+            )
+        )
         return response
 
     async def GenerateStream(
@@ -105,7 +123,19 @@ def _is_set(message: Message, name: str) -> bool:
 
 def _value(message: Message, name: str) -> Any:
     value = getattr(message, name)
+    if isinstance(value, MutableMapping):
+        return dict(value)
     return tuple(value) if message.DESCRIPTOR.fields_by_name[name].is_repeated else value
+
+
+def _add(chunk: Chunk, choice: inference_pb2.Choice) -> None:
+    """Add what is new to an answer."""
+    choice.text += chunk.text
+    choice.token_ids.extend(chunk.token_ids)
+    choice.logprobs.extend(map(_logprob, chunk.logprobs))
+    if chunk.finish_reason:
+        end = inference_pb2.Choice(finish_reason=_FINISH_REASONS[chunk.finish_reason], **_stop(chunk))
+        choice.MergeFrom(end)
 
 
 def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
@@ -113,6 +143,9 @@ def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
         text=chunk.text,
         token_ids=chunk.token_ids,
         revision=chunk.revision,
+        index=chunk.index,
+        logprobs=map(_logprob, chunk.logprobs),
+        prompt_logprobs=map(_logprob, chunk.prompt_logprobs),
         finish_reason=_FINISH_REASONS[chunk.finish_reason]
         if chunk.finish_reason
         else inference_pb2.FINISH_REASON_UNSPECIFIED,
@@ -124,6 +157,16 @@ def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
 def _stop(last: Chunk) -> dict[str, Any]:
     """The fields of both responses that say what ended the generation."""
     return {"stop_string": last.stop_string or "", "stop_token_id": last.stop_token_id}
+
+
+def _logprob(found: TokenLogprob) -> inference_pb2.TokenLogprob:
+    return inference_pb2.TokenLogprob(
+        token_id=found.token_id,
+        token=found.token,
+        logprob=found.logprob,
+        rank=found.rank,
+        top=map(_logprob, found.top),
+    )
 
 
 def _usage(usage: Usage) -> inference_pb2.Usage:

@@ -51,7 +51,7 @@ class PinRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Tokens of a request: of its prompt without virtual tokens, found in the prefix cache (virtual ones
-    included), and generated.
+    included), and generated. The prompt counts once, the generated tokens are those of all choices.
     """
 
     prompt_tokens: int
@@ -60,9 +60,28 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """The log probability of a token by the model alone, before temperature and the like.
+
+    `token` are the bytes of its text, which may be part of a character. `rank` is 1 for the likeliest. `top`
+    are the likeliest tokens in its place, the likeliest first, as many as the request asks for.
+    """
+
+    token_id: int
+    token: bytes
+    logprob: float
+    rank: int
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What is new of an answer. `finish_reason`, `usage` and what ended it are set in the last chunk only:
-    `stop_string` is one of the request's, `stop_token_id` an end-of-sequence token or one of the request's.
+    """What is new of an answer, which is the one with this `index` of the request's `n`.
+
+    `finish_reason` and what ended it are set in the last chunk of each answer only: `stop_string` is one of
+    the request's, `stop_token_id` an end-of-sequence token or one of the request's. `usage` is set in the
+    last chunk of all. If the request wants them, `logprobs` has one item for each token, and
+    `prompt_logprobs` of the first chunk one for each token of the prompt but the first.
 
     Of a chat's answer, `reasoning` is new text of the part that precedes the answer, and `tool_calls` what is
     new of the calls; neither is part of `text`.
@@ -71,6 +90,9 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...]
     revision: str
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     stop_string: str | None = None

@@ -41,13 +41,15 @@ def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:
         value = getattr(request, field)
         if isinstance(value, list | tuple):
             _check_items(field, value, rule)
+        elif isinstance(value, Mapping):
+            _check_items(field, list(value.values()), rule)
         elif isinstance(value, str):
             _check_length(field, value, rule)
         elif value is not None:
             _check_number(field, value, rule)
 
 
-def _check_items(field: str, values: Sequence[str | int], rule: FieldRule) -> None:
+def _check_items(field: str, values: Sequence[str | float], rule: FieldRule) -> None:
     if rule.max_items is not None and len(values) > rule.max_items:
         raise InvalidRequestError(
             f"{field} has at most {rule.max_items} items; found {len(values)}", field=field

@@ -51,7 +51,39 @@ def test_generate_no_stream_json_is_one_object(turret):
         "revision": "r1",
         "stop_string": None,
         "stop_token_id": None,
+        "choices": [],
+        "logprobs": [],
+        "prompt_logprobs": [],
     }
+
+
+def test_generate_json_has_the_bytes_of_tokens_as_numbers(turret, server):
+    found = inference_pb2.TokenLogprob(token_id=7, token=b"\xc3", logprob=-0.5, rank=2)
+    server.chunks = [inference_pb2.GenerateStreamResponse(logprobs=[found])]
+    [line] = turret("generate", "--json", "--logprobs", "0", "Hello").stdout.splitlines()
+    assert json.loads(line)["logprobs"] == [
+        {
+            "token_id": 7,
+            "text": "\N{REPLACEMENT CHARACTER}",
+            "token": [0xC3],
+            "logprob": -0.5,
+            "rank": 2,
+            "top": [],
+        }
+    ]
+
+
+def test_generate_prints_several_answers_one_after_another(turret, server):
+    choices = [inference_pb2.Choice(index=index, text=text) for index, text in enumerate("ab")]
+    server.generation = inference_pb2.GenerateResponse(text="a", choices=choices)
+    assert turret("generate", "--n", "2", "--temperature", "1", "Hello").stdout == "a\n---\nb\n"
+
+
+def test_generate_sends_biases_and_refuses_others(turret, server):
+    assert turret("generate", "--logit-bias", "7=-1.5", "--logit-bias", "9=2", "Hello").exit_code == 0
+    assert server.requests == [inference_pb2.GenerateRequest(text="Hello", logit_bias={7: -1.5, 9: 2})]
+    wrong = turret("generate", "--logit-bias", "x=1", "Hello")
+    assert (wrong.exit_code, "expected ID=F, found 'x=1'" in wrong.stderr) == (2, True)
 
 
 def test_generate_sends_every_option(turret, server):

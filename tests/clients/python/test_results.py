@@ -15,13 +15,16 @@ from turret_client import (
     AdapterRevision,
     AdapterState,
     AsyncClient,
+    Choice,
     Chunk,
     Client,
     Download,
     FinishReason,
     Generation,
     GenerationOptions,
+    InvalidArgumentError,
     PinnedPrompt,
+    TokenLogprob,
     TrafficSplit,
     Usage,
 )
@@ -66,6 +69,65 @@ def test_stream(call):
     ]
 
 
+BEST = {"token_id": 8, "token": b"\xc3", "logprob": -0.25, "rank": 1}
+FOUND = {"token_id": 7, "token": b"A", "logprob": -1.5, "rank": 2}
+
+
+def test_log_probabilities(call, server):
+    message = inference_pb2.TokenLogprob(**FOUND, top=[inference_pb2.TokenLogprob(**BEST)])
+    server.generation = inference_pb2.GenerateResponse(
+        logprobs=[message], prompt_logprobs=[message, message], usage=script.USAGE
+    )
+    best = TokenLogprob(**BEST, text="\N{REPLACEMENT CHARACTER}")
+    found = TokenLogprob(**FOUND, text="A", top=(best,))
+    answer = call("generate", "Hello")
+    assert (answer.logprobs, answer.prompt_logprobs) == ((found,), (found, found))
+    server.chunks = [
+        inference_pb2.GenerateStreamResponse(logprobs=[message], prompt_logprobs=[message, message])
+    ]
+    [chunk] = call("stream", "Hello")
+    assert (chunk.logprobs, chunk.prompt_logprobs) == ((found,), (found, found))
+
+
+def test_several_answers(call, server):
+    server.generation = inference_pb2.GenerateResponse(
+        text="a",
+        usage=script.USAGE,
+        choices=[
+            inference_pb2.Choice(index=0, text="a", token_ids=[7]),
+            inference_pb2.Choice(
+                index=1,
+                text="b",
+                token_ids=[9],
+                finish_reason=inference_pb2.FINISH_REASON_STOP,
+                stop_token_id=9,
+                logprobs=[inference_pb2.TokenLogprob(**FOUND)],
+            ),
+        ],
+    )
+    assert call("generate", "Hello", n=2).choices == (
+        Choice(index=0, text="a", token_ids=(7,), finish_reason=FinishReason.UNSPECIFIED),
+        Choice(
+            index=1,
+            text="b",
+            token_ids=(9,),
+            finish_reason=FinishReason.STOP,
+            stop_token_id=9,
+            logprobs=(TokenLogprob(**FOUND, text="A"),),
+        ),
+    )
+    server.chunks = [inference_pb2.GenerateStreamResponse(index=index) for index in (1, 0)]
+    assert [chunk.index for chunk in call("stream", "Hello")] == [1, 0]
+
+
+@pytest.mark.parametrize("bias", ["7", 7, [1, 2], {"7": 1}, {-1: 1.0}, {7: "x"}])
+def test_a_bias_that_is_no_mapping_of_token_ids_to_numbers_is_refused(call, server, bias):
+    with pytest.raises(InvalidArgumentError, match="logit_bias must map integers") as refused:
+        call("generate", "Hello", logit_bias=bias)
+    assert refused.value.metadata["field"] == "logit_bias"
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_defaults_leave_the_request_empty(call, server, method):
     call(method, "Hello")
@@ -87,6 +149,10 @@ def test_all_fields_reach_the_server(call, server, method):
         priority=-10,
         cache_salt="pepper",
         routing_key="user-7",
+        logit_bias={7: -1.5, 9: 2},
+        ignore_eos=True,
+        skip_special_tokens=False,
+        logprobs=0,
         timeout=60,
     )
     assert server.requests == [
@@ -102,6 +168,10 @@ def test_all_fields_reach_the_server(call, server, method):
             priority=-10,
             cache_salt="pepper",
             routing_key="user-7",
+            logit_bias={7: -1.5, 9: 2},
+            ignore_eos=True,
+            skip_special_tokens=False,
+            logprobs=0,
         )
     ]
 

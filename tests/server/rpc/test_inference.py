@@ -10,7 +10,14 @@ from turret.v1 import inference_pb2
 from turret_server.errors import QueueFullError
 from turret_server.rpc import inference
 from turret_server.rpc.inference import deadline_of
-from turret_server.serving.request import AdapterRef, Chunk, FinishReason, GenerationRequest, Usage
+from turret_server.serving.request import (
+    AdapterRef,
+    Chunk,
+    FinishReason,
+    GenerationRequest,
+    TokenLogprob,
+    Usage,
+)
 
 USAGE = Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=4)
 CHUNKS = (
@@ -54,6 +61,9 @@ async def test_every_field_of_a_message_is_passed_on(open_inference):
         priority=-4,
         cache_salt="salt",
         routing_key="key",
+        logit_bias={7: -1.5},
+        n=3,
+        logprobs=0,
     )
     assert await received(open_inference, message) == GenerationRequest(
         prompt="Hello",
@@ -67,6 +77,9 @@ async def test_every_field_of_a_message_is_passed_on(open_inference):
         priority=-4,
         cache_salt="salt",
         routing_key="key",
+        logit_bias={7: -1.5},
+        n=3,
+        logprobs=0,
     )
 
 
@@ -145,6 +158,78 @@ async def test_the_one_answer_is_all_chunks_together(open_inference, reason, exp
         usage=USAGE_MESSAGE,
         revision="r1",
     )
+
+
+BEST = TokenLogprob(token_id=8, token=b"\xc3", logprob=-0.25, rank=1)
+FOUND = TokenLogprob(token_id=7, token=b"A", logprob=-1.5, rank=2, top=(BEST,))
+FOUND_MESSAGE = inference_pb2.TokenLogprob(
+    token_id=7,
+    token=b"A",
+    logprob=-1.5,
+    rank=2,
+    top=[inference_pb2.TokenLogprob(token_id=8, token=b"\xc3", logprob=-0.25, rank=1)],
+)
+
+
+async def test_log_probabilities_are_passed_on(open_inference):
+    first = Chunk(text="A", token_ids=(7,), revision="", logprobs=(FOUND,), prompt_logprobs=(BEST, FOUND))
+    last = Chunk(
+        text="A",
+        token_ids=(7,),
+        revision="",
+        logprobs=(FOUND,),
+        finish_reason=FinishReason.LENGTH,
+        usage=USAGE,
+    )
+    stub, _ = await open_inference(first, last)
+    message = inference_pb2.GenerateRequest(text="Hello", logprobs=1, prompt_logprobs=1)
+    answer = await stub.Generate(message)
+    assert list(answer.logprobs) == [FOUND_MESSAGE] * 2
+    assert list(answer.prompt_logprobs) == [FOUND_MESSAGE.top[0], FOUND_MESSAGE]
+    streamed = [message async for message in stub.GenerateStream(message)]
+    assert [list(each.logprobs) for each in streamed] == [[FOUND_MESSAGE]] * 2
+    assert [len(each.prompt_logprobs) for each in streamed] == [2, 0]
+
+
+async def test_several_answers_are_told_apart(open_inference):
+    chunks = [
+        Chunk(text="a", token_ids=(1,), revision="r1", index=1, logprobs=(FOUND,)),
+        Chunk(text="x", token_ids=(7,), revision="r1", index=0),
+        Chunk(
+            text="b",
+            token_ids=(2,),
+            revision="r1",
+            index=1,
+            finish_reason=FinishReason.STOP,
+            stop_token_id=2,
+            logprobs=(BEST,),
+        ),
+        Chunk(
+            text="y",
+            token_ids=(8,),
+            revision="r1",
+            index=0,
+            finish_reason=FinishReason.LENGTH,
+            usage=USAGE,
+        ),
+    ]
+    stub, _ = await open_inference(*chunks)
+    message = inference_pb2.GenerateRequest(text="Hello", n=2)
+    length = {"text": "xy", "token_ids": [7, 8], "finish_reason": inference_pb2.FINISH_REASON_LENGTH}
+    stop = inference_pb2.Choice(
+        index=1,
+        text="ab",
+        token_ids=[1, 2],
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+        stop_token_id=2,
+        logprobs=[FOUND_MESSAGE, FOUND_MESSAGE.top[0]],
+    )
+    assert await stub.Generate(message) == inference_pb2.GenerateResponse(
+        **length, usage=USAGE_MESSAGE, revision="r1", choices=[inference_pb2.Choice(**length), stop]
+    )
+    streamed = [message async for message in stub.GenerateStream(message)]
+    assert [(each.index, each.text) for each in streamed] == [(1, "a"), (0, "x"), (1, "b"), (0, "y")]
+    assert [each.HasField("usage") for each in streamed] == [False, False, False, True]
 
 
 async def test_an_error_after_some_chunks_ends_both_kinds_of_call(open_inference):

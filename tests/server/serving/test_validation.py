@@ -35,6 +35,7 @@ def test_every_field_has_a_rule_and_a_default_that_keeps_it():
         ("priority", [-10, 0, 10]),
         ("cache_salt", ["", "ü" * 128]),
         ("routing_key", ["", "ü" * 128]),
+        ("logit_bias", [{}, dict.fromkeys(range(300), 100.0), {5: -100.0}]),
     ],
 )
 def test_values_within_their_bounds_are_valid(field, values):
@@ -55,6 +56,9 @@ def test_values_within_their_bounds_are_valid(field, values):
         ("top_p", 1.001, "top_p is above 0 and at most 1; found 1.001"),
         ("top_p", float("nan"), "top_p is above 0 and at most 1; found nan"),
         ("top_k", -1, "top_k is at least 0; found -1"),
+        ("logit_bias", dict.fromkeys(range(301), 0.0), "logit_bias has at most 300 items; found 301"),
+        ("logit_bias", {5: -101.0}, "logit_bias is from -100 to 100; found -101.0"),
+        ("logit_bias", {5: float("nan")}, "logit_bias is from -100 to 100; found nan"),
         ("stop", ("x",) * 17, "stop has at most 16 items; found 17"),
         ("stop", ("x", ""), "stop has 1 to 256 characters; found 0"),
         ("stop", ("x" * 257,), "stop has 1 to 256 characters; found 257"),
