@@ -1,26 +1,26 @@
 """The exceptions that a user's adapter, source or store can cause.
 
 AdapterError
-├── AdapterNotFoundError    NOT_FOUND           ADAPTER_NOT_FOUND        no adapter has this name
-├── AdapterTaskError        INVALID_ARGUMENT    ADAPTER_TASK             the task is missing or out of range
-├── AdapterCompositionError INVALID_ARGUMENT    ADAPTER_COMPOSITION      these adapters do not combine
-├── AdapterSourceError      NOT_FOUND           ADAPTER_SOURCE_NOT_FOUND no adapter at the source
-├── AdapterFormatError      INVALID_ARGUMENT    ADAPTER_INVALID          broken files or unsupported content
-├── AdapterBaseError        FAILED_PRECONDITION ADAPTER_BASE_MISMATCH    made for another base model
-├── SourceForbiddenError    PERMISSION_DENIED   SOURCE_FORBIDDEN         the policy does not allow the source
-├── SourceTooLargeError     INVALID_ARGUMENT    SOURCE_TOO_LARGE         more bytes than the limit
-├── SourceUnavailableError  UNAVAILABLE         SOURCE_UNAVAILABLE       the source does not answer in time
-├── UploadError             INVALID_ARGUMENT    UPLOAD_INVALID           not the announced bytes
-├── RevisionNotFoundError   NOT_FOUND           REVISION_NOT_FOUND       not in the store or the history
-├── RevisionCorruptError    DATA_LOSS           REVISION_CORRUPT         the stored bytes have changed
-├── NamesCorruptError       DATA_LOSS           NAMES_CORRUPT            the database of names is unreadable
-├── StoreBusyError          UNAVAILABLE         STORE_BUSY               in use by another server or call
-├── OwnerLimitError         RESOURCE_EXHAUSTED  QUOTA_EXCEEDED           the owner's quota is used up
-├── StoreFullError          RESOURCE_EXHAUSTED  STORE_FULL               the disk or the budget is full
+├── AdapterNotFoundError    NOT_FOUND           404 ADAPTER_NOT_FOUND        no adapter has this name
+├── AdapterTaskError        INVALID_ARGUMENT    400 ADAPTER_TASK             a task is missing or out of range
+├── AdapterCompositionError INVALID_ARGUMENT    400 ADAPTER_COMPOSITION      these adapters do not combine
+├── AdapterSourceError      NOT_FOUND           404 ADAPTER_SOURCE_NOT_FOUND no adapter at the source
+├── AdapterFormatError      INVALID_ARGUMENT    422 ADAPTER_INVALID          broken or unsupported files
+├── AdapterBaseError        FAILED_PRECONDITION 422 ADAPTER_BASE_MISMATCH    made for another base model
+├── SourceForbiddenError    PERMISSION_DENIED   403 SOURCE_FORBIDDEN         the policy forbids the source
+├── SourceTooLargeError     INVALID_ARGUMENT    413 SOURCE_TOO_LARGE         more bytes than the limit
+├── SourceUnavailableError  UNAVAILABLE         503 SOURCE_UNAVAILABLE       no answer from the source in time
+├── UploadError             INVALID_ARGUMENT    400 UPLOAD_INVALID           not the announced bytes
+├── RevisionNotFoundError   NOT_FOUND           404 REVISION_NOT_FOUND       not in the store or the history
+├── RevisionCorruptError    DATA_LOSS           500 REVISION_CORRUPT         the stored bytes have changed
+├── NamesCorruptError       DATA_LOSS           500 NAMES_CORRUPT            the names' database is unreadable
+├── StoreBusyError          UNAVAILABLE         503 STORE_BUSY               in use by another server or call
+├── OwnerLimitError         RESOURCE_EXHAUSTED  429 QUOTA_EXCEEDED           the owner's quota is used up
+├── StoreFullError          RESOURCE_EXHAUSTED  503 STORE_FULL               the disk or the budget is full
 │   └── UploadsFullError                                                 other uploads take the room
-└── StoreFailedError        INTERNAL            STORE_FAILED             the disk failed, or its permissions
+└── StoreFailedError        INTERNAL            500 STORE_FAILED             the disk or its permissions
 
-Each class has a stable reason and the name of a gRPC code.
+Each class has a stable reason, the name of a gRPC code, and an HTTP status.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class AdapterError(ValueError):
 
     reason: ClassVar[str]
     code: ClassVar[str]
+    http_status: ClassVar[int]
 
     retry_after: float | None = None
 
@@ -48,6 +49,7 @@ class AdapterNotFoundError(AdapterError):
 
     reason = "ADAPTER_NOT_FOUND"
     code = "NOT_FOUND"
+    http_status = 404
 
     def __init__(self, message: str, *, name: str = "", why: str = "") -> None:
         super().__init__(f"{message}: {why}" if why else message)
@@ -61,6 +63,7 @@ class AdapterTaskError(AdapterError):
 
     reason = "ADAPTER_TASK"
     code = "INVALID_ARGUMENT"
+    http_status = 400
 
 
 class AdapterCompositionError(AdapterError):
@@ -68,6 +71,7 @@ class AdapterCompositionError(AdapterError):
 
     reason = "ADAPTER_COMPOSITION"
     code = "INVALID_ARGUMENT"
+    http_status = 400
 
 
 class AdapterSourceError(AdapterError):
@@ -75,6 +79,7 @@ class AdapterSourceError(AdapterError):
 
     reason = "ADAPTER_SOURCE_NOT_FOUND"
     code = "NOT_FOUND"
+    http_status = 404
 
 
 class AdapterFormatError(AdapterError):
@@ -82,6 +87,7 @@ class AdapterFormatError(AdapterError):
 
     reason = "ADAPTER_INVALID"
     code = "INVALID_ARGUMENT"
+    http_status = 422
 
 
 class AdapterBaseError(AdapterError):
@@ -89,6 +95,7 @@ class AdapterBaseError(AdapterError):
 
     reason = "ADAPTER_BASE_MISMATCH"
     code = "FAILED_PRECONDITION"
+    http_status = 422
 
 
 class SourceForbiddenError(AdapterError):
@@ -96,6 +103,7 @@ class SourceForbiddenError(AdapterError):
 
     reason = "SOURCE_FORBIDDEN"
     code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class SourceTooLargeError(AdapterError):
@@ -103,6 +111,7 @@ class SourceTooLargeError(AdapterError):
 
     reason = "SOURCE_TOO_LARGE"
     code = "INVALID_ARGUMENT"
+    http_status = 413
 
 
 class SourceUnavailableError(AdapterError):
@@ -110,6 +119,7 @@ class SourceUnavailableError(AdapterError):
 
     reason = "SOURCE_UNAVAILABLE"
     code = "UNAVAILABLE"
+    http_status = 503
     retry_after = 5.0
 
 
@@ -118,6 +128,7 @@ class UploadError(AdapterError):
 
     reason = "UPLOAD_INVALID"
     code = "INVALID_ARGUMENT"
+    http_status = 400
 
 
 class RevisionNotFoundError(AdapterError):
@@ -125,6 +136,7 @@ class RevisionNotFoundError(AdapterError):
 
     reason = "REVISION_NOT_FOUND"
     code = "NOT_FOUND"
+    http_status = 404
 
 
 class RevisionCorruptError(AdapterError):
@@ -132,6 +144,7 @@ class RevisionCorruptError(AdapterError):
 
     reason = "REVISION_CORRUPT"
     code = "DATA_LOSS"
+    http_status = 500
 
 
 class NamesCorruptError(AdapterError):
@@ -139,6 +152,7 @@ class NamesCorruptError(AdapterError):
 
     reason = "NAMES_CORRUPT"
     code = "DATA_LOSS"
+    http_status = 500
 
 
 class StoreBusyError(AdapterError):
@@ -146,6 +160,7 @@ class StoreBusyError(AdapterError):
 
     reason = "STORE_BUSY"
     code = "UNAVAILABLE"
+    http_status = 503
     retry_after = 1.0
 
 
@@ -154,6 +169,7 @@ class OwnerLimitError(AdapterError):
 
     reason = "QUOTA_EXCEEDED"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 429
 
     def __init__(self, message: str, *, limit: str) -> None:
         super().__init__(message)
@@ -165,6 +181,7 @@ class StoreFullError(AdapterError):
 
     reason = "STORE_FULL"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 503
 
 
 class UploadsFullError(StoreFullError):
@@ -178,3 +195,4 @@ class StoreFailedError(AdapterError):
 
     reason = "STORE_FAILED"
     code = "INTERNAL"
+    http_status = 500

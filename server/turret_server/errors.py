@@ -1,27 +1,28 @@
-"""Errors that a user can cause, each with a stable reason and a gRPC code.
+"""Errors that a user can cause, each with a stable reason, a gRPC code and an HTTP status.
 
 TurretError
-├── InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST
-├── UnauthenticatedError      UNAUTHENTICATED      UNAUTHENTICATED
-├── AuthUnavailableError      UNAVAILABLE          AUTH_UNAVAILABLE
-├── PermissionDeniedError     PERMISSION_DENIED    PERMISSION_DENIED
-├── PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG
-├── PromptNotFoundError       NOT_FOUND            PROMPT_NOT_FOUND
-├── AdapterTooLargeError      FAILED_PRECONDITION  ADAPTER_TOO_LARGE
-├── RequestTooLargeError      FAILED_PRECONDITION  REQUEST_TOO_LARGE
-├── QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL
-├── QuotaExceededError        RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
-├── TooManyCallsError         RESOURCE_EXHAUSTED   TOO_MANY_CALLS
-├── SlowWatcherError          RESOURCE_EXHAUSTED   SLOW_WATCHER
-├── DeadlineError             DEADLINE_EXCEEDED    DEADLINE_EXCEEDED
-├── ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
-├── UsageLogFailedError       UNAVAILABLE          USAGE_LOG_FAILED
-├── GenerationFailedError     INTERNAL             GENERATION_FAILED
-├── NonFiniteLogitsError      FAILED_PRECONDITION  NON_FINITE_LOGITS
-├── OutOfMemoryError          RESOURCE_EXHAUSTED   OUT_OF_MEMORY
-├── AdapterUnavailableError   FAILED_PRECONDITION  ADAPTER_UNAVAILABLE
-├── UnsupportedModelError     FAILED_PRECONDITION  UNSUPPORTED_MODEL
-└── ConfigError               INVALID_ARGUMENT     INVALID_CONFIG
+├── InvalidRequestError       INVALID_ARGUMENT     400  INVALID_REQUEST
+├── BodyTooLargeError         INVALID_ARGUMENT     413  BODY_TOO_LARGE
+├── UnauthenticatedError      UNAUTHENTICATED      401  UNAUTHENTICATED
+├── AuthUnavailableError      UNAVAILABLE          503  AUTH_UNAVAILABLE
+├── PermissionDeniedError     PERMISSION_DENIED    403  PERMISSION_DENIED
+├── PromptTooLongError        INVALID_ARGUMENT     400  PROMPT_TOO_LONG
+├── PromptNotFoundError       NOT_FOUND            404  PROMPT_NOT_FOUND
+├── AdapterTooLargeError      FAILED_PRECONDITION  422  ADAPTER_TOO_LARGE
+├── RequestTooLargeError      FAILED_PRECONDITION  422  REQUEST_TOO_LARGE
+├── QueueFullError            RESOURCE_EXHAUSTED   429  QUEUE_FULL
+├── QuotaExceededError        RESOURCE_EXHAUSTED   429  QUOTA_EXCEEDED
+├── TooManyCallsError         RESOURCE_EXHAUSTED   429  TOO_MANY_CALLS
+├── SlowWatcherError          RESOURCE_EXHAUSTED   429  SLOW_WATCHER
+├── DeadlineError             DEADLINE_EXCEEDED    408  DEADLINE_EXCEEDED
+├── ShuttingDownError         UNAVAILABLE          503  SHUTTING_DOWN
+├── UsageLogFailedError       UNAVAILABLE          503  USAGE_LOG_FAILED
+├── GenerationFailedError     INTERNAL             500  GENERATION_FAILED
+├── NonFiniteLogitsError      FAILED_PRECONDITION  422  NON_FINITE_LOGITS
+├── OutOfMemoryError          RESOURCE_EXHAUSTED   503  OUT_OF_MEMORY
+├── AdapterUnavailableError   FAILED_PRECONDITION  409  ADAPTER_UNAVAILABLE
+├── UnsupportedModelError     FAILED_PRECONDITION  500  UNSUPPORTED_MODEL
+└── ConfigError               INVALID_ARGUMENT     500  INVALID_CONFIG
 
 Errors of adapters and their files are `turret_adapters.errors.AdapterError`.
 """
@@ -38,6 +39,7 @@ class TurretError(Exception):
 
     reason: ClassVar[str]
     code: ClassVar[str]
+    http_status: ClassVar[int]
 
     retry_after: float | None = None
 
@@ -51,6 +53,15 @@ class InvalidRequestError(TurretError):
 
     reason = "INVALID_REQUEST"
     code = "INVALID_ARGUMENT"
+    http_status = 400
+
+
+class BodyTooLargeError(TurretError):
+    """The body of an HTTP request is larger than any that the server needs."""
+
+    reason = "BODY_TOO_LARGE"
+    code = "INVALID_ARGUMENT"
+    http_status = 413
 
 
 class UnauthenticatedError(TurretError):
@@ -58,6 +69,7 @@ class UnauthenticatedError(TurretError):
 
     reason = "UNAUTHENTICATED"
     code = "UNAUTHENTICATED"
+    http_status = 401
 
 
 class AuthUnavailableError(TurretError):
@@ -65,6 +77,7 @@ class AuthUnavailableError(TurretError):
 
     reason = "AUTH_UNAVAILABLE"
     code = "UNAVAILABLE"
+    http_status = 503
     retry_after = 1.0
 
 
@@ -73,6 +86,7 @@ class PermissionDeniedError(TurretError):
 
     reason = "PERMISSION_DENIED"
     code = "PERMISSION_DENIED"
+    http_status = 403
 
 
 class PromptTooLongError(TurretError):
@@ -80,6 +94,7 @@ class PromptTooLongError(TurretError):
 
     reason = "PROMPT_TOO_LONG"
     code = "INVALID_ARGUMENT"
+    http_status = 400
 
 
 class PromptNotFoundError(TurretError):
@@ -87,6 +102,7 @@ class PromptNotFoundError(TurretError):
 
     reason = "PROMPT_NOT_FOUND"
     code = "NOT_FOUND"
+    http_status = 404
 
 
 class AdapterTooLargeError(TurretError):
@@ -94,6 +110,7 @@ class AdapterTooLargeError(TurretError):
 
     reason = "ADAPTER_TOO_LARGE"
     code = "FAILED_PRECONDITION"
+    http_status = 422
 
 
 class RequestTooLargeError(TurretError):
@@ -101,6 +118,7 @@ class RequestTooLargeError(TurretError):
 
     reason = "REQUEST_TOO_LARGE"
     code = "FAILED_PRECONDITION"
+    http_status = 422
 
 
 class QueueFullError(TurretError):
@@ -108,6 +126,7 @@ class QueueFullError(TurretError):
 
     reason = "QUEUE_FULL"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 429
 
     def __init__(self, message: str, *, retry_after: float, **metadata: object) -> None:
         super().__init__(message, **metadata)
@@ -119,6 +138,7 @@ class QuotaExceededError(TurretError):
 
     reason = "QUOTA_EXCEEDED"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 429
 
     def __init__(self, message: str, *, retry_after: float | None = None, **metadata: object) -> None:
         super().__init__(message, **metadata)
@@ -130,6 +150,7 @@ class TooManyCallsError(TurretError):
 
     reason = "TOO_MANY_CALLS"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 429
     retry_after = 1.0
 
 
@@ -138,6 +159,7 @@ class SlowWatcherError(TurretError):
 
     reason = "SLOW_WATCHER"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 429
 
 
 class DeadlineError(TurretError):
@@ -145,6 +167,7 @@ class DeadlineError(TurretError):
 
     reason = "DEADLINE_EXCEEDED"
     code = "DEADLINE_EXCEEDED"
+    http_status = 408
 
 
 class ShuttingDownError(TurretError):
@@ -152,6 +175,7 @@ class ShuttingDownError(TurretError):
 
     reason = "SHUTTING_DOWN"
     code = "UNAVAILABLE"
+    http_status = 503
     # Another server can be tried at once; without one, this one may be back by then.
     retry_after = 1.0
 
@@ -161,6 +185,7 @@ class UsageLogFailedError(TurretError):
 
     reason = "USAGE_LOG_FAILED"
     code = "UNAVAILABLE"
+    http_status = 503
     retry_after = 1.0
 
 
@@ -169,6 +194,7 @@ class GenerationFailedError(TurretError):
 
     reason = "GENERATION_FAILED"
     code = "INTERNAL"
+    http_status = 500
 
 
 class NonFiniteLogitsError(TurretError):
@@ -176,6 +202,7 @@ class NonFiniteLogitsError(TurretError):
 
     reason = "NON_FINITE_LOGITS"
     code = "FAILED_PRECONDITION"
+    http_status = 422
 
 
 class OutOfMemoryError(TurretError):
@@ -183,6 +210,7 @@ class OutOfMemoryError(TurretError):
 
     reason = "OUT_OF_MEMORY"
     code = "RESOURCE_EXHAUSTED"
+    http_status = 503
 
 
 class AdapterUnavailableError(TurretError):
@@ -190,6 +218,7 @@ class AdapterUnavailableError(TurretError):
 
     reason = "ADAPTER_UNAVAILABLE"
     code = "FAILED_PRECONDITION"
+    http_status = 409
 
 
 class UnsupportedModelError(TurretError):
@@ -197,6 +226,7 @@ class UnsupportedModelError(TurretError):
 
     reason = "UNSUPPORTED_MODEL"
     code = "FAILED_PRECONDITION"
+    http_status = 500
 
 
 class ConfigError(TurretError):
@@ -204,3 +234,4 @@ class ConfigError(TurretError):
 
     reason = "INVALID_CONFIG"
     code = "INVALID_ARGUMENT"
+    http_status = 500

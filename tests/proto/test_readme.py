@@ -19,15 +19,17 @@ def subclasses(error: type) -> Iterator[type]:
         yield from subclasses(each)
 
 
-def test_the_table_of_errors_lists_every_reason_with_its_status():
+def test_the_table_of_errors_lists_every_reason_with_its_statuses():
     errors = {
-        error.reason: error.code
+        error.reason: (error.code, str(error.http_status))
         for tree in (TurretError, AdapterError)
         for error in subclasses(tree)
         if error.reason not in AT_START
     }
     listed, status = {}, ""
-    for row in re.findall(r"^\| ([A-Z_]*) ?\| ([A-Z_]+) \| .+ \|$", README.read_text(), re.MULTILINE):
+    for row in re.findall(
+        r"^\| ([A-Z_]*) ?\| ([A-Z_]+) \| (\d+) \| .+ \|$", README.read_text(), re.MULTILINE
+    ):
         status = row[0] or status
-        listed[row[1]] = status
+        listed[row[1]] = status, row[2]
     assert listed == errors

@@ -13,8 +13,8 @@ from support.prompts import PROMPT
 from support.serving import serving
 from turret_client import AsyncClient, Client, InvalidArgumentError, UnauthenticatedError, UnavailableError
 from turret_server.config import ServerConfig
+from turret_server.doors.tls import TlsFiles
 from turret_server.errors import ConfigError
-from turret_server.rpc.tls import TlsFiles
 from turret_server.tenancy.keys import digest_of
 
 IDENTITY = "acme.example.com"
@@ -135,7 +135,7 @@ def test_a_key_that_does_not_match_its_certificate_changes_nothing_and_is_logged
 ):
     cert = (folder / "server-cert.pem").read_bytes()
     authority.issue("half", "127.0.0.1")
-    with caplog.at_level(logging.ERROR, "turret_server.rpc.tls"):
+    with caplog.at_level(logging.ERROR, "turret_server.doors.tls"):
         try:
             (folder / "half-cert.pem").replace(folder / "server-cert.pem")
             assert generate(encrypted.address, ca=authority.pem)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from turret_adapters.store.store import AdapterStore
 from turret_server import logs
 from turret_server.config import ServerConfig, parse_size
+from turret_server.doors.tls import TlsFiles
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import ConfigError
-from turret_server.rpc.tls import TlsFiles
 from turret_server.tenancy.auth_hook import AuthHook, load_hook
 from turret_server.tenancy.tenants import TenantTable
 from turret_server.tenancy.tenants_file import TenantsFile

@@ -21,6 +21,9 @@ from turret_adapters.store.store import AdapterStore
 from turret_server.app.assembly import Access
 from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
 from turret_server.config import NAME_MARK, ServerConfig
+from turret_server.doors.health import Health
+from turret_server.doors.limits import max_connections
+from turret_server.doors.running import RunningCalls
 from turret_server.engine.loop import Engine
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
@@ -55,10 +58,10 @@ from turret_server.observability.usage_log import UsageLog
 from turret_server.observability.usage_metrics import UsageMetrics
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
-from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
+from turret_server.rpc.tls import credentials
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
@@ -199,7 +202,9 @@ def make_server(parts: Parts) -> RpcServer:
         PromptServicer(parts.prompts),
         interceptors=[CallInterceptor(authenticator, calls)],
         calls=calls,
-        credentials=access.tls.credentials() if access.tls else None,
+        state=Health(),
+        max_connections=max_connections(),
+        credentials=credentials(access.tls) if access.tls else None,
     )
 
 

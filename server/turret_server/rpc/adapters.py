@@ -10,11 +10,11 @@ import grpc
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 from turret_adapters.spec import Method
+from turret_server.doors.caller import caller
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterRevision, AdapterState
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.uploads import UploadChunk, UploadStart
-from turret_server.rpc.caller import caller
 
 _METHODS = {
     Method.LORA: adapters_pb2.ADAPTER_METHOD_LORA,

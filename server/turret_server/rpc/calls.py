@@ -12,16 +12,18 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from turret_server.doors.caller import REQUEST_ID, CallAuthentication, bind_request_id
+from turret_server.doors.running import RunningCalls
 from turret_server.errors import TooManyCallsError
-from turret_server.rpc.caller import CallAuthentication, bind_request_id
-from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.errors import end_with
 from turret_server.rpc.reading import RequestReader
-from turret_server.tenancy.auth import Authenticator
+from turret_server.tenancy.auth import Authenticator, CallHeader
 
 # Health and reflection answer without authentication; a stream of theirs keeps its request in memory.
 MAX_OPEN_BYTES = 4096
 MAX_OPEN_STREAMS = 2048
+
+_IDENTITIES = ("x509_common_name", "x509_subject_alternative_name")
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -55,9 +57,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
         async def answer(requests: _Requests, context: _Context) -> None:
             try:
-                request_id = bind_request_id(context)
+                request_id = _bind_id(context)
                 with self._running.counted():
-                    authentication = CallAuthentication(self._authenticator, context, request_id)
+                    authentication = CallAuthentication(self._authenticator, _header(context, request_id))
                     await authentication.renew()
                     request = await _read(handler, reader, requests)
                     if not handler.response_streaming:
@@ -78,7 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
         async def answer(requests: _Requests, context: _Context) -> None:
             try:
-                bind_request_id(context)
+                _bind_id(context)
                 request = await _read(handler, reader, requests)
                 if not handler.response_streaming:
                     await context.write(await method(request, context))
@@ -108,6 +110,26 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             yield
         finally:
             self._num_open_streams -= 1
+
+
+def _bind_id(context: _Context) -> str:
+    """Give the call its id, which the answer has in its trailing metadata."""
+    return bind_request_id(
+        context.invocation_metadata() or (),
+        lambda found: context.set_trailing_metadata(((REQUEST_ID, found),)),
+    )
+
+
+def _header(context: _Context, request_id: str) -> CallHeader:
+    # The transport gives names only of certificates that it verified.
+    proven = context.auth_context()
+    return CallHeader(
+        request_id=request_id,
+        metadata=tuple(context.invocation_metadata() or ()),
+        identities=tuple(
+            name.decode(errors="replace") for kind in _IDENTITIES for name in proven.get(kind, ())
+        ),
+    )
 
 
 def _method(handler: _Handler) -> Callable[..., Any]:

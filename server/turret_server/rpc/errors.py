@@ -14,8 +14,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from turret_adapters.errors import AdapterError
+from turret_server.doors.caller import REQUEST_ID, request_id
 from turret_server.errors import TurretError
-from turret_server.rpc.caller import REQUEST_ID, request_id
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
-from turret_server.rpc.caller import caller
+from turret_server.doors.caller import caller
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import (
     AdapterRef,

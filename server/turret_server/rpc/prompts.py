@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from turret.v1 import prompts_pb2, prompts_pb2_grpc
-from turret_server.rpc.caller import caller
+from turret_server.doors.caller import caller
 from turret_server.rpc.inference import adapters_of, deadline_of, prompt_of, scalars_of
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import PinnedPrompt, PinRequest

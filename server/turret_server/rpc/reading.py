@@ -14,10 +14,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from turret_server.doors.limits import READ_SECONDS
 from turret_server.errors import DeadlineError, InvalidRequestError
-
-# Time limit for the one request of a call. 4 MiB take as long at 140 kB a second.
-READ_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,16 +18,17 @@ from turret.v1 import (
     prompts_pb2,
     prompts_pb2_grpc,
 )
+from turret_server.doors.health import Health
+from turret_server.doors.limits import HANDSHAKE_SECONDS, MAX_MESSAGE_BYTES
+from turret_server.doors.running import RunningCalls
 from turret_server.errors import ConfigError
-from turret_server.rpc.drain import RunningCalls
 
 # Bounds on what any client, authenticated or not, may do to the transport.
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Otherwise two servers could share one port in silence.
     ("grpc.so_reuseport", 0),
-    # Larger than any prompt or chunk of an upload. A call that is not authenticated yet may have one message
-    # in memory.
-    ("grpc.max_receive_message_length", 4 * 2**20),
+    # A call that is not authenticated yet may have one message in memory.
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A key, a tenant and trace headers. Beyond the first some calls are refused, beyond the second all.
     ("grpc.max_metadata_size", 8 * 2**10),
     ("grpc.absolute_max_metadata_size", 16 * 2**10),
@@ -38,8 +38,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # random, so that one client could end the calls of others.
     ("grpc.server.max_pending_requests", 2**16),
     ("grpc.server.max_pending_requests_hard_limit", 2**17),
-    # A connection must finish TLS and its first settings within this time.
-    ("grpc.server_handshake_timeout_ms", 20_000),
+    # TLS, and the connection's first settings.
+    ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_SECONDS * 1000)),
     # The streams of a peer that vanished end within about two minutes.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -51,9 +51,6 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_idle_ms", 15 * 60_000),
 )
 
-_MOST_FILES = 2**16
-_OWN_FILES = 512
-
 # The health service name that reports only that the process answers, also while it starts and drains.
 LIVENESS = "liveness"
 
@@ -64,14 +61,6 @@ _SERVICES = (
 )
 
 
-def _most_connections() -> int:
-    """Maximum number of connections. It leaves file descriptors for adapters, the store and logs."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = max(soft, _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    return max(allowed - _OWN_FILES, allowed // 2)
-
-
 class RpcServer:
     def __init__(
         self,
@@ -80,13 +69,15 @@ class RpcServer:
         prompts: prompts_pb2_grpc.PromptServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
         calls: RunningCalls,
+        state: Health,
+        max_connections: int,
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """`calls` are those that the interceptor counts. Without credentials nothing is encrypted."""
         self.calls = calls
+        self._state = state
         self._credentials = credentials
-        self._is_ready, self._is_responsive, self._is_alive = False, True, True
-        most = ("grpc.max_allowed_incoming_connections", _most_connections())
+        most = ("grpc.max_allowed_incoming_connections", max_connections)
         self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
@@ -118,20 +109,20 @@ class RpcServer:
 
     async def ready(self) -> None:
         """Report every service as SERVING, while the engine is responsive."""
-        self._is_ready = True
+        self._state.is_ready = True
         await self._report()
 
     async def judge_engine(self, *, responsive: bool, alive: bool) -> None:
         """Report every service as NOT_SERVING while the engine is not responsive, and the process while it is
         not alive.
         """
-        self._is_responsive, self._is_alive = responsive, alive
+        self._state.is_responsive, self._state.is_alive = responsive, alive
         await self._report()
 
     async def drain(self) -> None:
         """Report every service as NOT_SERVING, and refuse new calls."""
         self.calls.refuse()
-        self._is_ready = False
+        self._state.is_ready = False
         await self._report()
 
     async def stop(self, grace: float) -> None:
@@ -143,7 +134,7 @@ class RpcServer:
         answers = health_pb2.HealthCheckResponse
         for service in ("", *_SERVICES, LIVENESS):
             # Decided now: what another report decided during the last wait counts.
-            good = self._is_alive if service == LIVENESS else self._is_ready and self._is_responsive
+            good = self._state.is_alive if service == LIVENESS else self._state.is_serving
             await self._health.set(service, answers.SERVING if good else answers.NOT_SERVING)
 
 

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry, Counter
 from turret_server.app import build, run
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig
+from turret_server.doors.running import RunningCalls
 from turret_server.engine.watchdog import Progress
 from turret_server.errors import GenerationFailedError
-from turret_server.rpc.drain import RunningCalls
 
 CONFIG = ServerConfig(model="m", listen="127.0.0.1:0", grace=7.0)
 

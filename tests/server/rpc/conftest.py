@@ -12,10 +12,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, prompts_pb2_grpc
+from turret_server.doors.health import Health
+from turret_server.doors.running import RunningCalls
 from turret_server.engine.admission import TenantLimits
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
-from turret_server.rpc.drain import RunningCalls
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
@@ -84,6 +85,8 @@ async def open_door() -> AsyncIterator[Callable[..., Awaitable[Door]]]:
                 PromptServicer(prompts),
                 interceptors=[CallInterceptor(authenticator, calls)],
                 calls=calls,
+                state=Health(),
+                max_connections=100,
                 credentials=credentials,
             )
             port = await server.start("127.0.0.1:0")

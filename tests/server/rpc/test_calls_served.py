@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from turret.v1 import inference_pb2, prompts_pb2
+from turret_server.doors.caller import REQUEST_ID
 from turret_server.engine.admission import TenantLimits
 from turret_server.rpc import calls
-from turret_server.rpc.caller import REQUEST_ID
 from turret_server.rpc.calls import MAX_OPEN_BYTES
 from turret_server.serving.request import Chunk, FinishReason, Usage
 from turret_server.tenancy.keys import digest_of

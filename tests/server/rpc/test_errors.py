@@ -9,8 +9,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from turret_adapters.errors import AdapterNotFoundError, StoreBusyError, StoreFullError, UploadsFullError
 from turret_server import errors
+from turret_server.doors.caller import REQUEST_ID
 from turret_server.errors import InvalidRequestError, QueueFullError, TurretError
-from turret_server.rpc.caller import REQUEST_ID, bind_request_id
+from turret_server.rpc.calls import _bind_id
 from turret_server.rpc.errors import end_with, to_status
 
 
@@ -72,7 +73,9 @@ def test_the_tree_in_the_docstring_is_the_tree():
         value for value in vars(errors).values() if isinstance(value, type) and value is not TurretError
     ]
     rows = [line.split()[1:] for line in (errors.__doc__ or "").splitlines() if "── " in line]
-    assert sorted(rows) == sorted([each.__name__, each.code, each.reason] for each in classes)
+    assert sorted(rows) == sorted(
+        [each.__name__, each.code, str(each.http_status), each.reason] for each in classes
+    )
     assert all(each.code in code_pb2.Code.keys() for each in classes)  # noqa: SIM118 (an enum's, no dict's)
 
 
@@ -101,7 +104,7 @@ def ended(error) -> Call:
     call = Call()
 
     def run():
-        bind_request_id(call)
+        _bind_id(call)
         end_with(call, error)
 
     copy_context().run(run)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import socket
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
 from turret_server.errors import ConfigError
-from turret_server.rpc import server as module
 from turret_server.rpc.server import LIVENESS
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -145,26 +143,6 @@ async def test_a_message_beyond_the_limit_of_the_transport_is_refused(open_door,
     assert generate.calls == []
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "allowed", "connections"),
-    [
-        # As many files as the system allows, and not fewer than before.
-        (1024, 4096, 4096, 4096 - 512),
-        (1024, 2**20, 2**16, 2**16 - 512),
-        (1024, resource.RLIM_INFINITY, 2**16, 2**16 - 512),
-        (2**17, 2**20, 2**17, 2**17 - 512),
-        # Of few files connections get half.
-        (256, 400, 400, 200),
-    ],
-)
-def test_connections_leave_files_for_the_server(monkeypatch, soft, hard, allowed, connections):
-    limits = {}
-    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (soft, hard)}.get)
-    monkeypatch.setattr(resource, "setrlimit", limits.__setitem__)
-    assert module._most_connections() == connections
-    assert limits == {resource.RLIMIT_NOFILE: (allowed, hard)}
-
-
 async def test_the_health_is_known_before_the_port_is_open(door, monkeypatch):
     """Otherwise the first who asks is told that all is ready, or that nothing is known."""
     server, found = door.server, []
@@ -186,7 +164,7 @@ async def test_a_server_that_drains_refuses_calls_before_it_says_so(door, monkey
     refused = []
 
     async def report():
-        refused.append((door.server._is_ready, door.server.calls._refusing))
+        refused.append((door.server._state.is_ready, door.server.calls._refusing))
 
     monkeypatch.setattr(door.server, "_report", report)
     await door.server.drain()

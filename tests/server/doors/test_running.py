@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from turret_server.doors.running import RunningCalls
 from turret_server.errors import ShuttingDownError
-from turret_server.rpc.drain import RunningCalls
 
 Method = Callable[[], Awaitable[str]]
 

@@ -27,7 +27,7 @@ class RunningCalls:
         return len(self._running)
 
     def refuse(self) -> None:
-        """Answer new calls with UNAVAILABLE from now on: clients go to another server at once."""
+        """Refuse new calls from now on: clients go to another server at once."""
         self._refusing = True
 
     async def wait(self, seconds: float) -> None:
@@ -48,7 +48,7 @@ class RunningCalls:
         self._settled.set()
 
     def end(self) -> None:
-        """End every remaining call with UNAVAILABLE."""
+        """End every remaining call with ShuttingDownError."""
         self._ending = True
         for task in self._running:
             task.cancel()
@@ -63,7 +63,7 @@ class RunningCalls:
         if self._refusing:
             raise ShuttingDownError("the server is shutting down; send the call to another")
         task = asyncio.current_task()
-        assert task, "gRPC runs every call as a task of its own"
+        assert task, "every call is a task of its own"
         self._running.add(task)
         try:
             yield
