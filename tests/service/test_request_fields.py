@@ -34,6 +34,7 @@ from turret_server.config import ServerConfig
 
 TOKENS = tuple(range(3, 43))
 NUMBERS = {"TYPE_FLOAT", "TYPE_INT32", "TYPE_UINT32", "TYPE_UINT64"}
+SPACE = 223  # the token of a space
 OTHER_TEXT = "some other prompt that fills more than a block of sixteen tokens, as a pinned one must"
 ADDING = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
 # Differ between any two jobs.
@@ -45,7 +46,20 @@ CHECKED = {
     "name": "not a name",
 }
 # Every value of the type is allowed.
-UNBOUNDED = {"seed", "add_special_tokens"}
+UNBOUNDED = {"seed", "add_special_tokens", "ignore_eos", "include_stop", "skip_special_tokens"}
+
+
+def request_for(kind: str, field: Any) -> Any:
+    """A valid request on which the field has an effect."""
+    message = requests()[kind]
+    needs = {
+        "n": {"temperature": 0.5},
+        "include_stop": {"stop": [" "], "logit_bias": {SPACE: 100}},
+        "skip_special_tokens": {"logit_bias": {0: 100}},
+    }
+    for name, value in needs.get(field.name, {}).items():
+        message = with_value(message, message.DESCRIPTOR.fields_by_name[name], value)
+    return message
 
 
 def requests() -> dict[str, Any]:
@@ -77,6 +91,7 @@ class Door:
         """What a request leads to: the fields of its job, and the text or the name of its answer."""
         answer = self.send(message)
         job = self.jobs.pop()
+        self.jobs.clear()  # those of other answers
         parts = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in OWN}
         generated = isinstance(answer, inference_pb2.GenerateResponse)
         return parts, answer.text if generated else answer.prompt.name
@@ -193,7 +208,10 @@ def at_the_bounds(field: Any) -> Iterator[Any]:
 def with_value(message: Any, field: Any, value: Any) -> Any:
     changed = type(message)()
     changed.CopyFrom(message)
-    if field.message_type and not field.is_repeated:
+    if isinstance(value, dict):
+        getattr(changed, field.name).clear()
+        getattr(changed, field.name).update(value)
+    elif field.message_type and not field.is_repeated:
         getattr(changed, field.name).CopyFrom(value)
     elif field.is_repeated:
         del getattr(changed, field.name)[:]
@@ -217,7 +235,7 @@ def ids(parameter: Any) -> str:
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=ids)
 def test_every_field_reaches_the_engine(door, kind, field, monkeypatch):
-    base = requests()[kind]
+    base = request_for(kind, field)
     if field.name == "routing_key":
         # Without one the revision is drawn; with one it follows from the key.
         def revision(key: str) -> str:
@@ -239,6 +257,7 @@ def test_every_field_reaches_the_engine(door, kind, field, monkeypatch):
         "token_ids": inference_pb2.TokenIds(ids=TOKENS[::-1]),
         "adapters": [inference_pb2.AdapterRef(name="multitask", task=1)],
         "stop": [text[2:4] or "x"],
+        "logit_bias": {5: 1.0},
     }
     value = values.get(field.name)
     if value is None:
@@ -290,7 +309,7 @@ def test_a_value_outside_of_its_range_is_refused_by_the_fields_name(door, kind, 
 @pytest.mark.parametrize(("kind", "field"), RULED, ids=ids)
 def test_the_bounds_themselves_are_accepted(door, kind, field):
     for value in at_the_bounds(field):
-        door.effect(with_value(requests()[kind], field, value))
+        door.effect(with_value(request_for(kind, field), field, value))
 
 
 @pytest.mark.parametrize("field", REF_FIELDS, ids=ids)

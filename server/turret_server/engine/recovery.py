@@ -68,7 +68,10 @@ class RecoveringRunner:
         middle = len(sequences) // 2
         first, second = (self.run(_part(step, half)) for half in (sequences[:middle], sequences[middle:]))
         return StepResult(
-            token_ids={**first.token_ids, **second.token_ids}, errors={**first.errors, **second.errors}
+            token_ids={**first.token_ids, **second.token_ids},
+            errors={**first.errors, **second.errors},
+            logprobs={**first.logprobs, **second.logprobs},
+            prompt_logprobs={**first.prompt_logprobs, **second.prompt_logprobs},
         )
 
 

@@ -23,16 +23,54 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogitAdjustment:
+    """How logits change before a token is chosen, in vLLM's order: before `min_tokens` tokens none that ends
+    the generation is chosen, `logit_bias` is added by token id, tokens of prompt and answer are penalised by
+    `repetition_penalty`, those of the answer by the others.
+    """
+
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether it depends on the tokens so far."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """`temperature` 0 is greedy; `top_k` 0 means all tokens. The draw of a request's nth token depends on
     `seed` and n alone.
+
+    `logprobs` is how many of the likeliest tokens come with each token and its log probability, and
+    `prompt_logprobs` the same for the tokens of the prompt; None is no log probabilities.
     """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    adjustment: LogitAdjustment | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The log probability of a token by the logits as the model gives them. `rank` is 1 for the likeliest.
+    `top` are the likeliest tokens and their log probabilities, the likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +78,15 @@ class Output:
     """One event of a job: a token, its end, or both.
 
     `cached_tokens` is the number of tokens whose keys and values were resident when the job started.
+    `prompt_logprobs` come with the first token, for all tokens of the prompt but the first.
     """
 
     token_id: int | None = None
     finish_reason: FinishReason | None = None
     error: TurretError | None = None
     cached_tokens: int = 0
+    logprob: Logprob | None = None
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +176,24 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request(Job):
-    """A generation. Its sink gets every token and exactly one end."""
+    """A generation. Its sink gets every token and exactly one end.
+
+    `leader` is the id of a request with the same prompt and adapters, which was submitted before: this one
+    starts when the leader's prompt is computed, and shares its pages.
+    """
 
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
+    leader: int | None = None
 
     @property
     def max_tokens(self) -> int:
         return self.sampling.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """A prompt that is its leader's counts there."""
+        return self.max_tokens + len(self.prompt_token_ids) * (self.leader is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

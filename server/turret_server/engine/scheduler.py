@@ -43,6 +43,10 @@ _FORGET_EVERY = 1000
 # step's time: prompts must advance.
 _PROBE_TOKENS = 16
 
+# Logits of so many prompt tokens are computed in a step, besides those of sampled tokens: each takes as much
+# memory as the vocabulary is large.
+_MAX_SCORED_TOKENS = 128
+
 # The weight of the last step in the moving averages of step times.
 _SMOOTHING = 0.2
 
@@ -92,12 +96,14 @@ class Pacing:
 @dataclass(slots=True)
 class _Plan:
     """A step that is being planned. `prompts` are the residents whose virtual tokens it computes: these get
-    negative sequence ids, jobs their own.
+    negative sequence ids, jobs their own. `num_scored` counts tokens of prompts whose log probabilities are
+    wanted.
     """
 
     budget: int
     now: float
     num_streams: int
+    num_scored: int = 0
     sequences: list[SequenceStep] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     prompts: dict[int, Resident] = field(default_factory=dict)
@@ -105,6 +111,7 @@ class _Plan:
     def add(self, sequence: SequenceStep) -> None:
         self.sequences.append(sequence)
         self.budget -= len(sequence.token_ids)
+        self.num_scored += len(sequence.targets)
 
 
 class Scheduler:
@@ -277,7 +284,10 @@ class Scheduler:
         """Add as many of the sequence's tokens as the budget allows, and charge its tenant for those that it
         was not charged for before.
         """
-        part = sequence.step(min(sequence.num_remaining, plan.budget))
+        most = min(sequence.num_remaining, plan.budget)
+        if sequence.scores_prompt:
+            most = min(most, max(_MAX_SCORED_TOKENS - plan.num_scored, 1))
+        part = sequence.step(most)
         plan.add(part)
         end = part.start + len(part.token_ids)
         prompt = min(end, sequence.num_prompt) - max(part.start, sequence.num_charged)
@@ -317,7 +327,7 @@ class Scheduler:
                 num_prompts -= 1
                 if plan.budget:
                     self._compute(sequence, plan)
-            elif may_start:
+            elif may_start and not self._waits_for_leader(sequence):
                 full = not plan.budget or len(self.running) >= self.limits.max_batch_requests
                 may_start = self._start(sequence, plan, first=not num_seen, full=full)
                 num_seen, num_ahead = num_seen + 1, num_ahead + full
@@ -325,6 +335,14 @@ class Scheduler:
                 may_start &= num_seen < _EXAMINED_PER_SLOT * self.limits.max_batch_requests
             if not may_start and not num_prompts:
                 break
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether the prompt that it shares is not computed yet. One whose leader has ended starts alone."""
+        leader = self._leader(sequence)
+        return leader is not None and not leader.num_generated
+
+    def _leader(self, sequence: Sequence) -> Sequence | None:
+        return None if sequence.leader is None else self._by_id.get(sequence.leader)
 
     def _start(self, sequence: Sequence, plan: _Plan, *, first: bool, full: bool) -> bool:
         """Start a sequence, or load its adapters. False if no other sequence may overtake it.
@@ -352,7 +370,7 @@ class Scheduler:
         times.found_adapters(plan.now)
         if full:
             return True
-        copies = self.allocation.allocate(sequence, residents)
+        copies = self.allocation.allocate(sequence, residents, self._leader(sequence))
         if copies is None:
             self._short_of_pages = True
             return False
@@ -383,22 +401,34 @@ class Scheduler:
             self.fail(sequence, error)
             return
         self.allocation.commit(sequence, len(part.token_ids))
+        if part.targets:
+            # A sequence that was preempted computes its prompt again.
+            del sequence.prompt_logprobs[part.start - sequence.num_virtual :]
+            sequence.prompt_logprobs += result.prompt_logprobs[part.sequence_id]
         if sequence.num_remaining:
             return
         match sequence.job:
             case PromptPin():
                 self._pin_prompt(sequence)
             case Request() as request:
-                self._generate(sequence, request, result.token_ids[part.sequence_id])
+                self._generate(sequence, request, result)
 
-    def _generate(self, sequence: Sequence, request: Request, token_id: int) -> None:
-        sequence.tokens.append(token_id)
+    def _generate(self, sequence: Sequence, request: Request, result: StepResult) -> None:
+        token_id = result.token_ids[request.request_id]
+        sequence.append(token_id)
         reason = None
         if token_id in request.stop_token_ids:
             reason = FinishReason.STOP
         elif sequence.num_generated == request.max_tokens:
             reason = FinishReason.LENGTH
-        output = Output(token_id=token_id, finish_reason=reason, cached_tokens=sequence.num_cached or 0)
+        output = Output(
+            token_id=token_id,
+            finish_reason=reason,
+            cached_tokens=sequence.num_cached or 0,
+            logprob=result.logprobs.get(request.request_id),
+            prompt_logprobs=tuple(sequence.prompt_logprobs),
+        )
+        sequence.prompt_logprobs = []
         if reason:
             self._end(sequence, output)
         elif not request.emit(output):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from array import array
+from dataclasses import dataclass, field, replace
 
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.kv.prefix_cache import block_key
-from turret_server.engine.request import PromptPin, Request, SamplingParams
+from turret_server.engine.request import LogitAdjustment, Logprob, PromptPin, Request, SamplingParams
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
@@ -31,7 +32,8 @@ class Sequence:
     rows apply from position `active_from` on. `residents` are its adapters while it runs, `awaited` those
     that it last waited for. Of a tenant's sequences, the one with the lowest `order` is served first. The
     tenant was charged for the first `num_charged` tokens. `dequeued` is True once the job has left the queue
-    for the first time; a preempted sequence does not count as queued.
+    for the first time; a preempted sequence does not count as queued. `prompt_logprobs` are those of the
+    prompt's tokens so far, until the first token is emitted.
     """
 
     job: Request | PromptPin
@@ -46,18 +48,24 @@ class Sequence:
     num_charged: int = 0
     num_preempted: int = 0
     dequeued: bool = False
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
+    # The tokens of prompt and answer, if the logits of the next one depend on them.
+    _history: array[int] | None = None
 
     @classmethod
     def of(cls, job: Request | PromptPin, arrival: float = 0.0) -> Sequence:
         """The sequence of a job that arrived at this time of the engine's clock."""
         tokens = [VIRTUAL_TOKEN] * job.num_virtual_tokens + list(job.prompt_token_ids)
         starts = [_active_from(use.spec, tokens) for use in job.adapters]
+        adjustment = job.sampling.adjustment if isinstance(job, Request) else None
+        has_penalties = adjustment is not None and adjustment.has_penalties
         return cls(
             job=job,
             tokens=tokens,
             order=(arrival - HEAD_START_SECONDS * job.priority, job.request_id),
             active_from=max(starts, default=0),
+            _history=array("q", job.prompt_token_ids) if has_penalties else None,
         )
 
     @property
@@ -78,9 +86,29 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def leader(self) -> int | None:
+        """The request whose prompt it shares, see `Request`."""
+        return self.job.leader if isinstance(self.job, Request) else None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.job.sampling if isinstance(self.job, Request) else _PROBE
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether all of its prompt must be computed, for the log probabilities of its tokens."""
+        return self.sampling.prompt_logprobs is not None and not self.num_generated
+
+    @property
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token."""
+        self.tokens.append(token_id)
+        if self._history is not None:
+            self._history.append(token_id)
 
     def keys(self, count: int, block_size: int) -> list[bytes]:
         """Prefix-cache keys of the first `count` blocks, all of which must be whole.
@@ -114,9 +142,8 @@ class Sequence:
 
     def step(self, num_tokens: int) -> SequenceStep:
         """The step that computes the next `num_tokens` tokens; a token is sampled after the last one."""
-        end = self.num_computed + num_tokens
-        sampling = self.job.sampling if isinstance(self.job, Request) else _PROBE
-        return SequenceStep(
+        end, sampling = self.num_computed + num_tokens, self.sampling
+        part = SequenceStep(
             sequence_id=self.job.request_id,
             token_ids=tuple(self.tokens[self.num_computed : end]),
             start=self.num_computed,
@@ -126,6 +153,21 @@ class Sequence:
             sampling=sampling if end == len(self.tokens) else None,
             num_generated=self.num_generated,
             vocab_size=self.job.vocab_size,
+        )
+        if part.sampling and sampling.adjustment is not None:
+            part = self._adjusted(part, sampling.adjustment)
+        if self.scores_prompt:
+            targets = tuple(self.tokens[self.num_computed + 1 : end + 1])
+            part = replace(part, targets=targets, num_top=sampling.prompt_logprobs or 0)
+        return part
+
+    def _adjusted(self, part: SequenceStep, adjustment: LogitAdjustment) -> SequenceStep:
+        assert isinstance(self.job, Request)
+        ends = self.num_generated >= adjustment.min_tokens
+        return replace(
+            part,
+            excluded=frozenset() if ends else self.job.stop_token_ids,
+            history=None if self._history is None else self._history[:],
         )
 
 

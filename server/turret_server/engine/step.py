@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from turret_server.engine.request import SamplingParams
+from turret_server.engine.request import Logprob, SamplingParams
 from turret_server.errors import TurretError
 
 # Placeholder for a virtual token of the sequence's adapter; its index there is its position.
@@ -20,7 +21,10 @@ class SequenceStep:
     `adapters` are the revisions whose rows apply from position `active_from` on, and their weights.
     `prompt` is the revision whose embeddings replace virtual tokens.
     `sampling` is None if no token is sampled after the last one. `vocab_size` is the number of tokens to
-    sample from, if it is not the model's.
+    sample from, if it is not the model's. `excluded` are not sampled. `history` are the tokens of prompt and
+    answer, the last `num_generated` of which are the answer's, if its logits depend on them. `targets` are
+    the tokens after those that are computed, up to the prompt's last, if their log probabilities are wanted,
+    with so many of the likeliest tokens in their places as `num_top`.
     """
 
     sequence_id: int
@@ -33,6 +37,10 @@ class SequenceStep:
     sampling: SamplingParams | None = None
     num_generated: int = 0
     vocab_size: int | None = None
+    excluded: frozenset[int] = frozenset()
+    history: array[int] | None = None
+    targets: tuple[int, ...] = ()
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +63,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """The token of every sequence that samples one, or its error."""
+    """The token of every sequence that samples one, or its error; and the log probabilities that sequences
+    want, of their token and of their `targets`.
+    """
 
     token_ids: Mapping[int, int]
     errors: Mapping[int, TurretError] = field(default_factory=dict)
+    logprobs: Mapping[int, Logprob] = field(default_factory=dict)
+    prompt_logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
 
 
 class DeviceLostError(Exception):

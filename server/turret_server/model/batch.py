@@ -21,9 +21,11 @@ from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas,
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`sampled` are the sequences that sample a token, `last_S` the indices of their last tokens.
+    """`logits_R` are the indices of the tokens whose logits are computed: the last of each sequence that
+    samples, and all that have `targets`. `sampled` are the sequences that sample a token, `scored` those with
+    targets and the rows of these; `sampled_S` are the rows of the sampled, or None if that are all.
 
-    Segments of `deltas` index the batch, those of `head_deltas` index `sampled`. `virtual` lists the tokens
+    Segments of `deltas` index the batch, those of `head_deltas` index `logits_R`. `virtual` lists the tokens
     that take an adapter's prompt embedding: (index, revision, row).
     """
 
@@ -33,7 +35,9 @@ class Batch:
     deltas: DeltaBatch | None
     head_deltas: DeltaBatch | None
     sampled: tuple[SequenceStep, ...]
-    last_S: torch.Tensor
+    sampled_S: torch.Tensor | None
+    scored: tuple[tuple[SequenceStep, slice], ...]
+    logits_R: torch.Tensor
     virtual: tuple[tuple[int, str, int], ...]
 
 
@@ -55,7 +59,9 @@ def make_batch(
     sequence_T = np.repeat(np.arange(len(sequences)), counts_Q)
     positions_T = np.arange(bounds[-1]) + (starts_Q - bounds[:-1])[sequence_T]
     samples_Q = np.array([sequence.sampling is not None for sequence in sequences])
-    sampled = tuple(sequence for sequence in sequences if sequence.sampling)
+    # Targets are those of all tokens, or of all but the last, which samples.
+    rows_Q = np.array([len(each.token_ids) if each.targets else bool(each.sampling) for each in sequences])
+    row_bounds = np.concatenate([[0], np.cumsum(rows_Q)])
 
     def to_device(array: NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
@@ -70,10 +76,16 @@ def make_batch(
             pages_T=to_device(block_tables_QM[sequence_T, positions_T // block_size]),
             slots_T=to_device(positions_T % block_size),
         ),
-        deltas=_deltas(_active(sequences, bounds.tolist()), resident, gathered),
-        head_deltas=_deltas(_active_samples(sampled), resident, gathered),
-        sampled=sampled,
-        last_S=to_device(bounds[1:][samples_Q] - 1),
+        deltas=_deltas(_active(sequences, starts_Q, bounds), resident, gathered),
+        head_deltas=_deltas(_active(sequences, starts_Q + counts_Q - rows_Q, row_bounds), resident, gathered),
+        sampled=tuple(sequence for sequence in sequences if sequence.sampling),
+        sampled_S=None if samples_Q.sum() == row_bounds[-1] else to_device(row_bounds[1:][samples_Q] - 1),
+        scored=tuple(
+            (each, slice(start, start + len(each.targets)))
+            for each, start in zip(sequences, row_bounds.tolist(), strict=False)
+            if each.targets
+        ),
+        logits_R=to_device(np.arange(row_bounds[-1]) + np.repeat(bounds[1:] - row_bounds[1:], rows_Q)),
         virtual=tuple(
             (int(index), sequences[sequence_T[index]].prompt or "", int(positions_T[index]))
             for index in np.flatnonzero(token_ids_T == VIRTUAL_TOKEN)
@@ -92,17 +104,17 @@ def _block_tables(sequences: list[SequenceStep], num_pages_Q: NDArray[np.int64])
 _Active = tuple[int, int, tuple[tuple[str, float], ...]]
 
 
-def _active(sequences: list[SequenceStep], bounds: list[int]) -> Iterator[_Active]:
-    """The range of the batch in which the adapters of each sequence apply; it may be empty."""
-    for sequence, start, end in zip(sequences, bounds, bounds[1:], strict=False):
-        active = start + min(max(sequence.active_from - sequence.start, 0), end - start)
+def _active(
+    sequences: list[SequenceStep], positions_Q: NDArray[np.int64], bounds: NDArray[np.int64]
+) -> Iterator[_Active]:
+    """The range of rows in which the adapters of each sequence apply; it may be empty. The rows between two
+    `bounds` are a sequence's, from this position on.
+    """
+    for sequence, position, start, end in zip(
+        sequences, positions_Q.tolist(), bounds.tolist(), bounds[1:].tolist(), strict=False
+    ):
+        active = start + min(max(sequence.active_from - position, 0), end - start)
         yield active, end, sequence.adapters
-
-
-def _active_samples(sampled: tuple[SequenceStep, ...]) -> Iterator[_Active]:
-    for index, sequence in enumerate(sampled):
-        last = sequence.start + len(sequence.token_ids) - 1
-        yield index, index + (last >= sequence.active_from), sequence.adapters
 
 
 def _deltas(

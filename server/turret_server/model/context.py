@@ -18,7 +18,8 @@ from turret_server.model.deltas import DeltaBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:
-    """`deltas` are the adapters' changes for the step's tokens, `head_deltas` those for tokens that sample.
+    """`deltas` are the adapters' changes for the step's tokens, `head_deltas` those for tokens whose logits
+    are computed.
 
     `attention_calls` collects the layer of every call of the attention.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,19 @@ import torch
 
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, ModuleKind
+from turret_server.engine.request import Logprob
 from turret_server.engine.step import DeviceLostError, SequenceStep, Step, StepResult
 from turret_server.kernels import ReferenceOps
 from turret_server.kernels.cpu.cores import claim_cores
+from turret_server.model.adjustment import to_device
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
 from turret_server.model.deltas import GatheredRows, ResidentDeltas, write_slab
 from turret_server.model.experts import has_experts
 from turret_server.model.load import LoadedModel
-from turret_server.model.sampler import Sampler
+from turret_server.model.logprobs import score, unpack
+from turret_server.model.sampler import Sampler, not_finite
 from turret_server.model.self_check import check_model
 
 if TYPE_CHECKING:
@@ -136,10 +140,31 @@ class ModelRunner:
         if self._graphs and (decoded := self._graphs.run(step)):
             return self._sample(*decoded)
         batch = self._batch(step)
-        logits_SV = self._forward(batch, [])
-        if not batch.sampled:
-            return StepResult(token_ids={})
-        return self._sample(logits_SV, batch.sampled)
+        logits_RV = self._forward(batch, [])
+        result = StepResult(token_ids={})
+        if batch.sampled:
+            logits_SV = logits_RV if batch.sampled_S is None else logits_RV[batch.sampled_S]
+            result = self._sample(logits_SV, batch.sampled)
+        return self._score(logits_RV, batch.scored, result) if batch.scored else result
+
+    @torch.inference_mode()
+    def _score(
+        self, logits_RV: torch.Tensor, scored: Sequence[tuple[SequenceStep, slice]], result: StepResult
+    ) -> StepResult:
+        """The result with the log probabilities of each sequence's targets, within its own vocabulary."""
+        found: dict[int, tuple[Logprob, ...]] = {}
+        errors = dict(result.errors)
+        for sequence, rows in scored:
+            own_RV = logits_RV[rows, : sequence.vocab_size or self._loaded.vocab_size]
+            targets_R = to_device(torch.tensor(sequence.targets), own_RV.device)
+            scores = score(own_RV, targets_R, with_top=sequence.num_top > 0).tolist()
+            found[sequence.sequence_id] = tuple(
+                unpack(row, token_id, sequence.num_top)
+                for row, token_id in zip(scores, sequence.targets, strict=True)
+            )
+            if not all(math.isfinite(each.logprob) for each in found[sequence.sequence_id]):
+                errors[sequence.sequence_id] = not_finite(sequence)
+        return replace(result, errors=errors, prompt_logprobs=found)
 
     @torch.inference_mode()
     def _sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
@@ -203,7 +228,7 @@ class ModelRunner:
         every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
         attention_calls: list[int] = []
         with _errors_of_the_device():
-            return self._forward(replace(batch, last_S=every_token), attention_calls), attention_calls
+            return self._forward(replace(batch, logits_R=every_token), attention_calls), attention_calls
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:
@@ -233,7 +258,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _forward(self, batch: Batch, attention_calls: list[int]) -> torch.Tensor:
-        """Logits of the last token of every sequence that samples, [S, vocabulary]."""
+        """Logits of the tokens for which the batch wants them, [R, vocabulary]."""
         model = self._loaded.model
         context = StepContext(
             ops=self._loaded.ops,
@@ -249,10 +274,10 @@ class ModelRunner:
             else:
                 inputs = {"input_ids": batch.token_ids_T[None]}
             output = model(
-                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=batch.last_S
+                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=batch.logits_R
             )
-        logits_SV: torch.Tensor = output.logits[0]
-        return logits_SV
+        logits_RV: torch.Tensor = output.logits[0]
+        return logits_RV
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, with prompt embeddings for virtual tokens, as peft passes them to the model."""

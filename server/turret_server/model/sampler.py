@@ -2,77 +2,126 @@
 
 A row is sampled with one number in [0, 1), which the host derives from seed and position. Weights are
 integers, whose sums are exact in any order, so neither the batch nor the device changes a token. All of it
-runs where the logits are; only the token ids are copied to the host, at once.
+runs where the logits are; only the token ids are copied to the host, at once, and the log probabilities that
+requests want.
 
-Shape suffixes: S rows of logits, D those that are sampled at random, V vocabulary.
+Shape suffixes: S rows of logits, D those of one path, R those whose log probabilities are wanted, V
+vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from enum import Enum, auto
 
 import torch
 
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.errors import NonFiniteLogitsError, TurretError
+from turret_server.model.adjustment import adjust, to_device
+from turret_server.model.logprobs import score, unpack
 
 # The weight of the best token, to which the others are relative. Vocabularies up to 2²² do not overflow.
 _MAX_WEIGHT = 2.0**40
 _NOT_FINITE = -1
 
 
+class _Path(Enum):
+    """How a token is chosen, other than as the likeliest of the logits as they are."""
+
+    BEST = auto()  # the likeliest of adjusted logits
+    DRAW = auto()
+    CUT = auto()  # drawn from some of the likeliest, for which all must be sorted
+
+
 class Sampler:
-    """Greedy at temperature 0; otherwise temperature, top-k and top-p, in the order of transformers."""
+    """Greedy at temperature 0; otherwise temperature, min-p, top-k and top-p, in the order of vLLM."""
 
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
         """One token for each row; a row whose largest logit is not finite gets an error instead."""
         logits_SV = logits_SV.float()
         best_S, chosen_S = logits_SV.max(dim=-1)
-        by_path: dict[bool, list[int]] = {True: [], False: []}
+        by_path: dict[_Path, list[int]] = {path: [] for path in _Path}
+        scored: list[int] = []
+        with_top = False
         for index, sequence in enumerate(sequences):
             assert sequence.sampling is not None
-            if sequence.sampling.temperature != 0:
-                by_path[_is_cut(sequence.sampling)].append(index)
-        for cut, indices in by_path.items():
+            if path := _path(sequence.sampling):
+                by_path[path].append(index)
+            if sequence.sampling.logprobs is not None:
+                scored.append(index)
+                with_top |= sequence.sampling.logprobs > 0
+        for path, indices in by_path.items():
             if indices:
-                drawn = [sequences[index] for index in indices]
-                where_D = _to_device(torch.tensor(indices), logits_SV.device)
-                chosen_S[where_D] = _draw(logits_SV[where_D], drawn, cut=cut)
+                where_D = to_device(torch.tensor(indices), logits_SV.device)
+                chosen_S[where_D] = _choose(logits_SV[where_D], [sequences[each] for each in indices], path)
         chosen_S.masked_fill_(~torch.isfinite(best_S), _NOT_FINITE)
+        scores_RX = None
+        if scored:
+            where_R = to_device(torch.tensor(scored), logits_SV.device)
+            scores_RX = score(logits_SV[where_R], chosen_S[where_R].clamp(min=0), with_top=with_top)
         token_ids: dict[int, int] = {}
         errors: dict[int, TurretError] = {}
         for token_id, sequence in zip(chosen_S.tolist(), sequences, strict=True):
             if token_id == _NOT_FINITE:
-                errors[sequence.sequence_id] = NonFiniteLogitsError(
-                    f"Logits are not finite with these adapters, after {sequence.num_generated} generated "
-                    "tokens. Request smaller adapter weights, or serve the model in another dtype (--dtype)."
-                )
+                errors[sequence.sequence_id] = not_finite(sequence)
             else:
                 token_ids[sequence.sequence_id] = token_id
-        return StepResult(token_ids=token_ids, errors=errors)
+        if scores_RX is None:
+            return StepResult(token_ids=token_ids, errors=errors)
+        found = zip([sequences[each] for each in scored], scores_RX.tolist(), strict=True)
+        logprobs = {
+            each.sequence_id: unpack(row, token_ids[each.sequence_id], each.sampling.logprobs or 0)
+            for each, row in found
+            if each.sampling and each.sequence_id in token_ids
+        }
+        return StepResult(token_ids=token_ids, errors=errors, logprobs=logprobs)
 
 
-def _is_cut(sampling: SamplingParams) -> bool:
-    """Whether top-k or top-p excludes tokens, for which all must be sorted."""
-    return bool(sampling.top_k) or sampling.top_p < 1
+def not_finite(sequence: SequenceStep) -> NonFiniteLogitsError:
+    return NonFiniteLogitsError(
+        f"Logits are not finite with these adapters, after {sequence.num_generated} generated tokens. "
+        "Request smaller adapter weights, or serve the model in another dtype (--dtype)."
+    )
+
+
+def _path(sampling: SamplingParams) -> _Path | None:
+    if sampling.temperature == 0:
+        return None if sampling.adjustment is None else _Path.BEST
+    return _Path.CUT if sampling.top_k or sampling.top_p < 1 else _Path.DRAW
+
+
+def _choose(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], path: _Path) -> torch.Tensor:
+    """A token id for each row, [D]. The logits are changed."""
+    adjust(logits_DV, sequences)
+    return logits_DV.argmax(-1) if path is _Path.BEST else _draw(logits_DV, sequences, cut=path is _Path.CUT)
 
 
 def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bool) -> torch.Tensor:
     """A token id for each row, [D]: that whose interval of the cumulated weights holds the row's number."""
     settings = [
-        (each.temperature, each.top_k or logits_DV.shape[-1], each.top_p, _uniform(each.seed, generated))
+        (
+            each.temperature,
+            each.top_k or logits_DV.shape[-1],
+            each.top_p,
+            each.min_p,
+            _uniform(each.seed, generated),
+        )
         for each, generated in ((it.sampling, it.num_generated) for it in sequences)
         if each is not None
     ]
-    settings_D4 = _to_device(torch.tensor(settings, dtype=torch.float64), logits_DV.device)
-    temperature_D1, top_k_D1, top_p_D1, uniform_D1 = settings_D4[..., None].unbind(dim=1)
+    settings_D5 = to_device(torch.tensor(settings, dtype=torch.float64), logits_DV.device)
+    temperature_D1, top_k_D1, top_p_D1, min_p_D1, uniform_D1 = settings_D5[..., None].unbind(dim=1)
     token_ids_DV = None
     if cut:
         logits_DV, token_ids_DV = logits_DV.sort(dim=-1, descending=True, stable=True)
     below_DV = logits_DV.double() - logits_DV.amax(dim=-1, keepdim=True)
-    weights_DV = (below_DV.div_(temperature_D1).exp_() * _MAX_WEIGHT).long()
+    shares_DV = below_DV.div_(temperature_D1).exp_()
+    if any(each.sampling.min_p for each in sequences if each.sampling):
+        shares_DV.masked_fill_(shares_DV < min_p_D1, 0)
+    weights_DV = (shares_DV * _MAX_WEIGHT).long()
     sums_DV = weights_DV.cumsum(dim=-1)
     if cut:
         rank_V = torch.arange(logits_DV.shape[-1], device=logits_DV.device)
@@ -86,11 +135,6 @@ def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bo
     index_D1 = torch.searchsorted(sums_DV, target_D1, right=True).clamp_(max=logits_DV.shape[-1] - 1)
     chosen_D1 = index_D1 if token_ids_DV is None else token_ids_DV.gather(-1, index_D1)
     return chosen_D1[:, 0]
-
-
-def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device, made asynchronously."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def _uniform(seed: int, position: int) -> float:

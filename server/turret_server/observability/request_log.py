@@ -58,17 +58,18 @@ class RequestRecord:
         self.submitted = time.monotonic()
         self.metrics.prompt_tokens.inc(self.prompt_tokens)
 
-    def token(self, num_cached_tokens: int, emitted: float) -> None:
-        """The engine emitted a token at this time, whether or not the client has read those before.
-        `num_cached_tokens` were found in the prefix cache when the request started.
+    def token(self, num_cached_tokens: int, emitted: float, previous: float | None) -> None:
+        """The engine emitted a token at this time, whether or not the client has read those before, and the
+        one before it in the same answer at `previous`. `num_cached_tokens` were found in the prefix cache
+        when the answer's job started; those of the first count, which computes the prompt.
         """
-        if self.last_token is None:
+        if self.first_token is None:
             self.first_token = emitted
+            self.cached_tokens = num_cached_tokens
             self.metrics.first_token.observe(emitted - self.arrived)
-        else:
-            self.metrics.inter_token.observe(emitted - self.last_token)
+        if previous is not None:
+            self.metrics.inter_token.observe(emitted - previous)
         self.last_token = emitted
-        self.cached_tokens = num_cached_tokens
         self.generated_tokens += 1
         self.metrics.generated_tokens.inc()
 

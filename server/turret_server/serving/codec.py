@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_server.errors import PromptTooLongError
 
+# A text that no decoder changes.
+_ANCHOR = "a"
 # Longer texts are counted in pieces of this many characters before they are tokenised as a whole.
 PIECE_CHARACTERS = 1 << 12
 
@@ -24,8 +27,13 @@ class TextCodec:
         self._tokenizer.no_padding()
         self._bos_token_id: int | None = tokenizer.bos_token_id
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
-        self._open = frozenset([*self._special.values(), *_byte_token_ids(self._tokenizer)])
+        self._bytes = frozenset(_byte_token_ids(self._tokenizer))
+        self._open = self._bytes.union(self._special.values())
+        self._byte_alphabet = _byte_alphabet(self._tokenizer)
+        self._token_bytes: dict[int, bytes] = {}
+        self._skip_special_tokens = True
 
     def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a prompt. A text that begins with the beginning-of-sequence token gets no second one.
@@ -65,13 +73,49 @@ class TextCodec:
                     max_tokens=1,
                 )
 
+    def with_special_tokens(self) -> TextCodec:
+        """One that decodes special tokens to their texts."""
+        shown = copy(self)
+        shown._skip_special_tokens, shown._open = False, self._bytes  # noqa: SLF001 (of this class)
+        return shown
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, without special tokens and with U+FFFD for bytes that are no characters."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        """The text of tokens, with U+FFFD for bytes that are no characters. Special tokens have none, unless
+        this codec shows them.
+        """
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def special_token_id(self, text: str) -> int | None:
-        """The special token whose text this is. It never appears in an answer's text."""
+        """The special token whose text this is."""
         return self._special.get(text)
+
+    def is_special(self, token_id: int) -> bool:
+        return self._added.get(token_id) in self._special
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token's text, which may be part of a character; none for a token without text."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return found
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._bytes:
+            return bytes([int(token[3:-1], 16)])
+        if self._byte_alphabet and all(each in self._byte_alphabet for each in token):
+            return bytes(self._byte_alphabet[each] for each in token)
+        decoder = self._tokenizer.decoder
+        if decoder is None:
+            return token.encode()
+        # After another token: decoders drop the space at the beginning of a text.
+        before: str = decoder.decode([_ANCHOR])
+        both: str = decoder.decode([_ANCHOR, token])
+        return both.removeprefix(before).encode()
 
     def is_open(self, token_id: int) -> bool:
         """Whether the next token may change what this one decodes to: a byte of a character that has no token
@@ -79,6 +123,17 @@ class TextCodec:
         token without text, which may stand between them: a special token, or one that only the model has.
         """
         return token_id in self._open or self._tokenizer.id_to_token(token_id) is None
+
+
+def _byte_alphabet(tokenizer: Tokenizer) -> dict[str, int]:
+    """The bytes by the characters that stand for them in the tokens of a byte-level tokenizer (GPT-2):
+    printable ones stand for themselves, those from U+0100 on for the others. Empty for other tokenizers.
+    """
+    if tokenizer.decoder is None or tokenizer.decoder.decode(["\u0120"]) != " ":
+        return {}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 
 
 def _byte_token_ids(tokenizer: Tokenizer) -> list[int]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from turret_server import logs
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import Output, Request, SamplingParams
+from turret_server.engine.request import LogitAdjustment, Logprob, Output, Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.serving.codec import TextCodec
-from turret_server.serving.jobs import Jobs, Outputs, Prepared
+from turret_server.serving.jobs import JobFields, Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
-from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, Usage
+from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
 from turret_server.serving.text import TextStream
 from turret_server.serving.validation import validate
 from turret_server.tenancy.auth import Caller
 
-_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams)]
+_ADJUSTMENT_FIELDS = [field.name for field in fields(LogitAdjustment)]
+_SAMPLING_FIELDS = [field.name for field in fields(SamplingParams) if field.name != "adjustment"]
 
 
 class GenerationService:
@@ -47,55 +49,112 @@ class GenerationService:
         async with self._request_log.follow(caller, request.deadline) as record:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
-                answer = self._answer(request, prepared, record)
-                outputs = Outputs(answer.receive)
-                job = self._job(request, prepared, outputs.put)
-                with self._jobs.submit(prepared, job, record, self._engine.submit):
-                    reason = None
-                    while reason is None:
+                outputs: Outputs[Chunk] = Outputs()
+                jobs = self._jobs_of(request, prepared, record, outputs)
+                with self._jobs.submit(prepared, jobs, record, self._engine.submit):
+                    reasons: list[FinishReason] = []
+                    while len(reasons) < len(jobs):
                         chunk = await outputs.get()
-                        if reason := chunk.finish_reason:
-                            await self._request_log.finish(record, reason.value)
+                        if chunk.finish_reason:
+                            reasons.append(chunk.finish_reason)
+                        if len(reasons) == len(jobs):
+                            await self._request_log.finish(record, _outcome(reasons))
+                            chunk = replace(chunk, usage=_usage(record))
                         yield chunk
 
-    def _job(self, request: GenerationRequest, prepared: Prepared, sink: Callable[[Output], None]) -> Request:
-        # A sampling field of the protocol reaches the sampler under the same name.
-        sampling = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
-        if request.seed is None:
-            sampling["seed"] = secrets.randbits(64)
-        sampling["max_tokens"] = self._model.max_tokens(request.max_tokens, prepared.num_context)
+    def _jobs_of(
+        self,
+        request: GenerationRequest,
+        prepared: Prepared,
+        record: RequestRecord,
+        outputs: Outputs[Chunk],
+    ) -> list[Request]:
+        """A job for each answer. The first computes the prompt, and the others share it."""
         vocabulary = prepared.vocabulary
-        stops = vocabulary.all_stop_token_ids(request.stop_token_ids)
-        return Request(
-            **prepared.fields,
-            sink=sink,
-            sampling=SamplingParams(**sampling),
-            stop_token_ids=stops.union(_special_stops(request, vocabulary.codec)),
-            priority=request.priority,
-            about=logs.bound(),
-        )
+        stops = set(request.stop_token_ids).union(_special_stops(request, vocabulary.codec))
+        if not request.ignore_eos:
+            stops |= vocabulary.stop_token_ids
+        sampling = self._sampling(request, prepared)
+        jobs: list[Request] = []
+        for index in range(request.n):
+            fields, own = prepared.fields, sampling
+            if jobs:
+                fields = JobFields(**fields | {"request_id": self._jobs.next_id()})
+                own = replace(sampling, seed=_seed_of(sampling.seed, index), prompt_logprobs=None)
+            answer = self._answer(request, prepared, record, index, fields["request_id"])
+            job = Request(
+                **fields,
+                sink=outputs.sink(answer.receive),
+                sampling=own,
+                stop_token_ids=frozenset(stops),
+                leader=jobs[0].request_id if jobs else None,
+                priority=request.priority,
+                about=logs.bound(),
+            )
+            jobs.append(job)
+        return jobs
 
-    def _answer(self, request: GenerationRequest, prepared: Prepared, record: RequestRecord) -> _Answer:
+    def _sampling(self, request: GenerationRequest, prepared: Prepared) -> SamplingParams:
+        """A sampling field of the protocol reaches the sampler under the same name."""
+        vocabulary = prepared.vocabulary
+        vocabulary.check_named(request.stop_token_ids, "stop_token_ids")
+        vocabulary.check_named(request.logit_bias, "logit_bias")
+        adjustment = LogitAdjustment(**{name: getattr(request, name) for name in _ADJUSTMENT_FIELDS})
+        fields = {name: getattr(request, name) for name in _SAMPLING_FIELDS}
+        if request.seed is None:
+            fields["seed"] = secrets.randbits(64)
+        num_context, at_least = prepared.num_context, request.min_tokens
+        fields["max_tokens"] = self._model.max_tokens(request.max_tokens, num_context, at_least)
+        return SamplingParams(**fields, adjustment=None if adjustment == LogitAdjustment() else adjustment)
+
+    def _answer(
+        self,
+        request: GenerationRequest,
+        prepared: Prepared,
+        record: RequestRecord,
+        index: int,
+        request_id: int,
+    ) -> _Answer:
+        codec = prepared.vocabulary.codec
+        shown = codec if request.skip_special_tokens else codec.with_special_tokens()
+        special_stops = _special_stops(request, codec)
+        ends = {*request.stop_token_ids, *special_stops}
         return _Answer(
+            index=index,
             record=record,
-            text=TextStream(prepared.vocabulary.codec, prepared.fields["prompt_token_ids"], request.stop),
-            special_stops=_special_stops(request, prepared.vocabulary.codec),
+            codec=codec,
+            text=TextStream(
+                shown,
+                prepared.fields["prompt_token_ids"],
+                request.stop,
+                include_stop=request.include_stop,
+                min_tokens=request.min_tokens,
+            ),
+            special_stops=special_stops,
+            shows_end=lambda token_id: (
+                request.include_stop and (token_id in ends or not request.skip_special_tokens)
+            ),
             revision=prepared.lease.revision,
-            stop_engine=partial(self._engine.cancel, prepared.fields["request_id"]),
+            stop_engine=partial(self._engine.cancel, request_id),
         )
 
 
 @dataclass(slots=True, kw_only=True)
 class _Answer:
     """Makes chunks of tokens as they come, not as the client reads them: a slow reader changes neither what
-    is counted nor where a stop string ends the generation. `special_stops` are stop strings by their token.
+    is counted nor where a stop string ends the generation. `special_stops` are stop strings by their token,
+    `shows_end` says whether a special token that ended the answer belongs to its text.
     """
 
+    index: int
     record: RequestRecord
+    codec: TextCodec
     text: TextStream
     special_stops: Mapping[int, str]
+    shows_end: Callable[[int], bool]
     revision: str
     stop_engine: Callable[[], None]
+    last_token: float | None = None
     is_whole: bool = False
 
     def receive(self, output: Output, emitted: float) -> Chunk | None:
@@ -110,12 +169,10 @@ class _Answer:
             self.record.error = output.error
             raise output.error
         assert output.token_id is not None, "only an error or a cancellation ends without a token"
-        self.record.token(output.cached_tokens, emitted)
-        piece = self.text.push(output.token_id)
-        reason = None
-        if output.finish_reason:
-            piece += self.text.finish()
-            reason = FinishReason(output.finish_reason.value)
+        self.record.token(output.cached_tokens, emitted, self.last_token)
+        self.last_token = emitted
+        reason = FinishReason(output.finish_reason.value) if output.finish_reason else None
+        piece = self._piece(output.token_id, reason)
         stop_string, stop_token_id = self.text.stopped_by, None
         if stop_string:
             reason = FinishReason.STOP
@@ -128,10 +185,35 @@ class _Answer:
             text=piece,
             token_ids=(output.token_id,),
             revision=self.revision,
+            index=self.index,
+            logprobs=(self._logprob(output.logprob),) if output.logprob else (),
+            prompt_logprobs=tuple(map(self._logprob, output.prompt_logprobs)),
             finish_reason=reason,
-            usage=_usage(self.record) if reason else None,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
+        )
+
+    def _piece(self, token_id: int, reason: FinishReason | None) -> str:
+        """The new text. Of a special token that ended the answer, it has the text only if that is wanted."""
+        if reason is None:
+            return self.text.push(token_id)
+        if reason is FinishReason.STOP and self.codec.is_special(token_id):
+            text = self.text.finish()
+            shown = self.shows_end(token_id) and not self.text.stopped_by
+            return text + self.codec.token_bytes(token_id).decode() * shown
+        return self.text.push(token_id) + self.text.finish()
+
+    def _logprob(self, found: Logprob) -> TokenLogprob:
+        text = self.codec.token_bytes
+        return TokenLogprob(
+            token_id=found.token_id,
+            token=text(found.token_id),
+            logprob=found.logprob,
+            rank=found.rank,
+            top=tuple(
+                TokenLogprob(token_id=token_id, token=text(token_id), logprob=logprob, rank=rank)
+                for rank, (token_id, logprob) in enumerate(found.top, 1)
+            ),
         )
 
 
@@ -139,6 +221,17 @@ def _special_stops(request: GenerationRequest, codec: TextCodec) -> dict[int, st
     """The stop strings that are special tokens, by token: no answer's text ever has them."""
     found = {codec.special_token_id(each): each for each in request.stop}
     return {token_id: each for token_id, each in found.items() if token_id is not None}
+
+
+def _seed_of(seed: int, index: int) -> int:
+    """The seed of another answer than the first, whose draws have nothing in common with other seeds'."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _outcome(reasons: Sequence[FinishReason]) -> str:
+    """The reason of a request: that an answer was cut is what its owner may want to know."""
+    return (FinishReason.LENGTH if FinishReason.LENGTH in reasons else reasons[-1]).value
 
 
 def _usage(record: RequestRecord) -> Usage:

@@ -58,26 +58,31 @@ class JobFields(TypedDict):
 
 
 class Outputs(Generic[_Item]):
-    """Outputs of a job on their way from the engine's thread to the event loop, where `receive` makes an item
-    of each as it comes, whether or not a reader waits for it.
+    """Outputs of a request's jobs on their way from the engine's thread to the event loop, where an item is
+    made of each as it comes, whether or not a reader waits for it.
     """
 
-    def __init__(self, receive: Callable[[Output, float], _Item | None]) -> None:
-        """`receive` gets an output and the time of `time.monotonic` at which the engine emitted it. None is
-        no item, and what it raises is raised to the reader.
-        """
-        self._receive = receive
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[_Item | Exception] = asyncio.Queue()
 
-    def put(self, output: Output) -> None:
-        """Called by the engine. A loop that is closed has no reader."""
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._arrive, output, time.monotonic())
+    def sink(self, receive: Callable[[Output, float], _Item | None]) -> Callable[[Output], None]:
+        """The sink of a job. `receive` gets an output and the time of `time.monotonic` at which the engine
+        emitted it. None is no item, and what it raises is raised to the reader.
+        """
 
-    def _arrive(self, output: Output, emitted: float) -> None:
+        def put(output: Output) -> None:
+            # A loop that is closed has no reader.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrive, receive, output, time.monotonic())
+
+        return put
+
+    def _arrive(
+        self, receive: Callable[[Output, float], _Item | None], output: Output, emitted: float
+    ) -> None:
         try:
-            item: _Item | Exception | None = self._receive(output, emitted)
+            item: _Item | Exception | None = receive(output, emitted)
         except Exception as error:  # noqa: BLE001 -- the reader gets it
             item = error
         if item is not None:
@@ -178,29 +183,51 @@ class Jobs:
         finally:
             self._registry.release(lease)
 
+    def next_id(self) -> int:
+        """The id of another job, besides that of a prepared request's first."""
+        return next(self._request_ids)
+
     @contextmanager
     def submit(
-        self, prepared: Prepared, job: _Job, record: RequestRecord, begin: Callable[[_Job], None]
+        self,
+        prepared: Prepared,
+        jobs: Sequence[_Job],
+        record: RequestRecord,
+        begin: Callable[[_Job], None],
     ) -> Iterator[None]:
-        """Charge the quota and hand the job to the engine with `begin`; the job is cancelled at the end of
-        the block unless it has ended.
+        """Charge the quota and hand the jobs, all for the same prompt, to the engine with `begin`; those that
+        have not ended at the end of the block are cancelled.
 
         Raises:
             QuotaExceededError: the tenant has used its quota.
-            TurretError: the engine refuses the job.
+            TurretError: the engine refuses a job.
         """
-        tenant, pins = prepared.caller.tenant, prepared.lease.pins
-        with self._quotas.charge(tenant, len(job.prompt_token_ids), job.max_tokens) as charge:
-            begin(job)
+        tenant, pins, first = prepared.caller.tenant, prepared.lease.pins, jobs[0]
+        max_tokens = sum(job.max_tokens for job in jobs)
+        with (
+            self._quotas.charge(tenant, len(first.prompt_token_ids), max_tokens) as charge,
+            self._begun(jobs, begin),
+        ):
             charge.begin()
-            record.begin(job, pins)
+            record.begin(first, pins)
             try:
                 yield
             finally:
-                self._engine.cancel(job.request_id)
                 charge.num_generated = record.generated_tokens
                 names = [name for name, _ in pins]
                 self._usage.add(tenant.name, names, prompt=charge.num_prompt, generated=charge.num_generated)
+
+    @contextmanager
+    def _begun(self, jobs: Sequence[_Job], begin: Callable[[_Job], None]) -> Iterator[None]:
+        begun: list[_Job] = []
+        try:
+            for job in jobs:
+                begin(job)
+                begun.append(job)
+            yield
+        finally:
+            for job in begun:
+                self._engine.cancel(job.request_id)
 
     async def _lease(self, named: list[Named]) -> Lease:
         if self._lazy:

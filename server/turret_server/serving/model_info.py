@@ -39,11 +39,12 @@ class ModelInfo:
                 max_tokens=num_generated,
             )
 
-    def max_tokens(self, wanted: int | None, num_tokens: int) -> int:
-        """Maximum number of tokens to generate after `num_tokens`: `wanted`, or a default that fits.
+    def max_tokens(self, wanted: int | None, num_tokens: int, at_least: int = 0) -> int:
+        """Maximum number of tokens to generate after `num_tokens`: `wanted`, or a default that fits and is
+        not below `at_least`.
 
         Raises:
-            PromptTooLongError: the context has no room for `wanted` tokens, or for one.
+            PromptTooLongError: the context has no room for `wanted` tokens, or for `at_least`.
         """
-        self.check_room(num_tokens, wanted or 1)
-        return wanted or min(_DEFAULT_MAX_TOKENS, self.max_context - num_tokens)
+        self.check_room(num_tokens, wanted or max(at_least, 1))
+        return wanted or min(max(_DEFAULT_MAX_TOKENS, at_least), self.max_context - num_tokens)

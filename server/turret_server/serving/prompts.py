@@ -76,8 +76,8 @@ class PromptService:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller) as prepared:
                 self._check(prepared)
-                outputs = Outputs(_succeeded)
-                job = PromptPin(**prepared.fields, sink=outputs.put, about=logs.bound())
+                outputs: Outputs[Output] = Outputs()
+                job = PromptPin(**prepared.fields, sink=outputs.sink(_succeeded), about=logs.bound())
                 pinned = PinnedPrompt(
                     name=name, revision=prepared.lease.revision, prompt_tokens=len(job.prompt_token_ids)
                 )
@@ -85,7 +85,7 @@ class PromptService:
                 with (
                     self._reserved(pin, caller.tenant),
                     self._abandoned(pin),
-                    self._jobs.submit(prepared, job, record, self._engine.pin_prompt),
+                    self._jobs.submit(prepared, [job], record, self._engine.pin_prompt),
                 ):
                     output = await outputs.get()
                     record.cached_tokens = output.cached_tokens

@@ -83,17 +83,31 @@ class TextStream:
     """The text of one request's answer.
 
     Text that may be the beginning of a stop string is held back. After a stop string no more text is
-    returned, and `stopped_by` is that string.
+    returned, and `stopped_by` is that string. In the text of the first `min_tokens` tokens none begins.
     """
 
-    def __init__(self, codec: TextCodec, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        prompt_token_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        """With `include_stop` the text ends with the stop string, not before it."""
         self._decoder = Decoder(codec, prompt_token_ids)
         self._stop = stop
+        self._include_stop = include_stop
+        self._num_unchecked = min_tokens if stop else 0
         self._held = ""
         self.stopped_by: str | None = None
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the new text."""
+        if self._num_unchecked:
+            self._num_unchecked -= 1
+            return self._decoder.push(token_id)
         out = self._advance(self._decoder.push(token_id))
         # A line break may be a byte: a stop string of it ends the answer now and not with the next word.
         if self._stop and self.stopped_by is None and (pending := self._decoder.pending()):
@@ -123,7 +137,7 @@ class TextStream:
             return ""
         index, self.stopped_by = min(found)
         self._held = ""
-        return text[:index]
+        return text[: index + len(self.stopped_by) * self._include_stop]
 
 
 def _overlap(text: str, stop: str) -> int:

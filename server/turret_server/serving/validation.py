@@ -26,9 +26,24 @@ def validate(request: GenerationRequest | PinRequest) -> list[Named]:
         InvalidRequestError: a field is invalid.
     """
     check_fields(request, FIELDS if isinstance(request, GenerationRequest) else PIN_FIELDS)
+    if isinstance(request, GenerationRequest):
+        _check_together(request)
     if request.prompt is None:
         raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
     return check_adapters(request.adapters)
+
+
+def _check_together(request: GenerationRequest) -> None:
+    if request.n > 1 and request.temperature == 0:
+        raise InvalidRequestError(
+            f"n is {request.n}, and at temperature 0 all answers are the same; set a temperature, or n to 1",
+            field="n",
+        )
+    if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens is at most max_tokens, which is {request.max_tokens}; found {request.min_tokens}",
+            field="min_tokens",
+        )
 
 
 def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -39,18 +39,18 @@ class Vocabulary:
                 field="token_ids",
             )
 
-    def all_stop_token_ids(self, wanted: Sequence[int]) -> frozenset[int]:
-        """The tokens that end every answer and those of a request.
+    def check_named(self, token_ids: Iterable[int], field: str) -> None:
+        """Check tokens that a field of a request names.
 
         Raises:
             InvalidRequestError: one is not in the vocabulary.
         """
-        if wanted and max(wanted) >= self.size:
-            raise InvalidRequestError(
-                f"stop_token_ids are below {self.size}, the size of the vocabulary; found {max(wanted)}",
-                field="stop_token_ids",
-            )
-        return self.stop_token_ids.union(wanted)
+        for token_id in token_ids:
+            if not 0 <= token_id < self.size:
+                raise InvalidRequestError(
+                    f"{field} has token ids below {self.size}, the size of the vocabulary; found {token_id}",
+                    field=field,
+                )
 
 
 class Vocabularies:

@@ -33,7 +33,7 @@ def test_tokens_lie_end_to_end_each_with_its_position_page_and_slot():
     assert attention.pages_T.tolist() == [7, 7, 5, 4]
     assert attention.slots_T.tolist() == [2, 3, 0, 0]
     assert [sequence.sequence_id for sequence in batch.sampled] == [2]
-    assert batch.last_S.tolist() == [3]
+    assert batch.logits_R.tolist() == [3]
     assert batch.deltas is None
 
 
@@ -108,7 +108,7 @@ def test_the_head_applies_adapters_to_the_sampled_tokens_where_they_are_active(a
         resident={"a": NO_ROWS},
     )
     assert [sequence.sequence_id for sequence in batch.sampled] == [1, 3]
-    assert batch.last_S.tolist() == [1, 5]
+    assert batch.logits_R.tolist() == [1, 5]
     assert bounds(batch.head_deltas) == expected
 
 

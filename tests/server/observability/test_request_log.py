@@ -89,8 +89,8 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
     async with request_log.follow(CALLER) as record:
         record.begin(job(), PINS)
         record.job.times.started = record.submitted + 0.25
-        record.token(2, record.arrived + 0.5)
-        record.token(2, record.arrived + 0.75)
+        record.token(2, record.arrived + 0.5, None)
+        record.token(2, record.arrived + 0.75, record.arrived + 0.5)
         await request_log.finish(record, "length")
         # The client gets its end after this, and the line is there already.
         [line] = written()

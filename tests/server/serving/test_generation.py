@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,7 @@ from turret_adapters.host import HostAdapter
 from turret_adapters.spec import Split
 from turret_server import logs
 from turret_server.engine.request import FinishReason as EngineFinishReason
-from turret_server.engine.request import Output, SamplingParams
+from turret_server.engine.request import LogitAdjustment, Logprob, Output, SamplingParams
 from turret_server.errors import (
     InvalidRequestError,
     OutOfMemoryError,
@@ -21,7 +21,7 @@ from turret_server.errors import (
     QuotaExceededError,
 )
 from turret_server.serving.codec import TextCodec
-from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, Usage
+from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, TokenLogprob, Usage
 
 REQUEST = GenerationRequest(prompt=[5, 6, 7])
 
@@ -49,6 +49,180 @@ async def test_stop_tokens_of_the_request_and_stop_strings_that_are_special_toke
         await job_of(services, admin, replace(REQUEST, stop_token_ids=(5, VOCAB_SIZE)))
     assert refused.value.metadata["field"] == "stop_token_ids"
     await job_of(services, admin, replace(REQUEST, stop_token_ids=(VOCAB_SIZE - 1,)))
+
+
+async def test_adjustments_of_logits_reach_the_sampler_and_cost_nothing_where_there_are_none(services, admin):
+    assert (await job_of(services, admin)).sampling.adjustment is None
+    wanted = {
+        "min_tokens": 3,
+        "logit_bias": {5: -1.5},
+        "repetition_penalty": 1.5,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 0.25,
+    }
+    job = await job_of(services, admin, replace(REQUEST, **wanted, min_p=0.5, logprobs=2, prompt_logprobs=0))
+    assert job.sampling.adjustment == LogitAdjustment(**wanted)
+    assert (job.sampling.min_p, job.sampling.logprobs, job.sampling.prompt_logprobs) == (0.5, 2, 0)
+    for name, value in wanted.items():
+        found = (await job_of(services, admin, replace(REQUEST, **{name: value}))).sampling.adjustment
+        assert found == LogitAdjustment(**{name: value})
+
+
+async def test_tokens_with_a_bias_are_of_the_vocabulary(services, admin):
+    with pytest.raises(InvalidRequestError, match="logit_bias has token ids below") as refused:
+        await job_of(services, admin, replace(REQUEST, logit_bias={VOCAB_SIZE: 1.0}))
+    assert refused.value.metadata["field"] == "logit_bias"
+
+
+async def test_the_end_of_sequence_can_be_ignored_and_the_requests_own_stops_not(services, admin):
+    request = replace(REQUEST, ignore_eos=True)
+    assert (await job_of(services, admin, request)).stop_token_ids == set()
+    request = replace(request, stop_token_ids=(5,), stop=("<s>",))
+    assert (await job_of(services, admin, request)).stop_token_ids == {0, 5}
+
+
+async def test_an_answer_is_never_cut_below_the_fewest_tokens(services, admin):
+    with pytest.raises(InvalidRequestError, match="min_tokens is at most max_tokens, which is 3; found 4"):
+        await job_of(services, admin, replace(REQUEST, min_tokens=4, max_tokens=3))
+    with pytest.raises(PromptTooLongError):
+        await job_of(services, admin, replace(REQUEST, min_tokens=62))
+    assert (await job_of(services, admin, replace(REQUEST, min_tokens=61))).max_tokens == 61
+
+
+async def text_of(services, caller, token_ids, end=EngineFinishReason.STOP, **fields):
+    services.engine.answer(token_ids, end)
+    chunks = await services.generate(replace(REQUEST, **fields), caller)
+    return "".join(chunk.text for chunk in chunks)
+
+
+async def test_what_ended_an_answer_is_in_its_text_if_that_is_wanted(services, admin, codec):
+    a, x = codec.encode("a", 64), codec.encode("x", 64)
+    length = EngineFinishReason.LENGTH
+    assert await text_of(services, admin, [*a, *x, *a], length, stop=("x",)) == "a"
+    assert await text_of(services, admin, [*a, *x, *a], length, stop=("x",), include_stop=True) == "ax"
+    # Special tokens: one that the request names, and the end of the sequence.
+    assert await text_of(services, admin, [*a, 0], stop=("<s>",)) == "a"
+    assert await text_of(services, admin, [*a, 0], stop=("<s>",), include_stop=True) == "a<s>"
+    assert await text_of(services, admin, [*a, 0], stop_token_ids=(0,), include_stop=True) == "a<s>"
+    assert await text_of(services, admin, [*a, 1], include_stop=True) == "a"
+    # The text of any other token belongs to the answer in any case.
+    assert await text_of(services, admin, [*a, *x], stop_token_ids=tuple(x)) == "ax"
+
+
+async def test_special_tokens_are_in_the_text_if_they_are_not_to_be_skipped(services, admin, codec):
+    a = codec.encode("a", 64)
+    assert await text_of(services, admin, [*a, 0, *a, 1]) == "aa"
+    assert await text_of(services, admin, [*a, 0, *a, 1], skip_special_tokens=False) == "a<s>a"
+    shown = await text_of(services, admin, [*a, 0, *a, 1], skip_special_tokens=False, include_stop=True)
+    assert shown == "a<s>a</s>"
+
+
+async def test_a_stop_string_within_the_fewest_tokens_does_not_count(services, admin, codec):
+    token_ids = [*codec.encode("a", 64), *codec.encode("x", 64)] * 2
+    length = EngineFinishReason.LENGTH
+    assert await text_of(services, admin, token_ids, length, stop=("x",), min_tokens=1) == "a"
+    assert await text_of(services, admin, token_ids, length, stop=("x",), min_tokens=2) == "axa"
+    assert await text_of(services, admin, token_ids, length, stop=("xa",), min_tokens=2) == "axax"
+
+
+async def test_log_probabilities_come_with_their_tokens_and_the_bytes_of_these(services, admin, codec):
+    [a], [x] = codec.encode("a", 64), codec.encode("x", 64)
+    first, second = Logprob(a, -1.0, 2, ((x, -0.5), (a, -1.0))), Logprob(x, -0.25, 1, ())
+    services.engine.outputs = [
+        Output(token_id=a, logprob=first, prompt_logprobs=(second, first)),
+        Output(token_id=x, logprob=second, finish_reason=EngineFinishReason.LENGTH),
+    ]
+    chunks = await services.generate(replace(REQUEST, logprobs=2, prompt_logprobs=2), admin)
+    top = (
+        TokenLogprob(token_id=x, token=b"x", logprob=-0.5, rank=1),
+        TokenLogprob(token_id=a, token=b"a", logprob=-1.0, rank=2),
+    )
+    found = TokenLogprob(token_id=a, token=b"a", logprob=-1.0, rank=2, top=top)
+    other = TokenLogprob(token_id=x, token=b"x", logprob=-0.25, rank=1)
+    assert [chunk.logprobs for chunk in chunks] == [(found,), (other,)]
+    assert [chunk.prompt_logprobs for chunk in chunks] == [(other, found), ()]
+
+
+async def test_several_answers_have_jobs_and_seeds_of_their_own(services, admin):
+    services.engine.answer([9])
+    request = replace(REQUEST, n=3, temperature=0.5, seed=7, prompt_logprobs=1)
+    await services.generate(request, admin)
+    first, *others = services.engine.jobs
+    assert (first.leader, first.sampling.seed, first.sampling.prompt_logprobs) == (None, 7, 1)
+    assert [job.leader for job in others] == [first.request_id] * 2
+    assert len({job.request_id for job in services.engine.jobs}) == 3
+    seeds = [job.sampling.seed for job in services.engine.jobs]
+    assert len(set(seeds)) == 3
+    assert all(
+        job.sampling == replace(first.sampling, seed=seed, prompt_logprobs=None)
+        for job, seed in zip(others, seeds[1:], strict=True)
+    )
+    services.engine.jobs.clear()
+    await services.generate(request, admin)
+    assert [job.sampling.seed for job in services.engine.jobs] == seeds
+
+
+async def test_several_answers_of_a_greedy_request_are_refused(services, admin):
+    with pytest.raises(InvalidRequestError, match="at temperature 0 all answers are the same") as refused:
+        await services.generate(replace(REQUEST, n=2), admin)
+    assert refused.value.metadata["field"] == "n"
+
+
+async def test_several_answers_end_one_by_one_and_their_usage_comes_with_the_last(services, caller_of, codec):
+    caller = caller_of(tokens_per_minute=63)
+    [a], [x] = codec.encode("a", 64), codec.encode("x", 64)
+    request = replace(REQUEST, n=2, temperature=1.0, stop=("x",), max_tokens=30)
+    async with aclosing(services.generation.generate(request, caller)) as chunks:
+        reader = asyncio.ensure_future(_rest(chunks))
+        first, second = [await services.engine.arrivals.get() for _ in range(2)]
+        first.sink(Output(token_id=a, cached_tokens=2))
+        second.sink(Output(token_id=a, cached_tokens=3))
+        second.sink(Output(token_id=x, cached_tokens=3))
+        await arrived()
+        assert ("cancel", second.request_id) in services.engine.calls
+        assert ("cancel", first.request_id) not in services.engine.calls
+        # What the engine has computed beyond counts for nothing.
+        second.sink(Output(token_id=a, cached_tokens=3))
+        first.sink(Output(token_id=a, finish_reason=EngineFinishReason.LENGTH, cached_tokens=2))
+        found = await reader
+    assert [(chunk.index, chunk.text, chunk.finish_reason) for chunk in found] == [
+        (0, "a", None), (1, "a", None), (1, "", FinishReason.STOP), (0, "a", FinishReason.LENGTH),
+    ]  # fmt: skip
+    assert [chunk.usage for chunk in found[:-1]] == [None] * 3
+    assert found[-1].usage == Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=4)
+    [entry] = services.usage.entries
+    assert (entry["prompt_tokens"], entry["generated_tokens"], entry["finish_reason"]) == (3, 4, "length")
+    assert services.used("acme", "", "prompt") == 3
+    assert services.used("acme", "", "generated") == 4
+    assert services.metrics.get_sample_value("turret_inter_token_seconds_count") == 2
+    with pytest.raises(QuotaExceededError, match="has 56 of its 63"):
+        await services.generate(replace(REQUEST, max_tokens=54), caller)
+
+
+async def _rest(chunks):
+    return [chunk async for chunk in chunks]
+
+
+async def test_all_answers_are_cancelled_when_one_fails_or_the_client_leaves(services, admin):
+    request = replace(REQUEST, n=2, temperature=1.0)
+
+    async def cancelled_after(output):
+        services.engine.calls.clear()
+        async with aclosing(services.generation.generate(request, admin)) as chunks:
+            reader = asyncio.ensure_future(anext(chunks))
+            jobs = [await services.engine.arrivals.get() for _ in range(2)]
+            jobs[1].sink(output)
+            with suppress(OutOfMemoryError):
+                await reader
+        return {each for what, each in services.engine.calls if what == "cancel"} == {
+            job.request_id for job in jobs
+        }
+
+    assert await cancelled_after(Output(token_id=9))
+    assert await cancelled_after(
+        Output(error=OutOfMemoryError("full"), finish_reason=EngineFinishReason.FAILED)
+    )
+    assert (services.count("cancelled"), services.count("out_of_memory")) == (1, 1)
 
 
 async def test_an_answer_says_which_stop_ended_it(services, admin, codec):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -244,7 +245,7 @@ async def submitted(services, caller, *, generated=0, max_tokens=10, named=()):
     record = Record(generated)
     async with services.jobs.prepare(REQUEST, named, caller) as prepared:
         job = generation(prepared, max_tokens)
-        with services.jobs.submit(prepared, job, record, services.engine.submit):
+        with services.jobs.submit(prepared, [job], record, services.engine.submit):
             pass
     return record
 
@@ -258,7 +259,7 @@ async def test_a_job_is_cancelled_when_its_block_ends(services, admin):
 
 async def test_a_job_whose_block_fails_is_cancelled_as_well(services, admin):
     async with services.jobs.prepare(REQUEST, [], admin) as prepared:
-        submit = services.jobs.submit(prepared, generation(prepared), Record(), services.engine.submit)
+        submit = services.jobs.submit(prepared, [generation(prepared)], Record(), services.engine.submit)
         with pytest.raises(ZeroDivisionError), submit:
             raise ZeroDivisionError
     assert [what for what, _ in services.engine.calls] == ["submit", "cancel"]
@@ -289,11 +290,49 @@ async def test_a_job_that_the_engine_refuses_costs_nothing_and_leaves_nothing(se
     await submitted(services, caller)
 
 
+async def test_several_jobs_pay_for_their_prompt_once_and_for_every_answer(services, caller_of):
+    caller = caller_of(tokens_per_minute=33)
+    async with services.jobs.prepare(REQUEST, [], caller) as prepared:
+        jobs = [generation(prepared), replace(generation(prepared), request_id=services.jobs.next_id())]
+        with (
+            services.jobs.submit(prepared, jobs, Record(generated=7), services.engine.submit),
+            pytest.raises(QuotaExceededError, match="has 10 of its 33 tokens"),
+        ):
+            await submitted(services, caller, max_tokens=8)
+        ids = [job.request_id for job in jobs]
+        assert len(set(ids)) == 2
+        assert services.engine.calls == [
+            *(("submit", each) for each in ids),
+            *(("cancel", each) for each in ids),
+        ]
+    with pytest.raises(QuotaExceededError, match="has 23 of its 33 tokens"):
+        await submitted(services, caller, max_tokens=21)
+
+
+async def test_if_the_engine_refuses_one_of_several_jobs_none_is_left(services, caller_of):
+    caller = caller_of(tokens_per_minute=23)
+
+    def begin(job):
+        if services.engine.jobs:
+            raise QueueFullError("full", retry_after=1.0)
+        services.engine.submit(job)
+
+    async with services.jobs.prepare(REQUEST, [], caller) as prepared:
+        jobs = [generation(prepared), replace(generation(prepared), request_id=services.jobs.next_id())]
+        with (
+            pytest.raises(QueueFullError),
+            services.jobs.submit(prepared, jobs, Record(), begin),
+        ):
+            pass
+    assert services.engine.calls == [("submit", jobs[0].request_id), ("cancel", jobs[0].request_id)]
+    await submitted(services, caller, max_tokens=20)
+
+
 async def test_a_prompt_that_is_pinned_is_charged_without_an_answer(services, caller_of):
     caller = caller_of(tokens_per_minute=3)
     async with services.jobs.prepare(PinRequest(name="rules", prompt=[5, 6, 7]), [], caller) as prepared:
         pin = PromptPin(**prepared.fields, sink=lambda _: None)
-        with services.jobs.submit(prepared, pin, Record(), services.engine.pin_prompt):
+        with services.jobs.submit(prepared, [pin], Record(), services.engine.pin_prompt):
             pass
     assert services.used("acme", "", "prompt") == 3
     with pytest.raises(QuotaExceededError, match="has 0 of its 3 tokens"):
@@ -307,10 +346,11 @@ def token_of(output, _):
 
 
 async def test_outputs_come_in_their_order_and_an_error_is_raised():
-    outputs = Outputs(token_of)
-    outputs.put(Output(token_id=0))
-    outputs.put(Output(finish_reason=FinishReason.CANCELLED))
-    outputs.put(Output(error=QueueFullError("full", retry_after=1.0), finish_reason=FinishReason.FAILED))
+    outputs = Outputs()
+    put = outputs.sink(token_of)
+    put(Output(token_id=0))
+    put(Output(finish_reason=FinishReason.CANCELLED))
+    put(Output(error=QueueFullError("full", retry_after=1.0), finish_reason=FinishReason.FAILED))
     assert await outputs.get() == 0
     with pytest.raises(QueueFullError):
         await outputs.get()
@@ -318,10 +358,10 @@ async def test_outputs_come_in_their_order_and_an_error_is_raised():
 
 async def test_outputs_come_from_another_thread_with_their_time_and_before_they_are_read():
     received = []
-    outputs = Outputs(lambda output, emitted: received.append((output.token_id, emitted)))
+    put = Outputs().sink(lambda output, emitted: received.append((output.token_id, emitted)))
     times = [time.monotonic()]
     for token_id in range(3):
-        await asyncio.to_thread(outputs.put, Output(token_id=token_id))
+        await asyncio.to_thread(put, Output(token_id=token_id))
         times.append(time.monotonic())
     await asyncio.sleep(0)
     assert [token_id for token_id, _ in received] == [0, 1, 2]
@@ -331,6 +371,6 @@ async def test_outputs_come_from_another_thread_with_their_time_and_before_they_
 
 def test_an_output_for_a_loop_that_is_closed_is_dropped():
     async def make():
-        return Outputs(token_of)
+        return Outputs().sink(token_of)
 
-    asyncio.run(make()).put(Output(token_id=0))
+    asyncio.run(make())(Output(token_id=0))

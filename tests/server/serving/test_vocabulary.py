@@ -31,11 +31,14 @@ def test_token_ids_are_of_the_vocabulary():
         BASE.check_token_ids([])
 
 
-def test_stop_tokens_are_the_vocabularys_and_the_requests():
-    assert BASE.all_stop_token_ids([]) == {1}
-    assert BASE.all_stop_token_ids([99]) == {1, 99}
-    with pytest.raises(InvalidRequestError, match="below 100, the size of the vocabulary; found 100"):
-        BASE.all_stop_token_ids([100])
+@pytest.mark.parametrize("wrong", [100, -1])
+def test_tokens_that_a_field_names_are_of_the_vocabulary(wrong):
+    BASE.check_named([0, 99], "logit_bias")
+    with pytest.raises(
+        InvalidRequestError, match=f"logit_bias has .* below 100, .* found {wrong}"
+    ) as refused:
+        BASE.check_named([5, wrong], "logit_bias")
+    assert refused.value.metadata["field"] == "logit_bias"
 
 
 async def test_a_request_without_a_tokenizer_of_its_own_uses_the_bases(own_tokenizer):

@@ -118,8 +118,13 @@ class Allocation:
                 pinned_pages=pinned,
             )
 
-    def allocate(self, sequence: Sequence, residents: tuple[Resident, ...]) -> list[PageCopy] | None:
+    def allocate(
+        self, sequence: Sequence, residents: tuple[Resident, ...], leader: Sequence | None = None
+    ) -> list[PageCopy] | None:
         """Share the adapters' prefix and cached blocks, and allocate pages for the other tokens.
+
+        What a running `leader` has computed of the block in which the prompt ends is copied: only the last
+        token of the prompt, whose logits are needed, is computed again.
 
         Returns:
             The page copies that the next step must make first; None if there are too few pages.
@@ -128,7 +133,7 @@ class Allocation:
         whole = num_virtual // self.block_size
         # The last token is computed in any case: its logits are needed.
         keys = sequence.keys((len(sequence.tokens) - 1) // self.block_size, self.block_size)
-        cached = self._cache.match(keys[whole:])
+        cached = [] if sequence.scores_prompt else self._cache.match(keys[whole:])
         prefix = [page for resident in residents for page in resident.prefix_pages]
         shared = prefix[:whole]
         missing = -(-len(sequence.tokens) // self.block_size) - len(shared) - len(cached)
@@ -143,11 +148,27 @@ class Allocation:
         for resident in residents:
             self._residency.acquire(resident, sequence.tenant)
         sequence.residents = residents
+        source = None
+        if num_virtual % self.block_size and not cached:
+            source = prefix[whole]
+        last, num_found = len(sequence.tokens) - 1, (whole + len(cached)) * self.block_size
+        if leader is not None and self._is_rest_of_prompt(sequence, leader, num_found):
+            source, sequence.num_computed = leader.block_table[last // self.block_size], last
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-        if num_virtual % self.block_size and not cached:
-            return [PageCopy(source=prefix[whole], target=pages[0])]
-        return []
+        return [] if source is None else [PageCopy(source=source, target=pages[0])]
+
+    def _is_rest_of_prompt(self, sequence: Sequence, leader: Sequence, num_found: int) -> bool:
+        """Whether the block after the first `num_found` tokens is that of the prompt's last token, and the
+        leader has computed the tokens before that one.
+        """
+        last = len(sequence.tokens) - 1
+        begins = last - last % self.block_size
+        return (
+            not sequence.num_generated
+            and leader.num_computed >= last > sequence.num_computed
+            and num_found == begins
+        )
 
     def needs_page(self, sequence: Sequence) -> bool:
         """Whether a running sequence has no page for its next token."""

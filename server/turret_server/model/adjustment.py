@@ -1,0 +1,95 @@
+"""Changes logits as requests want it, before a token is chosen: exclusions, biases, penalties.
+
+Every element is computed alone, and counts are sums of ones, so neither the batch nor the device changes a
+logit. Shape suffixes: D rows of logits, P those with penalties, V vocabulary, N tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+
+from turret_server.engine.step import SequenceStep
+
+
+def adjust(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep]) -> None:
+    """Change the rows of sequences with an adjustment, in place. See `LogitAdjustment`."""
+    found = [
+        (row, each, each.sampling.adjustment)
+        for row, each in enumerate(sequences)
+        if each.sampling is not None and each.sampling.adjustment is not None
+    ]
+    if not found:
+        return
+    _exclude(logits_DV, [(row, each.excluded) for row, each, _ in found if each.excluded])
+    biased = [(row, adjustment.logit_bias) for row, _, adjustment in found if adjustment.logit_bias]
+    if biased:
+        values = chain.from_iterable(bias.values() for _, bias in biased)
+        bias_N = torch.tensor(list(values), dtype=logits_DV.dtype)
+        where = _elements([(row, list(bias)) for row, bias in biased], logits_DV)
+        logits_DV.view(-1).index_add_(0, where, to_device(bias_N, logits_DV.device))
+    _penalise(logits_DV, [(row, each) for row, each, adjustment in found if adjustment.has_penalties])
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, made asynchronously."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _exclude(logits_DV: torch.Tensor, excluded: Sequence[tuple[int, frozenset[int]]]) -> None:
+    """A tokenizer may have a token that ends an answer and that the model does not have."""
+    size = logits_DV.shape[-1]
+    known = [(row, [each for each in token_ids if each < size]) for row, token_ids in excluded]
+    if known:
+        logits_DV.view(-1).index_fill_(0, _elements(known, logits_DV), -torch.inf)
+
+
+def _elements(tokens: Sequence[tuple[int, Sequence[int]]], logits_DV: torch.Tensor) -> torch.Tensor:
+    """The indices of rows and their tokens in the flat tensor."""
+    size = logits_DV.shape[-1]
+    flat = [row * size + token_id for row, token_ids in tokens for token_id in token_ids]
+    return to_device(torch.tensor(flat), logits_DV.device)
+
+
+def _penalise(logits_DV: torch.Tensor, penalised: Sequence[tuple[int, SequenceStep]]) -> None:
+    """Divide positive logits of the tokens so far and multiply negative ones (arXiv 1909.05858), and subtract
+    the other penalties of the answer's tokens.
+    """
+    if not penalised:
+        return
+    device, (num_rows, size) = logits_DV.device, (len(penalised), logits_DV.shape[-1])
+    rows = [row for row, _ in penalised]
+    settings = [
+        (it.repetition_penalty, it.frequency_penalty, it.presence_penalty)
+        for it in (each.sampling.adjustment for _, each in penalised if each.sampling)
+        if it is not None
+    ]
+    repetition_P1, frequency_P1, presence_P1 = to_device(torch.tensor(settings), device)[..., None].unbind(1)
+    where_P = to_device(torch.tensor(rows), device)
+    tokens_N, generated_N = (to_device(each, device) for each in _histories(penalised, size))
+    seen_PV = torch.zeros(num_rows * size, dtype=torch.bool, device=device)
+    seen_PV = seen_PV.index_fill_(0, tokens_N, value=True).view(num_rows, size)
+    counts_PV = torch.zeros(num_rows * size, device=device).index_add_(0, tokens_N, generated_N)
+    counts_PV = counts_PV.view(num_rows, size)
+    logits_PV = logits_DV[where_P]
+    scaled_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
+    logits_PV = torch.where(seen_PV, scaled_PV, logits_PV)
+    logits_PV -= frequency_P1 * counts_PV
+    logits_PV -= presence_P1 * (counts_PV > 0)
+    # A tiny repetition penalty must not make infinities.
+    logits_DV[where_P] = logits_PV.clamp_(max=torch.finfo(logits_PV.dtype).max)
+
+
+def _histories(penalised: Sequence[tuple[int, SequenceStep]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of all rows as indices in the flat tensor, and 1 for each that is the answer's, else 0."""
+    histories = [np.frombuffer(each.history or b"", np.int64) for _, each in penalised]
+    lengths_P = np.array([len(history) for history in histories])
+    begins_P = lengths_P.cumsum() - lengths_P
+    prompts_P = lengths_P - np.array([each.num_generated for _, each in penalised])
+    positions_N = np.arange(lengths_P.sum()) - np.repeat(begins_P, lengths_P)
+    generated_N = positions_N >= np.repeat(prompts_P, lengths_P)
+    tokens_N = np.concatenate(histories) + np.repeat(np.arange(len(histories)) * size, lengths_P)
+    return torch.from_numpy(tokens_N), torch.from_numpy(generated_N.astype(np.float32))
