@@ -94,6 +94,14 @@ def _is_address(value: str) -> bool:
     return True
 
 
+def _is_loopback(address: str) -> bool:
+    host = split_address(address)[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _is_lazy_source(value: str) -> bool:
     return value.count(NAME_MARK) == 1 and (value.startswith("/") or "://" in value)
 
@@ -103,6 +111,10 @@ _COUNT = _Rule("an integer of at least 1", lambda value: value >= 1)
 _POSITIVE = _Rule("a number above 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE = _Rule("a number of at least 0", lambda value: 0 <= value < math.inf)
 _ADDRESS = _Rule("HOST:PORT, such as 127.0.0.1:50051", _is_address)
+_ORIGIN = _Rule(
+    'an origin such as https://chat.example.com, or "*"',
+    lambda value: value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None,
+)
 _SIZE_OR_FRACTION = _Rule(
     "a size such as 2GiB, or a fraction of the free memory such as 0.5",
     lambda value: parse_size(value) is not None,
@@ -282,6 +294,27 @@ class ServerConfig:
             _ADDRESS,
         ),
     )
+    http: str | None = field(
+        default="127.0.0.1:8000",
+        metadata=_about(
+            Group.NETWORK,
+            "HOST:PORT",
+            'Address of the HTTP server, which has the API of OpenAI; "none" switches it off. Authentication '
+            "is as for --listen.",
+            _ADDRESS,
+            unset="none",
+        ),
+    )
+    http_cors: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            Group.NETWORK,
+            "ORIGIN",
+            'Web pages of this origin, such as "https://chat.example.com", may call the HTTP server from a '
+            'browser; "*" is every origin; repeatable.',
+            _ORIGIN,
+        ),
+    )
     metrics: str | None = field(
         default="127.0.0.1:9090",
         metadata=_about(
@@ -439,12 +472,14 @@ class ServerConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches the gRPC server."""
-        host = split_address(self.listen)[0].strip("[]")
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        """Whether only this machine reaches the server."""
+        return self.open_address is None
+
+    @property
+    def open_address(self) -> tuple[str, str] | None:
+        """The flag and value of an address that other machines reach; None if there is none."""
+        addresses = (("--listen", self.listen), ("--http", self.http))
+        return next(((flag, each) for flag, each in addresses if each and not _is_loopback(each)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ class Turret:
             BENCH / "store",
             *options,
         ]
-        ports = ("--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+        ports = ("--listen", "127.0.0.1:0", "--http", "none", "--metrics", "127.0.0.1:0")
         self._process = LoggedProcess(f"{name}-{shape.name}", [*command, *ports], os.environ)
         try:
             self.address = self._process.wait_for(r"serving on (\S+)")

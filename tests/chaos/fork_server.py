@@ -32,7 +32,7 @@ class ForkedServer:
         self._fork_server = fork_server
         self._log = log
         log.touch()
-        addresses = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+        addresses = ["--listen", "127.0.0.1:0", "--http", "none", "--metrics", "127.0.0.1:0"]
         self._pid = fork_server.call({"arguments": ["serve", *arguments, *addresses], "log": str(log)})
         self.running = True
 

@@ -78,6 +78,7 @@ def test_every_flag_exists(settings):
 
 def test_it_listens_to_the_outside_on_the_usual_ports(settings):
     assert settings["--listen"] == f"0.0.0.0:{port(DEFAULTS.listen)}"
+    assert settings["--http"] == f"0.0.0.0:{port(DEFAULTS.http)}"
     assert settings["--metrics"] == f"0.0.0.0:{port(DEFAULTS.metrics)}"
 
 
@@ -87,7 +88,8 @@ def test_a_server_that_anybody_may_use_is_published_to_this_machine_alone(servic
 
 
 def test_its_ports_are_declared(instructions, settings):
-    assert dict(instructions)["EXPOSE"].split() == [port(settings["--listen"]), port(settings["--metrics"])]
+    ports = [port(settings[flag]) for flag in ("--listen", "--http", "--metrics")]
+    assert dict(instructions)["EXPOSE"].split() == ports
 
 
 def test_it_runs_as_nobody_special(instructions):
@@ -148,7 +150,8 @@ def test_ports_are_open_to_this_machine_alone(compose):
 
 
 def test_clients_find_the_server_at_their_default_address(service, settings):
-    assert service["ports"] == [f"{DEFAULT_ADDRESS}:{port(settings['--listen'])}"]
+    defaults = ((DEFAULT_ADDRESS, "--listen"), (DEFAULTS.http, "--http"))
+    assert service["ports"] == [f"{address}:{port(settings[flag])}" for address, flag in defaults]
     assert DEFAULTS.listen == DEFAULT_ADDRESS
 
 

@@ -118,6 +118,7 @@ class Server:
             "--host-memory": HOST_ROOM * mean_adapter_bytes(),
             "--max-batch-requests": CONCURRENCY,
             "--listen": "127.0.0.1:0",
+            "--http": "none",
             "--metrics": "127.0.0.1:0",
         }
         turret = Path(sys.executable).with_name("turret")

@@ -80,6 +80,13 @@ def test_an_address_is_split_at_its_last_colon():
 )
 def test_which_addresses_are_local(listen, is_local):
     assert ServerConfig(model="m", listen=listen).is_local is is_local
+    assert ServerConfig(model="m", http=listen).is_local is is_local
+
+
+def test_the_address_that_other_machines_reach_is_named():
+    assert ServerConfig(model="m").open_address is None
+    assert ServerConfig(model="m", http="0.0.0.0:1").open_address == ("--http", "0.0.0.0:1")
+    assert ServerConfig(model="m", http=None, listen="[::]:1").open_address == ("--listen", "[::]:1")
 
 
 # Of every setting but switches: values that are allowed, and values just outside.
@@ -97,6 +104,11 @@ BOUNDS = {
     "store_size": ([None, "50GiB", "2"], ["", "0", "0.5", "1", "plenty"]),
     "cache": ([FOLDER, FOLDER / "none"], [FILE]),
     "listen": (["127.0.0.1:0"], ["", "nowhere", "127.0.0.1:65536"]),
+    "http": ([None, "0.0.0.0:65535"], ["", "nowhere"]),
+    "http_cors": (
+        [(), ("*", "https://a.example.com"), ("http://localhost:3000",)],
+        [("a.example.com",), ("https://a/b",)],
+    ),
     "metrics": ([None, "0.0.0.0:65535"], ["", "nowhere"]),
     "grace": ([0.0, 1e9], [-0.001, float("inf"), float("nan")]),
     "tenants": ([None, FILE], [FOLDER, FOLDER / "none"]),
@@ -316,6 +328,7 @@ def test_defaults_as_help_shows_them():
         "store_size": "no limit",
         "cache": "$XDG_CACHE_HOME/turret or ~/.cache/turret",
         "listen": "127.0.0.1:50051",
+        "http": "127.0.0.1:8000",
         "metrics": "127.0.0.1:9090",
         "grace": "30",
         "max_batch_tokens": "512",

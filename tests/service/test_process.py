@@ -158,6 +158,7 @@ def test_sigterm_lets_running_requests_finish(base_of, cache):
         (("--listen", "nowhere"), 2, "HOST:PORT"),
         (("--listen", "0.0.0.0:0"), 2, "--allow-unauthenticated"),
         (("--listen", "[::]:0"), 2, "--allow-unauthenticated"),
+        (("--http", "0.0.0.0:0"), 2, "--http 0.0.0.0:0: other machines could"),
         (("--tls-cert", __file__), 2, "--tls-cert and --tls-key belong together"),
         (("--tls-cert", __file__, "--tls-key", __file__), 2, "expected PEM files"),
         (("--tenants", __file__), 2, "expected a TOML file"),
@@ -165,7 +166,16 @@ def test_sigterm_lets_running_requests_finish(base_of, cache):
 )
 def test_a_wrong_setting_is_an_error_of_one_line(base_of, cache, arguments, status, said):
     command = [TURRET, "serve", "--cache", str(cache)]
-    defaults = ["--model", str(base_of("llama")), "--metrics", "none", "--listen", "127.0.0.1:0"]
+    defaults = [
+        "--model",
+        str(base_of("llama")),
+        "--metrics",
+        "none",
+        "--http",
+        "none",
+        "--listen",
+        "127.0.0.1:0",
+    ]
     done = subprocess.run(  # noqa: S603
         [*command, *defaults, *arguments], capture_output=True, text=True, check=False
     )

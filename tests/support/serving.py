@@ -17,13 +17,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from turret_server.app.assembly import assemble
-from turret_server.app.build import Parts, make_server
+from turret_server.app.build import Parts, make_doors
 from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.rpc.server import RpcServer
+from turret_server.web.server import WebServer
 
 # Only so that a failing test ends: on a busy machine a start takes minutes.
 _HANG_SECONDS = 900.0
+_DEFAULT_HTTP = ServerConfig(model="m").http
 # The command that the package installs.
 TURRET = str(Path(sys.executable).with_name("turret"))
 
@@ -32,6 +34,8 @@ TURRET = str(Path(sys.executable).with_name("turret"))
 class Served:
     address: str
     parts: Parts
+    http: str
+    """The URL of the HTTP server; "" if it is off, as it is unless the settings name an address."""
 
     def metric(self, name: str, **labels: str) -> float:
         return self.parts.metrics.get_sample_value(name, labels) or 0.0
@@ -39,18 +43,21 @@ class Served:
 
 @contextmanager
 def serving(config: ServerConfig, sampler: Sampler | None = None) -> Iterator[Served]:
-    """The whole server on a loopback port, in threads of this process, with nothing in its store unless
-    `config` names another.
+    """The whole server on loopback ports, in threads of this process, with nothing in its store unless
+    `config` names another, and without HTTP unless `config` names a free port.
     """
+    if config.http == _DEFAULT_HTTP:
+        config = replace(config, http=None)
     with TemporaryDirectory() as store, assemble(_alone(config, Path(store)), sampler) as parts:
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
-        server = asyncio.run_coroutine_threadsafe(_start(parts), loop).result()
+        server, web, address, url = asyncio.run_coroutine_threadsafe(_start(parts, config), loop).result()
         try:
-            yield Served(f"127.0.0.1:{server[1]}", parts)
+            yield Served(address, parts, url)
         finally:
-            asyncio.run_coroutine_threadsafe(server[0].stop(0), loop).result()
+            for door in filter(None, (web, server)):
+                asyncio.run_coroutine_threadsafe(door.stop(0), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -60,11 +67,12 @@ def _alone(config: ServerConfig, store: Path) -> ServerConfig:
     return replace(config, store=store) if config.store == default_store() else config
 
 
-async def _start(parts: Parts) -> tuple[RpcServer, int]:
-    server = make_server(parts)
-    port = await server.start("127.0.0.1:0")
+async def _start(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer | None, str, str]:
+    server, web = make_doors(parts, config)
+    address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
+    url = f"{web.scheme}://127.0.0.1:{await web.start('127.0.0.1:0')}" if web else ""
     await server.ready()
-    return server, port
+    return server, web, address, url
 
 
 class ServerProcess:
@@ -74,7 +82,7 @@ class ServerProcess:
         self._data = TemporaryDirectory()
         command = [*program, "serve", *arguments]
         self.process = subprocess.Popen(  # noqa: S603 (the command is this test's)
-            [*command, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],
+            [*command, "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--metrics", "127.0.0.1:0"],
             stderr=subprocess.PIPE,
             text=True,
             errors="backslashreplace",  # what strangers send may come up in the log of gRPC
@@ -105,6 +113,11 @@ class ServerProcess:
     @property
     def address(self) -> str:
         return self._found(r"serving on ([\w.:]+)")
+
+    @property
+    def http(self) -> str:
+        """The URL of the HTTP server."""
+        return self._found(r"HTTP on (\S+)")
 
     @property
     def metrics_url(self) -> str:

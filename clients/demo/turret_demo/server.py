@@ -17,7 +17,7 @@ class Server:
 
     def __init__(self, model: Path, cache: Path, log: Path) -> None:
         turret = Path(sys.executable).with_name("turret")
-        ports = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+        ports = ["--listen", "127.0.0.1:0", "--http", "none", "--metrics", "127.0.0.1:0"]
         self._log = log
         started = time.monotonic()
         with log.open("w") as file:

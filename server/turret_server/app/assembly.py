@@ -83,7 +83,8 @@ def _check_access(config: ServerConfig, tenants: TenantTable) -> None:
             f"--tenants {config.tenants}: identities are names in client certificates; start the server with "
             "--tls-client-ca as well"
         )
-    if config.is_local:
+    opened = config.open_address
+    if opened is None:
         return
     if tenants.is_open and config.tls_client_ca:
         log.warning(
@@ -93,7 +94,7 @@ def _check_access(config: ServerConfig, tenants: TenantTable) -> None:
         )
     elif tenants.is_open and not config.allow_unauthenticated:
         raise ConfigError(
-            f"--listen {config.listen}: other machines could use this server without authentication; give "
+            f"{opened[0]} {opened[1]}: other machines could use this server without authentication; give "
             "tenants keys in the file of --tenants (`turret tenants key NAME`), require certificates with "
             "--tls-client-ca, listen on 127.0.0.1, or allow it with --allow-unauthenticated"
         )

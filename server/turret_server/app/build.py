@@ -67,9 +67,13 @@ from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
+from turret_server.serving.tokens import TokenService
 from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Authenticator
 from turret_server.tenancy.tenants_file import TenantsFile
+from turret_server.web.app import Services, make_app
+from turret_server.web.names import ModelNames
+from turret_server.web.server import WebServer
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,7 @@ class Parts:
     lifecycle: AdapterLifecycle
     generation: GenerationService
     prompts: PromptService
+    tokens: TokenService
     administration: AdapterAdministration
     watches: AdapterWatches
     access: Access
@@ -133,7 +138,7 @@ def build(
     )
     AdapterMetrics(administration.count_states, memory, library.downloads, metrics)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
-    generation, prompts = _make_services(
+    generation, prompts, tokens = _make_services(
         engine, registry, library, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
     )
     _log_capacity(config, loaded, arena)
@@ -148,6 +153,7 @@ def build(
         lifecycle=lifecycle,
         generation=generation,
         prompts=prompts,
+        tokens=tokens,
         administration=administration,
         watches=watches,
         access=access,
@@ -167,7 +173,7 @@ def _make_services(
     lazy: LazyAdapters | None,
     usage: UsageMetrics,
     request_log: RequestLog,
-) -> tuple[GenerationService, PromptService]:
+) -> tuple[GenerationService, PromptService, TokenService]:
     """The services that submit jobs to the engine."""
     model = ModelInfo(
         max_context=loaded.context.tokens,
@@ -189,23 +195,37 @@ def _make_services(
     return (
         GenerationService(engine=engine, jobs=jobs, model=model, request_log=request_log),
         PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
+        TokenService(jobs),
     )
 
 
-def make_server(parts: Parts) -> RpcServer:
-    """The gRPC door to the services."""
-    calls, access = RunningCalls(), parts.access
+def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer | None]:
+    """The doors to the services: gRPC, and HTTP unless it is switched off."""
+    calls, state, access = RunningCalls(), Health(), parts.access
     authenticator = Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
-    return RpcServer(
+    # Files are of all; each door gets its share.
+    most = max_connections() // (2 if config.http else 1)
+    server = RpcServer(
         InferenceServicer(parts.generation),
         AdapterServicer(parts.administration),
         PromptServicer(parts.prompts),
         interceptors=[CallInterceptor(authenticator, calls)],
         calls=calls,
-        state=Health(),
-        max_connections=max_connections(),
+        state=state,
+        max_connections=most,
         credentials=credentials(access.tls) if access.tls else None,
     )
+    if not config.http:
+        return server, None
+    services = Services(
+        generation=parts.generation,
+        tokens=parts.tokens,
+        administration=parts.administration,
+        health=state,
+        names=ModelNames.of(config.model, parts.loaded.context.tokens),
+    )
+    app = make_app(services, authenticator, calls, origins=config.http_cors)
+    return server, WebServer(app, max_connections=most, tls=access.tls)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from turret_server.observability.metrics_server import PATH, MetricsServer
 if TYPE_CHECKING:
     from turret_server.app.build import Parts
     from turret_server.rpc.server import RpcServer
+    from turret_server.web.server import WebServer
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
     # Before the model, which takes minutes to load.
     check_path(config.model)
     _check_port("--listen", config.listen)
-    if config.metrics:
-        _check_port("--metrics", config.metrics)
+    for flag, address in (("--http", config.http), ("--metrics", config.metrics)):
+        if address:
+            _check_port(flag, address)
     with assemble(config) as parts, ExitStack() as stack:
         if config.metrics:
             stack.callback(_serve_metrics(config.metrics, parts.metrics).close)
@@ -84,13 +86,16 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> MetricsServer:
 
 async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:
     # torch and the model's libraries
-    from turret_server.app.build import make_server  # noqa: PLC0415
+    from turret_server.app.build import make_doors  # noqa: PLC0415
     from turret_server.observability.metrics import WatchdogMetrics  # noqa: PLC0415
 
-    server = make_server(parts)
+    server, web = make_doors(parts, config)
     watchdog = Watchdog(parts.engine.progress, config.max_step_seconds)
-    shutdown = Shutdown(server, parts, watchdog)
+    shutdown = Shutdown(server, web, parts, watchdog)
     with signals.on_event_loop(shutdown.request):
+        if web and config.http:
+            port = await web.start(config.http)
+            log.info("HTTP on %s://%s:%d", web.scheme, split_address(config.http)[0], port)
         port = await server.start(config.listen)
         log.info("serving on %s:%d", split_address(config.listen)[0], port)
         readiness = asyncio.create_task(report_ready(server.ready, parts.lifecycle.missing_pins))
@@ -117,8 +122,9 @@ def _abandon_engine() -> None:
 class Shutdown:
     """Ends the server on request, or when the engine fails. A second request ends the grace period."""
 
-    def __init__(self, server: RpcServer, parts: Parts, watchdog: Watchdog) -> None:
+    def __init__(self, server: RpcServer, web: WebServer | None, parts: Parts, watchdog: Watchdog) -> None:
         self._server = server
+        self._web = web
         self._parts = parts
         self._watchdog = watchdog
         self.requested = asyncio.Event()
@@ -158,5 +164,7 @@ class Shutdown:
         calls.end()
         self._parts.lifecycle.interrupt()
         await calls.wait(_STATUS_SECONDS)
+        if self._web:
+            await self._web.stop(_STATUS_SECONDS)
         await self._server.stop(_STATUS_SECONDS)
         return has_ended

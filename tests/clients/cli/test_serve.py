@@ -70,6 +70,8 @@ def arguments_of(tmp_path: Path) -> dict[str, tuple[str | None, Any]]:
         "store_size": ("2GiB", "2GiB"),
         "cache": (str(folder / "c"), folder / "c"),
         "listen": ("0.0.0.0:1", "0.0.0.0:1"),
+        "http": ("127.0.0.1:1", "127.0.0.1:1"),
+        "http_cors": ("https://a", ("https://a",)),
         "metrics": ("none", None),
         "grace": ("1.5", 1.5),
         "tenants": (str(file), file),

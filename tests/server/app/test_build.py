@@ -35,7 +35,7 @@ from turret_server.app.build import (
     _make_library,
     _max_adapter_pages,
     _source_policy,
-    make_server,
+    make_doors,
     open_request_log,
 )
 from turret_server.config import ServerConfig
@@ -340,7 +340,7 @@ async def opened(access: Access, client: grpc.ChannelCredentials | None = None) 
         prompts=prompts,
         administration=None,
     )
-    server = make_server(parts)
+    server, _ = make_doors(parts, config(http=None))
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
     channel = grpc.aio.secure_channel(address, client) if client else grpc.aio.insecure_channel(address)
     async with channel:

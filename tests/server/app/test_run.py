@@ -88,7 +88,7 @@ def start(program: str, model: Path, cache: Path, *more: str) -> subprocess.Pope
     if model.is_dir() and not (model / "config.json").exists():
         (model / "config.json").touch()  # enough to be taken for a model
     arguments = ("--model", str(model), "--cache", str(cache), "--store", str(cache / "store"))
-    arguments += ("--listen", "127.0.0.1:0", "--metrics", "none", "--memory", "1MiB", *more)
+    arguments += ("--listen", "127.0.0.1:0", "--http", "none", "--metrics", "none", "--memory", "1MiB", *more)
     return subprocess.Popen(  # noqa: S603 -- our own code
         ["/usr/bin/env", "--default-signal=INT", sys.executable, "-c", program, "serve", *arguments],
         stdin=subprocess.PIPE,
@@ -174,7 +174,7 @@ def test_a_model_folder_that_is_not_there_is_named_at_once(tmp_path):
     assert log.splitlines()[-1] == expected
 
 
-@pytest.mark.parametrize("flag", ["--listen", "--metrics"])
+@pytest.mark.parametrize("flag", ["--listen", "--http", "--metrics"])
 def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(flag, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
@@ -242,7 +242,7 @@ class Recorded:
 
 async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ended_after():
     parts = Recorded()
-    await Shutdown(parts, parts, parts.watchdog).drain(30)
+    await Shutdown(parts, None, parts, parts.watchdog).drain(30)
     assert parts.used == [
         "drain",
         "watches.close",
@@ -259,11 +259,11 @@ async def test_new_calls_are_refused_before_running_ones_are_waited_for_and_ende
 async def test_a_step_that_is_slow_is_waited_for_and_one_that_hangs_is_not():
     parts = Recorded()
     parts.stops = [False, False, True]
-    assert await Shutdown(parts, parts, parts.watchdog).drain(30)
+    assert await Shutdown(parts, None, parts, parts.watchdog).drain(30)
     assert (parts.used.count("engine.stop"), parts.used.count("engine.abandon")) == (3, 0)
     parts = Recorded()
     parts.stops, parts.watchdog.pace = [False], Pace.LATE
-    assert not await Shutdown(parts, parts, parts.watchdog).drain(30)
+    assert not await Shutdown(parts, None, parts, parts.watchdog).drain(30)
     assert (parts.used.count("engine.stop"), parts.used.count("engine.abandon")) == (1, 1)
     # Calls are ended and told all the same.
     assert parts.used[-4:] == ["calls.end", "lifecycle.interrupt", "calls.wait 2.0", "stop 2.0"]
@@ -271,7 +271,7 @@ async def test_a_step_that_is_slow_is_waited_for_and_one_that_hangs_is_not():
 
 async def test_after_a_failure_of_the_engine_nothing_is_waited_for():
     parts = Recorded(failed=True)
-    shutdown = Shutdown(parts, parts, parts.watchdog)
+    shutdown = Shutdown(parts, None, parts, parts.watchdog)
     assert shutdown.requested.is_set()
     await shutdown.drain(30)
     assert parts.used[:3] == ["drain", "watches.close", "engine.stop"]
@@ -279,7 +279,7 @@ async def test_after_a_failure_of_the_engine_nothing_is_waited_for():
 
 async def test_a_failure_of_the_engine_ends_the_server():
     parts = Recorded()
-    shutdown = Shutdown(parts, parts, parts.watchdog)
+    shutdown = Shutdown(parts, None, parts, parts.watchdog)
     assert not shutdown.requested.is_set()
     await asyncio.to_thread(parts.engine.on_failure)
     await shutdown.requested.wait()
@@ -287,7 +287,7 @@ async def test_a_failure_of_the_engine_ends_the_server():
 
 async def test_a_second_request_ends_the_grace_period():
     parts = Recorded()
-    shutdown = Shutdown(parts, parts, parts.watchdog)
+    shutdown = Shutdown(parts, None, parts, parts.watchdog)
     shutdown.request()
     assert (shutdown.requested.is_set(), parts.used) == (True, [])
     shutdown.request()
@@ -313,5 +313,5 @@ def test_an_address_that_this_machine_does_not_have_is_refused():
 @pytest.mark.parametrize("num_running", [0, 1])
 async def test_calls_that_are_cut_off_are_in_the_log(num_running, caplog):
     parts = Recorded(num_running=num_running)
-    await Shutdown(parts, parts, parts.watchdog).drain(0)
+    await Shutdown(parts, None, parts, parts.watchdog).drain(0)
     assert caplog.messages == ["1 calls have not finished and are ended now"][:num_running]

@@ -44,7 +44,7 @@ class Server:
 class Serving:
     def __init__(self, monkeypatch, *, missing_pins=()):
         self.server, self.signals = Server(), StopSignals()
-        monkeypatch.setattr(build, "make_server", lambda _: self.server)
+        monkeypatch.setattr(build, "make_doors", lambda *_: (self.server, None))
         self.looked = asyncio.Event()
         loop = asyncio.get_running_loop()
 
