@@ -220,7 +220,7 @@ class _Choice:
 
     def add(self, chunk: Chunk) -> None:
         if self.wants_prompt and chunk.prompt_logprobs:
-            self.of_prompt = prompt_logprobs(chunk)
+            self.of_prompt = prompt_logprobs(chunk.prompt_logprobs)
         self.text += chunk.text
         self.reasoning += chunk.reasoning
         self.calls += chunk.tool_calls

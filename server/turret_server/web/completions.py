@@ -138,9 +138,10 @@ class _Choice:
     finish_reason: str | None = None
     of_prompt: list[Any] | None = None
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk, of_prompt: Sequence[TokenLogprob]) -> None:
+        """`of_prompt` are the log probabilities of the prompt's tokens but the first, if they are wanted."""
         if not self.is_begun:
-            self._begin(chunk)
+            self._begin(of_prompt)
         if self.logprobs:
             for found in chunk.logprobs:
                 self.logprobs.add(text_of(found.token), self.num_characters, found)
@@ -148,17 +149,16 @@ class _Choice:
         self.num_characters += len(chunk.text)
         self.finish_reason = chunk.finish_reason.value if chunk.finish_reason else None
 
-    def _begin(self, chunk: Chunk) -> None:
+    def _begin(self, of_prompt: Sequence[TokenLogprob]) -> None:
         self.is_begun = True
         if self.wants_prompt:
-            self.of_prompt = prompt_logprobs(chunk)
+            self.of_prompt = prompt_logprobs(of_prompt)
         if self.echo is None:
             return
         self.text = self.prompt if isinstance(self.prompt, str) else self.echo.text
         if self.logprobs:
             offset = 0
-            found = (None, *chunk.prompt_logprobs)
-            for part, each in zip(self.echo.parts, found, strict=True):
+            for part, each in zip(self.echo.parts, (None, *of_prompt), strict=True):
                 self.logprobs.add(text_of(part), offset, each)
                 offset += len(part.decode(errors="ignore"))
         self.num_characters = len(self.text)
@@ -187,12 +187,15 @@ class _Answer:
     choices: Sequence[_Choice]
     per_prompt: int
     usage: TotalUsage = field(default_factory=TotalUsage)
+    of_prompts: dict[int, Sequence[TokenLogprob]] = field(default_factory=dict)
 
     def _add(self, prompt: int, chunk: Chunk) -> _Choice:
         if chunk.usage:
             self.usage.add(chunk.usage)
+        # They come with the first chunk of all choices.
+        of_prompt = self.of_prompts.setdefault(prompt, chunk.prompt_logprobs)
         choice = self.choices[prompt * self.per_prompt + chunk.index]
-        choice.add(chunk)
+        choice.add(chunk, of_prompt)
         return choice
 
     async def whole(self, chunks: AsyncGenerator[tuple[int, Chunk]]) -> dict[str, object]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from turret_server.serving.request import Chunk, TokenLogprob
+from turret_server.serving.request import TokenLogprob
 
 
 def text_of(token: bytes) -> str:
@@ -27,7 +28,7 @@ def chat_logprob(found: TokenLogprob, *, with_top: bool = True) -> dict[str, Any
     return shown
 
 
-def prompt_logprobs(chunk: Chunk) -> list[dict[str, Any] | None]:
+def prompt_logprobs(of_prompt: Sequence[TokenLogprob]) -> list[dict[str, Any] | None]:
     """Those of the prompt as vLLM has them: for each token by token ids; none for the first."""
     return [
         None,
@@ -40,6 +41,6 @@ def prompt_logprobs(chunk: Chunk) -> list[dict[str, Any] | None]:
                 }
                 for each in (found, *found.top)
             }
-            for found in chunk.prompt_logprobs
+            for found in of_prompt
         ),
     ]
