@@ -325,6 +325,15 @@ class ServerConfig:
             unset="none",
         ),
     )
+    vllm_metrics: bool = field(
+        default=False,
+        metadata=_about(
+            Group.NETWORK,
+            "",
+            "Add to the metrics the gauges that routers scrape, with vLLM's names (Gateway API Inference "
+            "Extension, llm-d). One of them lists the adapters in the arena by name.",
+        ),
+    )
     grace: float = field(
         default=30.0,
         metadata=_about(

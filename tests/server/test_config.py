@@ -341,7 +341,7 @@ def test_defaults_as_help_shows_them():
     }
     switches = [setting.name for setting in SETTINGS if setting.kind is bool]
     config = ServerConfig(model="m")
-    assert [getattr(config, name) for name in switches] == [False] * 3
+    assert [getattr(config, name) for name in switches] == [False] * 4
 
 
 def test_messages_show_values_as_they_are_written(tmp_path):

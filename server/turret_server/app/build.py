@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from turret_server.config import NAME_MARK, ServerConfig
 from turret_server.doors.health import Health
 from turret_server.doors.limits import max_connections
 from turret_server.doors.running import RunningCalls
-from turret_server.engine.loop import Engine
+from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
 from turret_server.kernels.cpu.cores import release_cores
@@ -56,6 +56,7 @@ from turret_server.observability.metrics import (
 from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_log import UsageLog
 from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.observability.vllm_metrics import VllmMetrics
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.inference import InferenceServicer
@@ -76,6 +77,8 @@ from turret_server.web.names import ModelNames
 from turret_server.web.server import WebServer
 
 log = logging.getLogger(__name__)
+
+_COMMON_RANK = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,8 @@ def build(
     runner = stack.enter_context(closing(ModelRunner(loaded, arena, registry, sampler or Sampler())))
     runner.check()
     runner.warm_up(config.max_batch_requests)
-    engine = _make_engine(config, runner, arena, access.tenants, metrics)
+    routing = _vllm_metrics(config, loaded, arena) if config.vllm_metrics else None
+    engine = _make_engine(config, runner, arena, access.tenants, _on_stats(arena, metrics, routing))
     cleanup = stack.enter_context(closing(CleanupWorker()))
     revisions = Revisions(engine=engine, registry=registry, library=library, cleanup=cleanup)
     lifecycle = AdapterLifecycle(
@@ -137,6 +141,8 @@ def build(
         registry=registry, library=library, lifecycle=lifecycle, describer=describer, watches=watches
     )
     AdapterMetrics(administration.count_states, memory, library.downloads, metrics)
+    if routing:
+        routing.register(metrics, administration.routed)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
     generation, prompts, tokens = _make_services(
         engine, registry, library, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
@@ -297,7 +303,11 @@ def _source_policy(config: ServerConfig) -> Policy:
 
 
 def _make_engine(
-    config: ServerConfig, runner: ModelRunner, arena: Arena, tenants: TenantsFile, metrics: CollectorRegistry
+    config: ServerConfig,
+    runner: ModelRunner,
+    arena: Arena,
+    tenants: TenantsFile,
+    on_stats: Callable[[EngineStats], None],
 ) -> Engine:
     return Engine(
         runner=runner,
@@ -312,8 +322,36 @@ def _make_engine(
         ),
         tenants=tenants.limits,
         max_adapter_pages=partial(_max_adapter_pages, tenants, arena.page_bytes),
-        on_stats=EngineMetrics(metrics, arena.page_bytes).record,
+        on_stats=on_stats,
     )
+
+
+def _on_stats(
+    arena: Arena, metrics: CollectorRegistry, routing: VllmMetrics | None
+) -> Callable[[EngineStats], None]:
+    record = EngineMetrics(metrics, arena.page_bytes).record
+    if routing is None:
+        return record
+
+    def record_both(stats: EngineStats) -> None:
+        record(stats)
+        routing.record(stats)
+
+    return record_both
+
+
+def _vllm_metrics(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> VllmMetrics:
+    return VllmMetrics(
+        model=ModelNames.of(config.model, loaded.context.tokens).base,
+        block_size=arena.block_size,
+        num_blocks=arena.num_pages,
+        max_adapters=_max_loras(loaded, arena),
+    )
+
+
+def _max_loras(loaded: LoadedModel, arena: Arena) -> int:
+    """How many LoRA adapters of a common rank on every linear fit into the arena."""
+    return arena.num_pages // slab_layout(lora_rows(loaded.base, _COMMON_RANK), arena.page_elements).num_pages
 
 
 def _max_adapter_pages(tenants: TenantsFile, page_bytes: int, tenant: str) -> int | None:
@@ -337,8 +375,6 @@ def _dtype_name(loaded: LoadedModel) -> str:
 
 
 def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> None:
-    rank = 16
-    per_adapter = slab_layout(lora_rows(loaded.base, rank), arena.page_elements).num_pages
     log.info(
         "%s on %s in %s; context of %d tokens%s; arena of %.0f MiB: %d pages of %d tokens; room for %d "
         "tokens, or %d LoRA adapters of rank %d on every linear, or a mixture",
@@ -351,6 +387,6 @@ def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> No
         arena.num_pages,
         arena.block_size,
         arena.num_pages * arena.block_size,
-        arena.num_pages // per_adapter,
-        rank,
+        _max_loras(loaded, arena),
+        _COMMON_RANK,
     )

@@ -24,6 +24,7 @@ from turret_server.lifecycle.revisions import check_revision
 from turret_server.lifecycle.threads import LoadQueue
 from turret_server.lifecycle.uploads import AdapterUploads, UploadParts
 from turret_server.lifecycle.watches import AdapterWatches
+from turret_server.observability.vllm_metrics import RoutedAdapters
 from turret_server.tenancy.access import check_change, check_source, check_unload, check_use
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.tenants import check_name
@@ -191,6 +192,16 @@ class AdapterAdministration:
         """Adapters by state, for the metrics: every state that a loaded adapter may have."""
         found = Counter(self._describer.state(status) for status in self._registry.statuses())
         return {state.value: found[state] for state in AdapterState if state is not AdapterState.UNLOADED}
+
+    def routed(self) -> RoutedAdapters:
+        """What routers in front of several servers must know."""
+        states = [(status, self._describer.state(status)) for status in self._registry.statuses()]
+        return RoutedAdapters(
+            resident=[each.name for each, state in states if state is AdapterState.RESIDENT],
+            awaited=[
+                each.name for each, state in states if state is AdapterState.STAGED and each.active_requests
+            ],
+        )
 
     async def _present(self, name: str, caller: Caller) -> AdapterInfo:
         [info] = await self._describe([self._registry.status(name)], caller)

@@ -73,6 +73,7 @@ def arguments_of(tmp_path: Path) -> dict[str, tuple[str | None, Any]]:
         "http": ("127.0.0.1:1", "127.0.0.1:1"),
         "http_cors": ("https://a", ("https://a",)),
         "metrics": ("none", None),
+        "vllm_metrics": (None, True),
         "grace": ("1.5", 1.5),
         "tenants": (str(file), file),
         "auth_hook": ("m:f", "m:f"),
