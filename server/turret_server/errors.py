@@ -19,6 +19,7 @@ TurretError
 ├── UsageLogFailedError       UNAVAILABLE          503  USAGE_LOG_FAILED
 ├── GenerationFailedError     INTERNAL             500  GENERATION_FAILED
 ├── NonFiniteLogitsError      FAILED_PRECONDITION  422  NON_FINITE_LOGITS
+├── StructuredOutputError     FAILED_PRECONDITION  422  STRUCTURED_OUTPUT
 ├── OutOfMemoryError          RESOURCE_EXHAUSTED   503  OUT_OF_MEMORY
 ├── AdapterUnavailableError   FAILED_PRECONDITION  409  ADAPTER_UNAVAILABLE
 ├── UnsupportedModelError     FAILED_PRECONDITION  500  UNSUPPORTED_MODEL
@@ -201,6 +202,14 @@ class NonFiniteLogitsError(TurretError):
     """Logits are not finite with these adapters."""
 
     reason = "NON_FINITE_LOGITS"
+    code = "FAILED_PRECONDITION"
+    http_status = 422
+
+
+class StructuredOutputError(TurretError):
+    """The form of an answer cannot be followed further."""
+
+    reason = "STRUCTURED_OUTPUT"
     code = "FAILED_PRECONDITION"
     http_status = 422
 

@@ -46,7 +46,16 @@ CHECKED = {
     "name": "not a name",
 }
 # Every value of the type is allowed.
-UNBOUNDED = {"seed", "add_special_tokens", "ignore_eos", "include_stop", "skip_special_tokens"}
+UNBOUNDED = {
+    "seed",
+    "add_special_tokens",
+    "ignore_eos",
+    "include_stop",
+    "skip_special_tokens",
+    "json_object",
+}
+# Texts in a language of their own, by what stands before and after characters of no meaning.
+LANGUAGES = {"json_schema": ('{"type": "boolean", "title": "', '"}'), "grammar": ('start: "ab" //', "")}
 
 
 def request_for(kind: str, field: Any) -> Any:
@@ -151,13 +160,19 @@ def other_than(field: Any, value: Any) -> Any:
     if field.is_repeated:
         return [one_of(field)]
     if type_of(field) == "TYPE_STRING":
-        return "x" * max(rule.min_length, 1)
+        return text_of(field, max(rule.min_length, 1), "x")
     if rule.HasField("max"):
         candidates = (rule.max, (rule.min + rule.max) / 2 if rule.HasField("min") else rule.max - 1)
     else:
         candidates = (rule.min + 1, rule.min + 2)
     number = float if type_of(field) == "TYPE_FLOAT" else int
     return next(number(each) for each in candidates if number(each) not in (value, rule.default_value))
+
+
+def text_of(field: Any, length: int, character: str) -> str:
+    """A text of this length, or a longer one if the field's language needs it."""
+    before, after = LANGUAGES.get(field.name, ("", ""))
+    return before + character * (length - len(before) - len(after)) + after
 
 
 def one_of(field: Any) -> Any:
@@ -197,7 +212,7 @@ def at_the_bounds(field: Any) -> Iterator[Any]:
         yield int(rule.max) if integral else rule.max
     if rule.HasField("max_length"):
         # In code points, whatever their encoding takes.
-        text = "ü" * rule.max_length
+        text = text_of(field, rule.max_length, "ü")
         yield [text] * max(rule.max_items, 1) if field.is_repeated else text
     if rule.min_length:
         yield ["x" * rule.min_length] if field.is_repeated else "x" * rule.min_length

@@ -249,7 +249,7 @@ class Run:
             return
         expected = expected_tokens(self.job)
         assert self.tokens == expected[: len(self.tokens)]
-        if self.end is FinishReason.STOP:
+        if self.end is FinishReason.STOP and not self.job.grammar:
             assert self.tokens == expected
             assert expected[-1] in self.job.stop_token_ids
         elif self.end is FinishReason.LENGTH:

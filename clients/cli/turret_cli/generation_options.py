@@ -187,6 +187,40 @@ GENERATION_OPTIONS = {
         help="The same for the tokens of the prompt, which is then computed without the prefix cache. "
         "Default: none.",
     ),
+    "json_schema": click.option(
+        "--json-schema",
+        default="",
+        metavar="S",
+        help="Structured output: at most one of the following five, and neither min_tokens, ignore_eos, "
+        "stop strings nor stop tokens with a text. The answer is an instance of this JSON schema. "
+        "At most 131072 characters.",
+    ),
+    "json_object": click.option(
+        "--json-object/--no-json-object",
+        default=False,
+        show_default=True,
+        help="The answer is a JSON object.",
+    ),
+    "regex": click.option(
+        "--regex",
+        default="",
+        metavar="S",
+        help="The answer matches this regular expression as a whole (Rust's syntax, without anchors). At"
+        " most 131072 characters.",
+    ),
+    "choice": click.option(
+        "--choice",
+        multiple=True,
+        metavar="S",
+        help="The answer is one of these texts. At most 1000, each 1 to 1024 characters. Repeatable.",
+    ),
+    "grammar": click.option(
+        "--grammar",
+        default="",
+        metavar="S",
+        help="The answer is a text of this Lark grammar, in the form that llguidance reads. At most "
+        "131072 characters.",
+    ),
 }
 
 

@@ -81,6 +81,15 @@ class GenerationOptions(TypedDict, total=False):
             0 to 20. Default: none.
         prompt_logprobs: The same for the tokens of the prompt, which is then computed without the prefix
             cache. From 0 to 20. Default: none.
+        json_schema: Structured output: at most one of the following five, and neither min_tokens, ignore_eos,
+            stop strings nor stop tokens with a text. The answer is an instance of this JSON schema. At most
+            131072 characters.
+        json_object: The answer is a JSON object. Default: False.
+        regex: The answer matches this regular expression as a whole (Rust's syntax, without anchors). At most
+            131072 characters.
+        choice: The answer is one of these texts. At most 1000, each 1 to 1024 characters.
+        grammar: The answer is a text of this Lark grammar, in the form that llguidance reads. At most 131072
+            characters.
     """
 
     adapter: AdapterArgument
@@ -107,3 +116,8 @@ class GenerationOptions(TypedDict, total=False):
     n: int | None
     logprobs: int | None
     prompt_logprobs: int | None
+    json_schema: str | None
+    json_object: bool | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None

@@ -68,6 +68,7 @@ from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
+from turret_server.serving.structured import Grammars
 from turret_server.serving.tokens import TokenService
 from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Authenticator
@@ -199,7 +200,13 @@ def _make_services(
         lazy=lazy,
     )
     return (
-        GenerationService(engine=engine, jobs=jobs, model=model, request_log=request_log),
+        GenerationService(
+            engine=engine,
+            jobs=jobs,
+            model=model,
+            grammars=Grammars(vocabulary),
+            request_log=request_log,
+        ),
         PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
         TokenService(jobs),
     )

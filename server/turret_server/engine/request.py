@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
 from turret_server import logs
@@ -59,6 +60,34 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     adjustment: LogitAdjustment | None = None
+
+
+class Matcher(Protocol):
+    """Says for one answer which tokens may come next."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer ends here."""
+
+    def allowed(self) -> bytes:
+        """The tokens that may come next, one bit for each, the lowest first.
+
+        Raises:
+            TurretError: the answer cannot go on.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Go on after a token.
+
+        Raises:
+            TurretError: the answer cannot go on.
+        """
+
+
+class Grammar(Protocol):
+    """The form of an answer."""
+
+    def start(self) -> Matcher: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +208,13 @@ class Request(Job):
     """A generation. Its sink gets every token and exactly one end.
 
     `leader` is the id of a request with the same prompt and adapters, which was submitted before: this one
-    starts when the leader's prompt is computed, and shares its pages.
+    starts when the leader's prompt is computed, and shares its pages. `grammar` is the form of the answer.
     """
 
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
     leader: int | None = None
+    grammar: Grammar | None = field(default=None, compare=False)
 
     @property
     def max_tokens(self) -> int:

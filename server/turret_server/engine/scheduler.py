@@ -17,7 +17,7 @@ from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, YIELD_COS
 from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
-from turret_server.engine.request import FinishReason, Job, Output, PromptPin, Request
+from turret_server.engine.request import FinishReason, Job, Matcher, Output, PromptPin, Request
 from turret_server.engine.residency.residency import Absence, Residency
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.sequence import Sequence
@@ -419,6 +419,10 @@ class Scheduler:
         reason = None
         if token_id in request.stop_token_ids:
             reason = FinishReason.STOP
+        elif sequence.matcher and not self._accept(sequence, sequence.matcher, token_id):
+            return
+        elif sequence.matcher and sequence.matcher.is_complete:
+            reason = FinishReason.STOP
         elif sequence.num_generated == request.max_tokens:
             reason = FinishReason.LENGTH
         output = Output(
@@ -433,6 +437,14 @@ class Scheduler:
             self._end(sequence, output)
         elif not request.emit(output):
             self._remove(sequence)
+
+    def _accept(self, sequence: Sequence, matcher: Matcher, token_id: int) -> bool:
+        try:
+            matcher.accept(token_id)
+        except TurretError as error:
+            self.fail(sequence, error)
+            return False
+        return True
 
     def _pin_prompt(self, sequence: Sequence) -> None:
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.kv.prefix_cache import block_key
-from turret_server.engine.request import LogitAdjustment, Logprob, PromptPin, Request, SamplingParams
+from turret_server.engine.request import LogitAdjustment, Logprob, Matcher, PromptPin, Request, SamplingParams
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
 
@@ -33,7 +33,7 @@ class Sequence:
     that it last waited for. Of a tenant's sequences, the one with the lowest `order` is served first. The
     tenant was charged for the first `num_charged` tokens. `dequeued` is True once the job has left the queue
     for the first time; a preempted sequence does not count as queued. `prompt_logprobs` are those of the
-    prompt's tokens so far, until the first token is emitted.
+    prompt's tokens so far, until the first token is emitted. `matcher` has accepted the generated tokens.
     """
 
     job: Request | PromptPin
@@ -49,6 +49,7 @@ class Sequence:
     num_preempted: int = 0
     dequeued: bool = False
     prompt_logprobs: list[Logprob] = field(default_factory=list)
+    matcher: Matcher | None = None
     _keys: list[bytes] = field(default_factory=list)
     # The tokens of prompt and answer, if the logits of the next one depend on them.
     _history: array[int] | None = None
@@ -65,6 +66,7 @@ class Sequence:
             tokens=tokens,
             order=(arrival - HEAD_START_SECONDS * job.priority, job.request_id),
             active_from=max(starts, default=0),
+            matcher=job.grammar.start() if isinstance(job, Request) and job.grammar else None,
             _history=array("q", job.prompt_token_ids) if has_penalties else None,
         )
 
@@ -156,6 +158,8 @@ class Sequence:
         )
         if part.sampling and sampling.adjustment is not None:
             part = self._adjusted(part, sampling.adjustment)
+        if part.sampling and self.matcher:
+            part = replace(part, allowed=self.matcher.allowed)
         if self.scores_prompt:
             targets = tuple(self.tokens[self.num_computed + 1 : end + 1])
             part = replace(part, targets=targets, num_top=sampling.prompt_logprobs or 0)

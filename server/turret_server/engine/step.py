@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from turret_server.engine.request import Logprob, SamplingParams
@@ -24,7 +24,8 @@ class SequenceStep:
     sample from, if it is not the model's. `excluded` are not sampled. `history` are the tokens of prompt and
     answer, the last `num_generated` of which are the answer's, if its logits depend on them. `targets` are
     the tokens after those that are computed, up to the prompt's last, if their log probabilities are wanted,
-    with so many of the likeliest tokens in their places as `num_top`.
+    with so many of the likeliest tokens in their places as `num_top`. `allowed` computes the tokens that may
+    be sampled, see `Matcher.allowed`; it may be called on another thread, until the step has ended.
     """
 
     sequence_id: int
@@ -41,6 +42,7 @@ class SequenceStep:
     history: array[int] | None = None
     targets: tuple[int, ...] = ()
     num_top: int = 0
+    allowed: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

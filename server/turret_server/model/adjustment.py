@@ -1,7 +1,9 @@
-"""Changes logits as requests want it, before a token is chosen: exclusions, biases, penalties.
+"""Changes logits as requests want it, before a token is chosen: exclusions, biases, penalties, the form of an
+answer.
 
 Every element is computed alone, and counts are sums of ones, so neither the batch nor the device changes a
-logit. Shape suffixes: D rows of logits, P those with penalties, V vocabulary, N tokens of all rows.
+logit. Shape suffixes: D rows of logits, P those with penalties, M those of answers with a form, V vocabulary,
+N tokens of all rows.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 
 from turret_server.engine.step import SequenceStep
+from turret_server.errors import TurretError
 
 
 def adjust(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep]) -> None:
@@ -32,6 +35,28 @@ def adjust(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep]) -> None:
         where = _elements([(row, list(bias)) for row, bias in biased], logits_DV)
         logits_DV.view(-1).index_add_(0, where, to_device(bias_N, logits_DV.device))
     _penalise(logits_DV, [(row, each) for row, each, adjustment in found if adjustment.has_penalties])
+
+
+def restrict(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep]) -> dict[int, TurretError]:
+    """Exclude the tokens that the forms of answers do not allow, in place. Returns the errors by sequence."""
+    rows, forms, errors = [], [], dict[int, TurretError]()
+    for row, each in enumerate(sequences):
+        if each.allowed:
+            try:
+                forms.append(np.frombuffer(each.allowed(), np.uint8))
+                rows.append(row)
+            except TurretError as error:
+                errors[each.sequence_id] = error
+    if rows:
+        size = logits_DV.shape[-1]
+        excluded_MV = np.ones((len(rows), size), np.bool_)
+        for index, form in enumerate(forms):
+            bits = np.unpackbits(form, count=min(size, 8 * len(form)), bitorder="little")
+            np.equal(bits, 0, out=excluded_MV[index, : len(bits)])
+        where_M = to_device(torch.tensor(rows), logits_DV.device)
+        mask_MV = to_device(torch.from_numpy(excluded_MV), logits_DV.device)
+        logits_DV[where_M] = logits_DV[where_M].masked_fill_(mask_MV, -torch.inf)
+    return errors
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

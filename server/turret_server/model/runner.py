@@ -82,11 +82,13 @@ class ModelRunner:
         self._prompts: dict[str, torch.Tensor] = {}
         self._graphs: DecodeGraphs | None = None
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
+        self._fillers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-form")
         on_gpu = loaded.device.type == "cuda"
         self._copies = torch.cuda.Stream(loaded.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         self._loaders.shutdown(cancel_futures=True)
+        self._fillers.shutdown(cancel_futures=True)
 
     def check(self) -> None:
         """Compares a first prompt with transformers' own attention; also warms the kernels.
@@ -137,6 +139,7 @@ class ModelRunner:
         claim_cores()
         for copy in step.copies:
             self._arena.copy_page(copy.source, copy.target)
+        step = self._filling(step)
         if self._graphs and (decoded := self._graphs.run(step)):
             return self._sample(*decoded)
         batch = self._batch(step)
@@ -146,6 +149,16 @@ class ModelRunner:
             logits_SV = logits_RV if batch.sampled_S is None else logits_RV[batch.sampled_S]
             result = self._sample(logits_SV, batch.sampled)
         return self._score(logits_RV, batch.scored, result) if batch.scored else result
+
+    def _filling(self, step: Step) -> Step:
+        """The step, while the tokens that the forms of answers allow are computed beside it."""
+        if not any(each.allowed for each in step.sequences):
+            return step
+        sequences = (
+            replace(each, allowed=self._fillers.submit(each.allowed).result) if each.allowed else each
+            for each in step.sequences
+        )
+        return replace(step, sequences=tuple(sequences))
 
     @torch.inference_mode()
     def _score(

@@ -20,7 +20,7 @@ import torch
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep, StepResult
 from turret_server.errors import NonFiniteLogitsError, TurretError
-from turret_server.model.adjustment import adjust, to_device
+from turret_server.model.adjustment import adjust, restrict, to_device
 from turret_server.model.logprobs import score, unpack
 
 # The weight of the best token, to which the others are relative. Vocabularies up to 2²² do not overflow.
@@ -40,42 +40,36 @@ class Sampler:
     """Greedy at temperature 0; otherwise temperature, min-p, top-k and top-p, in the order of vLLM."""
 
     def sample(self, logits_SV: torch.Tensor, sequences: Sequence[SequenceStep]) -> StepResult:
-        """One token for each row; a row whose largest logit is not finite gets an error instead."""
+        """One token for each row. A row whose largest logit is not finite gets an error instead, and so does
+        one whose answer cannot keep its form.
+        """
         logits_SV = logits_SV.float()
         best_S, chosen_S = logits_SV.max(dim=-1)
-        by_path: dict[_Path, list[int]] = {path: [] for path in _Path}
-        scored: list[int] = []
-        with_top = False
-        for index, sequence in enumerate(sequences):
-            assert sequence.sampling is not None
-            if path := _path(sequence.sampling):
-                by_path[path].append(index)
-            if sequence.sampling.logprobs is not None:
-                scored.append(index)
-                with_top |= sequence.sampling.logprobs > 0
-        for path, indices in by_path.items():
-            if indices:
-                where_D = to_device(torch.tensor(indices), logits_SV.device)
-                chosen_S[where_D] = _choose(logits_SV[where_D], [sequences[each] for each in indices], path)
+        errors: dict[int, TurretError] = {}
+        for path, indices in _by_path(sequences).items():
+            where_D = to_device(torch.tensor(indices), logits_SV.device)
+            of_path = [sequences[each] for each in indices]
+            chosen_S[where_D] = _choose(logits_SV[where_D], of_path, path, errors)
         chosen_S.masked_fill_(~torch.isfinite(best_S), _NOT_FINITE)
         scores_RX = None
+        scored = [index for index, each in enumerate(sequences) if _num_top(each) is not None]
         if scored:
+            with_top = any(_num_top(sequences[each]) for each in scored)
             where_R = to_device(torch.tensor(scored), logits_SV.device)
             scores_RX = score(logits_SV[where_R], chosen_S[where_R].clamp(min=0), with_top=with_top)
         token_ids: dict[int, int] = {}
-        errors: dict[int, TurretError] = {}
         for token_id, sequence in zip(chosen_S.tolist(), sequences, strict=True):
             if token_id == _NOT_FINITE:
                 errors[sequence.sequence_id] = not_finite(sequence)
-            else:
+            elif sequence.sequence_id not in errors:
                 token_ids[sequence.sequence_id] = token_id
         if scores_RX is None:
             return StepResult(token_ids=token_ids, errors=errors)
         found = zip([sequences[each] for each in scored], scores_RX.tolist(), strict=True)
         logprobs = {
-            each.sequence_id: unpack(row, token_ids[each.sequence_id], each.sampling.logprobs or 0)
+            each.sequence_id: unpack(row, token_ids[each.sequence_id], _num_top(each) or 0)
             for each, row in found
-            if each.sampling and each.sequence_id in token_ids
+            if each.sequence_id in token_ids
         }
         return StepResult(token_ids=token_ids, errors=errors, logprobs=logprobs)
 
@@ -87,15 +81,34 @@ def not_finite(sequence: SequenceStep) -> NonFiniteLogitsError:
     )
 
 
-def _path(sampling: SamplingParams) -> _Path | None:
+def _num_top(sequence: SequenceStep) -> int | None:
+    """How many likely tokens come with the log probability of a row's token; None if it is not wanted."""
+    assert sequence.sampling is not None
+    return sequence.sampling.logprobs
+
+
+def _by_path(sequences: Sequence[SequenceStep]) -> dict[_Path, list[int]]:
+    """The rows of each path that has some."""
+    found: dict[_Path, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        assert sequence.sampling is not None
+        if path := _path(sequence, sequence.sampling):
+            found.setdefault(path, []).append(index)
+    return found
+
+
+def _path(sequence: SequenceStep, sampling: SamplingParams) -> _Path | None:
     if sampling.temperature == 0:
-        return None if sampling.adjustment is None else _Path.BEST
+        return None if sampling.adjustment is None and sequence.allowed is None else _Path.BEST
     return _Path.CUT if sampling.top_k or sampling.top_p < 1 else _Path.DRAW
 
 
-def _choose(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], path: _Path) -> torch.Tensor:
-    """A token id for each row, [D]. The logits are changed."""
+def _choose(
+    logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], path: _Path, errors: dict[int, TurretError]
+) -> torch.Tensor:
+    """A token id for each row, [D]. The logits are changed, errors of sequences are added."""
     adjust(logits_DV, sequences)
+    errors |= restrict(logits_DV, sequences)
     return logits_DV.argmax(-1) if path is _Path.BEST else _draw(logits_DV, sequences, cut=path is _Path.CUT)
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from turret_server import logs
 from turret_server.engine.loop import Engine
-from turret_server.engine.request import LogitAdjustment, Logprob, Output, Request, SamplingParams
+from turret_server.engine.request import Grammar, LogitAdjustment, Logprob, Output, Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.jobs import JobFields, Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
+from turret_server.serving.structured import Grammars, check_stops, form_of
 from turret_server.serving.text import TextStream
 from turret_server.serving.validation import validate
+from turret_server.serving.vocabulary import Vocabulary
 from turret_server.tenancy.auth import Caller
 
 _ADJUSTMENT_FIELDS = [field.name for field in fields(LogitAdjustment)]
@@ -27,8 +29,11 @@ _SAMPLING_FIELDS = [field.name for field in fields(SamplingParams) if field.name
 class GenerationService:
     """What every door calls to generate. Used on one event loop."""
 
-    def __init__(self, *, engine: Engine, jobs: Jobs, model: ModelInfo, request_log: RequestLog) -> None:
+    def __init__(
+        self, *, engine: Engine, jobs: Jobs, model: ModelInfo, grammars: Grammars, request_log: RequestLog
+    ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._jobs = jobs
         self._model = model
         self._request_log = request_log
@@ -50,7 +55,8 @@ class GenerationService:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
                 outputs: Outputs[Chunk] = Outputs()
-                jobs = self._jobs_of(request, prepared, record, outputs)
+                grammar = await self._grammar(request, prepared.vocabulary)
+                jobs = self._jobs_of(request, prepared, grammar, record, outputs)
                 with self._jobs.submit(prepared, jobs, record, self._engine.submit):
                     reasons: list[FinishReason] = []
                     while len(reasons) < len(jobs):
@@ -62,10 +68,18 @@ class GenerationService:
                             chunk = replace(chunk, usage=_usage(record))
                         yield chunk
 
+    async def _grammar(self, request: GenerationRequest, vocabulary: Vocabulary) -> Grammar | None:
+        form = form_of(request)
+        if form is None:
+            return None
+        check_stops(request, vocabulary)
+        return await self._grammars.compiled(form, vocabulary)
+
     def _jobs_of(
         self,
         request: GenerationRequest,
         prepared: Prepared,
+        grammar: Grammar | None,
         record: RequestRecord,
         outputs: Outputs[Chunk],
     ) -> list[Request]:
@@ -81,13 +95,14 @@ class GenerationService:
             if jobs:
                 fields = JobFields(**fields | {"request_id": self._jobs.next_id()})
                 own = replace(sampling, seed=_seed_of(sampling.seed, index), prompt_logprobs=None)
-            answer = self._answer(request, prepared, record, index, fields["request_id"])
+            answer = self._answer(request, prepared, record, index, fields["request_id"], stops)
             job = Request(
                 **fields,
                 sink=outputs.sink(answer.receive),
                 sampling=own,
                 stop_token_ids=frozenset(stops),
                 leader=jobs[0].request_id if jobs else None,
+                grammar=grammar,
                 priority=request.priority,
                 about=logs.bound(),
             )
@@ -114,6 +129,7 @@ class GenerationService:
         record: RequestRecord,
         index: int,
         request_id: int,
+        stop_token_ids: Container[int],
     ) -> _Answer:
         codec = prepared.vocabulary.codec
         shown = codec if request.skip_special_tokens else codec.with_special_tokens()
@@ -130,6 +146,7 @@ class GenerationService:
                 include_stop=request.include_stop,
                 min_tokens=request.min_tokens,
             ),
+            stop_token_ids=stop_token_ids,
             special_stops=special_stops,
             shows_end=lambda token_id: (
                 request.include_stop and (token_id in ends or not request.skip_special_tokens)
@@ -142,14 +159,15 @@ class GenerationService:
 @dataclass(slots=True, kw_only=True)
 class _Answer:
     """Makes chunks of tokens as they come, not as the client reads them: a slow reader changes neither what
-    is counted nor where a stop string ends the generation. `special_stops` are stop strings by their token,
-    `shows_end` says whether a special token that ended the answer belongs to its text.
+    is counted nor where a stop string ends the generation. `stop_token_ids` end it, `special_stops` are stop
+    strings by their token, `shows_end` says whether a special token that ended the answer is in its text.
     """
 
     index: int
     record: RequestRecord
     codec: TextCodec
     text: TextStream
+    stop_token_ids: Container[int]
     special_stops: Mapping[int, str]
     shows_end: Callable[[int], bool]
     revision: str
@@ -177,7 +195,7 @@ class _Answer:
         if stop_string:
             reason = FinishReason.STOP
             self.stop_engine()
-        elif reason is FinishReason.STOP:
+        elif reason is FinishReason.STOP and output.token_id in self.stop_token_ids:
             stop_token_id = output.token_id
             stop_string = self.special_stops.get(stop_token_id)
         self.is_whole = reason is not None

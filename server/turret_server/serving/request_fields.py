@@ -80,6 +80,15 @@ class RequestFields:
             0 to 20. Default: none.
         prompt_logprobs: The same for the tokens of the prompt, which is then computed without the prefix
             cache. From 0 to 20. Default: none.
+        json_schema: Structured output: at most one of the following five, and neither min_tokens, ignore_eos,
+            stop strings nor stop tokens with a text. The answer is an instance of this JSON schema. At most
+            131072 characters.
+        json_object: The answer is a JSON object. Default: False.
+        regex: The answer matches this regular expression as a whole (Rust's syntax, without anchors). At most
+            131072 characters.
+        choice: The answer is one of these texts. At most 1000, each 1 to 1024 characters.
+        grammar: The answer is a text of this Lark grammar, in the form that llguidance reads. At most 131072
+            characters.
     """
 
     max_tokens: int | None = None
@@ -105,6 +114,11 @@ class RequestFields:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    json_schema: str = ""
+    json_object: bool = False
+    regex: str = ""
+    choice: tuple[str, ...] = ()
+    grammar: str = ""
 
 
 FIELDS: Mapping[str, FieldRule] = MappingProxyType(
@@ -132,6 +146,11 @@ FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "n": FieldRule(min=1, max=128),
         "logprobs": FieldRule(min=0, max=20),
         "prompt_logprobs": FieldRule(min=0, max=20),
+        "json_schema": FieldRule(max_length=131072),
+        "json_object": FieldRule(),
+        "regex": FieldRule(max_length=131072),
+        "choice": FieldRule(min_length=1, max_length=1024, max_items=1000),
+        "grammar": FieldRule(max_length=131072),
     }
 )
 

@@ -14,6 +14,7 @@ from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.revisions import check_revision
 from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
 from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
+from turret_server.serving.structured import form_of
 from turret_server.tenancy.tenants import check_name
 
 _MAX_ADAPTERS = 8
@@ -44,6 +45,7 @@ def _check_together(request: GenerationRequest) -> None:
             f"min_tokens is at most max_tokens, which is {request.max_tokens}; found {request.min_tokens}",
             field="min_tokens",
         )
+    form_of(request)
 
 
 def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:

@@ -303,3 +303,22 @@ def test_a_model_in_which_a_layer_has_other_attention_is_refused(runner, loaded,
         odd.check()
     assert refused.value.metadata == {"model": "llama"}
     odd.close()
+
+
+def test_the_form_of_an_answer_is_computed_beside_the_forward_pass(runner, loaded):
+    """Each waits for the other to have begun."""
+    forward, filling, seconds = threading.Event(), threading.Event(), 60
+
+    def allowed():
+        filling.set()
+        assert forward.wait(seconds)
+        return b"\x08" + bytes(loaded.vocab_size // 8)
+
+    def begin(*_):
+        forward.set()
+        assert filling.wait(seconds)
+
+    hook = loaded.model.register_forward_pre_hook(begin)
+    found = runner.run(Step(sequences=(sequence(5, 6, 7, allowed=allowed),)))
+    hook.remove()
+    assert found.token_ids == {1: 3}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from support.device_traces import Waits
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import SequenceStep
+from turret_server.errors import StructuredOutputError
 from turret_server.model import sampler as sampler_module
 from turret_server.model.sampler import Sampler, _uniform
 
@@ -171,3 +173,56 @@ def test_a_row_without_finite_logits_fails_alone(bad):
         result = Sampler().sample(logits, [step(index, **sampling) for index in range(3)])
         assert set(result.token_ids) == {0, 2}
         assert set(result.errors) == {1}
+
+
+# The form of an answer
+
+
+def form(*token_ids: int, size: int = 64):
+    """The bits of the tokens that an answer's form allows."""
+    bits = bytearray(size // 8)
+    for token_id in token_ids:
+        bits[token_id // 8] |= 1 << token_id % 8
+    return lambda: bytes(bits)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}])
+def test_only_tokens_that_the_form_allows_are_sampled(sampling):
+    logits = torch.tensor([[3.0, 2.0, 1.0, 2.5, 0.0]]).repeat(40, 1)
+    steps = [replace(step(index, index, **sampling), allowed=form(1, 2, 3)) for index in range(39)]
+    tokens = Sampler().sample(logits, [*steps, step(39, 39)]).token_ids
+    assert tokens.pop(39) == 0, "a neighbour without a form"
+    assert set(tokens.values()) == ({3} if not sampling else {1, 3} if "top_k" in sampling else {1, 2, 3})
+
+
+def test_a_form_allows_nothing_beyond_its_bits():
+    logits = torch.zeros(1, 40)
+    logits[0, 35] = 9.0
+    logits[0, 7] = 1.0
+    found = Sampler().sample(logits, [replace(step(), allowed=form(*range(32), size=32))])
+    assert found.token_ids == {0: 7}
+
+
+def test_forms_of_vocabularies_of_different_sizes_share_a_step():
+    logits = torch.arange(96.0).repeat(2, 1)
+    steps = [replace(step(0), allowed=form(3, 5)), replace(step(1), allowed=form(3, 90, size=96))]
+    assert Sampler().sample(logits, steps).token_ids == {0: 5, 1: 90}
+
+
+def test_an_answer_that_cannot_keep_its_form_fails_alone():
+    def broken():
+        raise StructuredOutputError("too complex")
+
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    found = Sampler().sample(logits, [replace(step(0, logprobs=1), allowed=broken), step(1)])
+    assert found.token_ids == {1: 0}
+    assert str(found.errors[0]) == "too complex"
+    assert not found.logprobs
+
+
+def test_log_probabilities_do_not_know_of_the_form():
+    logits = torch.tensor([[0.0, 5.0, 1.0]])
+    [alone] = Sampler().sample(logits.clone(), [step(logprobs=3)]).logprobs.values()
+    [found] = Sampler().sample(logits, [replace(step(logprobs=3), allowed=form(0, 2))]).logprobs.values()
+    assert found.token_id == 2
+    assert found.top == alone.top

@@ -30,6 +30,7 @@ from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import Chunk, GenerationRequest
+from turret_server.serving.structured import Grammars
 from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
@@ -176,7 +177,9 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
     )
     jobs._quotas = Quotas(clock=lambda: 0.0)
     log = RequestLog(RequestMetrics(metrics), usage)
-    generation = GenerationService(engine=engine, jobs=jobs, model=MODEL, request_log=log)
+    generation = GenerationService(
+        engine=engine, jobs=jobs, model=MODEL, grammars=Grammars(base), request_log=log
+    )
     prompts = PromptService(engine=engine, registry=registry, jobs=jobs, model=MODEL, request_log=log)
     return Services(engine, registry, revisions, jobs, generation, prompts, usage, metrics)
 

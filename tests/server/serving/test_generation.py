@@ -421,3 +421,31 @@ async def test_an_invalid_request_never_reaches_the_engine_and_is_counted(servic
         await services.generate(replace(REQUEST, **change), admin)
     assert services.engine.calls == []
     assert services.count("invalid_request") == 1
+
+
+async def test_the_form_of_an_answer_reaches_the_engine(services, admin, codec):
+    assert (await job_of(services, admin)).grammar is None
+    job = await job_of(services, admin, replace(REQUEST, regex="ab"))
+    matcher = job.grammar.start()
+    for token_id in codec.encode("ab", 9, add_special_tokens=False):
+        assert not matcher.is_complete
+        matcher.accept(token_id)
+    assert matcher.is_complete
+
+
+async def test_an_answer_whose_form_is_complete_was_ended_by_no_token(services, admin, codec):
+    [token_id] = codec.encode("a", 9, add_special_tokens=False)
+    services.engine.answer([token_id], EngineFinishReason.STOP)
+    [chunk] = await services.generate(replace(REQUEST, regex="a"), admin)
+    assert (chunk.text, chunk.finish_reason, chunk.stop_token_id) == ("a", FinishReason.STOP, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [({"regex": "("}, "regex"), ({"regex": "a", "stop": ("a",)}, "stop"), ({"choice": ("a",), "n": 0}, "n")],
+)
+async def test_a_form_that_is_refused_reaches_no_engine(services, admin, fields, field):
+    with pytest.raises(InvalidRequestError) as refused:
+        await services.generate(replace(REQUEST, **fields), admin)
+    assert refused.value.metadata["field"] == field
+    assert not services.engine.jobs
