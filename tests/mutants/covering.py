@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import pytest
 from coverage import CoverageData
 
 from mutants.mirrors import import_path
@@ -52,15 +53,15 @@ class Covering:
 
 
 def record(root: Path, folder: Path) -> None:
-    """Run the tests of `make test` once, and write which of them runs which line."""
+    """Run the tests of `make test` once, and write which of them runs which line, also those that fail."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "not slow", "--quiet", "--numprocesses=2"]
     command += ["--dist=loadgroup", "--cov=server", "--cov=adapters", "--cov-context=test", "--cov-report="]
     command += [f"--junitxml={folder / _TIMES}", "-o", "junit_duration_report=total"]
     environment = os.environ | {"COVERAGE_FILE": str(folder / _DATA), "PYTHONPATH": import_path(root)}
     status = subprocess.run(command, cwd=root, env=environment, check=False).returncode  # noqa: S603 (pytest)
-    if status:
-        raise RuntimeError(f"pytest ended with {status} without a mutant")
+    if status not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+        raise RuntimeError(f"pytest ended with status {status} without a mutant")
 
 
 def _read_times(file: Path) -> dict[str, float]:

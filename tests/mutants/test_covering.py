@@ -91,7 +91,9 @@ def test_a_mutant_s_tests_are_those_that_run_its_statement(tree):
 
 
 @pytest.mark.slow
-def test_a_record_is_made_only_of_tests_that_pass(tree):
+def test_a_record_needs_tests_that_run(tree):
     (tree / "tests" / "test_broken.py").write_text("def test_broken():\n    assert False\n")
-    with pytest.raises(RuntimeError, match="pytest ended with 1 without a mutant"):
-        record(tree, tree / "record")
+    record(tree, tree / "record")
+    (tree / "pytest.ini").write_text("[pytest]\naddopts = --unknown\n")
+    with pytest.raises(RuntimeError, match="pytest ended with status 4 without a mutant"):
+        record(tree, tree / "other")
