@@ -78,8 +78,9 @@ format: $(READY)  ## Format the code
 proto: $(READY)  ## Generate stubs, request fields and the blocking client from proto/ and _async.py
 	@$(BIN)/python proto/generate.py
 
-settings: $(READY)  ## Write the table of settings in deploy/README.md
+settings: $(READY)  ## Write the tables of settings in deploy/README.md and of HTTP's fields in clients/README.md
 	@$(BIN)/python deploy/settings.py
+	@$(BIN)/python clients/http_fields.py
 
 clean:  ## Remove the environment and what the other targets made
 	rm -rf $(VENV) .demo .bench .load .model .mutants .soak .chaos

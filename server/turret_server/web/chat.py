@@ -104,8 +104,9 @@ class NamedTool(Body):
 
 class ChatBody(GenerationBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    """Messages with texts, or with parts of the type `text`."""
     max_completion_tokens: Int32 | None = None
-    """The same as `max_tokens`. Default: 256, or what the context leaves if that is less."""
+    """The same as `max_tokens`."""
     logprobs: bool | None = None
     """Log probabilities of the tokens."""
     top_logprobs: Int32 | None = None
@@ -113,6 +114,7 @@ class ChatBody(GenerationBody):
     tools: list[Tool] | None = None
     """Functions that the answer may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    """Whether the answer may, or must, call them, or one of them."""
     add_generation_prompt: bool | None = None
     """Extension: end the prompt with the beginning of an assistant's message. Default: true."""
     continue_final_message: bool | None = None
@@ -121,6 +123,7 @@ class ChatBody(GenerationBody):
     """Extension: further variables of the chat template."""
 
     refused: ClassVar = GenerationBody.refused | {
+        "add_special_tokens": Refusal("the chat template adds them", (False,)),
         "audio": Refusal("answers are text"),
         "chat_template": Refusal("the model or the adapter has its own"),
         "documents": Refusal("use chat_template_kwargs"),

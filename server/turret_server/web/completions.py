@@ -33,8 +33,8 @@ class CompletionBody(GenerationBody):
     """Begin the text with the prompt."""
     logprobs: Int32 | None = None
     """Log probabilities of the tokens, and of so many of the likeliest in their places, at most 20."""
-    max_tokens: Int32 | None = None
-    """Default: 16."""
+    add_special_tokens: bool | None = None
+    """Extension: add the tokenizer's special tokens to a text. Default: true."""
 
     refused: ClassVar = GenerationBody.refused | {
         "suffix": Refusal("the model continues texts, and fills no gaps"),

@@ -51,20 +51,27 @@ class GenerationBody(Body):
     model: str | None = None
     """The base's name, an adapter's name, NAME@REVISION, or BASE:NAME. Default: the base."""
     max_tokens: Int32 | None = None
+    """Maximum number of tokens to generate. Default: 16 for completions, 256 for chats."""
     temperature: float | None = None
     """0 is greedy. Default: 1."""
     top_p: float | None = None
+    """Sample from the likeliest tokens whose probabilities add up to this value."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     """Number of answers; the prompt is computed once."""
     stream: bool | None = None
+    """Send the answer in server-sent events as it comes."""
     stream_options: StreamOptions | None = None
+    """`include_usage`: send the usage in a last event, which has no choices."""
     stop: str | list[str] | None = None
     """Stop strings, at most 16."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    """The same seed, prompt, adapter revision and parameters give the same tokens."""
     presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that are in the answer, from -2 to 2."""
     frequency_penalty: float | None = None
+    """The same for each time that they are in it."""
     logit_bias: dict[str, float] | None = None
-    """Added to the logits of these token ids."""
+    """Token ids with what is added to their logits, from -100 to 100."""
     user: Annotated[str, Field(max_length=128)] | None = None
     """Requests of the same user use the same revision while the traffic of an adapter is split."""
 
@@ -86,8 +93,6 @@ class GenerationBody(Body):
     """Extension: leave special tokens out of the text. Default: true."""
     prompt_logprobs: Int32 | None = None
     """Extension: log probabilities of the prompt's tokens, and of so many others in their places."""
-    add_special_tokens: bool | None = None
-    """Extension: add the tokenizer's special tokens to a text prompt. Default: true."""
     priority: Int32 | None = None
     """Extension: from -10 to 10 among the tenant's waiting requests; lower ones are served earlier."""
     cache_salt: str | None = None
@@ -115,7 +120,7 @@ class GenerationBody(Body):
         """
         if self.stream_options and not self.stream:
             raise InvalidRequestError("stream_options need stream: true", field="stream_options")
-        found = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+        found = {name: value for name in _SAME if (value := getattr(self, name, None)) is not None}
         found |= {name: tuple(found[name]) for name in ("stop_token_ids",) if name in found}
         found.setdefault("temperature", _TEMPERATURE)
         if self.stop is not None:
