@@ -236,3 +236,18 @@ def test_routers_learn_which_adapters_are_resident(server, client, base):
     assert f'model_name="{base}"' in labels()
     assert 'waiting_lora_adapters=""' in labels()
     assert server.metrics()[f'vllm:num_requests_waiting{{model_name="{base}"}}'] == 0
+
+
+def test_an_answer_can_have_a_form(client):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    options = {"model": "lora", "prompt": PROMPT, "max_tokens": 100}
+    chosen = client.completions.create(
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}}, **options
+    ).choices[0]
+    assert chosen.text in ("yes", "no")
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    answer = client.completions.create(extra_body={"response_format": form}, **options).choices[0]
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(answer.text)["n"], int)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(extra_body={"structured_outputs": {"regex": "("}}, **options)

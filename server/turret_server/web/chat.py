@@ -138,7 +138,6 @@ class ChatBody(GenerationBody):
         "prompt_cache_options": Refusal("prompts are cached without them; leave it out"),
         "prompt_cache_retention": Refusal("prompts are cached while there is room", ("in_memory",)),
         "reasoning_effort": Refusal("use chat_template_kwargs, if the template knows it"),
-        "response_format": Refusal("answers have no grammar", ({"type": "text"},)),
         "safety_identifier": Refusal("use user"),
         "service_tier": Refusal("there is one", ("auto", "default")),
         "store": Refusal("answers are not stored", (False,)),

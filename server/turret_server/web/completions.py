@@ -39,7 +39,6 @@ class CompletionBody(GenerationBody):
     refused: ClassVar = GenerationBody.refused | {
         "suffix": Refusal("the model continues texts, and fills no gaps"),
         "best_of": Refusal("choose among n answers by their logprobs", (1,)),
-        "response_format": Refusal("answers have no grammar", ({"type": "text"},)),
     }
 
     def prompts(self) -> Sequence[str | list[int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.responses import Response
@@ -47,6 +48,48 @@ class Adapter(Body):
     """Task of a multitask adapter."""
 
 
+class JsonSchema(Body):
+    name: str | None = None
+    """Not used."""
+    description: str | None = None
+    """Not used."""
+    form: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """Answers keep to the schema in any case."""
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `GenerationRequest`."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequestError(
+                "response_format has a json_schema where its type is json_schema", field="response_format"
+            )
+        if self.json_schema:
+            return {"json_schema": json.dumps(self.json_schema.form)}
+        return {"json_object": True} if self.type == "json_object" else {}
+
+
+class StructuredOutputs(Body):
+    form: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `GenerationRequest`, which allows one of them."""
+        found = self.model_dump(exclude_none=True, exclude={"form"})
+        if self.choice is not None:
+            found["choice"] = tuple(self.choice)
+        if self.form is not None:
+            found["json_schema"] = self.form if isinstance(self.form, str) else json.dumps(self.form)
+        return found
+
+
 class GenerationBody(Body):
     model: str | None = None
     """The base's name, an adapter's name, NAME@REVISION, or BASE:NAME. Default: the base."""
@@ -75,6 +118,9 @@ class GenerationBody(Body):
     user: Annotated[str, Field(max_length=128)] | None = None
     """Requests of the same user use the same revision while the traffic of an adapter is split."""
 
+    response_format: ResponseFormat | None = None
+    """`text`, `json_object`, or `json_schema`: the answer is an instance of the schema."""
+
     top_k: Int32 | None = None
     """Extension: sample from this many of the likeliest tokens; 0 and -1 are all."""
     min_p: float | None = None
@@ -99,6 +145,8 @@ class GenerationBody(Body):
     """Extension: only requests with the same salt share cached blocks of prompts."""
     routing_key: Annotated[str, Field(max_length=128)] | None = None
     """Extension: the same as `user`, which it overrides."""
+    structured_outputs: StructuredOutputs | None = None
+    """Extension: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar` (Lark)."""
     adapters: list[Adapter] | None = None
     """Extension: several adapters, or ones with weights and tasks; `model` is the base then."""
 
@@ -108,7 +156,10 @@ class GenerationBody(Body):
         "bad_words": Refusal("use logit_bias"),
         "use_beam_search": Refusal("answers are sampled", (False,)),
         "truncate_prompt_tokens": Refusal("shorten the prompt before"),
-        "structured_outputs": Refusal("answers have no grammar"),
+        "guided_choice": Refusal("use structured_outputs"),
+        "guided_grammar": Refusal("use structured_outputs"),
+        "guided_json": Refusal("use structured_outputs"),
+        "guided_regex": Refusal("use structured_outputs"),
     }
 
     def sampling(self, names: ModelNames) -> dict[str, Any]:
@@ -137,6 +188,10 @@ class GenerationBody(Body):
             found["priority"] = -self.priority
         if self.user is not None:
             found.setdefault("routing_key", self.user)
+        if self.response_format:
+            found |= self.response_format.fields()
+        if self.structured_outputs:
+            found |= self.structured_outputs.fields()
         return found | {"adapters": self._adapters(names)}
 
     def _adapters(self, names: ModelNames) -> tuple[AdapterRef, ...]:
