@@ -11,7 +11,7 @@ import itertools
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from turret_server.engine.request import (
     DEFAULT_TENANT,
     AdapterUse,
     FinishReason,
+    LogitAdjustment,
+    Logprob,
     Output,
     PromptPin,
     Request,
@@ -93,29 +95,54 @@ def _value(history: Sequence[int], token: int, rows: int) -> int:
     return hash((*history, token, rows))
 
 
-def _sample(history: Sequence[int], sampling: SamplingParams, num_generated: int) -> int:
-    return hash((*history, sampling.seed, num_generated)) % _VOCABULARY
+def _sample(
+    history: Sequence[int],
+    sampling: SamplingParams,
+    num_generated: int,
+    penalised: Iterable[int] | None,
+    excluded: Iterable[int],
+) -> int:
+    """A token that is not `excluded`, and that depends on all that is given."""
+    token = hash((*history, sampling.seed, num_generated, penalised and tuple(penalised))) % _VOCABULARY
+    return token + _VOCABULARY * (token in excluded)
+
+
+def _score(history: Sequence[int], token_id: int, num_top: int | None) -> Logprob:
+    return Logprob(token_id, float(hash((*history, token_id))), num_top or 0, ())
 
 
 def expected_tokens(request: Request) -> list[int]:
     """What a request has to answer, computed from its history without pages and without an engine."""
+    return [found.token_id for found in _expected(request)[1]]
+
+
+def _expected(request: Request) -> tuple[list[Logprob], list[Logprob]]:
+    """The log probabilities of the tokens of the prompt but the first, and of the answer."""
     history = _prefix(request)
     rows = _rows(
         (_rows(_content(use.spec.revision, "row", index) for index in range(use.spec.max_rank)), use.weight)
         for use in request.adapters
     )
     inactive = _inactive(request)
+    sampling, prompt_logprobs = request.sampling, []
     for index, token in enumerate(request.prompt_token_ids):
+        if index:
+            prompt_logprobs.append(_score(history, token, sampling.prompt_logprobs))
         history.append(_value(history, token, _rows(()) if index < inactive else rows))
     if inactive > len(request.prompt_token_ids):
         rows = _rows(())
+    adjustment = sampling.adjustment or LogitAdjustment()
     tokens: list[int] = []
-    while len(tokens) < request.sampling.max_tokens:
-        tokens.append(_sample(history, request.sampling, len(tokens)))
+    logprobs: list[Logprob] = []
+    while len(tokens) < sampling.max_tokens:
+        penalised = [*request.prompt_token_ids, *tokens] if adjustment.has_penalties else None
+        excluded = request.stop_token_ids if len(tokens) < adjustment.min_tokens else ()
+        tokens.append(_sample(history, sampling, len(tokens), penalised, excluded))
+        logprobs.append(_score(history, tokens[-1], sampling.logprobs))
         if tokens[-1] in request.stop_token_ids:
             break
         history.append(_value(history, tokens[-1], rows))
-    return tokens
+    return prompt_logprobs, logprobs
 
 
 def _prefix(request: Request | PromptPin) -> list[int]:
@@ -192,12 +219,20 @@ class FakeDevice:
     def run(self, step: Step) -> StepResult:
         for copy in step.copies:
             self.pages[copy.target] = list(self.pages[copy.source])
-        sampled = {}
+        sampled, logprobs, prompt_logprobs = {}, {}, {}
         for part in step.sequences:
             history = self._compute(part)
+            if part.targets:
+                prompt_logprobs[part.sequence_id] = tuple(
+                    _score(history[:end], target, part.num_top)
+                    for end, target in enumerate(part.targets, part.start + 1)
+                )
             if part.sampling:
-                sampled[part.sequence_id] = _sample(history, part.sampling, part.num_generated)
-        return StepResult(token_ids=sampled)
+                token = _sample(history, part.sampling, part.num_generated, part.history, part.excluded)
+                sampled[part.sequence_id] = token
+                if part.sampling.logprobs is not None:
+                    logprobs[part.sequence_id] = _score(history, token, part.sampling.logprobs)
+        return StepResult(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     def _compute(self, part: SequenceStep) -> list[int]:
         rows = _rows(
@@ -247,8 +282,16 @@ class Run:
             assert self.tokens == []
             assert self.end not in (FinishReason.STOP, FinishReason.LENGTH)
             return
-        expected = expected_tokens(self.job)
+        prompt_logprobs, logprobs = _expected(self.job)
+        expected = [found.token_id for found in logprobs]
         assert self.tokens == expected[: len(self.tokens)]
+        given = [output for output in self.outputs if output.token_id is not None]
+        if self.job.sampling.logprobs is not None:
+            assert [output.logprob for output in given] == logprobs[: len(given)]
+        if given:
+            wanted = self.job.sampling.prompt_logprobs is not None
+            assert list(given[0].prompt_logprobs) == prompt_logprobs * wanted
+            assert not any(output.prompt_logprobs for output in given[1:])
         if self.end is FinishReason.STOP and not self.job.grammar:
             assert self.tokens == expected
             assert expected[-1] in self.job.stop_token_ids
@@ -269,9 +312,12 @@ def make_run(
     priority: int = 0,
     cache_salt: str = "",
     pinned: bool = False,
+    leader: int | None = None,
+    **sampled: Any,
 ) -> Run:
     """A request whose sink is a `Run`, or if `pinned` a prompt pin, for which `max_tokens`, `seed` and
-    `stop_after` mean nothing; with `stop_after`, the token of that index is one that stops it.
+    `stop_after` mean nothing; with `stop_after`, the token of that index is one that stops it. `sampled` are
+    other fields of `SamplingParams`.
     """
     run = Run()
     common = partial(
@@ -288,11 +334,11 @@ def make_run(
     if pinned:
         run.job = common()
         return run
-    sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
-    run.job = common(sampling=sampling, stop_token_ids=frozenset())
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, **sampled)
+    run.job = common(sampling=sampling, stop_token_ids=frozenset(), leader=leader)
     if stop_after is not None and stop_after < max_tokens:
         stops = frozenset([expected_tokens(run.job)[stop_after]])
-        run.job = common(sampling=sampling, stop_token_ids=stops)
+        run.job = common(sampling=sampling, stop_token_ids=stops, leader=leader)
     return run
 
 
@@ -377,7 +423,7 @@ class Simulation:
             faulty = {id_: GenerationFailedError(reason) for id_, reason in faults(step).items()}
             errors = {**result.errors, **faulty}
             tokens = {id_: token for id_, token in result.token_ids.items() if id_ not in errors}
-            self.scheduler.update(step, StepResult(token_ids=tokens, errors=errors), 0.0)
+            self.scheduler.update(step, replace(result, token_ids=tokens, errors=errors), 0.0)
         self.check()
         return step
 
@@ -435,8 +481,8 @@ class Simulation:
         """Nobody writes where somebody else reads or writes."""
         written = Counter(copy.target for copy in step.copies)
         assert max(written.values(), default=1) == 1
+        size = self.device.block_size
         for part in step.sequences:
-            size = self.device.block_size
             blocks = range(part.start // size, (part.start + len(part.token_ids) - 1) // size + 1)
             pages = [part.block_table[block] for block in blocks]
             for page in pages:
@@ -446,6 +492,11 @@ class Simulation:
         residents = {page for resident in self.residency for page in resident.pages}
         computed = {page for part in step.sequences if part.sequence_id < 0 for page in part.block_table}
         assert not residents & set(written) - computed, "an adapter's page is written"
-        assert not {copy.source for copy in step.copies} & set(written), (
-            "a page is copied while it is written"
-        )
+        for copy in step.copies:
+            # What another answer to the same prompt writes comes after what is read of the copy: repeating a
+            # step in parts, of which the first may have written, changes nothing.
+            [reader] = [part for part in step.sequences if copy.target in part.block_table]
+            writers = [
+                part for part in step.sequences if copy.source in part.block_table[part.start // size :]
+            ]
+            assert all(part.start >= reader.start for part in writers), "a page is copied while it is written"

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from hypothesis.stateful import (
 
 from support.fake_device import Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
-from turret_server.engine.request import AdapterUse, FinishReason, PromptPin
+from turret_server.engine.request import AdapterUse, FinishReason, LogitAdjustment, PromptPin
 from turret_server.engine.step import Step
 from turret_server.errors import (
     AdapterTooLargeError,
@@ -42,6 +44,20 @@ WEIGHTS = st.sampled_from([1.0, 4.0])
 # Prompts that begin alike, so that blocks are found again.
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 14)).map(
     lambda drawn: [7 + position * (position < 2 + 4 * drawn[0]) for position in range(drawn[1])]
+)
+
+
+PENALTIES = LogitAdjustment(frequency_penalty=1.0)
+PATIENT = LogitAdjustment(min_tokens=5)
+# How requests are sampled besides, most of them in no special way.
+SAMPLED = st.sampled_from(
+    [
+        *[{}] * 4,
+        {"adjustment": PENALTIES, "logprobs": 2},
+        {"adjustment": PATIENT},
+        {"prompt_logprobs": 3},
+        {"prompt_logprobs": 0, "adjustment": PENALTIES},
+    ]
 )
 
 
@@ -130,6 +146,7 @@ class RandomLoad(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         cache_salt=st.sampled_from(["", "", "x"]),
         pinned=st.integers(0, 5).map(lambda drawn: drawn == 5),
+        sampled=SAMPLED,
     )
     def submit(
         self,
@@ -143,6 +160,7 @@ class RandomLoad(RuleBasedStateMachine):
         priority: int,
         cache_salt: str,
         pinned: bool,  # noqa: FBT001
+        sampled: dict[str, Any],
     ) -> Run:
         run = make_run(
             prompt,
@@ -155,8 +173,30 @@ class RandomLoad(RuleBasedStateMachine):
             priority=priority,
             cache_salt=cache_salt,
             pinned=pinned,
+            **sampled,
         )
         if self.simulation.fits(run):
+            self.simulation.add(run)
+        return run
+
+    @rule(target=runs, leader=runs, seed=st.integers(2, 9), max_tokens=st.integers(1, 12))
+    def submit_another_answer(self, leader: Run, seed: int, max_tokens: int) -> Run:
+        """To the prompt of a request, which may wait, run or have ended."""
+        job = leader.job
+        if isinstance(job, PromptPin):
+            return leader
+        run = make_run(
+            job.prompt_token_ids,
+            job.adapters,
+            max_tokens=max_tokens,
+            seed=seed,
+            deadline=job.deadline,
+            tenant=job.tenant,
+            priority=job.priority,
+            cache_salt=job.cache_salt,
+            leader=job.request_id,
+        )
+        if leader in self.simulation.runs and self.simulation.fits(run):
             self.simulation.add(run)
         return run
 
