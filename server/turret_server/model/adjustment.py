@@ -76,7 +76,7 @@ def _elements(tokens: Sequence[tuple[int, Sequence[int]]], logits_DV: torch.Tens
     """The indices of rows and their tokens in the flat tensor."""
     size = logits_DV.shape[-1]
     flat = [row * size + token_id for row, token_ids in tokens for token_id in token_ids]
-    return to_device(torch.tensor(flat), logits_DV.device)
+    return to_device(torch.tensor(flat, dtype=torch.int64), logits_DV.device)
 
 
 def _penalise(logits_DV: torch.Tensor, penalised: Sequence[tuple[int, SequenceStep]]) -> None:

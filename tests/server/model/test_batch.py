@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -109,6 +111,27 @@ def test_the_head_applies_adapters_to_the_sampled_tokens_where_they_are_active(a
     )
     assert [sequence.sequence_id for sequence in batch.sampled] == [1, 3]
     assert batch.logits_R.tolist() == [1, 5]
+    assert bounds(batch.head_deltas) == expected
+
+
+def test_the_logits_of_tokens_with_targets_are_computed_with_those_of_sampled_tokens():
+    part, whole = using(1, sampling=None), using(3, sampling=SAMPLING)
+    batch = batch_of(
+        replace(part, targets=(8, 9), num_top=2),
+        using(2, sampling=SAMPLING),
+        replace(whole, targets=(7,)),
+    )
+    assert batch.logits_R.tolist() == [0, 1, 3, 4, 5]
+    assert [(each.sequence_id, rows) for each, rows in batch.scored] == [(1, slice(0, 2)), (3, slice(3, 4))]
+    assert [each.sequence_id for each in batch.sampled] == [2, 3]
+    assert batch.sampled_S.tolist() == [2, 4]
+    assert batch_of(using(1, sampling=SAMPLING), using(2)).sampled_S is None
+
+
+@pytest.mark.parametrize(("active_from", "expected"), [(0, [(1, 3)]), (5, [(2, 3)]), (6, [])])
+def test_the_head_applies_adapters_to_scored_tokens_where_they_are_active(active_from, expected):
+    scored = using(2, ("a", 1.0), active_from=active_from, sampling=SAMPLING)
+    batch = batch_of(using(1, sampling=SAMPLING), replace(scored, targets=(7,)), resident={"a": NO_ROWS})
     assert bounds(batch.head_deltas) == expected
 
 

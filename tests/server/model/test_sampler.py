@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper
 
 from support.device_traces import Waits
-from turret_server.engine.request import SamplingParams
+from turret_server.engine.request import LogitAdjustment, SamplingParams
 from turret_server.engine.step import SequenceStep
 from turret_server.errors import StructuredOutputError
 from turret_server.model import sampler as sampler_module
@@ -102,6 +103,59 @@ def test_a_token_is_that_in_whose_part_of_the_kept_weights_its_number_lies(sampl
         assert found[index] == expected
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0])
+def test_min_p_keeps_what_transformers_keeps(temperature, share):
+    logits = torch.randn(25) * 2
+    scores = MinPLogitsWarper(share)(torch.zeros(1, 1, dtype=torch.long), logits[None] / temperature)
+    kept = scores[0].isfinite().nonzero().flatten().tolist()
+    frequencies = draw(logits, 4000, temperature=temperature, min_p=share)
+    assert set(frequencies.nonzero().flatten().tolist()) <= set(kept)
+    torch.testing.assert_close(frequencies, scores[0].softmax(-1), atol=0.03, rtol=0)
+
+
+def test_top_p_counts_within_min_p():
+    """As in vLLM: without min-p, the first two tokens are less than 0.8 of all."""
+    logits = torch.tensor([0.45, 0.3, 0.1, 0.08, 0.07]).log()
+    within = draw(logits, temperature=1.0, min_p=0.5, top_p=0.8)
+    assert within.nonzero().flatten().tolist() == [0, 1]
+    alone = draw(logits, temperature=1.0, top_p=0.8)
+    assert alone.nonzero().flatten().tolist() == [0, 1, 2]
+
+
+def test_the_temperature_is_applied_before_min_p():
+    logits = torch.tensor([0.7, 0.3]).log()
+    assert draw(logits, temperature=1.0, min_p=0.5).nonzero().flatten().tolist() == [0]
+    assert draw(logits, temperature=2.0, min_p=0.5).nonzero().flatten().tolist() == [0, 1]
+
+
+def test_an_adjustment_decides_what_is_likeliest_and_what_is_drawn():
+    logits = torch.tensor([[1.0, 5.0, 2.0], [1.0, 5.0, 2.0], [1.0, 5.0, 2.0]])
+    adjustment = LogitAdjustment(logit_bias={1: -100.0})
+    steps = [step(0, adjustment=adjustment), step(1), step(2, temperature=0.01, adjustment=adjustment)]
+    assert Sampler().sample(logits, steps).token_ids == {0: 2, 1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_log_probabilities_are_those_of_the_logits_before_any_adjustment(sampling):
+    logits = torch.randn(4, 50)
+    adjustment = LogitAdjustment(logit_bias={3: 20.0})
+    steps = [
+        step(0, **sampling),
+        step(1, logprobs=0, adjustment=adjustment, **sampling),
+        step(2, logprobs=3, **sampling),
+        step(3, **sampling),
+    ]
+    result = Sampler().sample(logits.clone(), steps)
+    assert result.logprobs.keys() == {1, 2}
+    expected = logits.log_softmax(-1)
+    assert result.token_ids[1] == 3
+    assert result.logprobs[1].logprob == pytest.approx(expected[1, 3].item())
+    assert result.logprobs[1].top == ()
+    assert result.logprobs[2].token_id == result.token_ids[2]
+    assert [token_id for token_id, _ in result.logprobs[2].top] == logits[2].topk(3).indices.tolist()
+
+
 LARGEST = math.nextafter(1.0, 0.0)
 # Of a token with the smallest weight that is not 0, beside one whose logit is 0.
 LEAST = 0.005 - math.log(sampler_module._MAX_WEIGHT)
@@ -133,11 +187,16 @@ def test_any_mixture_of_parameters_gives_each_row_what_it_gets_alone():
         {"temperature": 0.5, "top_k": 7},
         {"temperature": 2.0, "top_p": 0.6},
         {"temperature": 1.5, "top_k": 50, "top_p": 0.9},
+        {"adjustment": LogitAdjustment(logit_bias={3: 3.0}), "logprobs": 2},
+        {"temperature": 1.5, "min_p": 0.1, "logprobs": 0},
+        {"temperature": 1.5, "min_p": 0.1, "top_k": 9, "adjustment": LogitAdjustment(logit_bias={3: 3.0})},
     ]
     steps = [step(index, index % 7, seed=index, **choices[index % len(choices)]) for index in range(40)]
-    together = Sampler().sample(logits, steps).token_ids
-    for index, alone in enumerate(steps):
-        assert Sampler().sample(logits[index : index + 1], [alone]).token_ids == {index: together[index]}
+    together = Sampler().sample(logits, steps)
+    for index, one in enumerate(steps):
+        alone = Sampler().sample(logits[index : index + 1], [one])
+        assert alone.token_ids == {index: together.token_ids[index]}
+        assert alone.logprobs.get(index) == together.logprobs.get(index)
 
 
 def test_of_equal_logits_every_one_is_drawn():
@@ -163,6 +222,13 @@ def test_the_host_waits_once_for_all_tokens_of_a_step():
         steps = [step(0), step(1, temperature=1.0), step(2, temperature=1.0, top_p=0.5)]
         Sampler().sample(torch.randn(3, 30), steps)
     assert waits.found == ["tolist"]
+    with Waits() as waits:
+        steps = [
+            step(0, logprobs=2),
+            step(1, temperature=1.0, min_p=0.5, adjustment=LogitAdjustment(min_tokens=2)),
+        ]
+        Sampler().sample(torch.randn(2, 30), steps)
+    assert waits.found == ["tolist", "tolist"], "log probabilities are the second"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -173,6 +239,8 @@ def test_a_row_without_finite_logits_fails_alone(bad):
         result = Sampler().sample(logits, [step(index, **sampling) for index in range(3)])
         assert set(result.token_ids) == {0, 2}
         assert set(result.errors) == {1}
+        scored = Sampler().sample(logits, [step(index, logprobs=1, **sampling) for index in range(3)])
+        assert scored.logprobs.keys() == {0, 2}
 
 
 # The form of an answer
