@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,16 @@ from turret_adapters.registry import Named
 from turret_server.app.assembly import assemble
 from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
+from turret_server.engine.request import LogitAdjustment
 
 NAMED = [(), (Named("lora-all-linear"),), (Named("rslora"),), (Named("p-tuning-v2"),), (Named("dora"),)]
+SAMPLED: list[dict[str, Any]] = [
+    {"logprobs": 2},
+    {"temperature": 0.9, "min_p": 0.02, "prompt_logprobs": 1},
+    {"adjustment": LogitAdjustment(repetition_penalty=1.5, frequency_penalty=0.5)},
+    {"temperature": 0.7, "adjustment": LogitAdjustment(logit_bias={9: 3.0}), "logprobs": 0},
+    {"prompt_logprobs": 0, "adjustment": LogitAdjustment(presence_penalty=1.0), "logprobs": 20},
+]
 each_dtype = pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "float32"])
 
 
@@ -69,7 +78,7 @@ def compare(
         load(parts)
 
         def ask(index: int) -> Running:
-            return submit(parts, prompts[index], *named[index], max_tokens=12)
+            return submit(parts, prompts[index], *named[index], max_tokens=12, **SAMPLED[index])
 
         alone = []
         for index in range(len(named)):
@@ -79,7 +88,12 @@ def compare(
         wait(*company)
     for single, together in zip(alone, company, strict=True):
         assert single.token_ids == together.token_ids
+        assert scores(single) == scores(together)
         for one, other in zip(
             sampler.logits[single.request_id], sampler.logits[together.request_id], strict=True
         ):
             assert torch.equal(one, other)
+
+
+def scores(running: Running) -> list[object]:
+    return [(output.logprob, output.prompt_logprobs) for output in running.outputs]

@@ -17,10 +17,20 @@ from turret_adapters.registry import Named
 from turret_server.app.assembly import assemble
 from turret_server.app.build import Parts
 from turret_server.config import ServerConfig
+from turret_server.engine.request import LogitAdjustment
 from turret_server.kernels import has_avx512bf16
 
 KINDS = ("lora", "rslora", "lora-all-linear", "lora-layers", "prefix", "p-tuning-v2", "prompt", "p-tuning")
 DTYPES = ["float32"] + ["bfloat16"] * has_avx512bf16()
+
+
+SAMPLED = [
+    {},
+    {"adjustment": LogitAdjustment(repetition_penalty=1.2, presence_penalty=0.5)},
+    {"min_p": 0.05},
+    {"prompt_logprobs": 2, "logprobs": 2},
+    {"adjustment": LogitAdjustment(frequency_penalty=0.4, logit_bias={60: 1.0}), "logprobs": 0},
+]
 
 
 def questions() -> list[dict]:
@@ -38,6 +48,7 @@ def questions() -> list[dict]:
                 "max_tokens": chance.randint(8, 40),
                 "temperature": 0.0 if index % 2 else 0.8,
                 "seed": index,
+                **SAMPLED[index % len(SAMPLED)],
             }
         )
     return asked
@@ -99,3 +110,11 @@ def test_tokens_are_those_of_a_request_alone_with_room_for_everything(
         assert value("turret_adapter_disk_reads_total") > 0
         assert value("turret_host_adapter_bytes") <= 40 * 2**10
     assert [running.token_ids for running in together] == [running.token_ids for running in alone]
+    for found, expected in zip(together, alone, strict=True):
+        assert scores(found) == pytest.approx(scores(expected), abs=1e-3 if dtype == "float32" else 0.1)
+
+
+def scores(running: Running) -> list[float]:
+    """The log probabilities of the prompt's tokens and of the answer's, where they are wanted."""
+    found = [*running.outputs[0].prompt_logprobs, *(output.logprob for output in running.outputs)]
+    return [each.logprob for each in found if each is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -72,6 +73,34 @@ def test_its_tokens_may_stop_its_answers_and_no_others(config, folder):
         assert stopped.token_ids == found.token_ids[: found.token_ids.index(stop) + 1]
         with pytest.raises(InvalidArgumentError, match=f"below {VOCAB_SIZE}"):
             client.generate(PROMPT, max_tokens=1, stop_token_ids=[SIZE - 1])
+
+
+def test_its_tokens_are_biased_penalised_and_scored(config, folder):
+    with serving(config) as served, Client(served.address) as client:
+        client.load_adapter("own", str(folder))
+        wanted, end = SIZE - 2, SIZE - 1
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        biased = client.generate(
+            [wanted, 5], adapter="own", max_tokens=3, logit_bias={wanted: 100}, logprobs=20, prompt_logprobs=0
+        )
+        assert biased.token_ids == (wanted,) * 3
+        assert {each.text for each in biased.logprobs} == {tokenizer.decode([wanted])}
+        assert max(each.token_id for found in biased.logprobs for each in found.top) < SIZE
+        # Beside a request of the base, whose rows are shorter.
+        asked = {"max_tokens": 6, "logprobs": 20, "prompt_logprobs": 20, "presence_penalty": 2}
+        with ThreadPoolExecutor(2) as pool:
+            own, base = pool.map(lambda name: client.generate(PROMPT, adapter=name, **asked), ["own", None])
+        assert own == client.generate(PROMPT, adapter="own", **asked)
+        assert base == client.generate(PROMPT, **asked)
+        seen = [each.token_id for found in (*base.logprobs, *base.prompt_logprobs) for each in found.top]
+        assert max(seen) < VOCAB_SIZE
+        # Its end of an answer waits, and is ignored, as the base's.
+        ends = {"adapter": "own", "max_tokens": 4, "logit_bias": {end: 100}}
+        assert client.generate(PROMPT, **ends).token_ids == (end,)
+        assert len(client.generate(PROMPT, **ends, min_tokens=2).token_ids) == 3
+        assert client.generate(PROMPT, **ends, ignore_eos=True).token_ids == (end,) * 4
+        with pytest.raises(InvalidArgumentError, match=f"below {VOCAB_SIZE}"):
+            client.generate(PROMPT, max_tokens=1, logit_bias={end: 1})
 
 
 def test_an_upload_that_broke_within_the_tokenizer_goes_on_there(config, folder, monkeypatch):

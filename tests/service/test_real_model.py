@@ -47,3 +47,37 @@ def test_questions_in_the_chat_template_get_the_answers_of_transformers(model, c
     found = Oracle(model, {}).logits(None, sequences)
     for (_, token_ids), logits in zip(sequences, found, strict=True):
         assert logits.argmax(dim=-1).tolist() == list(token_ids)
+
+
+def test_seeds_repeat_answers_and_several_share_a_prompt(model, client):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    messages = [{"role": "user", "content": "Write one sentence about the sea."}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    asked = {"temperature": 1.0, "top_p": 0.95, "min_p": 0.02, "max_tokens": 24, "seed": 11}
+    one = client.generate(prompt, **asked)
+    several = client.generate(prompt, **asked, n=4)
+    assert client.generate(prompt, **asked).token_ids == one.token_ids
+    assert client.generate(prompt, **asked, n=4).choices == several.choices
+    assert several.choices[0].token_ids == one.token_ids
+    assert len({choice.text for choice in several.choices}) == 4
+    assert several.usage.prompt_tokens == one.usage.prompt_tokens == len(tokenizer.encode(prompt))
+    assert several.usage.generated_tokens == sum(len(choice.token_ids) for choice in several.choices)
+
+
+def test_log_probabilities_of_text_are_those_of_transformers(model, client):
+    """In particular of tokens that are parts of characters."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompt = "naïve 東京 \N{GRINNING FACE} The capital of France is"
+    answer = client.generate(prompt, max_tokens=6, logprobs=5, prompt_logprobs=1)
+    token_ids = tokenizer.encode(prompt)
+    text = b"".join(each.token for each in answer.prompt_logprobs)
+    assert prompt.encode().endswith(text)
+    assert text.decode() == prompt.removeprefix(tokenizer.decode(token_ids[:1]))
+    assert b"".join(each.token for each in answer.logprobs).decode() == answer.text
+    sequences = [(token_ids[:1], token_ids[1:]), (token_ids, answer.token_ids)]
+    for found, logits in zip(
+        (answer.prompt_logprobs, answer.logprobs), Oracle(model, {}).logits(None, sequences), strict=True
+    ):
+        rows = logits.log_softmax(-1)
+        expected = [row[each.token_id].item() for each, row in zip(found, rows, strict=True)]
+        assert [each.logprob for each in found] == pytest.approx(expected, abs=5e-3)

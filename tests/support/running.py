@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -71,7 +72,10 @@ def submit(
     temperature: float = 0.0,
     seed: int = 0,
     reach: int = 1,
+    leader: int | None = None,
+    **sampled: Any,
 ) -> Running:
+    """`sampled` are other fields of `SamplingParams`."""
     lease = parts.registry.acquire(named)
     running = Running(prompt=tuple(prompt), end=lambda: parts.registry.release(lease), reach=reach)
     parts.engine.submit(
@@ -79,8 +83,9 @@ def submit(
             request_id=running.request_id,
             prompt_token_ids=running.prompt,
             adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
-            sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed),
+            sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, **sampled),
             stop_token_ids=frozenset(),
+            leader=leader,
             deadline=None,
             sink=running.sink,
         )

@@ -187,6 +187,8 @@ class ModelRunner:
             tokens_V = torch.arange(logits_SV.shape[1], device=logits_SV.device)
             sizes_S1 = torch.tensor(sizes, device=logits_SV.device)[:, None]
             logits_SV.masked_fill_(tokens_V >= sizes_S1, -torch.inf)
+            own = zip(sequences, sizes, strict=True)
+            sequences = [replace(sequence, vocab_size=size) for sequence, size in own]
         return self._sampler.sample(logits_SV, sequences)
 
     def copy_to_device(

@@ -51,27 +51,36 @@ class Sampler:
             of_path = [sequences[each] for each in indices]
             chosen_S[where_D] = _choose(logits_SV[where_D], of_path, path, errors)
         chosen_S.masked_fill_(~torch.isfinite(best_S), _NOT_FINITE)
-        scores_RX = None
-        scored = [index for index, each in enumerate(sequences) if _num_top(each) is not None]
-        if scored:
-            with_top = any(_num_top(sequences[each]) for each in scored)
-            where_R = to_device(torch.tensor(scored), logits_SV.device)
-            scores_RX = score(logits_SV[where_R], chosen_S[where_R].clamp(min=0), with_top=with_top)
+        scored: dict[int | None, list[int]] = {}
+        for index, each in enumerate(sequences):
+            if _num_top(each) is not None:
+                scored.setdefault(each.vocab_size, []).append(index)
+        scores = [(indices, _score(logits_SV, chosen_S, sequences, indices)) for indices in scored.values()]
         token_ids: dict[int, int] = {}
         for token_id, sequence in zip(chosen_S.tolist(), sequences, strict=True):
             if token_id == _NOT_FINITE:
                 errors[sequence.sequence_id] = not_finite(sequence)
             elif sequence.sequence_id not in errors:
                 token_ids[sequence.sequence_id] = token_id
-        if scores_RX is None:
-            return StepResult(token_ids=token_ids, errors=errors)
-        found = zip([sequences[each] for each in scored], scores_RX.tolist(), strict=True)
         logprobs = {
             each.sequence_id: unpack(row, token_ids[each.sequence_id], _num_top(each) or 0)
-            for each, row in found
+            for indices, scores_RX in scores
+            for each, row in zip([sequences[at] for at in indices], scores_RX.tolist(), strict=True)
             if each.sequence_id in token_ids
         }
         return StepResult(token_ids=token_ids, errors=errors, logprobs=logprobs)
+
+
+def _score(
+    logits_SV: torch.Tensor, chosen_S: torch.Tensor, sequences: Sequence[SequenceStep], indices: list[int]
+) -> torch.Tensor:
+    """Scores of the chosen tokens of these rows, which have the same vocabulary. Sums of floats depend on how
+    many there are, so those of others' vocabularies are left out.
+    """
+    where_R = to_device(torch.tensor(indices), logits_SV.device)
+    with_top = any(_num_top(sequences[each]) for each in indices)
+    own_RV = logits_SV[where_R, : sequences[indices[0]].vocab_size]
+    return score(own_RV, chosen_S[where_R].clamp(min=0), with_top=with_top)
 
 
 def not_finite(sequence: SequenceStep) -> NonFiniteLogitsError:

@@ -156,6 +156,17 @@ def test_log_probabilities_are_those_of_the_logits_before_any_adjustment(samplin
     assert [token_id for token_id, _ in result.logprobs[2].top] == logits[2].topk(3).indices.tolist()
 
 
+def test_log_probabilities_of_a_vocabulary_do_not_depend_on_the_wider_ones_of_others():
+    logits = torch.randn(3, 333)
+    logits[1, 301:] = -torch.inf
+    steps = [step(index, logprobs=5) for index in range(3)]
+    steps[1] = replace(steps[1], vocab_size=301)
+    together = Sampler().sample(logits, steps)
+    alone = Sampler().sample(logits[1:2, :301], [step(1, logprobs=5)])
+    assert together.logprobs[1] == alone.logprobs[1]
+    assert together.logprobs.keys() == {0, 1, 2}
+
+
 LARGEST = math.nextafter(1.0, 0.0)
 # Of a token with the smallest weight that is not 0, beside one whose logit is 0.
 LEAST = 0.005 - math.log(sampler_module._MAX_WEIGHT)
