@@ -16,6 +16,10 @@ _LARGE = 64 * 2**10
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+_MAX_FIELDS = 200
 
 _Body = TypeVar("_Body", bound="Body")
 
@@ -30,6 +34,8 @@ class Refusal(NamedTuple):
 class Body(BaseModel):
     """A JSON object. Unknown fields are errors; null leaves a field unset. `refused` are the fields that
     clients know from OpenAI's API and that are not served.
+
+    Lists end at their first error, or have a length: a body of a million errors would hold everybody up.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -41,6 +47,8 @@ class Body(BaseModel):
     def _refuse(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > _MAX_FIELDS:
+            raise InvalidRequestError(f"a body has at most {_MAX_FIELDS} fields; found {len(data)}")
         for name, refusal in cls.refused.items():
             if data.get(name) is not None and data[name] not in refusal.harmless:
                 raise InvalidRequestError(f"{name} is not served: {refusal.why}", field=name)

@@ -40,9 +40,9 @@ class Call(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=4096)] | None = None
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Annotated[list[Call], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     """Extension: how the assistant came to its answer, where the template shows it."""
@@ -93,6 +93,10 @@ class Tool(Body):
     function: Function
 
 
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=4096)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=128)]
+
+
 class NamedFunction(Body):
     name: str
 
@@ -103,7 +107,7 @@ class NamedTool(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     """Messages with texts, or with parts of the type `text`."""
     max_completion_tokens: Int32 | None = None
     """The same as `max_tokens`."""
@@ -111,7 +115,7 @@ class ChatBody(GenerationBody):
     """Log probabilities of the tokens."""
     top_logprobs: Int32 | None = None
     """With `logprobs`: also those of so many of the likeliest tokens in their places, at most 20."""
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     """Functions that the answer may call."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """Whether the answer may, or must, call them, or one of them."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -15,7 +16,7 @@ from turret_server.errors import InvalidRequestError
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import Chunk, GenerationRequest, TokenLogprob
 from turret_server.serving.tokens import Tokens, TokenService
-from turret_server.web.bodies import Int32, Refusal, TokenId, parse
+from turret_server.web.bodies import Int32, Refusal, Texts, TokenIds, parse
 from turret_server.web.gate import event
 from turret_server.web.generation import EventStream, GenerationBody, Head, TotalUsage, chunks_of
 from turret_server.web.logprobs import prompt_logprobs, text_of
@@ -27,7 +28,7 @@ _MAX_PROMPTS = 128
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     """Text, token ids, or several of either."""
     echo: bool | None = None
     """Begin the text with the prompt."""

@@ -18,15 +18,15 @@ from turret_server.doors.caller import caller, request_id
 from turret_server.errors import InvalidRequestError
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import AdapterRef, Chunk, GenerationRequest, Usage
-from turret_server.web.bodies import Body, Int32, Refusal, TokenId
+from turret_server.web.bodies import Body, Int32, Refusal, Texts, TokenIds
 from turret_server.web.gate import DONE, EVENT_STREAM
 from turret_server.web.names import ModelNames
 
 # Fields of a generation that have the same name and meaning here.
 _SAME = (
-    "max_tokens", "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
-    "logit_bias", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids",
-    "skip_special_tokens", "prompt_logprobs", "add_special_tokens", "cache_salt", "routing_key",
+    "max_tokens", "temperature", "top_p", "n", "presence_penalty", "frequency_penalty", "min_p",
+    "repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "prompt_logprobs",
+    "add_special_tokens", "cache_salt", "routing_key",
 )  # fmt: skip
 # OpenAI's, where the service has another.
 _TEMPERATURE = 1.0
@@ -77,7 +77,7 @@ class StructuredOutputs(Body):
     form: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
 
     def fields(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class GenerationBody(Body):
     """Send the answer in server-sent events as it comes."""
     stream_options: StreamOptions | None = None
     """`include_usage`: send the usage in a last event, which has no choices."""
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     """Stop strings, at most 16."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """The same seed, prompt, adapter revision and parameters give the same tokens."""
@@ -113,7 +113,7 @@ class GenerationBody(Body):
     """Subtracted from the logits of tokens that are in the answer, from -2 to 2."""
     frequency_penalty: float | None = None
     """The same for each time that they are in it."""
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=300)] | None = None
     """Token ids with what is added to their logits, from -100 to 100."""
     user: Annotated[str, Field(max_length=128)] | None = None
     """Requests of the same user use the same revision while the traffic of an adapter is split."""
@@ -131,7 +131,7 @@ class GenerationBody(Body):
     """Extension: tokens before which nothing ends the answer."""
     ignore_eos: bool | None = None
     """Extension: continue after end-of-sequence tokens."""
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: TokenIds | None = None
     """Extension: tokens that end the answer."""
     include_stop_str_in_output: bool | None = None
     """Extension: include the stop string that ended the answer."""
@@ -147,7 +147,7 @@ class GenerationBody(Body):
     """Extension: the same as `user`, which it overrides."""
     structured_outputs: StructuredOutputs | None = None
     """Extension: one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar` (Lark)."""
-    adapters: list[Adapter] | None = None
+    adapters: Annotated[list[Adapter], Field(fail_fast=True, max_length=8)] | None = None
     """Extension: several adapters, or ones with weights and tasks; `model` is the base then."""
 
     refused: ClassVar = {
@@ -172,10 +172,20 @@ class GenerationBody(Body):
         if self.stream_options and not self.stream:
             raise InvalidRequestError("stream_options need stream: true", field="stream_options")
         found = {name: value for name in _SAME if (value := getattr(self, name, None)) is not None}
-        found |= {name: tuple(found[name]) for name in ("stop_token_ids",) if name in found}
-        found.setdefault("temperature", _TEMPERATURE)
+        found = {"temperature": _TEMPERATURE} | found | self._renamed()
+        if self.user is not None:
+            found.setdefault("routing_key", self.user)
+        for form in (self.response_format, self.structured_outputs):
+            found |= form.fields() if form else {}
+        return found | {"adapters": self._adapters(names)}
+
+    def _renamed(self) -> dict[str, Any]:
+        """The fields that have another name or form in a `GenerationRequest`."""
+        found: dict[str, Any] = {}
         if self.stop is not None:
             found["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop_token_ids is not None:
+            found["stop_token_ids"] = tuple(self.stop_token_ids)
         if self.seed is not None:
             found["seed"] = self.seed % 2**64
         if self.logit_bias is not None:
@@ -186,13 +196,7 @@ class GenerationBody(Body):
             found["include_stop"] = self.include_stop_str_in_output
         if self.priority is not None:
             found["priority"] = -self.priority
-        if self.user is not None:
-            found.setdefault("routing_key", self.user)
-        if self.response_format:
-            found |= self.response_format.fields()
-        if self.structured_outputs:
-            found |= self.structured_outputs.fields()
-        return found | {"adapters": self._adapters(names)}
+        return found
 
     def _adapters(self, names: ModelNames) -> tuple[AdapterRef, ...]:
         named = names.adapters_of(self.model)

@@ -16,8 +16,8 @@ from turret_server.lifecycle.adapter_info import AdapterInfo
 from turret_server.lifecycle.administration import MAX_PAGE_SIZE, AdapterAdministration
 from turret_server.serving.request import GenerationRequest
 from turret_server.serving.tokens import TokenService
-from turret_server.web.bodies import Body, TokenId, parse
-from turret_server.web.chat import ChatBody, ChatMessage, Tool
+from turret_server.web.bodies import Body, TokenIds, parse
+from turret_server.web.chat import ChatBody, Messages, Tools
 from turret_server.web.logprobs import text_of
 from turret_server.web.names import ModelNames
 
@@ -29,8 +29,8 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -41,7 +41,7 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
 
 class Models:
