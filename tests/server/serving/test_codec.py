@@ -121,3 +121,41 @@ def test_a_token_that_looks_like_a_byte_is_text_if_the_tokenizer_does_not_decode
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<0x41>"])
     assert not TextCodec(tokenizer).is_open(tokenizer.get_vocab()["<0x41>"])
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_bytes_of_tokens_are_those_of_their_text(kind):
+    codec = TextCodec(make_tokenizer(kind))
+    for text in (
+        "the quick brown fox",
+        " the  fox",
+        *(["é你🙂 the", "a\n\tb"] if kind != "metaspace" else []),
+    ):
+        token_ids = codec.encode(text, 64)
+        found = b"".join(map(codec.token_bytes, token_ids)).decode()
+        # Spaces before the first word are the tokenizer's business.
+        assert found.lstrip() == codec.decode(token_ids).lstrip()
+
+
+def test_the_bytes_of_a_token_may_be_part_of_a_character():
+    for kind in ("byte-level", "byte-fallback"):
+        codec = TextCodec(make_tokenizer(kind))
+        parts = [codec.token_bytes(each) for each in codec.encode("🙂", 64)]
+        assert [each for each in parts if each != b" "] == [bytes([byte]) for byte in "🙂".encode()]
+
+
+def test_special_tokens_have_their_text_as_bytes_and_tokens_of_the_model_alone_none():
+    codec = TextCodec(make_tokenizer())
+    assert codec.token_bytes(1) == b"</s>"
+    assert codec.token_bytes(10**6) == b""
+    assert (codec.is_special(1), codec.is_special(67), codec.is_special(10**6)) == (True, False, False)
+
+
+def test_special_tokens_are_shown_if_that_is_wanted():
+    codec = TextCodec(make_tokenizer())
+    token_ids = [0, *codec.encode("fox", 64), 1]
+    assert codec.decode(token_ids) == "fox"
+    assert codec.with_special_tokens().decode(token_ids) == "<s>fox</s>"
+    assert codec.decode(token_ids) == "fox"
+    assert codec.is_open(1)
+    assert not codec.with_special_tokens().is_open(1)

@@ -32,3 +32,10 @@ def test_the_refusal_says_why_the_context_ends_there():
     )
     with pytest.raises(PromptTooLongError, match=said):
         model.check_room(900, 101)
+
+
+def test_the_default_length_is_not_below_the_fewest_tokens_that_are_wanted():
+    assert MODEL.max_tokens(None, 100, 300) == 300
+    assert MODEL.max_tokens(None, 100, 20) == 256
+    with pytest.raises(PromptTooLongError):
+        MODEL.max_tokens(None, 800, 201)

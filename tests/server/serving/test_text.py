@@ -193,3 +193,21 @@ def test_a_stop_string_may_come_with_the_bytes_that_never_became_a_character(cod
     assert ("".join(pieces), stream.stopped_by) == ("a", "\N{REPLACEMENT CHARACTER}")
     pieces, stream = run(codec, cut, ["a\N{REPLACEMENT CHARACTER}b"])
     assert ("".join(pieces), stream.stopped_by) == ("a\N{REPLACEMENT CHARACTER}", None)
+
+
+def test_the_stop_string_ends_the_text_if_that_is_wanted():
+    codec = CODECS["byte-level"]
+    stream = TextStream(codec, [], ["xyz", "yq"], include_stop=True)
+    pieces = [stream.push(token_id) for token_id in tokens("axyzb")[:4]]
+    assert ("".join(pieces), stream.stopped_by, stream.finish()) == ("axyz", "xyz", "")
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "expected"), [(0, "a"), (1, "a"), (2, "axa"), (3, "axa"), (9, "axax")]
+)
+def test_a_stop_string_counts_if_it_begins_after_the_fewest_tokens(min_tokens, expected):
+    stream = TextStream(CODECS["byte-level"], [], ["x"], min_tokens=min_tokens)
+    text = ""
+    for token_id in [*tokens("a"), *tokens("x"), *tokens("a"), *tokens("x")]:
+        text += "" if stream.stopped_by else stream.push(token_id)
+    assert text + stream.finish() == expected
