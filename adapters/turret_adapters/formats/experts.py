@@ -78,7 +78,7 @@ def check_pairs(module: str, delta: ModuleDelta) -> None:
 
 def join_halves(halves: Sequence[tuple[int, ModuleDelta]]) -> ModuleDelta:
     """The pair of a module from those of its halves: its rank is their sum."""
-    scaling = halves[0][1].scaling
+    scaling = max((delta.scaling for _, delta in halves), key=abs)  # 0 only if all are
     pairs = [(half, delta.rows[Part.LORA_A], delta.rows[Part.LORA_B]) for half, delta in halves]
     columns = []
     for (half, _, b_RO), (_, delta) in zip(pairs, halves, strict=True):

@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from support.adapters import APART, save_apart
 from support.refusals import refused
 from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError
+from turret_adapters.formats.experts import join_halves
 from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME
 from turret_adapters.formats.peft import read_adapter
-from turret_adapters.host import HostAdapter
+from turret_adapters.host import ModuleDelta
 from turret_adapters.spec import BaseSpec, Part
 from turret_server.model.describe import CheckpointWeights, describe_model
 
 FAMILIES = sorted(APART)
 
 
-def product(found: HostAdapter, module: str) -> torch.Tensor:
-    delta = found.deltas[module]
+def weight_of(delta: ModuleDelta) -> torch.Tensor:
     return delta.scaling * delta.rows[Part.LORA_B].mT @ delta.rows[Part.LORA_A]
 
 
@@ -78,8 +78,19 @@ def test_an_experts_linears_have_their_own_pairs(
             ):
                 assert (module in found.deltas) == bool(own.any())
                 if own.any():
-                    torch.testing.assert_close(product(found, module), own)
+                    torch.testing.assert_close(weight_of(found.deltas[module]), own)
     assert found.spec.max_rank == (4 if {0, 1} & {*without} else 8)
+
+
+@pytest.mark.parametrize("scalings", [(0.0, 2.0), (2.0, 0.0), (0.0, 0.0), (1e-320, 2.0), (-4.0, 2.0)])
+def test_halves_keep_their_scalings_whatever_they_are(scalings: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    halves = [
+        ModuleDelta(rows={Part.LORA_A: torch.randn(2, 5), Part.LORA_B: torch.randn(2, 3)}, scaling=scaling)
+        for scaling in scalings
+    ]
+    joined = join_halves([*enumerate(halves)])
+    torch.testing.assert_close(weight_of(joined), torch.cat([*map(weight_of, halves)]))
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.experts\..*|.*\.gate"])
