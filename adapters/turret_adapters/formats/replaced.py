@@ -108,7 +108,8 @@ class Replaced:
             start = len(of_base) if same and part is Part.WEIGHT else 0
             if start < len(own) and not (same and len(own) == len(of_base)):
                 sharing = self.base.tied_modules if part is Part.WEIGHT else ()
-                changed |= {(each, part): (start, own[start:].clone()) for each in (module, *sharing)}
+                kept = own[start:].clone() if start else own
+                changed |= {(each, part): (start, kept) for each in (module, *sharing)}
         return changed
 
 
