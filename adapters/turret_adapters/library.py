@@ -70,6 +70,7 @@ class AdapterLibrary:
     def interrupt(self) -> None:
         """Ends all fetches at their next bytes, and refuses new ones."""
         self._interrupted.set()
+        self._tokenizer.interrupt()
 
     def close(self) -> None:
         """Interrupts all fetches, waits until they have ended, and closes the names."""

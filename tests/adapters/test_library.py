@@ -398,6 +398,14 @@ def test_a_library_that_stops_looks_at_no_source(library: AdapterLibrary, tmp_pa
     library.close()
 
 
+def test_after_an_interrupt_no_tokenizer_is_read(library: AdapterLibrary, folder: Path) -> None:
+    make_tokenizer().save_pretrained(folder)
+    library.interrupt()
+    with pytest.raises(SourceUnavailableError):
+        library._keep_changes(folder)
+    assert (folder / "tokenizer.json").exists()
+
+
 def test_a_fetch_ends_at_the_next_bytes_after_an_interrupt(library: AdapterLibrary, folder: Path) -> None:
     reports: list[int] = []
 

@@ -123,11 +123,22 @@ def test_an_upload_that_broke_within_the_tokenizer_goes_on_there(config, folder,
     assert offsets[0] > size
 
 
-def test_a_tokenizer_of_another_model_leaves_nothing_behind(config, folder, tmp_path):
-    broken = shutil.copytree(folder, tmp_path / "broken")
-    values = json.loads((broken / "tokenizer.json").read_text())
+def of_another_model(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
     values["pre_tokenizer"] = {"type": "Whitespace"}
-    (broken / "tokenizer.json").write_text(json.dumps(values))
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+def with_a_token_too_many(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<without a row>"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [of_another_model, with_a_token_too_many])
+def test_a_tokenizer_that_does_not_fit_leaves_nothing_behind(change, config, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    change(broken)
     with serving(config) as served, Client(served.address) as client:
         for load in (
             lambda: client.load_adapter("broken", str(broken)),

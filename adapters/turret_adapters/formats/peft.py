@@ -7,7 +7,6 @@ defines each kind of adapter.
 from __future__ import annotations
 
 import codecs
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from turret_adapters.formats.files import (
     TENSORS_NAME,
     TOKENIZER_NAME,
     Progress,
+    config_digest,
     describe,
     head_of,
     no_progress,
@@ -35,8 +35,8 @@ from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
 from turret_adapters.formats.replaced import own_vocabulary
-from turret_adapters.formats.tensors import LENGTH_BYTES, match_entries, read_header, read_tensor
-from turret_adapters.formats.tokenizer import digest_of_tokens
+from turret_adapters.formats.tensors import match_entries, read_header, read_tensor
+from turret_adapters.formats.tokenizer import check_rows, digest_of_tokens
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
@@ -92,7 +92,9 @@ def _read_folder(
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
     refuse_other_tensors(folder)
-    digest = hashlib.sha256(len(config_bytes).to_bytes(LENGTH_BYTES, "little") + config_bytes)
+    if tokenizer is None:
+        tokenizer = read_changes(folder)
+    digest = config_digest(config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)
         layout = layout_of_file([entry.key for entry in entries], base)
@@ -100,6 +102,7 @@ def _read_folder(
         vocab_size = own_vocabulary({entry.key: entry.shape for entry in entries}, named)
         if vocab_size:
             named = named.resized(vocab_size)
+        check_rows(tokenizer, named.vocab_size)
         plan = kind.plan(fields, named)
         keys = match_entries(entries, plan.expected, named)
         digest.update(header)
@@ -113,8 +116,6 @@ def _read_folder(
                     f"under {show(entry.key)} (remove the wrong one)"
                 )
             tensors[key] = tensor
-    if tokenizer is None:
-        tokenizer = read_changes(folder)
     if tokenizer:
         digest.update(head_of(TOKENIZER_NAME, len(tokenizer)) + tokenizer)
     content = layout.content(plan.build(tensors, layout.weights(weights)))

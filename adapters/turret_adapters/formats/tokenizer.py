@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from turret_adapters.errors import AdapterBaseError, AdapterFormatError, AdapterSourceError
+from turret_adapters.errors import (
+    AdapterBaseError,
+    AdapterFormatError,
+    AdapterSourceError,
+    SourceUnavailableError,
+)
 from turret_adapters.formats import split_tokenizer
 from turret_adapters.formats.fields import parse_object, show
 from turret_adapters.formats.files import (
@@ -48,7 +53,6 @@ _SHARED = ("normalizer", "pre_tokenizer", "decoder")
 _TOKEN_FIELDS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 # More tokens than a frame may add.
 _PROBE = "a b " * 64
-_READER = threading.Lock()
 _REMEDY = "(delete the tokenizer's files from the adapter's folder to use the base model's tokenizer)"
 
 
@@ -81,11 +85,26 @@ class BaseTokenizer:
         """
         self.live = live
         self._file = file
+        self._reader = _Reader()
+
+    def interrupt(self) -> None:
+        """Ends what `changes` reads, and lets it read no more."""
+        self._reader.interrupt()
 
     @cached_property
     def _splits(self) -> list[Any]:
-        found = [_read_apart("split", self.live.backend_tokenizer.to_str().encode())]
-        return [*found, _read_apart("split", self._file.read_bytes())] if self._file else found
+        found = [self._reader.read("split", self.live.backend_tokenizer.to_str().encode())]
+        return [*found, self._reader.read("split", self._file.read_bytes())] if self._file else found
+
+    @cached_property
+    def _sections(self) -> dict[str, list[Any]]:
+        """Each section of the base's, as its files have it and as `tokenizers` writes it."""
+        names = (*_SHARED, "post_processor")
+        found = {name: [split["rest"][name] for split in self._splits] for name in names}
+        return {
+            name: [*sections, *(split_tokenizer.canonical(name, each) for each in sections)]
+            for name, sections in found.items()
+        }
 
     def changes(self, folder: Path) -> bytes:
         """What the tokenizer in an adapter's folder changes, as JSON; empty if nothing, or if there is none.
@@ -94,6 +113,7 @@ class BaseTokenizer:
             AdapterFormatError: its files are broken, or too large.
             AdapterBaseError: it is not the base's with other added tokens, special tokens or chat template.
             AdapterSourceError: a file is unreadable, or a link out of the folder.
+            SourceUnavailableError: `interrupt` was called.
         """
         if not (folder / _JSON).exists():
             return b""
@@ -110,7 +130,7 @@ class BaseTokenizer:
 
     def _changes(self, folder: Path) -> bytes:
         with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]) as (file, size):
-            found = _read_apart("split", file.read(size))
+            found = self._reader.read("split", file.read(size))
         if all(found["model"] != of_base["model"] for of_base in self._splits):
             raise AdapterBaseError(
                 f"{_JSON}: expected the base model's vocabulary, with or without added tokens, found another "
@@ -127,8 +147,10 @@ class BaseTokenizer:
         if not self._is_base("post_processor", rest["post_processor"]):
             tokens["post_processor"] = rest["post_processor"]
         template = _chat_template(folder)
+        own = self._changed(tokens)
+        tokens["num_rows"] = self._num_rows(own, padding=tokens.pop("pad_token"))
         changes = {
-            "tokens": None if self._has_same_tokens(self._changed(tokens)) else tokens,
+            "tokens": None if self._has_same_tokens(own) else tokens,
             "chat_template": None if template == self.live.chat_template else template,
         }
         if changes == {"tokens": None, "chat_template": None}:
@@ -157,6 +179,7 @@ class BaseTokenizer:
                 if getattr(base, name) is not None:
                     setattr(own, name, getattr(base, name))
             _add_tokens(own, values["added_tokens"])
+            _check_number(values["special_tokens"])
             own.add_special_tokens(values["special_tokens"])
             if "post_processor" not in values:
                 if base.post_processor is not None:
@@ -171,11 +194,19 @@ class BaseTokenizer:
 
     def _is_base(self, name: str, section: object) -> bool:
         """Whether a section is the base's; versions of `tokenizers` write defaults differently."""
-        of_base = [split["rest"][name] for split in self._splits]
+        of_base = self._sections[name]
         if section in of_base:
             return True
-        canonical = _read_apart("canonical", json.dumps({name: section}).encode())
-        return canonical in [_read_apart("canonical", json.dumps({name: each}).encode()) for each in of_base]
+        return self._reader.read("canonical", json.dumps([name, section]).encode()) in of_base
+
+    def _num_rows(self, own: OwnTokenizer, padding: str | None) -> int:
+        """How many rows an embedding must have for the tokens that the base's tokenizer lacks. Trainers often
+        add a padding token, which is in no prompt, without a row.
+        """
+        base = self.live.backend_tokenizer
+        added = own.backend_tokenizer.get_added_tokens_decoder().items()
+        new = [i for i, each in added if each.content not in (base.id_to_token(i), padding)]
+        return max(new, default=-1) + 1
 
     def _has_same_tokens(self, own: OwnTokenizer) -> bool:
         return (own.bos_token, own.eos_token, _differences(own.backend_tokenizer)) == (
@@ -194,6 +225,7 @@ class BaseTokenizer:
         return {
             "bos_token": named["bos_token"],
             "eos_token": named["eos_token"],
+            "pad_token": named["pad_token"],
             "special_tokens": list(dict.fromkeys(token for token in [*named.values(), *listed] if token)),
         }
 
@@ -224,15 +256,56 @@ def _set_frame(own: Tokenizer, section: object) -> None:
     own.decode(framed)
 
 
-def _read_apart(how: str, text: bytes) -> Any:
-    """What `split_tokenizer` prints for a text. One runs at a time: each may take much memory and a core."""
-    program = [sys.executable, "-I", split_tokenizer.__file__, how]
-    with _READER:
-        done = subprocess.run(program, input=text, capture_output=True, check=False)  # noqa: S603 (our own)
-    if done.returncode:
-        found = done.stderr.decode(errors="replace").strip() or "a file that takes too much time or memory"
-        raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {found} {_REMEDY}")
-    return json.loads(done.stdout)
+class _Reader:
+    """Runs `split_tokenizer`, one process at a time: each may take much memory and a core. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = threading.Lock()
+        # Guards the other two.
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        with self._lock:
+            self._interrupted = True
+            if self._process is not None:
+                self._process.kill()
+
+    def read(self, how: str, text: bytes) -> Any:
+        """What the program prints for a text.
+
+        Raises:
+            AdapterFormatError: it fails.
+            SourceUnavailableError: it was interrupted.
+        """
+        with self._one_at_a_time, self._started(how) as process:
+            printed, said = process.communicate(text)
+        self._check_interrupted()
+        if process.returncode:
+            # A panic of the library writes lines before that of the program.
+            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            found = last or "a file that takes too much time or memory"
+            raise AdapterFormatError(f"{_JSON}: expected a tokenizer, found: {found} {_REMEDY}")
+        return json.loads(printed)
+
+    @contextmanager
+    def _started(self, how: str) -> Iterator[subprocess.Popen[bytes]]:
+        program, pipe = [sys.executable, "-I", split_tokenizer.__file__, how], subprocess.PIPE
+        with self._lock:
+            self._check_interrupted()
+            process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe)  # noqa: S603 (our own)
+            self._process = process
+        try:
+            with process:
+                yield process
+        finally:
+            with self._lock:
+                self._process = None
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise SourceUnavailableError("the server is stopping; load the adapter again after its restart")
 
 
 def _pipeline(sections: Mapping[str, Any]) -> Tokenizer:
@@ -251,8 +324,7 @@ def _post_processor(section: object) -> Any:
 
 def _add_tokens(own: Tokenizer, tokens: list[dict[str, Any]]) -> None:
     """Adds tokens in the order of their ids, which must be those that they get."""
-    if len(tokens) > MAX_ADDED_TOKENS:
-        raise ValueError(f"{len(tokens)} added tokens; at most {MAX_ADDED_TOKENS} are allowed")
+    _check_number(tokens)
     if unknown := {name for token in tokens for name in token} - _TOKEN_FIELDS:
         raise ValueError(f"an added token with {show(min(unknown))}, which is unknown")
     added = []
@@ -270,6 +342,11 @@ def _add_tokens(own: Tokenizer, tokens: list[dict[str, Any]]) -> None:
                 f"added token {show(token['content'])} with id {show(token['id'])}, which is number {found} "
                 "after the base model's vocabulary"
             )
+
+
+def _check_number(tokens: Sized) -> None:
+    if len(tokens) > MAX_ADDED_TOKENS:
+        raise ValueError(f"{len(tokens)} added tokens; at most {MAX_ADDED_TOKENS} are allowed")
 
 
 def _differences(backend: Tokenizer) -> tuple[object, ...]:
@@ -315,5 +392,27 @@ def digest_of_tokens(changes: bytes) -> str:
     Raises:
         AdapterFormatError: it is broken.
     """
-    tokens = parse_object(changes, TOKENIZER_NAME).get("tokens") if changes else None
+    tokens = _tokens_of(changes)
     return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest() if tokens else ""
+
+
+def check_rows(changes: bytes, num_rows: int) -> None:
+    """Checks that an embedding with so many rows has those of all tokens that `BaseTokenizer.changes` found.
+
+    Raises:
+        AdapterFormatError: it is broken.
+        AdapterBaseError: a token has none.
+    """
+    tokens = _tokens_of(changes)
+    if tokens and tokens.get("num_rows", 0) > num_rows:
+        last = tokens["num_rows"] - 1
+        text = next((each["content"] for each in tokens["added_tokens"] if each["id"] == last), "")
+        raise AdapterBaseError(
+            f"{_JSON}: expected added tokens below {num_rows}, the rows of the embedding, found {show(text)} "
+            f"with id {last} (save the adapter with its resized embeddings, as with save_embedding_layers="
+            "True, or delete the tokenizer's files from its folder)"
+        )
+
+
+def _tokens_of(changes: bytes) -> dict[str, Any] | None:
+    return parse_object(changes, TOKENIZER_NAME).get("tokens") if changes else None

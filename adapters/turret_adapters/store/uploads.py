@@ -110,7 +110,7 @@ class Upload:
 
         Raises:
             UploadError: bytes are missing, or the digest differs; then they are deleted.
-            AdapterError: `prepare` raises it; then they are deleted too.
+            AdapterError: `prepare` raises it; then they are deleted too, unless waiting helps.
             StoreFullError, StoreFailedError
         """
         if self.offset != self.size:
@@ -125,8 +125,9 @@ class Upload:
             try:
                 if prepare:
                     prepare(self._folder)
-            except AdapterError:
-                shutil.rmtree(self._folder)
+            except AdapterError as error:
+                if error.retry_after is None:
+                    shutil.rmtree(self._folder)
                 raise
             revision = self._adopt(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)

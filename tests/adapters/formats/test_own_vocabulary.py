@@ -132,6 +132,18 @@ def test_one_module_of_another_size_is_refused(
         read_adapter(folder, base, weights)
 
 
+def test_a_token_of_the_tokenizer_without_a_row_is_refused(
+    save: Callable, base: BaseSpec, weights: BaseWeights
+) -> None:
+    tokens = {"num_rows": 64, "added_tokens": [{"id": 63, "content": "<tool>"}]}
+    changes = json.dumps({"tokens": tokens, "chat_template": None}).encode()
+    folders = {size: save(lora()(), embeddings="saved", vocab_size=size).folder for size in (None, 63, 64)}
+    assert read_adapter(folders[64], base, weights, tokenizer=changes).spec.tokenizer
+    for size, rows in ((None, BASE_SIZE), (63, 63)):
+        with pytest.raises(AdapterBaseError, match=f"below {rows}, .* found '<tool>' with id 63"):
+            read_adapter(folders[size], base, weights, tokenizer=changes)
+
+
 def test_an_activated_lora_may_only_have_removed_tokens(
     save: Callable, base: BaseSpec, weights: BaseWeights
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,18 @@ from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from support.tokenizers import TOKENIZERS, make_tokenizer
-from turret_adapters.errors import AdapterBaseError, AdapterError, AdapterFormatError, AdapterSourceError
+from turret_adapters.errors import (
+    AdapterBaseError,
+    AdapterError,
+    AdapterFormatError,
+    AdapterSourceError,
+    SourceUnavailableError,
+)
 from turret_adapters.formats.tokenizer import (
     MAX_ADDED_TOKENS,
     MAX_TOKEN_CHARACTERS,
     BaseTokenizer,
+    check_rows,
     digest_of_tokens,
 )
 
@@ -130,6 +139,31 @@ def test_a_digest_of_tokens_knows_no_template(base, folder):
     tokenizer.add_tokens(["<more>"])
     tokenizer.save_pretrained(folder)
     assert digest_of_tokens(base.changes(folder)) not in ("", digest)
+
+
+def added(values: str | dict, base: BaseTokenizer, folder: Path) -> bytes:
+    """The changes of a tokenizer with another token, or other special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if isinstance(values, str):
+        tokenizer.add_tokens([values])
+    else:
+        tokenizer.add_special_tokens(values)
+    tokenizer.save_pretrained(folder)
+    return base.changes(folder)
+
+
+@pytest.mark.parametrize("values", ["<tool>", {"eos_token": "<|end|>"}])
+def test_a_token_needs_a_row(base, folder, values):
+    changes = added(values, base, folder)
+    check_rows(changes, len(base.live) + 1)
+    with pytest.raises(AdapterBaseError, match=rf"below {len(base.live)}, .* with id {len(base.live)} \("):
+        check_rows(changes, len(base.live))
+
+
+def test_tokens_that_are_in_no_prompt_or_the_bases_need_no_row(base, folder):
+    check_rows(base.changes(folder), 0)
+    check_rows(added({"eos_token": "the"}, base, folder), 0)
+    check_rows(added({"pad_token": "[PAD]"}, base, folder), 0)
 
 
 def test_a_frame_of_special_tokens_is_that_of_transformers(base, folder):
@@ -246,8 +280,8 @@ def set_unknown_flag(values: dict) -> None:
 
 
 def set_slow_pattern(values: dict) -> None:
-    """It takes seconds to compile, for which only a process of its own has time."""
-    values["normalizer"] = {"type": "Replace", "pattern": {"Regex": f"(?i:{'ß' * 4000})"}, "content": ""}
+    """It takes minutes to compile."""
+    values["normalizer"] = {"type": "Replace", "pattern": {"Regex": f"(?i:{'ß' * 40_000})"}, "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +300,7 @@ def set_slow_pattern(values: dict) -> None:
         (set_far_frame, AdapterFormatError, "a frame with token 4000000000"),
         (set_unknown_flag, AdapterFormatError, "'forged', which is unknown"),
         (set_many_tokens, AdapterFormatError, "at most 16384 are allowed"),
-        (set_slow_pattern, AdapterBaseError, "'normalizer'"),
+        (set_slow_pattern, AdapterFormatError, "too much time or memory"),
         (lambda values: values.update(decoder=["x" * 100] * 100_000), AdapterFormatError, "bytes beside"),
         (lambda values: values.update(added_tokens=[{"id": 0}]), AdapterFormatError, "content"),
         (lambda values: values.update(added_tokens=7), AdapterFormatError, "expected a tokenizer"),
@@ -294,6 +328,44 @@ def test_a_file_that_is_no_tokenizer_is_refused(bases, tmp_path, text):
     (tmp_path / "tokenizer.json").write_bytes(text)
     with pytest.raises(AdapterError, match="expected a tokenizer"):
         base.changes(tmp_path)
+
+
+def test_special_tokens_of_the_configuration_are_bounded(bases, tmp_path):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    many = [f"<{index}>" for index in range(MAX_ADDED_TOKENS + 1)]
+    edit(tmp_path / "tokenizer_config.json", lambda config: config.update(extra_special_tokens=many))
+    with pytest.raises(AdapterFormatError, match="added tokens; at most 16384 are allowed"):
+        base.changes(tmp_path)
+
+
+def test_an_interrupt_ends_a_slow_reading_and_those_that_wait(bases, tmp_path, monkeypatch):
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer.json", set_slow_pattern)
+    start, is_slow, processes, errors = subprocess.Popen, threading.Event(), [], []
+
+    def started(program: list[str], **options):
+        processes.append(start(program, **options))
+        if "canonical" in program:
+            is_slow.set()
+        return processes[-1]
+
+    def read() -> None:
+        with pytest.raises(AdapterError) as found:
+            base.changes(tmp_path)
+        errors.append(found.type)
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert is_slow.wait(60)
+    base.interrupt()
+    for thread in threads:
+        thread.join()
+    assert errors == [SourceUnavailableError] * 2
+    assert all(process.returncode is not None for process in processes)
 
 
 def test_code_in_a_tokenizers_folder_is_not_run(bases, tmp_path):

@@ -11,7 +11,10 @@ import pytest
 
 from support.adapter_files import CONFIG, digest, files, read_folder, revision
 from turret_adapters.errors import (
+    AdapterError,
+    AdapterFormatError,
     SourceTooLargeError,
+    SourceUnavailableError,
     StoreBusyError,
     StoreFailedError,
     UploadError,
@@ -58,6 +61,21 @@ def test_an_upload_goes_on_where_it_stopped_even_after_a_restart(
         assert upload.offset == 5
         upload.write(5, TENSORS[5:])
         assert upload.finish() == revision()
+
+
+@pytest.mark.parametrize(("error", "offset"), [(AdapterFormatError, 0), (SourceUnavailableError, 7)])
+def test_what_is_refused_is_deleted_unless_waiting_helps(
+    error: type[AdapterError], offset: int, store: AdapterStore
+) -> None:
+    def refuse(_folder: Path) -> None:
+        raise error("refused")
+
+    with receive(store) as upload:
+        upload.write(0, TENSORS)
+        with pytest.raises(error):
+            upload.finish(refuse)
+    with receive(store) as upload:
+        assert upload.offset == offset
 
 
 def test_bytes_that_do_not_follow_are_refused_and_do_no_harm(store: AdapterStore) -> None:

@@ -172,6 +172,10 @@ def test_a_vocabulary_and_a_tokenizer_of_its_own_are_told(turret, base_of, adapt
     tokenizer.save_pretrained(folder)
     told = turret("adapters", "validate", folder, "--model", base_of("llama")).stdout
     assert re.search(r"tokenizer +its own\n", told)
+    tokenizer.add_tokens([f"<more{index}>" for index in range(324 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    refused = turret("adapters", "validate", folder, "--model", base_of("llama"))
+    assert (refused.exit_code, "below 323, the rows of the embedding" in refused.stderr) == (1, True)
 
 
 def test_a_model_that_is_not_there_or_not_served_is_refused(turret, adapter_of, tmp_path):
