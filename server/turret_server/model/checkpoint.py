@@ -34,15 +34,17 @@ def check_path(name_or_path: str) -> None:
         ConfigError: it leads nowhere, or to something else, which the message names.
     """
     path = Path(name_or_path)
-    if not path.exists():
-        if name_or_path.startswith(("/", "./", "../", "~")):
-            raise _refused(name_or_path, "no such folder; check the path")
-    elif path.is_dir():
-        _check_files(name_or_path, {each.name for each in path.iterdir()})
-    elif path.suffix == ".gguf":
-        raise _refused(name_or_path, _IS_GGUF)
-    else:
-        raise _refused(name_or_path, f"expected {_EXPECTED}; found a file")
+    try:
+        found, files = path.exists(), {each.name for each in path.iterdir()} if path.is_dir() else None
+    except OSError as error:
+        raise _refused(name_or_path, f"expected {_EXPECTED}; found: {error.strerror}") from error
+    if files is not None:
+        _check_files(name_or_path, files)
+    elif found:
+        what = _IS_GGUF if path.suffix == ".gguf" else f"expected {_EXPECTED}; found a file"
+        raise _refused(name_or_path, what)
+    elif name_or_path.startswith(("/", "./", "../", "~")):
+        raise _refused(name_or_path, "no such folder; check the path")
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def reading(name_or_path: str, what: str) -> Iterator[None]:
     except (TurretError, MemoryError):
         raise
     except Exception as error:  # transformers and the libraries below it raise anything for a broken file
-        found = f"{what} cannot be read: {_one_line(error)}"
+        found = f"found {what} unreadable: {_one_line(error)}"
         if is_offline and isinstance(error, OSError):
             found = "no such folder, the hub does not answer, and its cache has no such model; check the name"
         raise _refused(name_or_path, found) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_what_can_only_be_a_path_is_there(path):
         check_path(path)
 
 
+def test_a_path_that_the_system_refuses_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="found: File name too long"):
+        check_path("x" * 300)
+
+    def refuse(_path: Path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ConfigError, match="found: Permission denied"):
+        check_path(str(tmp_path))
+
+
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_an_adapter_names_its_base_model(has_weights, model, adapter_of, tmp_path):
     """Also beside weights, where transformers would load both in silence."""
@@ -116,13 +129,13 @@ def test_a_configuration_that_transformers_does_not_read_is_refused_in_its_words
 ):
     change_config(model, **values)
     said = refused(model, tmp_path)
-    assert said.startswith("config.json cannot be read: ")
+    assert said.startswith("found config.json unreadable: ")
     assert expected in said
 
 
 def test_a_configuration_that_is_no_json_is_refused(model, tmp_path):
     (model / "config.json").write_text("{")
-    assert refused(model, tmp_path).startswith("config.json cannot be read: ")
+    assert refused(model, tmp_path).startswith("found config.json unreadable: ")
 
 
 @pytest.mark.parametrize("own_code", [True, False])
@@ -140,10 +153,10 @@ def test_a_type_that_transformers_does_not_know_is_named_and_its_code_not_asked_
 
 def test_a_tokenizer_that_is_missing_or_broken_is_named(model, tmp_path):
     (model / "tokenizer.json").write_text("{}")
-    assert refused(model, tmp_path).startswith("its tokenizer cannot be read: KeyError: ")
+    assert refused(model, tmp_path).startswith("found its tokenizer unreadable: KeyError: ")
     for file in model.glob("tokenizer*"):
         file.unlink()
-    assert refused(model, tmp_path).startswith("its tokenizer cannot be read: ")
+    assert refused(model, tmp_path).startswith("found its tokenizer unreadable: ")
 
 
 def cut(file: Path) -> None:
@@ -162,7 +175,7 @@ def cut(file: Path) -> None:
 def test_weights_that_cannot_be_read_are_named(damage, expected, model, tmp_path):
     damage(model / "model.safetensors")
     said = refused(model, tmp_path)
-    assert said.startswith("its weights cannot be read: ")
+    assert said.startswith("found its weights unreadable: ")
     assert expected in said
 
 
@@ -172,7 +185,7 @@ def test_weights_that_are_missing_are_not_random(name, model, tmp_path):
     del tensors[name]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert refused(model, tmp_path) == (
-        f"its weights cannot be read: 1 weights that config.json implies are missing, such as {name}"
+        f"found its weights unreadable: 1 weights that config.json implies are missing, such as {name}"
     )
 
 
@@ -182,7 +195,7 @@ def test_weights_of_another_shape_are_named(name, model, tmp_path):
     tensors[name] = tensors[name][:10].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     said = refused(model, tmp_path)
-    assert said.startswith("its weights cannot be read: ")
+    assert said.startswith("found its weights unreadable: ")
     assert name in said
 
 
@@ -190,7 +203,7 @@ def test_a_broken_copy_in_the_cache_is_named(model, tmp_path):
     load(model, tmp_path)
     [copy] = (tmp_path / "nf4").iterdir()
     cut(copy / "model.safetensors")
-    with pytest.raises(ConfigError, match=f"its quantised copy {copy}, which can be deleted, cannot be"):
+    with pytest.raises(ConfigError, match=f"its quantised copy {copy}, which can be deleted, unreadable: "):
         load(model, tmp_path)
 
 
