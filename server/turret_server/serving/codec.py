@@ -35,24 +35,27 @@ class TextCodec:
         self._token_bytes: dict[int, bytes] = {}
         self._skip_special_tokens = True
 
-    def encode(self, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, max_tokens: int, *, add_special_tokens: bool = True, context_note: str = ""
+    ) -> list[int]:
         """The tokens of a prompt. A text that begins with the beginning-of-sequence token gets no second one.
 
         Args:
             text: the prompt.
             max_tokens: the longest prompt in tokens; a text that is certainly longer is not tokenised whole.
             add_special_tokens: add those that the tokenizer adds to a text.
+            context_note: why there are no more than `max_tokens`, see `ModelInfo`.
 
         Raises:
             PromptTooLongError: the text is far longer than `max_tokens`.
         """
-        self._check_length(text, max_tokens)
+        self._check_length(text, max_tokens, context_note)
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and token_ids[:2] == [self._bos_token_id] * 2:
             del token_ids[0]
         return token_ids
 
-    def _check_length(self, text: str, max_tokens: int) -> None:
+    def _check_length(self, text: str, max_tokens: int, context_note: str) -> None:
         """Count the tokens of a long text piece by piece, up to twice as many as fit.
 
         Tokenising takes hundreds of times the memory of the text, so what does not fit must be found before.
@@ -66,8 +69,8 @@ class TextCodec:
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
             if num_tokens > 2 * max_tokens:
                 raise PromptTooLongError(
-                    f"the model's context has {max_tokens} tokens; the prompt of {len(text)} characters "
-                    "takes more than twice as many; shorten it",
+                    f"the model's context has {max_tokens} tokens{context_note}; the prompt of {len(text)} "
+                    "characters takes more than twice as many; shorten it",
                     max_context=max_tokens,
                     prompt_tokens=num_tokens,
                     max_tokens=1,

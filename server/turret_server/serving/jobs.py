@@ -244,11 +244,16 @@ class Jobs:
         assert not isinstance(prompt, Chat), "no door passes one on yet"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
-            encode = partial(vocabulary.codec.encode, add_special_tokens=add_special_tokens)
+            encode = partial(
+                vocabulary.codec.encode,
+                prompt,
+                self._model.max_context,
+                add_special_tokens=add_special_tokens,
+                context_note=self._model.context_note,
+            )
             # Short ones do not wait for long ones.
             executor = self._tokenisers if len(prompt) > PIECE_CHARACTERS else None
-            loop, most = asyncio.get_running_loop(), self._model.max_context
-            token_ids = tuple(await loop.run_in_executor(executor, encode, prompt, most))
+            token_ids = tuple(await asyncio.get_running_loop().run_in_executor(executor, encode))
         else:
             self._model.check_room(len(prompt))
             token_ids = tuple(prompt)

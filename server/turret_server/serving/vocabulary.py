@@ -78,14 +78,19 @@ class Vocabularies:
     async def _of_adapter(self, spec: AdapterSpec) -> Vocabulary:
         if spec.tokenizer not in self._own:
             loop = asyncio.get_running_loop()
-            tokenizer = await loop.run_in_executor(self._threads, self._read, spec.revision)
-            end, stops = tokenizer.eos_token_id, self._base.stop_token_ids
-            self._own[spec.tokenizer] = replace(
-                self._base,
-                codec=TextCodec(tokenizer),
-                stop_token_ids=stops if end is None else stops | {end},
-            )
+            own = await loop.run_in_executor(self._threads, self._read_vocabulary, spec.revision)
+            self._own[spec.tokenizer] = own
         self._own.move_to_end(spec.tokenizer)
         if len(self._own) > _CACHED:
             self._own.popitem(last=False)
         return self._own[spec.tokenizer]
+
+    def _read_vocabulary(self, revision: str) -> Vocabulary:
+        """In a thread: a tokenizer may have thousands of added tokens."""
+        tokenizer = self._read(revision)
+        end, stops = tokenizer.eos_token_id, self._base.stop_token_ids
+        return replace(
+            self._base,
+            codec=TextCodec(tokenizer),
+            stop_token_ids=stops if end is None else stops | {end},
+        )

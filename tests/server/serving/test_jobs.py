@@ -95,6 +95,17 @@ async def test_a_prompt_is_text_or_token_ids(services, admin, codec):
             assert prepared.fields["prompt_token_ids"] == tuple(codec.encode("the fox", 64))
 
 
+async def test_a_text_far_too_long_is_refused_with_the_reason_for_the_contexts_length(
+    services, admin, monkeypatch
+):
+    note = ", beyond which it would change"
+    monkeypatch.setattr(services.jobs, "_model", replace(services.jobs._model, context_note=note))
+    request = GenerationRequest(prompt="the " * 10_000)
+    with pytest.raises(PromptTooLongError, match=f"tokens{note}; the prompt of 40000 characters"):
+        async with services.jobs.prepare(request, [], admin):
+            pass
+
+
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [

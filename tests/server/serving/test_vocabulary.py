@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from support.fake_device import make_spec
 from support.tokenizers import VOCAB_SIZE, make_tokenizer
 from turret_adapters.errors import RevisionCorruptError
+from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_adapters.host import HostAdapter
 from turret_server.engine.request import FinishReason
 from turret_server.errors import InvalidRequestError
@@ -91,6 +93,19 @@ async def test_a_tokenizer_that_is_unreadable_now_is_read_again_by_the_next_requ
     with pytest.raises(RevisionCorruptError):
         await vocabularies.of([spec("t")])
     assert (await vocabularies.of([spec("t")])).codec.special_token_id("<|new|>") == NEW
+
+
+async def test_a_vocabulary_is_made_beside_the_event_loop(own_tokenizer, monkeypatch):
+    threads = []
+
+    def codec(_tokenizer: OwnTokenizer) -> TextCodec:
+        threads.append(threading.current_thread())
+        return BASE.codec
+
+    monkeypatch.setattr(vocabularies_module, "TextCodec", codec)
+    await Vocabularies(BASE, own_tokenizer).of([spec("t")])
+    assert threads
+    assert threads != [threading.current_thread()]
 
 
 async def test_prompt_stops_and_answer_are_in_the_adapters_vocabulary(services, admin):
