@@ -7,15 +7,17 @@ import copy
 import dataclasses
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from support.fuzzing import FUZZ, mutations, values
 from turret_adapters.errors import AdapterError
 from turret_adapters.formats.fields import Use
 from turret_adapters.formats.kinds import KINDS
@@ -23,71 +25,39 @@ from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.spec import BaseSpec
 
+Read: TypeAlias = Callable[[], HostAdapter | None]
+
 METHODS = list(KINDS)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-FUZZ = settings(
-    max_examples=40,
-    deadline=None,
-    # The folder is written anew for each example, so a fixture of the whole test is safe.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-
-EDGES = st.sampled_from([0, 1, -1, 4, 5, 8, 512, 513, 4096, 4097, 2**31, 2**63, 2**64, -(2**64), 10**400])
-SCALARS = st.none() | st.booleans() | st.integers() | EDGES | st.floats() | st.text(max_size=8)
 WORDS = st.sampled_from(
     ["q_proj", "down_proj", "all-linear", ".*", "layers", "(", "norm", "lm_head", "embed_tokens", "all"]
 )
-VALUES = st.recursive(
-    SCALARS | WORDS,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6) | WORDS, inner, max_size=4)
-    ),
-    max_leaves=8,
-)
+VALUES = values(WORDS)
 NAMES = sorted({name for kind in KINDS.values() for name in kind.fields})
 READ = sorted({name for kind in KINDS.values() for name, use in kind.fields.items() if use is Use.READ})
 
 
-@st.composite
-def mutations(draw: st.DrawFn, data: bytes) -> bytes:
-    found = bytearray(data)
-    for _ in range(draw(st.integers(1, 6))):
-        # The header is where a byte means most.
-        at = draw(st.integers(0, min(len(found), 1600)) | st.integers(0, len(found)))
-        match draw(st.sampled_from(["set", "insert", "remove", "cut", "double"])):
-            case "set":
-                found[at : at + 1] = bytes([draw(st.integers(0, 255))])
-            case "insert":
-                found[at:at] = draw(st.binary(min_size=1, max_size=12))
-            case "remove":
-                del found[at : at + draw(st.integers(1, 40))]
-            case "cut":
-                del found[at:]
-            case "double":
-                found[at:at] = found[at : at + draw(st.integers(1, 40))]
-    return bytes(found)
+@pytest.fixture
+def read(base: BaseSpec, weights: BaseWeights, tmp_path: Path) -> Read:
+    """Reads the test's folder; None if it is refused."""
 
+    def read() -> HostAdapter | None:
+        with contextlib.suppress(AdapterError):
+            return read_adapter(tmp_path, base, weights)
+        return None
 
-def read(folder: Path, base: BaseSpec, weights: BaseWeights) -> HostAdapter | None:
-    with contextlib.suppress(AdapterError):
-        return read_adapter(folder, base, weights)
-    return None
+    return read
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FUZZ
 @given(data=st.data())
 def test_mutated_tensor_files(
-    method: str,
-    data: st.DataObject,
-    sound: dict[str, Any],
-    base: BaseSpec,
-    weights: BaseWeights,
-    tmp_path: Path,
+    method: str, data: st.DataObject, sound: dict[str, Any], read: Read, tmp_path: Path
 ) -> None:
     file = sound[method].write(tmp_path) / TENSORS
     file.write_bytes(data.draw(mutations(file.read_bytes())))
-    read(tmp_path, base, weights)
+    read()
 
 
 # What peft and transformers put into keys.
@@ -131,57 +101,41 @@ def renamed(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 @FUZZ
 @given(data=st.data())
 def test_keys_with_other_names(
-    method: str,
-    data: st.DataObject,
-    sound: dict[str, Any],
-    base: BaseSpec,
-    weights: BaseWeights,
-    tmp_path: Path,
+    method: str, data: st.DataObject, sound: dict[str, Any], read: Read, tmp_path: Path
 ) -> None:
     files = dataclasses.replace(sound[method], tensors=data.draw(renamed(sound[method].tensors)))
-    read(files.write(tmp_path), base, weights)
+    files.write(tmp_path)
+    read()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FUZZ
 @given(data=st.data())
 def test_mutated_configs(
-    method: str,
-    data: st.DataObject,
-    sound: dict[str, Any],
-    base: BaseSpec,
-    weights: BaseWeights,
-    tmp_path: Path,
+    method: str, data: st.DataObject, sound: dict[str, Any], read: Read, tmp_path: Path
 ) -> None:
     file = sound[method].write(tmp_path) / CONFIG
     file.write_bytes(data.draw(mutations(file.read_bytes())))
-    read(tmp_path, base, weights)
+    read()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @FUZZ
 @given(fields=st.dictionaries(st.sampled_from(READ) | st.sampled_from(NAMES) | st.text(), VALUES, max_size=3))
 def test_configs_with_any_values(
-    method: str,
-    fields: dict[str, Any],
-    sound: dict[str, Any],
-    base: BaseSpec,
-    weights: BaseWeights,
-    tmp_path: Path,
+    method: str, fields: dict[str, Any], sound: dict[str, Any], read: Read, tmp_path: Path
 ) -> None:
     files = copy.copy(sound[method])
     file = files.write(tmp_path) / CONFIG
     file.write_text(json.dumps({**files.fields, **fields}))
-    read(tmp_path, base, weights)
+    read()
 
 
 @FUZZ
 @given(value=VALUES)
-def test_configs_of_any_json(
-    value: Any, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
-) -> None:
+def test_configs_of_any_json(value: Any, sound: dict[str, Any], read: Read, tmp_path: Path) -> None:
     (sound["LORA"].write(tmp_path) / CONFIG).write_text(json.dumps(value))
-    assert read(tmp_path, base, weights) is None
+    assert read() is None
 
 
 @st.composite
@@ -204,10 +158,10 @@ def near_headers(draw: st.DrawFn) -> bytes:
 @FUZZ
 @given(data=near_headers())
 def test_what_is_read_is_what_the_library_reads(
-    data: bytes, sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+    data: bytes, sound: dict[str, Any], read: Read, tmp_path: Path
 ) -> None:
     (sound["PROMPT_TUNING"].write(tmp_path) / TENSORS).write_bytes(data)
-    found = read(tmp_path, base, weights)
+    found = read()
     if found is not None:
         assert found.prompt_embeddings is not None
         expected = safetensors.torch.load(data)
