@@ -35,7 +35,7 @@ from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
 from turret_adapters.formats.replaced import own_vocabulary
-from turret_adapters.formats.tensors import match_entries, read_header, read_tensor
+from turret_adapters.formats.tensors import Entry, match_entries, read_header, read_tensor
 from turret_adapters.formats.tokenizer import check_rows, digest_of_tokens
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
@@ -109,13 +109,7 @@ def _read_folder(
         tensors: dict[str, torch.Tensor] = {}
         for entry, key in zip(entries, keys, strict=True):
             progress(entry.begin, size)
-            tensor = read_tensor(file, entry, digest)
-            if key in tensors and not torch.equal(tensors[key], tensor):
-                raise AdapterFormatError(
-                    f"tensor {show(key)}: expected the same numbers under each of its keys, found others "
-                    f"under {show(entry.key)} (remove the wrong one)"
-                )
-            tensors[key] = tensor
+            _add_tensor(tensors, key, entry, read_tensor(file, entry, digest))
     if tokenizer:
         digest.update(head_of(TOKENIZER_NAME, len(tokenizer)) + tokenizer)
     content = layout.content(plan.build(tensors, layout.weights(weights)))
@@ -132,17 +126,26 @@ def _read_folder(
         vocab_size=vocab_size,
         tokenizer=digest_of_tokens(tokenizer),
     )
+    return _host_adapter(spec, content)
+
+
+def _add_tensor(tensors: dict[str, torch.Tensor], key: str, entry: Entry, tensor: torch.Tensor) -> None:
+    if key in tensors and not torch.equal(tensors[key], tensor):
+        raise AdapterFormatError(
+            f"tensor {show(key)}: expected the same numbers under each of its keys, found others under "
+            f"{show(entry.key)} (remove the wrong one)"
+        )
+    tensors[key] = tensor
+
+
+def _host_adapter(spec: AdapterSpec, content: Content) -> HostAdapter:
     return HostAdapter(
         spec=spec,
         deltas=content.deltas,
         prefix_kv=content.prefix_kv,
         prompt_embeddings=content.prompt_embeddings,
         tasks=tuple(
-            HostAdapter(
-                spec=spec.of_task(task),
-                deltas=content.deltas,
-                prompt_embeddings=rows_NE,
-            )
+            HostAdapter(spec=spec.of_task(task), deltas=content.deltas, prompt_embeddings=rows_NE)
             for task, rows_NE in enumerate(content.tasks)
         ),
     )
