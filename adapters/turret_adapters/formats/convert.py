@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +11,20 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 from turret_adapters.formats.fields import parse_object, refusal, show
-from turret_adapters.formats.files import CONFIG_NAME, MAX_CONFIG_BYTES, TENSORS_NAME, open_inside, resolve
+from turret_adapters.formats.files import (
+    CONFIG_NAME,
+    MAX_CONFIG_BYTES,
+    TENSORS_NAME,
+    TOKENIZER_FILES,
+    open_inside,
+    resolve,
+)
 from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.kinds.lora import MAX_RANK
 from turret_adapters.formats.tensors import MODULE_PREFIX
@@ -35,7 +44,7 @@ class ModuleConversion:
 def convert_adapter(
     adapter: Path, out: Path, *, model: str, progress: bool, rank: int | None = None
 ) -> Mapping[str, ModuleConversion]:
-    """Writes the LORA adapter that is nearest to another adapter.
+    """Writes the LORA adapter that is nearest to another adapter, and copies its tokenizer.
 
     Args:
         adapter: a folder with an adapter that peft saved.
@@ -59,17 +68,9 @@ def convert_adapter(
     with warnings.catch_warnings(), torch.inference_mode():
         # peft 0.21 calls what transformers 5 deprecates.
         warnings.simplefilter("ignore", FutureWarning)
-        try:
-            is_multimodal = "text_config" in AutoConfig.from_pretrained(model).sub_configs
-            auto = AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
-            base = auto.from_pretrained(model, dtype="auto")
-            adapted = peft.PeftModel.from_pretrained(base, str(folder))
-            config, tensors = peft.convert_to_lora(
-                adapted, _LOSSLESS if rank is None else rank, progressbar=progress
-            )
-        # peft raises any of these for a broken adapter.
-        except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise AdapterFormatError(f"peft does not convert {str(adapter)!r}: {error}") from error
+        # peft converts the random numbers that its modules begin with.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted, config, tensors = _converted(folder, model, rank, progress=progress)
         modules = _measure(adapted, tensors)
     _check_ranks(modules)
     config.task_type = "CAUSAL_LM"
@@ -79,6 +80,9 @@ def convert_adapter(
     save_file(tensors, out / TENSORS_NAME, metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(out))
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
     return modules
 
 
@@ -89,6 +93,31 @@ def _check_type(folder: Path) -> None:
         raise refusal("peft_type", peft_type, "a method that is not served directly")
     if not (folder / TENSORS_NAME).exists():  # peft would load a pickle instead
         raise AdapterSourceError(f"{str(folder)!r}: expected a folder with {TENSORS_NAME}, found none")
+
+
+def _converted(
+    folder: Path, model: str, rank: int | None, *, progress: bool
+) -> tuple[peft.PeftModel, peft.LoraConfig, Mapping[str, torch.Tensor]]:
+    """The adapter on its base model, and what peft makes of it."""
+    try:
+        is_multimodal = "text_config" in AutoConfig.from_pretrained(model).sub_configs
+        auto = AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
+        base = auto.from_pretrained(model, dtype="auto")
+        adapted = peft.PeftModel.from_pretrained(base, str(folder))
+        config, tensors = peft.convert_to_lora(
+            adapted, _LOSSLESS if rank is None else rank, progressbar=progress
+        )
+    except UserWarning as error:
+        raise AdapterFormatError(
+            f"{str(folder)!r}: expected tensors for every module of the base model that {CONFIG_NAME} "
+            "targets, found some missing (give the base model that the adapter was trained on)"
+        ) from error
+    # peft raises any of these for a broken adapter.
+    except (
+        AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        raise AdapterFormatError(f"peft does not convert {str(folder)!r}: {error}") from error
+    return adapted, config, tensors
 
 
 def _measure(adapted: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, ModuleConversion]:
