@@ -108,15 +108,20 @@ def resolve(path: str) -> Path:
         ) from error
     if CONFIG_NAME not in names:
         inside = [name for name in names[:_MAX_FOLDERS] if _has_config(folder / name)]
-        if inside:
-            latest = max(inside, key=_with_numbers)
-            found = f"one in {_listed(inside)} (load {str(Path(path, latest))!r}, for example)"
-        else:
-            found = _listed(names) if names else "an empty one"
+        found = found_inside(inside, path) if inside else _listed(names) if names else "an empty one"
         raise AdapterSourceError(
             f"{path!r}: expected a folder with {CONFIG_NAME}, found {found}"
         ) from FileNotFoundError(CONFIG_NAME)
     return folder
+
+
+def found_inside(names: Sequence[str], parent: str, remedy: str = "load") -> str:
+    """What was found instead of an adapter's folder, for the end of a message: the parent of folders with
+    these names, each with an adapter.
+    """
+    latest = max(names, key=with_numbers)
+    where = f"{parent.rstrip('/')}/{latest}" if parent else latest
+    return f"one in {_listed(names)} ({remedy} {where!r}, for example)"
 
 
 def refuse_other_tensors(folder: Path) -> None:
@@ -148,7 +153,7 @@ def _has_config(folder: Path) -> bool:
     return not folder.is_symlink() and (folder / CONFIG_NAME).is_file()
 
 
-def _with_numbers(name: str) -> list[tuple[int, str]]:
+def with_numbers(name: str) -> list[tuple[int, str]]:
     """Sorts checkpoint-1000 after checkpoint-500."""
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 

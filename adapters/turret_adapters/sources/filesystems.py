@@ -7,7 +7,9 @@ with the server's credentials; addresses are not checked here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +17,14 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from turret_adapters.errors import AdapterError, AdapterSourceError, SourceUnavailableError
-from turret_adapters.formats.files import CHUNK_BYTES, CONFIG_NAME, TENSORS_NAME
+from turret_adapters.formats.files import (
+    CHUNK_BYTES,
+    CONFIG_NAME,
+    MAX_NAMES_SHOWN,
+    TENSORS_NAME,
+    found_inside,
+    with_numbers,
+)
 from turret_adapters.sources.intake import Intake, take_files
 from turret_adapters.sources.policy import Deadline, public
 
@@ -54,7 +63,8 @@ def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
             # For the hub a block size of 0 means streaming; other file systems would not accept it.
             file = files.open(path, "rb", **({"block_size": 0} if url.startswith("hf://") else {}))
         except Exception as error:  # the libraries have no common class
-            raise _refusal(url, error) from error
+            inside = _adapters_inside(files, folder, deadline) if name == CONFIG_NAME else []
+            raise _refusal(url, error, inside) from error
         with file:
             intake.take(name, _chunks(url, file, deadline), size)
 
@@ -109,12 +119,29 @@ def _chunks(url: str, file: Any, deadline: Deadline) -> Iterator[bytes]:
         yield chunk
 
 
-def _refusal(url: str, error: Exception) -> AdapterError:
+def _adapters_inside(files: Any, folder: str, deadline: Deadline) -> list[str]:
+    """The names of some folders in a folder that have an adapter; none if the file system does not tell."""
+    found = []
+    with suppress(Exception):
+        listed = [each["name"] for each in files.ls(folder, detail=True) if each["type"] == "directory"]
+        names = sorted((PurePosixPath(each).name for each in listed), key=with_numbers)
+        for name in names[-MAX_NAMES_SHOWN:]:
+            deadline.left()
+            if files.exists(f"{folder}/{name}/{CONFIG_NAME}"):
+                found.append(name)
+    return found
+
+
+def _refusal(url: str, error: Exception, inside: Sequence[str] = ()) -> AdapterError:
     if isinstance(error, AdapterError):
         return error
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = " ".join(str(error).split())[:500] or type(error).__name__
     if isinstance(error, FileNotFoundError | PermissionError | ValueError) or status in (401, 403, 404):
+        if inside and url.startswith("hf://"):
+            message = found_inside(inside, "", "download the model, and load or upload")
+        elif inside:
+            message = found_inside(inside, public(url))
         return AdapterSourceError(
             f"{public(url)!r}: expected {CONFIG_NAME} and {TENSORS_NAME}, found: {message}"
         )

@@ -163,6 +163,15 @@ def test_any_file_system_that_fsspec_has(store: AdapterStore) -> None:
         fetch_into(store, "memory://bucket/poet", Policy(urls=policy.urls, timeout=0.0))
 
 
+def test_the_parent_of_adapters_says_which_folder_to_load(store: AdapterStore) -> None:
+    config = {f"/parent/checkpoint-{step}/adapter_config.json": CONFIG for step in (500, 1000)}
+    fsspec.filesystem("memory").pipe(config | {"/parent/runs/events": b"", "/parent/README.md": b""})
+    with pytest.raises(AdapterSourceError) as error:
+        fetch_into(store, "memory://parent/", Policy(urls=("memory://parent",)))
+    said = "one in 'checkpoint-500', 'checkpoint-1000' (load 'memory://parent/checkpoint-1000', for example)"
+    assert str(error.value).endswith(f"found: {said}")
+
+
 @pytest.mark.parametrize(
     ("url", "found"),
     [("smb://host/a", "smbprotocol"), ("nonsense://host/a", "fsspec knows, found 'nonsense'")],
@@ -241,6 +250,18 @@ def test_a_model_that_the_hub_does_not_have(hub: Web, store: AdapterStore) -> No
         fetch_into(store, "owner/absent", Policy(urls=("hf://",)))
     with pytest.raises(SourceForbiddenError):
         fetch_into(store, "other/poet", Policy(urls=("hf://owner",)))
+
+
+def test_a_model_of_checkpoints_says_which_one_to_load(hub: Web, store: AdapterStore) -> None:
+    tree = f"/api/models/owner/poet/tree/{COMMIT}"
+    folder = {"type": "directory", "path": "checkpoint-500", "oid": "0" * 40}
+    file = {"type": "file", "path": "checkpoint-500/adapter_config.json", "size": 2, "oid": "0" * 40}
+    for path, entry in ((tree, folder), (f"{tree}/checkpoint-500", file)):
+        answer = json.dumps([entry]).encode()
+        hub.pages[path] = lambda it, answer=answer: it.answer(200, answer, Content_Type="application/json")
+    said = r"found: one in 'checkpoint-500' \(download the model, and load or upload 'checkpoint-500'"
+    with pytest.raises(AdapterSourceError, match=said):
+        fetch_into(store, "owner/poet", Policy(urls=("hf://",)))
 
 
 def test_a_hub_that_fails(hub: Web, store: AdapterStore) -> None:
