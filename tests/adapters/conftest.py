@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from turret_adapters.host import BaseWeights
+from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape
 from turret_adapters.store.store import AdapterStore
 
@@ -234,6 +234,26 @@ def load(make_model: Callable[[str], Any]) -> Callable[..., Any]:
             return PeftModel.from_pretrained(model, str(folder)).eval()
 
     return load
+
+
+@pytest.fixture(scope="session")
+def read_as_peft(
+    load: Callable[..., Any],
+    make_model: Callable[[str], Any],
+    base_of_family: Callable[[str], BaseSpec],
+    weights_of_family: Callable[[str], BaseWeights],
+) -> Callable[..., HostAdapter]:
+    """Reads an adapter, and compares every module of the base with peft's."""
+    from support.peft_modules import check  # noqa: PLC0415 -- not for tests without peft
+    from turret_adapters.formats.peft import read_adapter  # noqa: PLC0415
+
+    def read(folder: Path, family: str = "llama") -> HostAdapter:
+        base, weights = base_of_family(family), weights_of_family(family)
+        found = read_adapter(folder, base, weights)
+        check(found, base, weights, make_model(family), load(folder, family=family))
+        return found
+
+    return read
 
 
 def _files(saved: Saved) -> Files:

@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,12 @@ def test_fields_of_a_human_readable_line_are_unambiguous(lines, value, said):
     logger, written = lines
     logger.info("x", extra={"fields": {"key": value, "next": "1"}})
     assert written("human")[0].endswith(f"x key={said} next=1")
+
+
+def test_a_field_that_json_lacks_is_its_text(lines):
+    logger, written = lines
+    logger.info("x", extra={"fields": {"path": Path("/srv/adapters")}})
+    assert json.loads(written("json")[0])["path"] == "/srv/adapters"
 
 
 def test_what_is_bound_holds_for_its_own_thread_alone(lines):

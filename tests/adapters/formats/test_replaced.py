@@ -10,7 +10,7 @@ import torch
 from peft import LNTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
-from support.peft_modules import check, ia3, lora, vera
+from support.peft_modules import ia3, lora, vera
 from support.peft_modules import tokens as trainable_tokens
 from support.refusals import refused
 from turret_adapters.errors import AdapterFormatError
@@ -109,18 +109,11 @@ def test_trained_embeddings_are_those_that_peft_loads(
     config: Callable[[], Any],
     key: str,
     save: Callable,
-    load: Callable,
-    make_model: Callable[[str], Any],
-    base_of_family: Callable[[str], BaseSpec],
-    weights_of_family: Callable[[str], BaseWeights],
+    read_as_peft: Callable,
 ) -> None:
-    base, weights = base_of_family(family), weights_of_family(family)
     saved = save(config(), family=family, seed=3, embeddings="trained")
     assert key in load_file(saved.folder / TENSORS_NAME)
-
-    found = read_adapter(saved.folder, base, weights)
-
-    check(found, base, weights, make_model(family), load(saved.folder, family=family))
+    read_as_peft(saved.folder, family)
 
 
 @pytest.mark.parametrize(
@@ -133,16 +126,8 @@ def test_trained_embeddings_are_those_that_peft_loads(
     ],
 )
 def test_one_copy_is_that_of_both_tied_modules(
-    *,
-    saved_whole: str,
-    kept: str,
-    save: Callable,
-    load: Callable,
-    make_model: Callable[[str], Any],
-    base_of_family: Callable[[str], BaseSpec],
-    weights_of_family: Callable[[str], BaseWeights],
+    saved_whole: str, kept: str, save: Callable, read_as_peft: Callable
 ) -> None:
-    base, weights = base_of_family("llama-tied"), weights_of_family("llama-tied")
     config = lora(modules_to_save=[saved_whole])
     file = save(config(), family="llama-tied", seed=3, embeddings="trained").folder / TENSORS_NAME
     tensors = load_file(file)
@@ -152,10 +137,7 @@ def test_one_copy_is_that_of_both_tied_modules(
         del tensors[key]
     assert kept in tensors
     save_file(tensors, file)
-
-    found = read_adapter(file.parent, base, weights)
-
-    check(found, base, weights, make_model("llama-tied"), load(file.parent, family="llama-tied"))
+    read_as_peft(file.parent, "llama-tied")
 
 
 @pytest.mark.parametrize("case", ["not wrapped, tied", "adapted", "tokens", "tokens, tied", "whole"])
@@ -184,20 +166,11 @@ def test_a_prompt_beside_trained_embeddings(
         torch.testing.assert_close(delta.rows[Part.WEIGHT], loaded.get_submodule(name).weight, rtol=0, atol=0)
 
 
-def test_biases_of_modules_that_are_saved_whole(
-    *,
-    save: Callable,
-    load: Callable,
-    make_model: Callable[[str], Any],
-    base_of_family: Callable[[str], BaseSpec],
-    weights_of_family: Callable[[str], BaseWeights],
-) -> None:
+def test_biases_of_modules_that_are_saved_whole(save: Callable, read_as_peft: Callable) -> None:
     """With bias="all" peft also writes the biases inside its wrappers."""
-    base, weights = base_of_family("phi"), weights_of_family("phi")
     saved = save(lora(bias="all", modules_to_save=["lm_head", "final_layernorm"])(), family="phi", seed=3)
     assert f"{HEAD}.modules_to_save.bias" in load_file(saved.folder / TENSORS_NAME)
-    found = read_adapter(saved.folder, base, weights)
-    check(found, base, weights, make_model("phi"), load(saved.folder, family="phi"))
+    read_as_peft(saved.folder, "phi")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -65,6 +65,14 @@ def base(request, bases) -> BaseTokenizer:
 
 
 @pytest.fixture
+def byte_level(bases, tmp_path) -> BaseTokenizer:
+    """One base, whose tokenizer is in the test's folder."""
+    base = base_of(bases["byte-level"])
+    base.live.save_pretrained(tmp_path)
+    return base
+
+
+@pytest.fixture
 def folder(base, tmp_path) -> Path:
     """The base's tokenizer, as a trainer saves it beside an adapter."""
     base.live.save_pretrained(tmp_path)
@@ -313,12 +321,10 @@ def set_slow_pattern(values: dict) -> None:
         "no-list", "no-model",
     ],
 )  # fmt: skip
-def test_another_tokenizer_is_refused_with_what_to_do(bases, tmp_path, change, error, message):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_another_tokenizer_is_refused_with_what_to_do(byte_level, tmp_path, change, error, message):
     edit(tmp_path / "tokenizer.json", change)
     with pytest.raises(error, match=message) as found:
-        base.changes(tmp_path)
+        byte_level.changes(tmp_path)
     assert "delete the tokenizer's files" in str(found.value)
 
 
@@ -330,18 +336,14 @@ def test_a_file_that_is_no_tokenizer_is_refused(bases, tmp_path, text):
         base.changes(tmp_path)
 
 
-def test_special_tokens_of_the_configuration_are_bounded(bases, tmp_path):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_special_tokens_of_the_configuration_are_bounded(byte_level, tmp_path):
     many = [f"<{index}>" for index in range(MAX_ADDED_TOKENS + 1)]
     edit(tmp_path / "tokenizer_config.json", lambda config: config.update(extra_special_tokens=many))
     with pytest.raises(AdapterFormatError, match="added tokens; at most 16384 are allowed"):
-        base.changes(tmp_path)
+        byte_level.changes(tmp_path)
 
 
-def test_an_interrupt_ends_a_slow_reading_and_those_that_wait(bases, tmp_path, monkeypatch):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_an_interrupt_ends_a_slow_reading_and_those_that_wait(byte_level, tmp_path, monkeypatch):
     edit(tmp_path / "tokenizer.json", set_slow_pattern)
     start, is_slow, processes, errors = subprocess.Popen, threading.Event(), [], []
 
@@ -353,7 +355,7 @@ def test_an_interrupt_ends_a_slow_reading_and_those_that_wait(bases, tmp_path, m
 
     def read() -> None:
         with pytest.raises(AdapterError) as found:
-            base.changes(tmp_path)
+            byte_level.changes(tmp_path)
         errors.append(found.type)
 
     monkeypatch.setattr(subprocess, "Popen", started)
@@ -361,43 +363,39 @@ def test_an_interrupt_ends_a_slow_reading_and_those_that_wait(bases, tmp_path, m
     for thread in threads:
         thread.start()
     assert is_slow.wait(60)
-    base.interrupt()
+    byte_level.interrupt()
     for thread in threads:
         thread.join()
     assert errors == [SourceUnavailableError] * 2
     assert all(process.returncode is not None for process in processes)
 
 
-def test_code_in_a_tokenizers_folder_is_not_run(bases, tmp_path):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_code_in_a_tokenizers_folder_is_not_run(byte_level, tmp_path):
     (tmp_path / "own.py").write_text("raise SystemExit('it ran')")
     auto = {"AutoTokenizer": ["own.Own", None]}
     edit(
         tmp_path / "tokenizer_config.json", lambda config: config.update(auto_map=auto, tokenizer_class="Own")
     )
-    assert base.changes(tmp_path) == b""
+    assert byte_level.changes(tmp_path) == b""
 
 
 @pytest.mark.parametrize("depth", [100, 900, 960, 980, 990, 2000])
 @pytest.mark.parametrize("name", ["added_tokens", "post_processor"])
-def test_nested_sections_are_refused_where_only_the_readers_process_parses_them(bases, tmp_path, name, depth):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_nested_sections_are_refused_where_only_the_readers_process_parses_them(
+    byte_level, tmp_path, name, depth
+):
     values = json.loads((tmp_path / "tokenizer.json").read_text()) | {name: "HERE"}
     text = json.dumps(values).replace('"HERE"', "[" * depth + "]" * depth)
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(AdapterFormatError, match="expected a tokenizer"):
-        base.changes(tmp_path)
+        byte_level.changes(tmp_path)
 
 
-def test_a_folder_in_the_place_of_a_file_is_refused(bases, tmp_path):
-    base = base_of(bases["byte-level"])
-    base.live.save_pretrained(tmp_path)
+def test_a_folder_in_the_place_of_a_file_is_refused(byte_level, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer_config.json").mkdir()
     with pytest.raises(AdapterSourceError, match="readable file, found is a directory"):
-        base.changes(tmp_path)
+        byte_level.changes(tmp_path)
 
 
 def test_a_link_out_of_the_folder_is_refused(bases, tmp_path):

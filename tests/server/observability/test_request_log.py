@@ -183,25 +183,6 @@ async def test_an_error_is_the_end_and_what_is_ours_is_an_error_of_the_log(
     assert (logged.levelno, logged.getMessage()) == (level, f"request failed: {error}")
 
 
-async def test_a_cancelled_task_has_its_line_before_it_ends(request_log, written, value, ended):
-    begun = asyncio.Event()
-
-    async def serve():
-        async with request_log.follow(CALLER) as record:
-            record.begin(job(), PINS)
-            begun.set()
-            await asyncio.Event().wait()
-
-    task = asyncio.create_task(serve())
-    await begun.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert [line["finish_reason"] for line in written()] == ["cancelled"]
-    assert value("turret_requests_total", outcome="cancelled") == 1
-    assert len(ended) == 1
-
-
 @pytest.mark.parametrize(
     ("allowed", "left", "outcome"),
     [
