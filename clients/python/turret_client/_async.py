@@ -29,7 +29,7 @@ from turret_client._messages import (
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder, num_bytes
-from turret_client.errors import CancelledError
+from turret_client.errors import CancelledError, TurretError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -168,12 +168,13 @@ class AsyncClient:
             FailedPreconditionError: The adapter does not match the server's model or memory.
             ResourceExhaustedError: The server's store is full.
             UnavailableError: The server cannot be reached, or another call uploads the same files.
-            OSError: A file is missing or cannot be read.
+            OSError: A file is missing or unreadable, or changes while it is sent.
         """
         files = AdapterFolder(name, Path(folder), progress)
         start = await asyncio.to_thread(files.start)
         # The server's first answer: the offset to send from. None if the call ends before.
         offsets: asyncio.Queue[int | None] = asyncio.Queue()
+        unread: list[OSError] = []
 
         async def requests() -> AsyncIterator[adapters_pb2.UploadAdapterRequest]:
             yield start
@@ -181,8 +182,11 @@ class AsyncClient:
             if offset is None:
                 return
             chunks = files.chunks(offset, start.start)
-            while chunk := await asyncio.to_thread(next, chunks, None):
-                yield chunk
+            try:
+                while chunk := await asyncio.to_thread(next, chunks, None):
+                    yield chunk
+            except OSError as error:  # gRPC would hide it
+                unread.append(error)
 
         self._check_open()
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
@@ -191,6 +195,10 @@ class AsyncClient:
                 responses = aiter(call)
                 offsets.put_nowait((await anext(responses)).offset)
                 adapter = adapter_from((await anext(responses)).adapter)
+        except TurretError as error:
+            if unread:
+                raise unread[0] from error
+            raise
         finally:
             offsets.put_nowait(None)
         size = num_bytes(start.start)

@@ -28,7 +28,7 @@ from turret_client._messages import (
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder, num_bytes
-from turret_client.errors import CancelledError
+from turret_client.errors import CancelledError, TurretError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -167,12 +167,13 @@ class Client:
             FailedPreconditionError: The adapter does not match the server's model or memory.
             ResourceExhaustedError: The server's store is full.
             UnavailableError: The server cannot be reached, or another call uploads the same files.
-            OSError: A file is missing or cannot be read.
+            OSError: A file is missing or unreadable, or changes while it is sent.
         """
         files = AdapterFolder(name, Path(folder), progress)
         start = files.start()
         # The server's first answer: the offset to send from. None if the call ends before.
         offsets: queue.Queue[int | None] = queue.Queue()
+        unread: list[OSError] = []
 
         def requests() -> Iterator[adapters_pb2.UploadAdapterRequest]:
             yield start
@@ -180,8 +181,11 @@ class Client:
             if offset is None:
                 return
             chunks = files.chunks(offset, start.start)
-            while chunk := next(chunks, None):
-                yield chunk
+            try:
+                while chunk := next(chunks, None):
+                    yield chunk
+            except OSError as error:  # gRPC would hide it
+                unread.append(error)
 
         self._check_open()
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
@@ -190,6 +194,10 @@ class Client:
                 responses = iter(call)
                 offsets.put_nowait((next(responses)).offset)
                 adapter = adapter_from((next(responses)).adapter)
+        except TurretError as error:
+            if unread:
+                raise unread[0] from error
+            raise
         finally:
             offsets.put_nowait(None)
         size = num_bytes(start.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class AdapterFolder:
         """The first message of the upload. Reads the files for the digest.
 
         Raises:
-            OSError: A file is missing or cannot be read.
+            OSError: A file is missing or unreadable.
         """
         config = (self.path / CONFIG_NAME).read_bytes()
         digest = hashlib.sha256(len(config).to_bytes(_LENGTH_BYTES, "little") + config)
@@ -75,7 +76,11 @@ class AdapterFolder:
     def chunks(
         self, offset: int, start: adapters_pb2.UploadStart
     ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-        """The messages that send the files from `offset` on."""
+        """The messages that send the files from `offset` on.
+
+        Raises:
+            OSError: A file is unreadable, or shorter than at the start.
+        """
         total = num_bytes(start)
         begin = 0
         for name, size in [(TENSORS_NAME, start.size), *((file.name, file.size) for file in start.tokenizer)]:
@@ -88,7 +93,8 @@ class AdapterFolder:
                     offset += len(data)
             begin += size
             if offset < begin:
-                raise OSError(f"{name} changed while it was sent; upload it again")
+                path = str(self.path / name)
+                raise OSError(errno.ESTALE, "the file changed while it was sent; upload it again", path)
 
     def report(self, done: int, size: int) -> None:
         if self.progress is not None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 
 import pytest
@@ -268,6 +269,15 @@ def test_an_upload_is_sent_in_chunks_of_a_mebibyte(call, server, tmp_path):
     assert server.uploaded == tensors
     assert server.chunk_sizes == [1 << 20, 1 << 20, 12]
     assert reports == [(done, len(tensors)) for done in (0, 1 << 20, 2 << 20, len(tensors))]
+
+
+def test_a_file_that_changes_while_it_is_sent_is_named(call, tmp_path):
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    tensors = tmp_path / "adapter_model.safetensors"
+    tensors.write_bytes(bytes(3 << 20))
+    with pytest.raises(OSError, match="changed while it was sent") as error:
+        call("upload_adapter", "pirate", tmp_path, progress=lambda *_: os.truncate(tensors, 2 << 20))
+    assert error.value.filename == str(tensors)
 
 
 @pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
