@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from turret_adapters.errors import (
     AdapterError,
@@ -26,7 +28,9 @@ from turret_adapters.formats.files import TOKENIZER_FILES, TOKENIZER_NAME, Progr
 from turret_adapters.formats.peft import read_adapter, read_changes
 from turret_adapters.formats.tokenizer import BaseTokenizer, OwnTokenizer
 from turret_adapters.host import BaseWeights, HostAdapter
+from turret_adapters.sources.archive import archive_name, unpack
 from turret_adapters.sources.fetch import Downloads, fetch
+from turret_adapters.sources.intake import Intake
 from turret_adapters.sources.policy import Deadline, Policy, public
 from turret_adapters.spec import AdapterSpec, BaseSpec
 from turret_adapters.store.names import MAX_HISTORY, NO_OWNER, Names, Ownership, Published, Record
@@ -87,17 +91,43 @@ class AdapterLibrary:
         Raises:
             AdapterError: there is none, the policy does not allow it, or it does not fit the base.
         """
+        with self._filled(partial(fetch, source), progress, name) as adapter:
+            yield adapter
+
+    @contextmanager
+    def unpack(self, archive: IO[bytes], name: str = "") -> Iterator[HostAdapter]:
+        """Reads an adapter from an archive that was uploaded, like `fetch`.
+
+        Raises:
+            AdapterError: it is no archive of an adapter, or does not fit the base.
+        """
+
+        def fill(folder: Path, policy: Policy, progress: Progress) -> None:
+            intake = Intake(folder, policy.max_bytes, progress)
+            unpack(archive, archive_name(archive), intake, policy.max_bytes)
+
+        with self._filled(fill, no_progress, name) as adapter:
+            yield adapter
+
+    @property
+    def max_bytes(self) -> int:
+        """The limit of an adapter's files together, or of an archive of them."""
+        return min(self._policy.max_bytes, self.store.max_bytes or self._policy.max_bytes)
+
+    @contextmanager
+    def _filled(
+        self, fill: Callable[[Path, Policy, Progress], None], progress: Progress, name: str
+    ) -> Iterator[HostAdapter]:
+        """Takes the files that `fill` writes into a folder, within a policy, into the store."""
 
         def report(done: int, total: int | None) -> None:
             self._check_interrupted()
             progress(done, total)
 
-        policy = self._policy
-        if self.store.max_bytes is not None:
-            policy = replace(policy, max_bytes=min(policy.max_bytes, self.store.max_bytes))
+        policy = replace(self._policy, max_bytes=self.max_bytes)
         with self._counted():
             with self.downloads.track(name, report) as counted, self.store.staging() as staged:
-                fetch(source, staged, policy, counted)
+                fill(staged, policy, counted)
                 self._keep_changes(staged)
                 revision = self.store.adopt(staged)
             with self._held(revision) as adapter:

@@ -251,3 +251,23 @@ def test_an_answer_can_have_a_form(client):
         assert isinstance(json.loads(answer.text)["n"], int)
     with pytest.raises(openai.BadRequestError):
         client.completions.create(extra_body={"structured_outputs": {"regex": "("}}, **options)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_an_adapter_is_uploaded_as_an_archive(server, client, adapter_of, tmp_path, kind):
+    folder = adapter_of("llama", "lora", 3)
+    archive = shutil.make_archive(str(tmp_path / "mine"), kind, folder)
+    found = json.loads(curl(server, "/v1/adapters/uploaded/archive", "--upload-file", archive))
+    with Client(server.address) as ours:
+        ours.load_adapter("same", str(folder))
+        assert ours.get_adapter("same").revision == found["revision"]
+    assert client.completions.create(model="uploaded", prompt=PROMPT, max_tokens=1).choices
+    for name in ("uploaded", "same"):
+        curl(server, f"/v1/adapters/{name}", "--request", "DELETE")
+
+
+def test_what_is_no_archive_of_an_adapter_is_refused(server, tmp_path):
+    for content in (b"", b"hello", b"PK\x03\x04 and nothing else", b"\x1f\x8b"):
+        (tmp_path / "file").write_bytes(content)
+        answer = curl(server, "/v1/adapters/none/archive", "--upload-file", str(tmp_path / "file"))
+        assert json.loads(answer)["error"]["code"] == "adapter_source_not_found"

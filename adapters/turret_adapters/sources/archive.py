@@ -36,6 +36,7 @@ from turret_adapters.sources.intake import Intake
 MAX_MEMBERS = 1000
 SUFFIXES = (".zip", ".tar.gz", ".tgz")
 
+_BEGINNINGS = {b"PK": "archive.zip", b"\x1f\x8b": "archive.tar.gz"}
 _FILES = (CONFIG_NAME, TENSORS_NAME, *TOKENIZER_FILES)
 
 # The libraries read directories and long names at once; a valid archive of two files has less of them.
@@ -75,6 +76,20 @@ def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> Non
     with _translated(name), members(archive, intake.folder, max_bytes) as found:
         for wanted, member in _choose(name, found).items():
             intake.take(wanted, _chunks(name, member), member.size)
+
+
+def archive_name(archive: IO[bytes]) -> str:
+    """A name for `unpack` of an archive that has none, by what it begins with.
+
+    Raises:
+        AdapterSourceError: it is no archive.
+    """
+    archive.seek(0)
+    beginning = archive.read(2)
+    archive.seek(0)
+    if beginning not in _BEGINNINGS:
+        raise AdapterSourceError(f"expected a .zip or .tar.gz, found bytes that begin with {beginning!r}")
+    return _BEGINNINGS[beginning]
 
 
 def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:

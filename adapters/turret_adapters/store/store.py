@@ -17,11 +17,13 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from turret_adapters.errors import (
     RevisionCorruptError,
@@ -99,6 +101,15 @@ class AdapterStore:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def spool(self) -> IO[bytes]:
+        """An empty file on the store's disk, which is gone once it is closed.
+
+        Raises:
+            StoreFullError, StoreFailedError
+        """
+        with errors_of_the_store(self.root):
+            return tempfile.TemporaryFile(buffering=0, dir=self._staging)
 
     def adopt(self, staged: Path) -> str:
         """Moves a folder of this disk, which has the files of a revision and nothing else, to its revision.

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import copy_context
@@ -105,6 +105,15 @@ class AdapterAdministration:
         async with aclosing(self._uploads.receive(parts, caller.tenant)) as events:
             async for event in events:
                 yield event if isinstance(event, int) else await self._present(event, caller)
+
+    async def upload_archive(self, name: str, chunks: AsyncIterator[bytes], caller: Caller) -> AdapterInfo:
+        """Receive an archive of an adapter, .zip or .tar.gz, and serve it.
+
+        Raises:
+            TurretError, AdapterError: see `AdapterUploads.receive_archive`.
+        """
+        await self._uploads.receive_archive(name, chunks, self._library.max_bytes, caller.tenant)
+        return await self._present(name, caller)
 
     async def unload(self, name: str, caller: Caller) -> AdapterInfo:
         """Take a name away from new requests. Returns its last state.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from turret_adapters.errors import AdapterError, AdapterNotFoundError, OwnerLimitError
 from turret_adapters.host import HostAdapter
@@ -127,6 +128,17 @@ class AdapterLifecycle:
                 with suppress(AdapterNotFoundError):
                     self._unload(name)
             log.info("unloaded adapter %s, the least recently used of those that were loaded on demand", name)
+
+    def load_archive(self, name: str, archive: IO[bytes], owner: Ownership = NO_OWNER) -> None:
+        """Serve an adapter from an archive that was uploaded.
+
+        Raises:
+            AdapterError: it is no archive of an adapter, or cannot be served on this base.
+            AdapterTooLargeError: it is larger than the arena.
+            QuotaExceededError: a quota of its owner is used up.
+        """
+        with self._library.unpack(archive, name) as adapter:
+            self._publish(name, adapter, _UPLOAD_SOURCE, owner)
 
     def load_upload(self, name: str, upload: Upload, owner: Ownership = NO_OWNER) -> None:
         """Serve an upload under `name` from now on.

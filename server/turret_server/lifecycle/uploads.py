@@ -10,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import IO, TypeVar
 
-from turret_adapters.errors import UploadError
+from turret_adapters.errors import SourceTooLargeError, UploadError
+from turret_adapters.formats.files import write_whole
+from turret_adapters.store.disk import errors_of_the_store
 from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
 from turret_server.errors import DeadlineError, InvalidRequestError, QuotaExceededError, TooManyCallsError
@@ -23,6 +26,8 @@ from turret_server.tenancy.tenants import Tenant, check_name
 IDLE_SECONDS = 60.0
 MIN_BYTES_PER_SECOND = 16 << 10
 MAX_UPLOADS_PER_TENANT = 16
+# Unlike other uploads, nobody announces how much of the disk they will take.
+MAX_ARCHIVES = 4
 
 _NUM_THREADS = 4
 
@@ -49,6 +54,7 @@ class UploadChunk:
 
 
 UploadParts = AsyncIterator[UploadStart | UploadChunk]
+_Part = TypeVar("_Part")
 
 
 class AdapterUploads:
@@ -66,6 +72,7 @@ class AdapterUploads:
         self._loads = loads
         self._clock = clock
         self._num_open: Counter[str] = Counter()
+        self._num_archives = 0
         # A slow disk delays uploads alone, and not the default executor's other users.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "turret-upload")
 
@@ -107,14 +114,42 @@ class AdapterUploads:
                     await wait_to_completion(self._loads.submit(load))
                 yield start.name
 
-    async def _receive_chunks(self, parts: UploadParts, upload: Upload) -> None:
-        """A client has `IDLE_SECONDS` for each chunk, and on the whole must send `MIN_BYTES_PER_SECOND`: a
-        byte now and then does not keep an upload open.
+    async def receive_archive(
+        self, name: str, chunks: AsyncIterator[bytes], max_bytes: int, tenant: Tenant
+    ) -> None:
+        """Receive an archive of an adapter, .zip or .tar.gz of at most `max_bytes`, and serve it.
+
+        Raises:
+            InvalidRequestError: the name is invalid.
+            PermissionDeniedError: the tenant may not load under that name.
+            AdapterError: it is too large, or no archive of an adapter that can be served.
+            DeadlineError: too few bytes came.
+            QuotaExceededError: a limit of the tenant is reached.
+            TooManyCallsError: too many uploads run.
         """
-        begin, deadline = upload.offset, self._clock() + IDLE_SECONDS
+        check_change(tenant, check_name(name))
+        with self._counted(tenant.name), self._archive_counted(), self._loads.slot(tenant):
+            archive = await run_to_completion(
+                self._store.spool, undo=lambda file: file.close(), executor=self._threads
+            )
+            with archive:
+                await self._spool(chunks, archive, max_bytes)
+                load = partial(self._lifecycle.load_archive, name, archive, tenant.ownership)
+                await wait_to_completion(self._loads.submit(load))
+
+    async def _spool(self, chunks: AsyncIterator[bytes], archive: IO[bytes], max_bytes: int) -> None:
+        size, pace = 0, _Pace(self._clock)
+        while (chunk := await _next(chunks, pace.seconds(size))) is not None:
+            size += len(chunk)
+            if size > max_bytes:
+                raise SourceTooLargeError(f"the archive has at most {max_bytes} bytes; found more")
+            with errors_of_the_store(self._store.root):
+                await run_to_completion(partial(write_whole, archive.fileno(), chunk), executor=self._threads)
+
+    async def _receive_chunks(self, parts: UploadParts, upload: Upload) -> None:
+        begin, pace = upload.offset, _Pace(self._clock)
         while upload.offset < upload.size:
-            earned = (upload.offset - begin) / MIN_BYTES_PER_SECOND
-            chunk = await _next(parts, min(IDLE_SECONDS, deadline + earned - self._clock()))
+            chunk = await _next(parts, pace.seconds(upload.offset - begin))
             if chunk is None:
                 raise UploadError(
                     f"expected {upload.size} bytes, found {upload.offset} (upload again to continue there)"
@@ -125,6 +160,19 @@ class AdapterUploads:
                     field="chunk",
                 )
             await run_to_completion(partial(upload.write, chunk.offset, chunk.data), executor=self._threads)
+
+    @contextmanager
+    def _archive_counted(self) -> Iterator[None]:
+        if self._num_archives >= MAX_ARCHIVES:
+            raise TooManyCallsError(
+                f"{MAX_ARCHIVES} archives are being uploaded, which is the limit; try again later",
+                limit=MAX_ARCHIVES,
+            )
+        self._num_archives += 1
+        try:
+            yield
+        finally:
+            self._num_archives -= 1
 
     @contextmanager
     def _counted(self, tenant: str) -> Iterator[None]:
@@ -143,6 +191,20 @@ class AdapterUploads:
                 del self._num_open[tenant]
 
 
+class _Pace:
+    """A client has `IDLE_SECONDS` for each chunk, and on the whole must send `MIN_BYTES_PER_SECOND`: a byte
+    now and then does not keep an upload open.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._deadline = clock() + IDLE_SECONDS
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long the next chunk may take after so many bytes."""
+        return min(IDLE_SECONDS, self._deadline + num_bytes / MIN_BYTES_PER_SECOND - self._clock())
+
+
 def _check_size(start: UploadStart, tenant: Tenant) -> None:
     """Refuse what exceeds the tenant's limit by itself before its bytes are sent."""
     # Of a tokenizer only the changes are kept, which count when they are known.
@@ -156,7 +218,7 @@ def _check_size(start: UploadStart, tenant: Tenant) -> None:
         )
 
 
-async def _next(parts: UploadParts, seconds: float) -> UploadStart | UploadChunk | None:
+async def _next(parts: AsyncIterator[_Part], seconds: float) -> _Part | None:
     late = DeadlineError(
         f"no bytes came for {IDLE_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} a second; "
         "upload again to continue where it stopped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -73,6 +74,12 @@ class Adapters:
         """Load an adapter from a source, in place of the one that has the name."""
         body = await parse(SourceBody, request)
         return _shown(await self._administration.load(_name(request), body.source, caller()))
+
+    async def upload(self, request: Request) -> Response:
+        """Load an adapter from the archive in the body, .zip or .tar.gz."""
+        chunks = (chunk async for chunk in request.stream() if chunk)
+        async with aclosing(chunks):
+            return _shown(await self._administration.upload_archive(_name(request), chunks, caller()))
 
     async def unload(self, request: Request) -> Response:
         """Take a name away from new requests."""

@@ -62,6 +62,7 @@ def make_app(
         authenticator,
         calls,
         public=frozenset(each.path for each in operations if each.is_public),
+        streamed=frozenset(each.path.rpartition("/")[2] for each in operations if each.streams),
         origins=origins,
     )
     if origins:
@@ -89,6 +90,7 @@ def _operations(services: Services) -> list[Operation]:
         Operation("GET", "/v1/adapters/{name}", adapters.get),
         Operation("PUT", "/v1/adapters/{name}", adapters.load, SourceBody),
         Operation("DELETE", "/v1/adapters/{name}", adapters.unload),
+        Operation("PUT", "/v1/adapters/{name}/archive", adapters.upload, streams=True),
         Operation("GET", "/v1/adapters/{name}/revisions", adapters.revisions),
         Operation("POST", "/v1/adapters/{name}/rollback", adapters.rollback, RollbackBody),
         Operation("PUT", "/v1/adapters/{name}/split", adapters.split, SplitBody),

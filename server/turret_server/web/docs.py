@@ -25,13 +25,16 @@ _STYLE = (
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A method on a path. The first line of the handler's docstring says what it does."""
+    """A method on a path. The first line of the handler's docstring says what it does. One that streams reads
+    a body of any size itself.
+    """
 
     method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
     body: type[Body] | None = None
     is_public: bool = False
+    streams: bool = False
 
     @property
     def summary(self) -> str:
@@ -75,6 +78,9 @@ def openapi(operations: Sequence[Operation]) -> dict[str, Any]:
         }
         if each.body:
             content = {"application/json": {"schema": references[each.body, "validation"]}}
+            described["requestBody"] = {"required": True, "content": content}
+        if each.streams:
+            content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
             described["requestBody"] = {"required": True, "content": content}
         if each.is_public:
             described["security"] = []

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from email.utils import formatdate
 from typing import TypeAlias
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret_server.doors.caller import REQUEST_ID, CallAuthentication, bind_request_id
@@ -30,6 +31,7 @@ _Metadata: TypeAlias = tuple[tuple[str, str], ...]
 class Gate:
     """An ASGI application around `app`. Calls of the paths in `public` need no authentication and are
     answered while the server drains. Web pages of `origins` may call it, "*" is all.
+    Bodies of PUT on paths that end with a name in `streamed` are read by their handlers.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Gate:
         calls: RunningCalls,
         *,
         public: frozenset[str],
+        streamed: frozenset[str],
         origins: tuple[str, ...],
     ) -> None:
         self._app = app
@@ -46,6 +49,7 @@ class Gate:
         self._calls = calls
         self._public = public
         self._origins = origins
+        self._streamed = streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(send)
@@ -64,10 +68,13 @@ class Gate:
                     self._authenticator, header
                 )
                 await authentication.renew()
+                if scope["method"] == "PUT" and scope["path"].rpartition("/")[2] in self._streamed:
+                    await self._app(scope, receive, answer.send)
+                    return
                 body = await _read(metadata, receive)
                 async with _ended_with_its_client(receive, answer):
                     await self._app(scope, _replay(body), answer.send)
-        except ClientGoneError:
+        except (ClientGoneError, ClientDisconnect):
             return
         except Exception as error:  # noqa: BLE001 (the edge: every error becomes a status)
             await answer.end_with(error)

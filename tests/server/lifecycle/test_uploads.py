@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
 from support.adapter_files import digest
-from turret_adapters.errors import AdapterError, AdapterNotFoundError, UploadError
+from turret_adapters.errors import AdapterError, AdapterNotFoundError, SourceTooLargeError, UploadError
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import (
     DeadlineError,
@@ -255,3 +256,47 @@ async def test_each_tenant_continues_its_own_upload(receiver, sent):
     for who, offset in ((other, 0), (tenant(), CHUNK)):
         async with aclosing(receiver.receive(sent.parts(), who)) as events:
             assert await anext(events) == offset
+
+
+@pytest.fixture
+def archive(site, tmp_path) -> bytes:
+    return Path(shutil.make_archive(str(tmp_path / "poet"), "zip", site.source(1))).read_bytes()
+
+
+async def bytes_of(archive: bytes, clock: Clock | None = None, seconds: float = 0.0):
+    for offset in range(0, len(archive), CHUNK):
+        if clock:
+            clock.now += seconds
+        yield archive[offset : offset + CHUNK]
+
+
+async def test_an_archive_is_received_and_served(site, receiver, archive):
+    await receiver.receive_archive("poet", bytes_of(archive), len(archive), tenant())
+    assert site.served("poet")
+    assert list((site.store.root / "staging").iterdir()) == []
+
+
+async def test_an_archive_that_is_too_large_is_refused(site, receiver, archive):
+    with pytest.raises(SourceTooLargeError):
+        await receiver.receive_archive("poet", bytes_of(archive), len(archive) - 1, tenant())
+    assert not site.served("poet")
+
+
+async def test_an_archive_comes_at_a_pace(site, receiver, archive, clock, monkeypatch):
+    monkeypatch.setattr(uploads, "MIN_BYTES_PER_SECOND", 10)
+    with pytest.raises(DeadlineError, match="fewer than 10 a second"):
+        await receiver.receive_archive("poet", bytes_of(archive, clock, CHUNK), len(archive), tenant())
+    assert not site.served("poet")
+
+
+async def test_archives_are_received_a_few_at_a_time(receiver, archive, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_ARCHIVES", 0)
+    with pytest.raises(TooManyCallsError, match="0 archives"):
+        await receiver.receive_archive("poet", bytes_of(archive), len(archive), tenant())
+
+
+async def test_an_archive_needs_the_permission_to_load(receiver, archive):
+    with pytest.raises(AdapterNotFoundError):
+        await receiver.receive_archive(
+            "poet", bytes_of(archive), len(archive), Tenant(name="acme", limits=TenantLimits())
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from server.web.conftest import Generation, chunk, last
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import GenerationFailedError
+from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterState
 from turret_server.tenancy.keys import digest_of
 from turret_server.tenancy.tenants_file import TenantsFile
 from turret_server.web import gate
@@ -28,12 +30,12 @@ def tenants(tmp_path):
 class Connection:
     """A call whose client a test plays, message by message."""
 
-    def __init__(self, app, path=COMPLETIONS, headers=()):
+    def __init__(self, app, path=COMPLETIONS, headers=(), method="POST"):
         self.sent = []
         self.incoming = asyncio.Queue()
         self.has_sent = asyncio.Event()
         scope = {
-            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
             "headers": list(headers), "state": {}, "root_path": "",
         }  # fmt: skip
         self.task = asyncio.create_task(app(scope, self.incoming.get, self._send))
@@ -243,6 +245,35 @@ async def test_bodies_have_a_size(door, monkeypatch):
     connection = Connection(door.app, headers=[(b"content-length", b"101")])
     await connection.task  # nothing of it has come
     assert connection.status == 413
+
+
+async def test_an_archive_is_read_by_its_handler_and_may_be_larger(open_door, monkeypatch):
+    monkeypatch.setattr(gate, "MAX_MESSAGE_BYTES", 10)
+    received = []
+
+    async def upload_archive(name, chunks, caller):
+        received.extend([name, caller.tenant.name, b"".join([chunk async for chunk in chunks])])
+        return AdapterInfo(name=name, state=AdapterState.STAGED)
+
+    door = open_door(administration=SimpleNamespace(upload_archive=upload_archive))
+    async with door.client(**{"turret-tenant": "acme"}) as client:
+        answer = await client.put("/v1/adapters/pirate/archive", content=b"x" * 1000)
+    assert answer.json()["name"] == "pirate"
+    assert received == ["pirate", "acme", b"x" * 1000]
+
+
+async def test_a_client_that_leaves_within_an_archive_ends_its_call(open_door):
+    received = []
+
+    async def upload_archive(_name, chunks, _caller):
+        received.extend([chunk async for chunk in chunks])
+
+    door = open_door(administration=SimpleNamespace(upload_archive=upload_archive))
+    connection = Connection(door.app, "/v1/adapters/pirate/archive", method="PUT")
+    connection.give(b"half", more=True)
+    connection.leave()
+    await connection.task
+    assert (connection.sent, received) == ([], [])
 
 
 async def test_a_body_comes_in_time(door, monkeypatch):
