@@ -81,40 +81,44 @@ def _elements(tokens: Sequence[tuple[int, Sequence[int]]], logits_DV: torch.Tens
 
 def _penalise(logits_DV: torch.Tensor, penalised: Sequence[tuple[int, SequenceStep]]) -> None:
     """Divide positive logits of the tokens so far and multiply negative ones (arXiv 1909.05858), and subtract
-    the other penalties of the answer's tokens.
+    the other penalties of the answer's tokens. A token that comes again gets the same logit again.
     """
     if not penalised:
         return
-    device, (num_rows, size) = logits_DV.device, (len(penalised), logits_DV.shape[-1])
-    rows = [row for row, _ in penalised]
+    device, flat = logits_DV.device, logits_DV.view(-1)
+    where, generated, penalties = _histories(penalised, logits_DV.shape[-1])
+    where_N, generated_N = to_device(where, device), to_device(generated, device)
+    repetition_N, frequency_N, presence_N = to_device(penalties, device).unbind()
+    counts_N = torch.zeros_like(flat).index_add_(0, where_N, generated_N)[where_N]
+    logits_N = flat[where_N]
+    logits_N = torch.where(logits_N > 0, logits_N / repetition_N, logits_N * repetition_N)
+    logits_N -= frequency_N * counts_N
+    logits_N -= presence_N * (counts_N > 0)
+    # A tiny repetition penalty must not make infinities.
+    flat[where_N] = logits_N.clamp_(max=torch.finfo(logits_N.dtype).max)
+
+
+def _histories(
+    penalised: Sequence[tuple[int, SequenceStep]], size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the tokens of all rows: their indices in the flat tensor, 1 for each that is the answer's and 0 for
+    the others, and their penalties, [3, N].
+    """
+    histories = [np.frombuffer(each.history or b"", np.int64) for _, each in penalised]
+    lengths_P = np.array([len(history) for history in histories])
+    prompts_P = lengths_P - np.array([each.num_generated for _, each in penalised])
+    begins_P = lengths_P.cumsum() - lengths_P
+    generated_N = np.arange(lengths_P.sum()) >= np.repeat(begins_P + prompts_P, lengths_P)
+    rows_N = np.repeat([row for row, _ in penalised], lengths_P)
     settings = [
         (it.repetition_penalty, it.frequency_penalty, it.presence_penalty)
         for it in (each.sampling.adjustment for _, each in penalised if each.sampling)
         if it is not None
     ]
-    repetition_P1, frequency_P1, presence_P1 = to_device(torch.tensor(settings), device)[..., None].unbind(1)
-    where_P = to_device(torch.tensor(rows), device)
-    tokens_N, generated_N = (to_device(each, device) for each in _histories(penalised, size))
-    seen_PV = torch.zeros(num_rows * size, dtype=torch.bool, device=device)
-    seen_PV = seen_PV.index_fill_(0, tokens_N, value=True).view(num_rows, size)
-    counts_PV = torch.zeros(num_rows * size, device=device).index_add_(0, tokens_N, generated_N)
-    counts_PV = counts_PV.view(num_rows, size)
-    logits_PV = logits_DV[where_P]
-    scaled_PV = torch.where(logits_PV > 0, logits_PV / repetition_P1, logits_PV * repetition_P1)
-    logits_PV = torch.where(seen_PV, scaled_PV, logits_PV)
-    logits_PV -= frequency_P1 * counts_PV
-    logits_PV -= presence_P1 * (counts_PV > 0)
-    # A tiny repetition penalty must not make infinities.
-    logits_DV[where_P] = logits_PV.clamp_(max=torch.finfo(logits_PV.dtype).max)
-
-
-def _histories(penalised: Sequence[tuple[int, SequenceStep]], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of all rows as indices in the flat tensor, and 1 for each that is the answer's, else 0."""
-    histories = [np.frombuffer(each.history or b"", np.int64) for _, each in penalised]
-    lengths_P = np.array([len(history) for history in histories])
-    begins_P = lengths_P.cumsum() - lengths_P
-    prompts_P = lengths_P - np.array([each.num_generated for _, each in penalised])
-    positions_N = np.arange(lengths_P.sum()) - np.repeat(begins_P, lengths_P)
-    generated_N = positions_N >= np.repeat(prompts_P, lengths_P)
-    tokens_N = np.concatenate(histories) + np.repeat(np.arange(len(histories)) * size, lengths_P)
-    return torch.from_numpy(tokens_N), torch.from_numpy(generated_N.astype(np.float32))
+    penalties_3N = np.repeat(np.array(settings, np.float32).T, lengths_P, axis=1)
+    where_N = np.concatenate(histories) + rows_N * size
+    return (
+        torch.from_numpy(where_N),
+        torch.from_numpy(generated_N.astype(np.float32)),
+        torch.from_numpy(penalties_3N),
+    )
