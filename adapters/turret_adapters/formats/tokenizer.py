@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,8 +93,11 @@ class BaseTokenizer:
 
     @cached_property
     def _splits(self) -> list[Any]:
-        found = [self._reader.read("split", self.live.backend_tokenizer.to_str().encode())]
-        return [*found, self._reader.read("split", self._file.read_bytes())] if self._file else found
+        texts = [self.live.backend_tokenizer.to_str().encode()]
+        if self._file is not None:
+            with suppress(OSError):  # deleted since the start
+                texts.append(self._file.read_bytes())
+        return [self._reader.read("split", text) for text in texts]
 
     @cached_property
     def _sections(self) -> dict[str, list[Any]]:

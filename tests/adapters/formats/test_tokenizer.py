@@ -236,6 +236,11 @@ def test_a_base_that_transformers_writes_otherwise_than_its_file_knows_both(base
         base.changes(tmp_path)
 
 
+def test_a_base_whose_file_was_deleted_since_the_start_is_known_by_what_was_read(byte_level, tmp_path):
+    base = BaseTokenizer(byte_level.live, tmp_path / "deleted.json")
+    assert base.changes(tmp_path) == b""
+
+
 def set_id(values: dict) -> None:
     values["added_tokens"].append(dict(values["added_tokens"][0], id=9999, content="<far>"))
 
