@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from turret_adapters.formats.tokenizer import OwnTokenizer
@@ -60,8 +59,8 @@ class Vocabularies:
         """`read` reads the tokenizer of a revision, see `AdapterLibrary.tokenizer`."""
         self._base = base
         self._read = read
-        self._threads = ThreadPoolExecutor(1, "turret-vocabulary")
         self._own: OrderedDict[str, Vocabulary] = OrderedDict()
+        self._reading = asyncio.Lock()
 
     async def of(self, adapters: Sequence[AdapterSpec]) -> Vocabulary:
         """The vocabulary of a request for adapters that the caller holds, with at most one tokenizer.
@@ -77,9 +76,10 @@ class Vocabularies:
 
     async def _of_adapter(self, spec: AdapterSpec) -> Vocabulary:
         if spec.tokenizer not in self._own:
-            loop = asyncio.get_running_loop()
-            own = await loop.run_in_executor(self._threads, self._read_vocabulary, spec.revision)
-            self._own[spec.tokenizer] = own
+            async with self._reading:
+                if spec.tokenizer not in self._own:  # nor read while this request waited
+                    own = await asyncio.to_thread(self._read_vocabulary, spec.revision)
+                    self._own[spec.tokenizer] = own
         self._own.move_to_end(spec.tokenizer)
         if len(self._own) > _CACHED:
             self._own.popitem(last=False)

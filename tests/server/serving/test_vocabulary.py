@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from dataclasses import replace
 
@@ -93,6 +94,21 @@ async def test_a_tokenizer_that_is_unreadable_now_is_read_again_by_the_next_requ
     with pytest.raises(RevisionCorruptError):
         await vocabularies.of([spec("t")])
     assert (await vocabularies.of([spec("t")])).codec.special_token_id("<|new|>") == NEW
+
+
+async def test_requests_that_come_at_once_read_a_tokenizer_once(own_tokenizer):
+    read = []
+
+    def reading(revision: str):
+        read.append(revision)
+        return own_tokenizer(revision)
+
+    vocabularies = Vocabularies(BASE, reading)
+    wanted = [spec(tokenizer) for tokenizer in "aabab"]
+    found = await asyncio.gather(*(vocabularies.of([each]) for each in wanted))
+    assert len(read) == 2
+    assert found[0] is found[1] is found[3]
+    assert found[2] is found[4]
 
 
 async def test_a_vocabulary_is_made_beside_the_event_loop(own_tokenizer, monkeypatch):
