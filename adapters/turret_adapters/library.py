@@ -26,7 +26,7 @@ from turret_adapters.errors import (
 )
 from turret_adapters.formats.files import TOKENIZER_FILES, TOKENIZER_NAME, Progress, no_progress
 from turret_adapters.formats.peft import read_adapter, read_changes
-from turret_adapters.formats.tokenizer import BaseTokenizer, OwnTokenizer
+from turret_adapters.formats.tokenizer import BaseTokenizer, OwnTokenizer, chat_template_of
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.sources.archive import archive_name, unpack
 from turret_adapters.sources.fetch import Downloads, fetch
@@ -158,12 +158,18 @@ class AdapterLibrary:
             RevisionNotFoundError: it is not in the store.
             RevisionCorruptError: its tokenizer is damaged.
         """
-        try:
+        with _repairable(revision):
             return self._tokenizer.changed(read_changes(self.store.path(revision)))
-        except (AdapterFormatError, OSError) as error:
-            raise RevisionCorruptError(
-                f"revision {revision} in the store: {error} (loading it from its source repairs it)"
-            ) from error
+
+    def chat_template(self, revision: str) -> str | dict[str, str] | None:
+        """The chat template of a revision that has one of its own, or several by their names.
+
+        Raises:
+            RevisionNotFoundError: it is not in the store.
+            RevisionCorruptError: its tokenizer is damaged.
+        """
+        with _repairable(revision):
+            return chat_template_of(read_changes(self.store.path(revision)))
 
     def _check_interrupted(self) -> None:
         if self._interrupted.is_set():
@@ -353,6 +359,17 @@ class AdapterLibrary:
 
     def _marks(self, revision: str) -> str:
         return marks_of(self.store.peek(revision))
+
+
+@contextmanager
+def _repairable(revision: str) -> Iterator[None]:
+    """A tokenizer that is unreadable in the block makes its revision corrupt."""
+    try:
+        yield
+    except (AdapterFormatError, OSError) as error:
+        raise RevisionCorruptError(
+            f"revision {revision} in the store: {error} (loading it from its source repairs it)"
+        ) from error
 
 
 def without_secrets(source: str) -> str:

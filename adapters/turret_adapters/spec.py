@@ -161,7 +161,8 @@ class AdapterSpec:
     With `invocation_tokens` (activated LoRA) the rows apply from the last occurrence of these tokens in the
     prompt on, and nowhere if there is none. `num_tasks` is the number of prefixes of a multitask adapter, of
     which a request chooses one; 0 for other methods. `vocab_size` is the number of its logits if it was
-    trained with resized embeddings, `tokenizer` identifies its tokens if they are not the base's.
+    trained with resized embeddings, `tokenizer` identifies its tokens and
+    `chat_template` its chat template, if they are not the base's.
     """
 
     revision: str
@@ -175,6 +176,7 @@ class AdapterSpec:
     num_tasks: int = 0
     vocab_size: int | None = None
     tokenizer: str = ""
+    chat_template: str = ""
     # By page size. It lives as long as the spec, so there is nothing to clean up.
     _num_slab_pages: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -193,6 +193,17 @@ class ServerConfig:
             default_text="the model's context",
         ),
     )
+    chat_template: Path | None = field(
+        default=None,
+        metadata=_about(
+            Group.MODEL,
+            "FILE",
+            "Chat template (Jinja) of the model, in place of the one that it has, if any. Adapters whose "
+            "folders have another one use that.",
+            _FILE,
+            default_text="the model's chat template",
+        ),
+    )
     adapters: Path | None = field(
         default=None,
         metadata=_about(

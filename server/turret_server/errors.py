@@ -7,6 +7,8 @@ TurretError
 ├── AuthUnavailableError      UNAVAILABLE          503  AUTH_UNAVAILABLE
 ├── PermissionDeniedError     PERMISSION_DENIED    403  PERMISSION_DENIED
 ├── PromptTooLongError        INVALID_ARGUMENT     400  PROMPT_TOO_LONG
+├── ChatTemplateError         INVALID_ARGUMENT     400  CHAT_TEMPLATE
+├── NoChatTemplateError       FAILED_PRECONDITION  422  NO_CHAT_TEMPLATE
 ├── PromptNotFoundError       NOT_FOUND            404  PROMPT_NOT_FOUND
 ├── AdapterTooLargeError      FAILED_PRECONDITION  422  ADAPTER_TOO_LARGE
 ├── RequestTooLargeError      FAILED_PRECONDITION  422  REQUEST_TOO_LARGE
@@ -96,6 +98,22 @@ class PromptTooLongError(TurretError):
     reason = "PROMPT_TOO_LONG"
     code = "INVALID_ARGUMENT"
     http_status = 400
+
+
+class ChatTemplateError(TurretError):
+    """The chat template refuses the chat, is wrong, or takes too much time or memory."""
+
+    reason = "CHAT_TEMPLATE"
+    code = "INVALID_ARGUMENT"
+    http_status = 400
+
+
+class NoChatTemplateError(TurretError):
+    """Neither the model nor an adapter of the request has a chat template."""
+
+    reason = "NO_CHAT_TEMPLATE"
+    code = "FAILED_PRECONDITION"
+    http_status = 422
 
 
 class PromptNotFoundError(TurretError):

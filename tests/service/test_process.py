@@ -17,7 +17,7 @@ from support.prompts import PROMPT, until
 from support.serving import TURRET, server_process
 from turret_client import AdapterState, Client, NotFoundError
 
-SERVICES = {"turret.v1.InferenceService", "turret.v1.AdapterService", "turret.v1.PromptService"}
+SERVICES = {f"turret.v1.{name}Service" for name in ("Inference", "Adapter", "Prompt", "Model")}
 
 
 @pytest.fixture(scope="module")

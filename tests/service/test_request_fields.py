@@ -23,6 +23,7 @@ from support.models import VOCAB_SIZE
 from support.serving import serving
 from turret.v1 import (
     adapters_pb2_grpc,
+    chat_pb2,
     inference_pb2,
     inference_pb2_grpc,
     prompts_pb2,
@@ -116,9 +117,16 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def door(base_of, adapter_of, quantised_cache) -> Iterator[Door]:
+def door(base_of, adapter_of, quantised_cache, tmp_path_factory) -> Iterator[Door]:
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
     config = ServerConfig(
-        model=str(base_of("llama")), dtype="float32", device="cpu", memory="8MiB", cache=quantised_cache
+        model=str(base_of("llama")),
+        chat_template=template,
+        dtype="float32",
+        device="cpu",
+        memory="8MiB",
+        cache=quantised_cache,
     )
     with serving(config) as served, grpc.insecure_channel(served.address) as channel:
         lifecycle, engine = served.parts.lifecycle, served.parts.engine
@@ -270,6 +278,7 @@ def test_every_field_reaches_the_engine(door, kind, field, monkeypatch):
     values = {
         "text": OTHER_TEXT,
         "token_ids": inference_pb2.TokenIds(ids=TOKENS[::-1]),
+        "chat": chat_pb2.Chat(messages=[chat_pb2.ChatMessage(role="user", content=[OTHER_TEXT])]),
         "adapters": [inference_pb2.AdapterRef(name="multitask", task=1)],
         "stop": [text[2:4] or "x"],
         "logit_bias": {5: 1.0},

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from support.prompts import LONG, PROMPT, until
 from support.serving import serving
-from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, prompts_pb2_grpc
+from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, prompts_pb2_grpc
 from turret_client import (
     AdapterState,
     Client,
@@ -99,6 +99,7 @@ METHODS = [
         "InferenceService": inference_pb2_grpc.InferenceServiceServicer,
         "AdapterService": adapters_pb2_grpc.AdapterServiceServicer,
         "PromptService": prompts_pb2_grpc.PromptServiceServicer,
+        "ModelService": model_pb2_grpc.ModelServiceServicer,
     }.items()
     for method in vars(servicer)
     if method[0].isupper()

@@ -36,7 +36,7 @@ from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
 from turret_adapters.formats.replaced import own_vocabulary
 from turret_adapters.formats.tensors import Entry, match_entries, read_header, read_tensor
-from turret_adapters.formats.tokenizer import check_rows, digest_of_tokens
+from turret_adapters.formats.tokenizer import check_rows, digest_of_template, digest_of_tokens
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
 from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
 
@@ -125,6 +125,7 @@ def _read_folder(
         num_tasks=len(content.tasks),
         vocab_size=vocab_size,
         tokenizer=digest_of_tokens(tokenizer),
+        chat_template=digest_of_template(tokenizer),
     )
     return _host_adapter(spec, content)
 

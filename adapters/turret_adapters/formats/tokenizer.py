@@ -361,11 +361,16 @@ def _differences(backend: Tokenizer) -> tuple[object, ...]:
     return pipeline.to_str(), {token_id: token.__getstate__() for token_id, token in tokens.items()}
 
 
-def _chat_template(folder: Path) -> str | None:
+def _chat_template(folder: Path) -> str | dict[str, str] | None:
+    """The chat template, or several by their names, as older versions of transformers write them."""
     if (folder / _TEMPLATE).exists():
         with open_inside(folder, _TEMPLATE, MAX_FILE_BYTES[_TEMPLATE]) as (file, size):
             return file.read(size).decode(errors="replace")
     template = _object(folder, _CONFIG).get("chat_template")
+    if isinstance(template, list):
+        named = [each for each in template if isinstance(each, dict)]
+        found = {str(each.get("name")): each.get("template") for each in named}
+        return {name: each for name, each in found.items() if isinstance(each, str)} or None
     return template if isinstance(template, str) else None
 
 
@@ -395,8 +400,27 @@ def digest_of_tokens(changes: bytes) -> str:
     Raises:
         AdapterFormatError: it is broken.
     """
-    tokens = _tokens_of(changes)
-    return hashlib.sha256(json.dumps(tokens, sort_keys=True).encode()).hexdigest() if tokens else ""
+    return _digest(changes, "tokens")
+
+
+def digest_of_template(changes: bytes) -> str:
+    """Identifies the chat template of what `BaseTokenizer.changes` returned; empty if it is the base's.
+
+    Raises:
+        AdapterFormatError: it is broken.
+    """
+    return _digest(changes, "chat_template")
+
+
+def chat_template_of(changes: bytes) -> str | dict[str, str] | None:
+    """The chat template of what `BaseTokenizer.changes` returned, or several by their names; None if it is
+    the base's.
+
+    Raises:
+        AdapterFormatError: it is broken.
+    """
+    found = parse_object(changes, TOKENIZER_NAME).get("chat_template") if changes else None
+    return found if isinstance(found, str | dict) else None
 
 
 def check_rows(changes: bytes, num_rows: int) -> None:
@@ -419,3 +443,8 @@ def check_rows(changes: bytes, num_rows: int) -> None:
 
 def _tokens_of(changes: bytes) -> dict[str, Any] | None:
     return parse_object(changes, TOKENIZER_NAME).get("tokens") if changes else None
+
+
+def _digest(changes: bytes, name: str) -> str:
+    found = parse_object(changes, TOKENIZER_NAME).get(name) if changes else None
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else ""

@@ -60,12 +60,15 @@ from turret_server.observability.vllm_metrics import VllmMetrics
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.inference import InferenceServicer
+from turret_server.rpc.model import ModelServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
 from turret_server.rpc.tls import credentials
+from turret_server.serving.chat_templates import ChatTemplates
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
+from turret_server.serving.model import Model, ModelService
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.structured import Grammars
@@ -92,6 +95,7 @@ class Parts:
     generation: GenerationService
     prompts: PromptService
     tokens: TokenService
+    model: ModelService
     administration: AdapterAdministration
     watches: AdapterWatches
     access: Access
@@ -145,8 +149,18 @@ def build(
     if routing:
         routing.register(metrics, administration.routed)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
+    chats = stack.enter_context(closing(_chat_templates(config, loaded, library)))
     generation, prompts, tokens = _make_services(
-        engine, registry, library, revisions, loaded, arena, lazy, UsageMetrics(metrics), request_log
+        engine,
+        registry,
+        library,
+        revisions,
+        loaded,
+        arena,
+        lazy,
+        UsageMetrics(metrics),
+        request_log,
+        chats,
     )
     _log_capacity(config, loaded, arena)
     release_cores()
@@ -161,6 +175,7 @@ def build(
         generation=generation,
         prompts=prompts,
         tokens=tokens,
+        model=ModelService(_about_model(config, loaded, chats)),
         administration=administration,
         watches=watches,
         access=access,
@@ -180,21 +195,26 @@ def _make_services(
     lazy: LazyAdapters | None,
     usage: UsageMetrics,
     request_log: RequestLog,
+    chats: ChatTemplates,
 ) -> tuple[GenerationService, PromptService, TokenService]:
-    """The services that submit jobs to the engine."""
+    """The services that prepare prompts."""
     model = ModelInfo(
         max_context=loaded.context.tokens,
         context_note=loaded.context.note,
         block_size=arena.block_size,
     )
     vocabulary = Vocabulary(
-        codec=TextCodec(loaded.tokenizer.live), size=loaded.vocab_size, stop_token_ids=loaded.stop_token_ids
+        codec=TextCodec(loaded.tokenizer.live),
+        size=loaded.vocab_size,
+        stop_token_ids=loaded.stop_token_ids,
+        special_tokens=loaded.tokenizer.live.special_tokens_map,
     )
     jobs = Jobs(
         engine=engine,
         registry=registry,
         revisions=revisions,
         vocabularies=Vocabularies(vocabulary, library.tokenizer),
+        chats=chats,
         model=model,
         usage=usage,
         lazy=lazy,
@@ -212,6 +232,36 @@ def _make_services(
     )
 
 
+def _chat_templates(config: ServerConfig, loaded: LoadedModel, library: AdapterLibrary) -> ChatTemplates:
+    """With the template of --chat-template instead of the model's.
+
+    Raises:
+        ConfigError: the file is not text.
+    """
+    live = loaded.tokenizer.live
+    if config.chat_template is None:
+        return ChatTemplates(live.chat_template, library.chat_template, live.response_template)
+    try:
+        template = config.chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat-template {config.chat_template}: expected a Jinja template; {error}"
+        ) from error
+    return ChatTemplates(template, library.chat_template)
+
+
+def _about_model(config: ServerConfig, loaded: LoadedModel, chats: ChatTemplates) -> Model:
+    is_folder = Path(config.model).is_dir()
+    return Model(
+        # No path: callers need not know this machine's folders.
+        name=Path(config.model).resolve().name if is_folder else config.model,
+        max_context=loaded.context.tokens,
+        vocab_size=loaded.vocab_size,
+        has_chat_template=bool(chats.base),
+        calls_tools=chats.calls_tools,
+    )
+
+
 def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer | None]:
     """The doors to the services: gRPC, and HTTP unless it is switched off."""
     calls, state, access = RunningCalls(), Health(), parts.access
@@ -222,6 +272,7 @@ def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer
         InferenceServicer(parts.generation),
         AdapterServicer(parts.administration),
         PromptServicer(parts.prompts),
+        ModelServicer(parts.model, parts.tokens),
         interceptors=[CallInterceptor(authenticator, calls)],
         calls=calls,
         state=state,

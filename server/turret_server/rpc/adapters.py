@@ -16,7 +16,7 @@ from turret_server.lifecycle.adapter_info import AdapterInfo, AdapterRevision, A
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.lifecycle.uploads import UploadChunk, UploadStart
 
-_METHODS = {
+METHODS = {
     Method.LORA: adapters_pb2.ADAPTER_METHOD_LORA,
     Method.PREFIX_TUNING: adapters_pb2.ADAPTER_METHOD_PREFIX_TUNING,
     Method.PROMPT_TUNING: adapters_pb2.ADAPTER_METHOD_PROMPT_TUNING,
@@ -148,7 +148,7 @@ def adapter_message(info: AdapterInfo) -> adapters_pb2.Adapter:
         history=map(_revision_message, info.history),
     )
     if info.method:
-        message.method = _METHODS[info.method]
+        message.method = METHODS[info.method]
     if info.split:
         message.traffic_split.revision = info.split.revision
         message.traffic_split.percent = info.split.percent

@@ -13,6 +13,8 @@ from google.protobuf.message import Message
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_server.doors.caller import caller
+from turret_server.rpc.chat import add_deltas, chat_of, delta_messages
+from turret_server.serving.chat import Chat
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import (
     AdapterRef,
@@ -58,6 +60,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 stop_string=first.stop_string,
                 stop_token_id=first.stop_token_id if first.HasField("stop_token_id") else None,
                 logprobs=first.logprobs,
+                reasoning=first.reasoning,
+                tool_calls=first.tool_calls,
                 choices=[choice for _, choice in sorted(choices.items())] if len(choices) > 1 else (),
             )
         )
@@ -77,13 +81,19 @@ def deadline_of(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
-def prompt_of(message: Any) -> str | list[int] | None:
-    """The prompt of a message with the oneof `prompt`."""
+def prompt_of(message: Any) -> str | list[int] | Chat | None:
+    """The prompt of a message with the oneof `prompt`.
+
+    Raises:
+        InvalidRequestError: a chat has invalid JSON.
+    """
     match message.WhichOneof("prompt"):
         case "text":
             return str(message.text)
         case "token_ids":
             return list(message.token_ids.ids)
+        case "chat":
+            return chat_of(message.chat)
         case _:
             return None
 
@@ -131,6 +141,8 @@ def _value(message: Message, name: str) -> Any:
 def _add(chunk: Chunk, choice: inference_pb2.Choice) -> None:
     """Add what is new to an answer."""
     choice.text += chunk.text
+    choice.reasoning += chunk.reasoning
+    add_deltas(chunk.tool_calls, choice.tool_calls)
     choice.token_ids.extend(chunk.token_ids)
     choice.logprobs.extend(map(_logprob, chunk.logprobs))
     if chunk.finish_reason:
@@ -143,6 +155,8 @@ def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
         text=chunk.text,
         token_ids=chunk.token_ids,
         revision=chunk.revision,
+        reasoning=chunk.reasoning,
+        tool_calls=delta_messages(chunk.tool_calls),
         index=chunk.index,
         logprobs=map(_logprob, chunk.logprobs),
         prompt_logprobs=map(_logprob, chunk.prompt_logprobs),

@@ -15,6 +15,8 @@ from turret.v1 import (
     adapters_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
@@ -58,6 +60,7 @@ _SERVICES = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     prompts_pb2.DESCRIPTOR.services_by_name["PromptService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
 
 
@@ -67,6 +70,7 @@ class RpcServer:
         inference: inference_pb2_grpc.InferenceServiceServicer,
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
         prompts: prompts_pb2_grpc.PromptServiceServicer,
+        model: model_pb2_grpc.ModelServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
         calls: RunningCalls,
         state: Health,
@@ -82,6 +86,7 @@ class RpcServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model, self._server)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection([*_SERVICES, health.SERVICE_NAME], self._server)

@@ -21,6 +21,8 @@ class TextCodec:
     """The base model's tokenizer, or an adapter's. Thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | OwnTokenizer) -> None:
+        self._source = tokenizer
+        self._showing: dict[str, TextCodec] = {}
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         # Checkpoints saved after a training often have both.
         self._tokenizer.no_truncation()
@@ -87,6 +89,28 @@ class TextCodec:
         this codec shows them.
         """
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+    def showing(self, marks: str) -> TextCodec:
+        """A codec that decodes special tokens as well whose texts `marks` contains; the same if none does."""
+        if marks not in self._showing:
+            shown = {text for text in self._special if text in marks}
+            self._showing[marks] = self._with_ordinary(shown) if shown else self
+        return self._showing[marks]
+
+    def _with_ordinary(self, shown: set[str]) -> TextCodec:
+        """With special tokens made ordinary ones; it shares the vocabulary."""
+        own = Tokenizer(self._tokenizer.model)
+        if self._tokenizer.decoder is not None:
+            own.decoder = self._tokenizer.decoder
+        added = sorted(self._tokenizer.get_added_tokens_decoder().items())
+        for _, token in added:
+            token.special = token.special and token.content not in shown
+        own.add_tokens([token for _, token in added])
+        assert all(own.token_to_id(token.content) == token_id for token_id, token in added), "no gaps"
+        source = self._source
+        return TextCodec(
+            OwnTokenizer(backend_tokenizer=own, bos_token=source.bos_token, eos_token=source.eos_token)
+        )
 
     def special_token_id(self, text: str) -> int | None:
         """The special token whose text this is."""

@@ -18,6 +18,7 @@ from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
 from turret_server.serving.structured import Grammars, check_stops, form_of
 from turret_server.serving.text import TextStream
+from turret_server.serving.tools import AnswerParser
 from turret_server.serving.validation import validate
 from turret_server.serving.vocabulary import Vocabulary
 from turret_server.tenancy.auth import Caller
@@ -46,6 +47,8 @@ class GenerationService:
 
         Raises:
             InvalidRequestError: a field is invalid.
+            ChatTemplateError: the chat template refuses the chat.
+            NoChatTemplateError: there is no chat template.
             PromptTooLongError: prompt and tokens to generate do not fit into the context.
             AdapterError: an adapter does not exist, or its use is invalid.
             QuotaExceededError: the tenant has used its quota.
@@ -131,8 +134,10 @@ class GenerationService:
         request_id: int,
         stop_token_ids: Container[int],
     ) -> _Answer:
-        codec = prepared.vocabulary.codec
-        shown = codec if request.skip_special_tokens else codec.with_special_tokens()
+        answers, codec = prepared.answers, prepared.vocabulary.codec
+        shown = codec.showing(answers.marks) if answers else codec
+        if not request.skip_special_tokens:
+            shown = codec.with_special_tokens()
         special_stops = _special_stops(request, codec)
         ends = {*request.stop_token_ids, *special_stops}
         return _Answer(
@@ -151,6 +156,7 @@ class GenerationService:
             shows_end=lambda token_id: (
                 request.include_stop and (token_id in ends or not request.skip_special_tokens)
             ),
+            parser=answers.parser() if answers else None,
             revision=prepared.lease.revision,
             stop_engine=partial(self._engine.cancel, request_id),
         )
@@ -160,7 +166,8 @@ class GenerationService:
 class _Answer:
     """Makes chunks of tokens as they come, not as the client reads them: a slow reader changes neither what
     is counted nor where a stop string ends the generation. `stop_token_ids` end it, `special_stops` are stop
-    strings by their token, `shows_end` says whether a special token that ended the answer is in its text.
+    strings by their token, `shows_end` says whether a special token that ended the answer is in its text, and
+    `parser` finds reasoning and calls of tools in the text.
     """
 
     index: int
@@ -172,6 +179,7 @@ class _Answer:
     shows_end: Callable[[int], bool]
     revision: str
     stop_engine: Callable[[], None]
+    parser: AnswerParser | None
     last_token: float | None = None
     is_whole: bool = False
 
@@ -199,7 +207,7 @@ class _Answer:
             stop_token_id = output.token_id
             stop_string = self.special_stops.get(stop_token_id)
         self.is_whole = reason is not None
-        return Chunk(
+        chunk = Chunk(
             text=piece,
             token_ids=(output.token_id,),
             revision=self.revision,
@@ -209,6 +217,20 @@ class _Answer:
             finish_reason=reason,
             stop_string=stop_string,
             stop_token_id=stop_token_id,
+        )
+        return self._parsed(chunk, self.parser) if self.parser else chunk
+
+    def _parsed(self, chunk: Chunk, parser: AnswerParser) -> Chunk:
+        found = parser.push(chunk.text, final=self.is_whole)
+        reason = chunk.finish_reason
+        if reason is FinishReason.STOP and parser.num_calls:
+            reason = FinishReason.TOOL_CALLS
+        return replace(
+            chunk,
+            text=found.text,
+            reasoning=found.reasoning,
+            tool_calls=found.tool_calls,
+            finish_reason=reason,
         )
 
     def _piece(self, token_id: int, reason: FinishReason | None) -> str:

@@ -27,9 +27,11 @@ from turret_server.lifecycle.threads import run_to_completion
 from turret_server.observability.request_log import RequestRecord
 from turret_server.observability.usage_metrics import UsageMetrics
 from turret_server.serving.chat import Chat
+from turret_server.serving.chat_templates import ChatTemplates
 from turret_server.serving.codec import PIECE_CHARACTERS
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import GenerationRequest, PinRequest
+from turret_server.serving.tools import AnswerFormat
 from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.access import check_use, errors_visible_to
 from turret_server.tenancy.auth import Caller
@@ -99,13 +101,14 @@ class Outputs(Generic[_Item]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A request whose adapters are leased and whose prompt is tokenised. `fields` are those of its job,
-    besides its sink.
+    besides its sink; `answers` says how the answers to a chat are read, if they are more than text.
     """
 
     caller: Caller
     lease: Lease
     vocabulary: Vocabulary
     fields: JobFields
+    answers: AnswerFormat | None = None
 
     @property
     def num_context(self) -> int:
@@ -124,6 +127,7 @@ class Jobs:
         registry: AdapterRegistry,
         revisions: Revisions,
         vocabularies: Vocabularies,
+        chats: ChatTemplates,
         model: ModelInfo,
         usage: UsageMetrics,
         lazy: LazyAdapters | None = None,
@@ -133,6 +137,7 @@ class Jobs:
         self._revisions = revisions
         self._lazy = lazy
         self._vocabularies = vocabularies
+        self._chats = chats
         self._model = model
         self._quotas = Quotas()
         self._usage = usage
@@ -154,6 +159,8 @@ class Jobs:
 
         Raises:
             InvalidRequestError: a token is not in the vocabulary.
+            ChatTemplateError: the chat template refuses the chat.
+            NoChatTemplateError: there is none.
             PromptTooLongError: the prompt does not fit into the context.
             AdapterError: an adapter does not exist, or its use is invalid.
         """
@@ -166,10 +173,14 @@ class Jobs:
         try:
             if named:
                 logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
-            vocabulary = await self._vocabularies.of([spec for _, spec in lease.pins])
-            token_ids = await self._tokenise(
-                request.prompt, vocabulary, add_special_tokens=request.add_special_tokens
-            )
+            specs = [spec for _, spec in lease.pins]
+            vocabulary = await self._vocabularies.of(specs)
+            prompt, adds_special_tokens, answers = request.prompt, request.add_special_tokens, None
+            if isinstance(prompt, Chat):
+                rendered = await self._chats.render(prompt, specs, vocabulary.special_tokens)
+                # The template has written those that belong there.
+                prompt, adds_special_tokens, answers = rendered.prompt, False, rendered.answers
+            token_ids = await self._tokenise(prompt, vocabulary, add_special_tokens=adds_special_tokens)
             fields = JobFields(
                 request_id=next(self._request_ids),
                 prompt_token_ids=token_ids,
@@ -179,7 +190,7 @@ class Jobs:
                 # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
                 cache_salt=f"{tenant.cache_domain}/{request.cache_salt}",
             )
-            yield Prepared(caller=caller, lease=lease, vocabulary=vocabulary, fields=fields)
+            yield Prepared(caller=caller, lease=lease, vocabulary=vocabulary, fields=fields, answers=answers)
         finally:
             self._registry.release(lease)
 
@@ -238,10 +249,9 @@ class Jobs:
         return await run_to_completion(acquire, undo=self._registry.release, executor=self._readers)
 
     async def _tokenise(
-        self, prompt: str | Sequence[int] | Chat | None, vocabulary: Vocabulary, *, add_special_tokens: bool
+        self, prompt: str | Sequence[int] | None, vocabulary: Vocabulary, *, add_special_tokens: bool
     ) -> tuple[int, ...]:
         assert prompt is not None, "validated"
-        assert not isinstance(prompt, Chat), "no door passes one on yet"
         if isinstance(prompt, str):
             # In a thread: a long text takes a while, and other streams go on meanwhile.
             encode = partial(

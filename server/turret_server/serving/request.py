@@ -41,7 +41,7 @@ class PinRequest:
     """A prompt to compute and to keep under `name`; the other fields are as in `GenerationRequest`."""
 
     name: str
-    prompt: str | Sequence[int] | None
+    prompt: str | Sequence[int] | Chat | None
     adapters: Sequence[AdapterRef] = ()
     cache_salt: str = ""
     add_special_tokens: bool = True

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from turret_adapters.registry import Named
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.revisions import check_revision
+from turret_server.serving.chat import Chat, Message, ToolChoice
 from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
 from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
 from turret_server.serving.structured import form_of
 from turret_server.tenancy.tenants import check_name
 
-_MAX_ADAPTERS = 8
+MAX_ADAPTERS = 8
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Variables of chat templates that the request has fields for.
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 
 
 def validate(request: GenerationRequest | PinRequest) -> list[Named]:
@@ -30,7 +37,9 @@ def validate(request: GenerationRequest | PinRequest) -> list[Named]:
     if isinstance(request, GenerationRequest):
         _check_together(request)
     if request.prompt is None:
-        raise InvalidRequestError("the request has no prompt; set text or token_ids", field="prompt")
+        raise InvalidRequestError("the request has no prompt; set text, token_ids or chat", field="prompt")
+    if isinstance(request.prompt, Chat):
+        check_chat(request.prompt)
     return check_adapters(request.adapters)
 
 
@@ -100,15 +109,71 @@ def _check_number(field: str, value: float, rule: FieldRule) -> None:
     raise InvalidRequestError(f"{field} is {allowed}; found {value}", field=field)
 
 
+def check_chat(chat: Chat) -> None:
+    """Check a chat before it is rendered.
+
+    Raises:
+        InvalidRequestError: there is no message, one has no role or no content, a tool is not described as a
+            function, or `tool_choice` or `template_arguments` ask for what is not possible.
+    """
+    if not 0 < len(chat.messages) <= MAX_MESSAGES:
+        raise InvalidRequestError(
+            f"messages has 1 to {MAX_MESSAGES} items; found {len(chat.messages)}", field="messages"
+        )
+    for number, message in enumerate(chat.messages):
+        _check_message(f"messages[{number}]", message)
+    if len(chat.tools) > MAX_TOOLS:
+        raise InvalidRequestError(
+            f"tools has at most {MAX_TOOLS} items; found {len(chat.tools)}", field="tools"
+        )
+    for number, tool in enumerate(chat.tools):
+        _check_tool(f"tools[{number}]", tool)
+    if chat.tool_choice is ToolChoice.REQUIRED or chat.tool_name:
+        raise InvalidRequestError(
+            "tool_choice is auto or none: this server does not force an answer to call a tool yet",
+            field="tool_choice",
+        )
+    if taken := _OWN_VARIABLES & chat.template_arguments.keys():
+        raise InvalidRequestError(
+            f"template_arguments has no {min(taken)!r}, which is a field of the request; set that",
+            field="template_arguments",
+        )
+
+
+def _check_message(name: str, message: Message) -> None:
+    if message.role not in _ROLES:
+        raise InvalidRequestError(
+            f"{name}.role is one of {', '.join(_ROLES)}; found {message.role[:80]!r}", field="messages"
+        )
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequestError(
+            f"{name}.tool_calls: only an assistant calls tools; found role {message.role!r}", field="messages"
+        )
+    if not (message.content or message.tool_calls):
+        raise InvalidRequestError(f"{name} has no content; give its text", field="messages")
+
+
+def _check_tool(name: str, tool: Mapping[str, Any]) -> None:
+    function = tool.get("function")
+    if tool.get("type") != "function" or not isinstance(function, Mapping):
+        raise InvalidRequestError(
+            f'{name} is {{"type": "function", "function": {{"name": ...}}}}; found another form',
+            field="tools",
+        )
+    called = function.get("name")
+    if not isinstance(called, str) or not called:
+        raise InvalidRequestError(f"{name}.function.name is a text; found none", field="tools")
+
+
 def check_adapters(adapters: Sequence[AdapterRef]) -> list[Named]:
     """Names, weights, tasks and revisions of a request's adapters, for the registry.
 
     Raises:
         InvalidRequestError: there are too many, one is named twice, or a name, revision or weight is invalid.
     """
-    if len(adapters) > _MAX_ADAPTERS:
+    if len(adapters) > MAX_ADAPTERS:
         raise InvalidRequestError(
-            f"a request names at most {_MAX_ADAPTERS} adapters; found {len(adapters)}", field="adapters"
+            f"a request names at most {MAX_ADAPTERS} adapters; found {len(adapters)}", field="adapters"
         )
     named = []
     for ref in adapters:

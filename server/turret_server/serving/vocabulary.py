@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_adapters.spec import AdapterSpec
@@ -18,11 +18,14 @@ _CACHED = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """Tokens and their texts. `size` is the number of logits; `stop_token_ids` end every answer."""
+    """Tokens and their texts. `size` is the number of logits; `stop_token_ids` end every answer.
+    `special_tokens` are texts of special tokens by the names by which chat templates know them.
+    """
 
     codec: TextCodec
     size: int
     stop_token_ids: frozenset[int]
+    special_tokens: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """Check that a prompt has tokens, all of the vocabulary.
@@ -93,4 +96,10 @@ class Vocabularies:
             self._base,
             codec=TextCodec(tokenizer),
             stop_token_ids=stops if end is None else stops | {end},
+            special_tokens=_renamed(self._base.special_tokens, tokenizer),
         )
+
+
+def _renamed(of_base: Mapping[str, str], own: OwnTokenizer) -> dict[str, str]:
+    named = {**of_base, "bos_token": own.bos_token, "eos_token": own.eos_token}
+    return {name: text for name, text in named.items() if text is not None}

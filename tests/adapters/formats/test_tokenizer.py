@@ -25,7 +25,9 @@ from turret_adapters.formats.tokenizer import (
     MAX_ADDED_TOKENS,
     MAX_TOKEN_CHARACTERS,
     BaseTokenizer,
+    chat_template_of,
     check_rows,
+    digest_of_template,
     digest_of_tokens,
 )
 
@@ -133,7 +135,21 @@ def test_a_chat_template_alone_is_kept_and_changes_no_tokens(base, folder):
     assert json.loads(changes) == {"tokens": None, "chat_template": "{{ messages }}"}
     assert digest_of_tokens(changes) == ""
     (folder / "chat_template.jinja").write_text("{{ tools }}")
-    assert json.loads(base.changes(folder))["chat_template"] == "{{ tools }}"
+    assert chat_template_of(base.changes(folder)) == "{{ tools }}"
+    assert digest_of_template(base.changes(folder)) != digest_of_template(changes)
+    assert (chat_template_of(b""), digest_of_template(b"")) == (None, "")
+
+
+def test_chat_templates_with_names_are_kept_by_their_names(base, folder):
+    named = [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool_use", "template": "{{ tools }}"},
+        {"name": "broken", "template": 1},
+        "nothing",
+    ]
+    edit(folder / "tokenizer_config.json", lambda config: config.update(chat_template=named))
+    found = chat_template_of(base.changes(folder))
+    assert found == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
 
 
 def test_a_digest_of_tokens_knows_no_template(base, folder):

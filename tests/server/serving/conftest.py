@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from turret_server.errors import TurretError
 from turret_server.observability.metrics import RequestMetrics
 from turret_server.observability.request_log import RequestLog
 from turret_server.observability.usage_metrics import UsageMetrics
+from turret_server.serving.chat_templates import ChatTemplates
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
@@ -31,11 +32,16 @@ from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import Chunk, GenerationRequest
 from turret_server.serving.structured import Grammars
+from turret_server.serving.tokens import TokenService
 from turret_server.serving.vocabulary import Vocabularies, Vocabulary
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.quotas import Quotas
 from turret_server.tenancy.tenants import Tenant
 
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 MODEL = ModelInfo(max_context=64, block_size=4)
 
 
@@ -134,6 +140,7 @@ class Services:
     jobs: Jobs
     generation: GenerationService
     prompts: PromptService
+    tokens: TokenService
     usage: UsageEntries
     metrics: CollectorRegistry
 
@@ -150,7 +157,7 @@ class Services:
 
 
 @pytest.fixture
-def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> Services:
+def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> Iterator[Services]:
     """With the LoRAs `poet` and `bard`, and the prefixes `first`, of two virtual tokens, and `second`."""
     engine, registry, metrics, usage = (
         ScriptedEngine(),
@@ -167,11 +174,13 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
     revisions = EarlierRevisions(registry)
     base = Vocabulary(codec=codec, size=VOCAB_SIZE, stop_token_ids=frozenset({1}))
     vocabularies = Vocabularies(base, own_tokenizer)
+    chats = ChatTemplates(TEMPLATE, lambda revision: {"default": f"{revision}: {TEMPLATE}"})
     jobs = Jobs(
         engine=engine,
         registry=registry,
         revisions=revisions,
         vocabularies=vocabularies,
+        chats=chats,
         model=MODEL,
         usage=UsageMetrics(metrics),
     )
@@ -181,7 +190,8 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
         engine=engine, jobs=jobs, model=MODEL, grammars=Grammars(base), request_log=log
     )
     prompts = PromptService(engine=engine, registry=registry, jobs=jobs, model=MODEL, request_log=log)
-    return Services(engine, registry, revisions, jobs, generation, prompts, usage, metrics)
+    yield Services(engine, registry, revisions, jobs, generation, prompts, TokenService(jobs), usage, metrics)
+    chats.close()
 
 
 @pytest.fixture

@@ -159,3 +159,23 @@ def test_special_tokens_are_shown_if_that_is_wanted():
     assert codec.decode(token_ids) == "fox"
     assert codec.is_open(1)
     assert not codec.with_special_tokens().is_open(1)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_marks_are_shown_among_hidden_special_tokens(kind):
+    tokenizer = make_tokenizer(kind)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[CALLS]", "[ARGS]"]})
+    tokenizer.add_tokens(["<tool>"])
+    codec = TextCodec(tokenizer)
+    token_ids = codec.encode("[CALLS]the fox<tool>[ARGS]the</s>", 64)
+    assert "[CALLS]" not in codec.decode(token_ids)
+    shown = codec.showing("x[CALLS] </s>")
+    with_marks = shown.decode(token_ids)
+    assert with_marks.startswith("[CALLS]")
+    assert with_marks.endswith("</s>")
+    assert "[ARGS]" not in with_marks
+    assert with_marks.replace("[CALLS]", "").replace("</s>", "").split() == codec.decode(token_ids).split()
+    assert not shown.is_open(tokenizer.convert_tokens_to_ids("[CALLS]"))
+    assert shown.is_open(tokenizer.convert_tokens_to_ids("[ARGS]"))
+    assert codec.showing("x[CALLS] </s>") is shown
+    assert codec.showing("nothing of it") is codec

@@ -20,6 +20,7 @@ from turret_server.errors import (
     PromptTooLongError,
     QuotaExceededError,
 )
+from turret_server.serving.chat import Chat, Message
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, TokenLogprob, Usage
 
@@ -449,3 +450,50 @@ async def test_a_form_that_is_refused_reaches_no_engine(services, admin, fields,
         await services.generate(replace(REQUEST, **fields), admin)
     assert refused.value.metadata["field"] == field
     assert not services.engine.jobs
+
+
+CHAT = Chat(messages=(Message(role="user", content=("the fox",)),))
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+async def test_a_chat_is_rendered_and_gets_no_second_beginning(services, admin, codec, monkeypatch):
+    job = await job_of(services, admin, replace(REQUEST, prompt=CHAT))
+    assert codec.decode(job.prompt_token_ids) == "[user]the fox[assistant]"
+    monkeypatch.setattr(services.jobs._chats, "base", "<s>{{ messages[0].content }}")
+    job = await job_of(services, admin, replace(REQUEST, prompt=CHAT))
+    assert job.prompt_token_ids[0] == 0
+    assert 0 not in job.prompt_token_ids[1:]
+
+
+async def test_calls_of_tools_are_no_text_and_are_why_an_answer_ended(services, admin, codec, monkeypatch):
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ tools }}<tool_call>")
+    answer = 'the <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    services.engine.answer([*codec.encode(answer, 64), 1], EngineFinishReason.STOP)
+    request = replace(REQUEST, prompt=replace(CHAT, tools=(TOOL,)))
+    chunks = await services.generate(request, admin)
+    assert "".join(chunk.text for chunk in chunks) == "the"
+    deltas = [delta for chunk in chunks for delta in chunk.tool_calls]
+    assert [delta.name for delta in deltas if delta.name] == ["f"]
+    assert "".join(delta.arguments for delta in deltas) == '{"a": 1}'
+    assert chunks[-1].finish_reason is FinishReason.TOOL_CALLS
+    assert chunks[-1].usage
+    # Without tools it is text.
+    plain = await services.generate(replace(request, prompt=CHAT), admin)
+    assert "".join(chunk.text for chunk in plain) == answer
+    assert plain[-1].finish_reason is FinishReason.STOP
+
+
+async def test_an_answer_that_is_cut_within_a_call_says_so(services, admin, codec, monkeypatch):
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ tools }}<tool_call>")
+    services.engine.answer(codec.encode('<tool_call>{"name": "f", "arguments": {"a"', 64))
+    chunks = await services.generate(replace(REQUEST, prompt=replace(CHAT, tools=(TOOL,))), admin)
+    assert "".join(delta.arguments for chunk in chunks for delta in chunk.tool_calls) == '{"a"'
+    assert chunks[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_reasoning_has_a_field_of_its_own(services, admin, codec, monkeypatch):
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ messages[0].content }}<think>\n")
+    services.engine.answer(codec.encode("the fox </think> the dog", 64))
+    chunks = await services.generate(replace(REQUEST, prompt=CHAT), admin)
+    assert "".join(chunk.reasoning for chunk in chunks) == "the fox"
+    assert "".join(chunk.text for chunk in chunks) == "the dog"

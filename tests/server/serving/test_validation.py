@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 import pytest
 
 from turret_server.errors import InvalidRequestError
+from turret_server.serving.chat import Chat, Message, ToolCall, ToolChoice
 from turret_server.serving.request import AdapterRef, GenerationRequest
 from turret_server.serving.request_fields import FIELDS, RequestFields
-from turret_server.serving.validation import check_adapters, check_fields
+from turret_server.serving.validation import check_adapters, check_chat, check_fields, validate
 
 REQUEST = GenerationRequest(prompt="Hello")
 
@@ -110,3 +111,57 @@ def test_adapters_that_cannot_be_named_so_are_refused(names, message):
 def test_two_tasks_of_one_adapter_are_two_adapters():
     assert len(check_adapters([AdapterRef(name="multi", task=0), AdapterRef(name="multi", task=1)])) == 2
     assert len(check_adapters([AdapterRef(name=f"a{number}") for number in range(8)])) == 8
+
+
+USER = Message(role="user", content=("Hello",))
+CALL = ToolCall(id="1", name="f", arguments="{}")
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        Chat(messages=(USER,) * 4096, tools=(TOOL,) * 128),
+        Chat(messages=(USER,), tools=(TOOL,), tool_choice=ToolChoice.NONE),
+        Chat(messages=(Message(role="assistant", tool_calls=(CALL,)), Message(role="tool", content=("",)))),
+        Chat(messages=(Message(role="developer", content=("a", "b")),), template_arguments={"documents": []}),
+    ],
+)
+def test_chats_that_can_be_rendered_are_valid(chat):
+    check_chat(chat)
+    validate(GenerationRequest(prompt=chat))
+
+
+@pytest.mark.parametrize(
+    ("chat", "field", "message"),
+    [
+        (Chat(messages=()), "messages", "messages has 1 to 4096 items; found 0"),
+        (Chat(messages=(USER,) * 4097), "messages", "found 4097"),
+        (
+            Chat(messages=(USER, Message(role="bot", content=("x",)))),
+            "messages",
+            "messages[1].role is one of system, developer, user, assistant, tool; found 'bot'",
+        ),
+        (Chat(messages=(Message(role="user"),)), "messages", "messages[0] has no content; give its text"),
+        (
+            Chat(messages=(Message(role="user", content=("x",), tool_calls=(CALL,)),)),
+            "messages",
+            "messages[0].tool_calls: only an assistant calls tools; found role 'user'",
+        ),
+        (Chat(messages=(USER,), tools=(TOOL,) * 129), "tools", "tools has at most 128 items; found 129"),
+        (Chat(messages=(USER,), tools=({"name": "f"},)), "tools", "tools[0] is"),
+        (Chat(messages=(USER,), tools=({**TOOL, "function": {}},)), "tools", "tools[0].function.name is"),
+        (Chat(messages=(USER,), tool_choice=ToolChoice.REQUIRED), "tool_choice", "auto or none"),
+        (Chat(messages=(USER,), tool_name="f"), "tool_choice", "auto or none"),
+        (
+            Chat(messages=(USER,), template_arguments={"tools": []}),
+            "template_arguments",
+            "template_arguments has no 'tools'",
+        ),
+    ],
+)
+def test_a_chat_that_cannot_be_rendered_is_refused_by_the_fields_name(chat, field, message):
+    with pytest.raises(InvalidRequestError) as refused:
+        validate(GenerationRequest(prompt=chat))
+    assert message in str(refused.value)
+    assert refused.value.metadata == {"field": field}
