@@ -70,6 +70,8 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        return st.dictionaries(*map(_value, field.message_type.fields), max_size=400)
     value = _value(field)
     if not field.is_repeated:
         return value

@@ -432,7 +432,7 @@ class Scheduler:
             logprob=result.logprobs.get(request.request_id),
             prompt_logprobs=tuple(sequence.prompt_logprobs),
         )
-        sequence.prompt_logprobs = []
+        sequence.prompt_logprobs.clear()
         if reason:
             self._end(sequence, output)
         elif not request.emit(output):

@@ -32,8 +32,9 @@ class Sequence:
     rows apply from position `active_from` on. `residents` are its adapters while it runs, `awaited` those
     that it last waited for. Of a tenant's sequences, the one with the lowest `order` is served first. The
     tenant was charged for the first `num_charged` tokens. `dequeued` is True once the job has left the queue
-    for the first time; a preempted sequence does not count as queued. `prompt_logprobs` are those of the
-    prompt's tokens so far, until the first token is emitted. `matcher` has accepted the generated tokens.
+    for the first time; a preempted sequence does not count as queued. `scores_prompt` is True while the
+    prompt must be computed for the log probabilities of its tokens, and `prompt_logprobs` are those so far,
+    until the first token is emitted. `matcher` has accepted the generated tokens.
     """
 
     job: Request | PromptPin
@@ -48,6 +49,7 @@ class Sequence:
     num_charged: int = 0
     num_preempted: int = 0
     dequeued: bool = False
+    scores_prompt: bool = False
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     matcher: Matcher | None = None
     _keys: list[bytes] = field(default_factory=list)
@@ -59,13 +61,14 @@ class Sequence:
         """The sequence of a job that arrived at this time of the engine's clock."""
         tokens = [VIRTUAL_TOKEN] * job.num_virtual_tokens + list(job.prompt_token_ids)
         starts = [_active_from(use.spec, tokens) for use in job.adapters]
-        adjustment = job.sampling.adjustment if isinstance(job, Request) else None
-        has_penalties = adjustment is not None and adjustment.has_penalties
+        sampling = job.sampling if isinstance(job, Request) else _PROBE
+        has_penalties = sampling.adjustment is not None and sampling.adjustment.has_penalties
         return cls(
             job=job,
             tokens=tokens,
             order=(arrival - HEAD_START_SECONDS * job.priority, job.request_id),
             active_from=max(starts, default=0),
+            scores_prompt=sampling.prompt_logprobs is not None,
             matcher=job.grammar.start() if isinstance(job, Request) and job.grammar else None,
             _history=array("q", job.prompt_token_ids) if has_penalties else None,
         )
@@ -93,15 +96,6 @@ class Sequence:
         return self.job.leader if isinstance(self.job, Request) else None
 
     @property
-    def sampling(self) -> SamplingParams:
-        return self.job.sampling if isinstance(self.job, Request) else _PROBE
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether all of its prompt must be computed, for the log probabilities of its tokens."""
-        return self.sampling.prompt_logprobs is not None and not self.num_generated
-
-    @property
     def num_remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
         return len(self.tokens) - self.num_computed
@@ -109,6 +103,7 @@ class Sequence:
     def append(self, token_id: int) -> None:
         """Add a generated token."""
         self.tokens.append(token_id)
+        self.scores_prompt = False
         if self._history is not None:
             self._history.append(token_id)
 
@@ -144,7 +139,8 @@ class Sequence:
 
     def step(self, num_tokens: int) -> SequenceStep:
         """The step that computes the next `num_tokens` tokens; a token is sampled after the last one."""
-        end, sampling = self.num_computed + num_tokens, self.sampling
+        end = self.num_computed + num_tokens
+        sampling = self.job.sampling if isinstance(self.job, Request) else _PROBE
         part = SequenceStep(
             sequence_id=self.job.request_id,
             token_ids=tuple(self.tokens[self.num_computed : end]),
