@@ -1,4 +1,4 @@
-"""Memory of a server that is sent six prompts of 4 MB at once.
+"""Memory of a server that is sent prompts of 4 MB: six at once, then hundreds by 24 clients.
 
     PYTHONPATH=tests python -m service.measure_long_prompts
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,9 @@ from support.serving import server_process
 from turret_client import Client, TurretError
 
 _NUM_PROMPTS = 6
+_NUM_CLIENTS, _NUM_MANY = 24, 144
+# What is freed is given back to the system a moment later.
+_SETTLE_SECONDS = 4.0
 # Just below the largest message.
 _NUM_CHARACTERS = (4 << 20) - 1024
 _MIB = 2**20
@@ -36,11 +40,15 @@ def main() -> None:
         with server_process(model, cache) as server:
             process = psutil.Process(server.process.pid)
             for what, text in texts.items():
-                _measure(what, text, server.address, process)
+                _measure(what, text, server.address, process, _NUM_PROMPTS, _NUM_PROMPTS)
+            for what, text in texts.items():
+                _measure(what, text, server.address, process, _NUM_CLIENTS, _NUM_MANY)
             server.stop()
 
 
-def _measure(what: str, text: str, address: str, process: psutil.Process) -> None:
+def _measure(
+    what: str, text: str, address: str, process: psutil.Process, num_clients: int, num_prompts: int
+) -> None:
     before = process.memory_info().rss
     most, ended = [before], threading.Event()
 
@@ -50,13 +58,15 @@ def _measure(what: str, text: str, address: str, process: psutil.Process) -> Non
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with ThreadPoolExecutor(_NUM_PROMPTS) as pool, Client(address) as client:
-        answers = {each.result() for each in [pool.submit(_send, client, text) for _ in range(_NUM_PROMPTS)]}
+    with ThreadPoolExecutor(num_clients) as pool, Client(address) as client:
+        answers = {each.result() for each in [pool.submit(_send, client, text) for _ in range(num_prompts)]}
+    time.sleep(_SETTLE_SECONDS)
     ended.set()
     watcher.join()
     after = process.memory_info().rss
     sys.stdout.write(
-        f"{what}: {before / _MIB:.0f} MiB before, {max(most) / _MIB:.0f} MiB at most, "
+        f"{num_prompts} of {what}, {num_clients} at once: {before / _MIB:.0f} MiB before, "
+        f"{max(most) / _MIB:.0f} MiB at most, "
         f"{after / _MIB:.0f} MiB after; {', '.join(answers)}\n"
     )
 

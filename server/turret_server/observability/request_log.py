@@ -174,6 +174,9 @@ class RequestLog:
                 _log(record, outcome)
             if self._on_end:
                 self._on_end(record)
+            # Both lead back to this record, the job by its sink and the error by the frames that it passed. A
+            # cycle is freed late, and a request may have megabytes.
+            record.job = record.error = None
 
     async def finish(self, record: RequestRecord, reason: str) -> None:
         """Record how the request ended; after that its client may get the end of the answer.

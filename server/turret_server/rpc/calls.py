@@ -11,8 +11,10 @@ from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import Message
 
 from turret_server.doors.caller import REQUEST_ID, CallAuthentication, bind_request_id
+from turret_server.doors.freed_memory import freed_memory
 from turret_server.doors.running import RunningCalls
 from turret_server.errors import TooManyCallsError
 from turret_server.rpc.errors import end_with
@@ -56,6 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         method, reader = _method(handler), _reader(handler)
 
         async def answer(requests: _Requests, context: _Context) -> None:
+            request = None
             try:
                 request_id = _bind_id(context)
                 with self._running.counted():
@@ -72,6 +75,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                             await context.write(response)
             except Exception as error:  # noqa: BLE001 (the edge: every error becomes a status)
                 end_with(context, error)
+            finally:
+                freed_memory.ended(request.ByteSize() if isinstance(request, Message) else 0)
 
         return answer
 

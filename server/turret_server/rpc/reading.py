@@ -14,6 +14,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from turret_server.doors.freed_memory import freed_memory
 from turret_server.doors.limits import READ_SECONDS
 from turret_server.errors import DeadlineError, InvalidRequestError
 
@@ -50,6 +51,7 @@ class RequestReader:
         """
         async for data in requests:
             yield self._parse(data)
+            freed_memory.ended(len(data))
 
     def _parse(self, data: bytes) -> Any:
         if self.max_bytes is not None and len(data) > self.max_bytes:

@@ -86,7 +86,8 @@ class Outputs(Generic[_Item]):
         try:
             item: _Item | Exception | None = receive(output, emitted)
         except Exception as error:  # noqa: BLE001 -- the reader gets it
-            item = error
+            # Its traceback would refer to the frame that refers to it: a cycle keeps a request for long.
+            item = error.with_traceback(None)
         if item is not None:
             self._queue.put_nowait(item)
 
@@ -94,7 +95,10 @@ class Outputs(Generic[_Item]):
         """The next item; raises what `receive` has raised instead of one."""
         item = await self._queue.get()
         if isinstance(item, Exception):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # see `_arrive`
         return item
 
 

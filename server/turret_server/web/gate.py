@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret_server.doors.caller import REQUEST_ID, CallAuthentication, bind_request_id
+from turret_server.doors.freed_memory import freed_memory
 from turret_server.doors.limits import MAX_MESSAGE_BYTES, READ_SECONDS
 from turret_server.doors.running import RunningCalls
 from turret_server.errors import BodyTooLargeError, DeadlineError, PermissionDeniedError
@@ -72,8 +73,11 @@ class Gate:
                     await self._app(scope, receive, answer.send)
                     return
                 body = await _read(metadata, receive)
-                async with _ended_with_its_client(receive, answer):
-                    await self._app(scope, _replay(body), answer.send)
+                try:
+                    async with _ended_with_its_client(receive, answer):
+                        await self._app(scope, _replay(body), answer.send)
+                finally:
+                    freed_memory.ended(len(body))
         except (ClientGoneError, ClientDisconnect):
             return
         except Exception as error:  # noqa: BLE001 (the edge: every error becomes a status)

@@ -6,6 +6,7 @@ import logging
 import time
 from concurrent.futures import Future
 from contextlib import closing
+from copy import copy
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -69,7 +70,7 @@ def written(path):
 
 @pytest.fixture
 def request_log(metrics, usage, ended):
-    return RequestLog(metrics, usage, ended.append)
+    return RequestLog(metrics, usage, lambda record: ended.append(copy(record)))
 
 
 def job():
@@ -107,7 +108,8 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
         "generated_tokens": 2,
         "finish_reason": "length",
     }
-    assert ended == [record]
+    assert [each.finish_reason for each in ended] == [record.finish_reason]
+    assert record.job is None
     assert written() == written()[:1]
     assert value("turret_requests_total", outcome="ok") == 1
     assert value("turret_prompt_tokens_total") == 3
@@ -163,14 +165,12 @@ async def test_a_request_that_the_engine_never_had_uses_nothing(request_log, wri
     ],
 )
 async def test_an_error_is_the_end_and_what_is_ours_is_an_error_of_the_log(
-    request_log, written, value, caplog, error, reason, level
+    request_log, written, ended, value, caplog, error, reason, level
 ):
     caplog.set_level(logging.INFO)
-    records = []
 
     async def fail():
         async with request_log.follow(CALLER) as record:
-            records.append(record)
             record.begin(job(), PINS)
             raise error
 
@@ -178,7 +178,7 @@ async def test_an_error_is_the_end_and_what_is_ours_is_an_error_of_the_log(
         await fail()
     assert [line["finish_reason"] for line in written()] == [reason]
     assert value("turret_requests_total", outcome=reason) == 1
-    assert records[0].error is error
+    assert ended[0].error is error
     [logged] = lines(caplog)
     assert (logged.levelno, logged.getMessage()) == (level, f"request failed: {error}")
 
@@ -323,7 +323,7 @@ class BrokenUsageLog:
 
 
 async def test_a_request_whose_line_cannot_be_written_fails_at_its_end(metrics, ended, value):
-    log = RequestLog(metrics, BrokenUsageLog(), ended.append)
+    log = RequestLog(metrics, BrokenUsageLog(), lambda record: ended.append(copy(record)))
 
     async def serve():
         async with log.follow(CALLER) as record:
@@ -338,7 +338,10 @@ async def test_a_request_whose_line_cannot_be_written_fails_at_its_end(metrics, 
 
 
 async def test_a_cancelled_task_whose_line_cannot_be_written_is_cancelled(metrics, ended, value):
-    log, begun = RequestLog(metrics, BrokenUsageLog(), ended.append), asyncio.Event()
+    log, begun = (
+        RequestLog(metrics, BrokenUsageLog(), lambda record: ended.append(copy(record))),
+        asyncio.Event(),
+    )
 
     async def serve():
         async with log.follow(CALLER) as record:

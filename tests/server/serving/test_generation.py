@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -497,3 +499,50 @@ async def test_reasoning_has_a_field_of_its_own(services, admin, codec, monkeypa
     chunks = await services.generate(replace(REQUEST, prompt=CHAT), admin)
     assert "".join(chunk.reasoning for chunk in chunks) == "the fox"
     assert "".join(chunk.text for chunk in chunks) == "the dog"
+
+
+class Text(str):
+    """A text to which weak references are possible."""
+
+    __slots__ = ("__weakref__",)
+
+
+@pytest.fixture
+def without_gc():
+    """Only what nothing refers to is freed."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("end", ["done", "refused", "failed", "closed"])
+async def test_a_request_is_freed_when_it_ends(services, admin, end):
+    """It may have megabytes, which garbage collection would free much later."""
+    text = Text("the quick fox " * (1 if end != "refused" else 10_000))
+    alive, request = weakref.ref(text), GenerationRequest(prompt=text)
+    del text
+    if end == "failed":
+        services.engine.outputs = [
+            Output(error=OutOfMemoryError("no memory"), finish_reason=EngineFinishReason.FAILED)
+        ]
+    elif end == "done":
+        services.engine.answer([9])
+    if end == "closed":
+        chunks = services.generation.generate(request, admin)
+        waiting = asyncio.create_task(anext(chunks))
+        await arrived()
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+        del chunks, waiting
+    else:
+        with suppress(PromptTooLongError, OutOfMemoryError):
+            await services.generate(request, admin)
+    services.engine.jobs.clear()
+    services.engine.arrivals = asyncio.Queue()
+    services.engine.outputs.clear()
+    del request
+    await asyncio.sleep(0)
+    assert alive() is None
