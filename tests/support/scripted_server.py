@@ -17,6 +17,8 @@ from turret.v1 import (
     adapters_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
@@ -65,6 +67,17 @@ BROKEN = adapters_pb2.Adapter(
     name="broken", state=adapters_pb2.ADAPTER_STATE_FAILED, error="adapter_config.json is not JSON"
 )
 
+MODEL = model_pb2.Model(
+    name="tiny",
+    max_context=64,
+    vocab_size=320,
+    has_chat_template=True,
+    calls_tools=True,
+    adapter_methods=[adapters_pb2.ADAPTER_METHOD_LORA, adapters_pb2.ADAPTER_METHOD_VERA],
+    limits=model_pb2.Limits(
+        max_adapters=8, max_messages=9, max_tools=10, max_queued_requests=11, max_queued_tokens=12
+    ),
+)
 RULES = prompts_pb2.PinnedPrompt(name="rules", revision="r1", prompt_tokens=40)
 
 
@@ -94,6 +107,7 @@ class ScriptedServer(
     inference_pb2_grpc.InferenceServiceServicer,
     adapters_pb2_grpc.AdapterServiceServicer,
     prompts_pb2_grpc.PromptServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
 ):
     """Returns the constants above.
 
@@ -136,6 +150,7 @@ class ScriptedServer(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(self, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Self:
@@ -157,6 +172,18 @@ class ScriptedServer(
             yield self.chunks[0]
         self._hold_or_fail(context)
         yield from self.chunks[1:]
+
+    def GetModel(self, request, context):
+        self._begin(request, context)
+        return model_pb2.GetModelResponse(model=MODEL)
+
+    def Tokenize(self, request, context):
+        self._begin(request, context)
+        return model_pb2.TokenizeResponse(token_ids=[5, 6], text="<s>ab")
+
+    def Detokenize(self, request, context):
+        self._begin(request, context)
+        return model_pb2.DetokenizeResponse(text="<s>ab")
 
     def LoadAdapter(self, request, context):
         self._begin(request, context)

@@ -151,7 +151,7 @@ class PromptCommand(click.Command):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
 
-def _adapter_ref(value: str) -> AdapterRef:
+def adapter_ref(value: str) -> AdapterRef:
     """From NAME, NAME#TASK, NAME=WEIGHT or NAME#TASK=WEIGHT, where NAME may have a revision."""
     named, has_weight, weight = value.partition("=")
     name, has_task, task = named.partition("#")
@@ -166,7 +166,7 @@ def _adapter_ref(value: str) -> AdapterRef:
 adapter_option = click.option(
     "--adapter",
     multiple=True,
-    callback=lambda _ctx, _param, values: [_adapter_ref(value) for value in values],
+    callback=lambda _ctx, _param, values: [adapter_ref(value) for value in values],
     metavar="NAME[@REVISION][#TASK][=WEIGHT]",
     help="Adapter to use; repeat it to compose several. Without it: the base model.",
 )

@@ -11,6 +11,7 @@ import click
 from turret_cli import INTERRUPTED
 from turret_cli.adapters import adapters
 from turret_cli.bench import bench
+from turret_cli.chat import chat
 from turret_cli.common import FailureError, WrongUsageError
 from turret_cli.convert import convert
 from turret_cli.generate import generate
@@ -54,6 +55,7 @@ class _Commands(click.Group):
     epilog="""\b
 Examples:
   turret serve --model HuggingFaceTB/SmolLM2-135M --adapters ./adapters
+  turret chat --adapter pirate
   turret generate --adapter pirate "Where is the treasure?"
   turret adapters list
 \b
@@ -64,11 +66,11 @@ Exit status: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C.
 def main() -> None:
     """One frozen 4-bit base model, thousands of hot-swappable peft adapters.
 
-    `turret serve` runs a server; `generate`, `adapters`, `prompts` and `bench` talk to a running one.
+    `turret serve` runs a server; `chat`, `generate`, `adapters`, `prompts` and `bench` talk to a running one.
     """
 
 
-for command in (serve, generate, adapters, prompts, bench, tenants):
+for command in (serve, chat, generate, adapters, prompts, bench, tenants):
     main.add_command(command)
 for command in (validate, convert):
     adapters.add_command(command)

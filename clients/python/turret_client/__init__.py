@@ -12,6 +12,7 @@
 
 from turret_client._async import AsyncClient
 from turret_client._channel import DEFAULT_ADDRESS, ConnectionOptions
+from turret_client._chat import ChatMessages, ChatOptions
 from turret_client._options import AdapterRef, GenerationOptions
 from turret_client._results import (
     Adapter,
@@ -23,8 +24,12 @@ from turret_client._results import (
     Download,
     FinishReason,
     Generation,
+    Limits,
+    Model,
     PinnedPrompt,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TrafficSplit,
     Usage,
 )
@@ -52,6 +57,8 @@ __all__ = [
     "AdapterState",
     "AsyncClient",
     "CancelledError",
+    "ChatMessages",
+    "ChatOptions",
     "Choice",
     "Chunk",
     "Client",
@@ -64,11 +71,15 @@ __all__ = [
     "GenerationOptions",
     "InternalError",
     "InvalidArgumentError",
+    "Limits",
+    "Model",
     "NotFoundError",
     "PermissionDeniedError",
     "PinnedPrompt",
     "ResourceExhaustedError",
     "TokenLogprob",
+    "ToolCall",
+    "ToolCallDelta",
     "TrafficSplit",
     "TurretError",
     "UnauthenticatedError",

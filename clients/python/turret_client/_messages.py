@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret.v1 import adapters_pb2, chat_pb2, inference_pb2, model_pb2, prompts_pb2
 from turret_client._options import AdapterRef, GenerationOptions
 from turret_client._results import (
     Adapter,
@@ -21,8 +21,12 @@ from turret_client._results import (
     Download,
     FinishReason,
     Generation,
+    Limits,
+    Model,
     PinnedPrompt,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     TrafficSplit,
     Usage,
 )
@@ -48,6 +52,7 @@ _TYPES = {
 _FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: FinishReason.STOP,
     inference_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    inference_pb2.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 _STATES = {
     adapters_pb2.ADAPTER_STATE_STAGED: AdapterState.STAGED,
@@ -117,9 +122,9 @@ def _shown(value: object) -> str:
 
 
 def generate_request(
-    prompt: str | Sequence[int], *, adapter: AdapterArgument = None, **options: Any
+    prompt: str | Sequence[int] | chat_pb2.Chat, *, adapter: AdapterArgument = None, **options: Any
 ) -> inference_pb2.GenerateRequest:
-    """The request for a prompt with the other `GenerationOptions`; None leaves a field unset.
+    """The request for a prompt or a chat with the other `GenerationOptions`; None leaves a field unset.
 
     Raises:
         TypeError: An option does not exist.
@@ -131,8 +136,25 @@ def generate_request(
             raise TypeError(f"unknown option {name!r}; the options are {known}")
     request = message_of(inference_pb2.GenerateRequest, **options)
     request.adapters.extend(_adapter_refs(adapter))
-    _set_prompt(request, prompt)
+    if isinstance(prompt, chat_pb2.Chat):
+        request.chat.CopyFrom(prompt)
+    else:
+        _set_prompt(request, prompt)
     return request
+
+
+def tokenize_request(
+    prompt: str | chat_pb2.Chat, *, adapter: AdapterArgument, add_special_tokens: bool | None
+) -> model_pb2.TokenizeRequest:
+    refs = _adapter_refs(adapter)
+    options: dict[str, Any] = {"chat": prompt} if isinstance(prompt, chat_pb2.Chat) else {"text": prompt}
+    return message_of(
+        model_pb2.TokenizeRequest, adapters=refs, add_special_tokens=add_special_tokens, **options
+    )
+
+
+def detokenize_request(token_ids: Sequence[int], *, adapter: AdapterArgument) -> model_pb2.DetokenizeRequest:
+    return message_of(model_pb2.DetokenizeRequest, token_ids=token_ids, adapters=_adapter_refs(adapter))
 
 
 def pin_request(
@@ -187,6 +209,8 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         choices=tuple(map(_choice_from, response.choices)),
         logprobs=_logprobs_from(response.logprobs),
         prompt_logprobs=_logprobs_from(response.prompt_logprobs),
+        reasoning=response.reasoning,
+        tool_calls=_calls_from(response.tool_calls),
         **_stop_from(response),
     )
 
@@ -198,8 +222,14 @@ def _choice_from(message: inference_pb2.Choice) -> Choice:
         token_ids=tuple(message.token_ids),
         finish_reason=_FINISH_REASONS.get(message.finish_reason, FinishReason.UNSPECIFIED),
         logprobs=_logprobs_from(message.logprobs),
+        reasoning=message.reasoning,
+        tool_calls=_calls_from(message.tool_calls),
         **_stop_from(message),
     )
+
+
+def _calls_from(messages: Iterable[chat_pb2.ToolCall]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(id=each.id, name=each.name, arguments=each.arguments) for each in messages)
 
 
 def _logprobs_from(messages: Iterable[inference_pb2.TokenLogprob]) -> tuple[TokenLogprob, ...]:
@@ -230,6 +260,11 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
         index=response.index,
         logprobs=_logprobs_from(response.logprobs),
         prompt_logprobs=_logprobs_from(response.prompt_logprobs),
+        reasoning=response.reasoning,
+        tool_calls=tuple(
+            ToolCallDelta(index=each.index, id=each.id, name=each.name, arguments=each.arguments)
+            for each in response.tool_calls
+        ),
         **_stop_from(response),
     )
 
@@ -286,6 +321,28 @@ def _revision_from(message: adapters_pb2.AdapterRevision) -> AdapterRevision:
 
 def pinned_prompt_from(message: prompts_pb2.PinnedPrompt) -> PinnedPrompt:
     return PinnedPrompt(name=message.name, revision=message.revision, prompt_tokens=message.prompt_tokens)
+
+
+def model_from(message: model_pb2.Model) -> Model:
+    limits = message.limits
+    return Model(
+        name=message.name,
+        max_context=message.max_context,
+        vocab_size=message.vocab_size,
+        has_chat_template=message.has_chat_template,
+        calls_tools=message.calls_tools,
+        adapter_methods=tuple(
+            _METHODS.get(method, AdapterMethod.UNSPECIFIED) for method in message.adapter_methods
+        ),
+        limits=Limits(
+            max_adapters=limits.max_adapters,
+            max_messages=limits.max_messages,
+            max_tools=limits.max_tools,
+            max_queued_requests=limits.max_queued_requests,
+            max_queued_tokens=limits.max_queued_tokens,
+            max_pinned_tokens=(limits.max_pinned_tokens if limits.HasField("max_pinned_tokens") else None),
+        ),
+    )
 
 
 def _usage_from(message: inference_pb2.Usage) -> Usage:

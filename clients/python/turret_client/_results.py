@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class FinishReason(StrEnum):
@@ -15,6 +16,8 @@ class FinishReason(StrEnum):
     """An end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """`max_tokens` was reached."""
+    TOOL_CALLS = "tool_calls"
+    """As STOP, and the answer calls tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,29 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function. `arguments` is JSON as the model wrote it, which need not be valid."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """What is new of the call number `index` of an answer, from 0.
+
+    `id` and `name` come with the first delta of a call and are empty in the others; the `arguments` of all
+    make those of the call.
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One answer of a generation with `n` above 1; the attributes are those of `Generation`."""
 
@@ -66,6 +92,8 @@ class Choice:
     stop_string: str | None = None
     stop_token_id: int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +106,9 @@ class Generation:
     With `n` above 1, `choices` are all answers, and the other attributes are those of the first. If the
     request asks for them, `logprobs` has one item for each token, `prompt_logprobs` one for each token of the
     prompt but the first.
+
+    Of a chat, `reasoning` is what precedes the answer, and `tool_calls` are the calls of its tools; neither
+    is part of `text`.
     """
 
     text: str
@@ -90,6 +121,18 @@ class Generation:
     choices: tuple[Choice, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as the next message of its chat."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        found = {"role": "assistant", "content": self.text, "reasoning": self.reasoning, "tool_calls": calls}
+        return {name: value for name, value in found.items() if value or (name == "content" and not calls)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +141,8 @@ class Chunk:
 
     `finish_reason` is set in the last chunk of each answer only, and so is what ended it, see `Generation`;
     `usage` in the last chunk of all. With `n` above 1, chunks of all answers come in turns; `index` says of
-    which one, from 0. `prompt_logprobs` are in the first chunk.
+    which one, from 0. `prompt_logprobs` are in the first chunk. Of a chat, `reasoning` and `tool_calls` have
+    what is new of them.
     """
 
     text: str
@@ -111,6 +155,8 @@ class Chunk:
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 class AdapterState(StrEnum):
@@ -242,3 +288,47 @@ class PinnedPrompt:
     name: str
     revision: str
     prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest requests that the tenant may send.
+
+    Attributes:
+        max_adapters: Adapters of a request.
+        max_messages: Messages of a chat.
+        max_tools: Tools of a chat.
+        max_queued_requests: Requests that wait at once.
+        max_queued_tokens: Tokens, of prompts and to generate, of the requests that wait.
+        max_pinned_tokens: Tokens of pinned prompts; None without a limit.
+    """
+
+    max_adapters: int
+    max_messages: int
+    max_tools: int
+    max_queued_requests: int
+    max_queued_tokens: int
+    max_pinned_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The base model of a server.
+
+    Attributes:
+        name: The id on the Hub, or the name of the folder.
+        max_context: Maximum tokens of a prompt and its answer.
+        vocab_size: Number of logits.
+        has_chat_template: Whether chats without an adapter have a chat template.
+        calls_tools: Whether calls of tools in the answers to such chats are found.
+        adapter_methods: The kinds of adapter that are served.
+        limits: The largest requests that the tenant may send.
+    """
+
+    name: str
+    max_context: int
+    vocab_size: int
+    has_chat_template: bool
+    calls_tools: bool
+    adapter_methods: tuple[AdapterMethod, ...]
+    limits: Limits

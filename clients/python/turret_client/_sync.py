@@ -12,19 +12,25 @@ from turret.v1 import (
     adapters_pb2,
     adapters_pb2_grpc,
     inference_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
 from turret_client._channel import CHANNEL_OPTIONS, DEFAULT_ADDRESS, connection
+from turret_client._chat import chat_of, chat_request
 from turret_client._messages import (
     adapter_from,
     chunk_from,
+    detokenize_request,
     download_from,
     generate_request,
     generation_from,
     message_of,
+    model_from,
     pin_request,
     pinned_prompt_from,
+    tokenize_request,
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder, num_bytes
@@ -35,8 +41,9 @@ if TYPE_CHECKING:
 
     from turret.v1 import inference_pb2
     from turret_client._channel import ConnectionOptions
+    from turret_client._chat import ChatGenerationOptions, ChatMessages, ChatOptions
     from turret_client._options import AdapterArgument, GenerationOptions
-    from turret_client._results import Adapter, Chunk, Download, Generation, PinnedPrompt
+    from turret_client._results import Adapter, Chunk, Download, Generation, Model, PinnedPrompt
 
 _PAGE_SIZE = 1000  # the largest that servers allow
 _Request = TypeVar("_Request")
@@ -77,6 +84,7 @@ class Client:
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._prompts = prompts_pb2_grpc.PromptServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +137,98 @@ class Client:
         """
         request = generate_request(prompt, **options)
         return self._chunks(request, timeout)
+
+    def chat(
+        self,
+        messages: ChatMessages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ChatGenerationOptions],
+    ) -> Generation:
+        """Returns the answer to a chat when it has finished; `Generation.message` is the next message.
+
+        The chat template of the model makes the prompt, or that of the first adapter that has its own.
+
+        Args:
+            messages: In OpenAI's form: mappings with `role` ("system", "developer", "user", "assistant" or
+                "tool") and `content` (a text, or a list of text parts); those of assistants may have
+                `tool_calls` and `reasoning`, those of tools have `tool_call_id`; all may have `name`.
+            timeout: Deadline of the call in seconds; None is none.
+            **options: Those of a chat, see `ChatOptions`, and of a generation, see `GenerationOptions`.
+
+        Raises:
+            InvalidArgumentError: A field is invalid, the chat template refuses the messages, or prompt and
+                answer exceed the context.
+            NotFoundError: The adapter does not exist.
+            FailedPreconditionError: There is no chat template, or the request and its adapters do not fit
+                into the server's memory.
+            ResourceExhaustedError: The tenant's queue is full or a quota is used up; see `retry_after`.
+            DeadlineExceededError: `timeout` passed.
+        """
+        request = chat_request(messages, options)
+        return generation_from(self._answer(self._inference.Generate, request, timeout=timeout))
+
+    def stream_chat(
+        self,
+        messages: ChatMessages,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ChatGenerationOptions],
+    ) -> Generator[Chunk]:
+        """Yields the answer to a chat in chunks as they arrive.
+
+        The call and its `timeout` start with the first chunk that is read.
+        Leaving the loop early, or closing the generator, cancels the call.
+
+        Arguments and errors are those of `chat`; the iteration raises the errors.
+        """
+        return self._chunks(chat_request(messages, options), timeout)
+
+    def model(self) -> Model:
+        """Returns what the server serves, and the limits of the tenant's requests."""
+        response = self._answer(self._model.GetModel, model_pb2.GetModelRequest())
+        return model_from(response.model)
+
+    def tokenize(
+        self,
+        prompt: str | ChatMessages,
+        *,
+        adapter: AdapterArgument = None,
+        add_special_tokens: bool | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> tuple[int, ...]:
+        """Returns the tokens of a prompt, as a generation has them.
+
+        Args:
+            prompt: Text, or the messages of a chat as in `chat`.
+            adapter: As in `generate`: an adapter may have tokens and a chat template of its own.
+            add_special_tokens: As in `generate`; for text only.
+            **options: For chats, see `ChatOptions`.
+
+        Raises:
+            InvalidArgumentError: A field is invalid, the chat template refuses the messages, or the prompt
+                exceeds the context.
+            NotFoundError: The adapter does not exist.
+            FailedPreconditionError: There is no chat template.
+        """
+        text = prompt if isinstance(prompt, str) else chat_of(prompt, **options)
+        request = tokenize_request(text, adapter=adapter, add_special_tokens=add_special_tokens)
+        response = self._answer(self._model.Tokenize, request)
+        return tuple(response.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, adapter: AdapterArgument = None) -> str:
+        """Returns the text of tokens, with special tokens.
+
+        Args:
+            token_ids: The tokens.
+            adapter: As in `generate`: an adapter may have tokens of its own.
+
+        Raises:
+            InvalidArgumentError: There are none, more than the context has, or one is not in the vocabulary.
+            NotFoundError: The adapter does not exist.
+        """
+        request = detokenize_request(token_ids, adapter=adapter)
+        return (self._answer(self._model.Detokenize, request)).text
 
     def load_adapter(self, name: str, path: str) -> Adapter:
         """Serves the peft adapter at `path` under `name`.

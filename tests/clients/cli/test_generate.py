@@ -54,6 +54,8 @@ def test_generate_no_stream_json_is_one_object(turret):
         "choices": [],
         "logprobs": [],
         "prompt_logprobs": [],
+        "reasoning": "",
+        "tool_calls": [],
     }
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-STREAMS = {"stream", "watch_adapters"}
+STREAMS = {"stream", "stream_chat", "watch_adapters"}
 
 
 def call_client(address: str, method: str, *args: object, **options: object) -> Any:

@@ -208,7 +208,12 @@ def test_none_leaves_every_option_unset(call, server, method):
 
 def test_the_options_are_the_fields_of_the_protocol():
     fields = {field.name for field in inference_pb2.GenerateRequest.DESCRIPTOR.fields}
-    assert set(GenerationOptions.__annotations__) - {"adapter"} == fields - {"text", "token_ids", "adapters"}
+    assert set(GenerationOptions.__annotations__) - {"adapter"} == fields - {
+        "text",
+        "token_ids",
+        "chat",
+        "adapters",
+    }
     assert list(AdapterRef.__dataclass_fields__) == [
         field.name for field in inference_pb2.AdapterRef.DESCRIPTOR.fields
     ]
