@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from transformers import AutoTokenizer
 
 from support.oracle import Oracle
 from support.real_model import real_model
-from support.serving import server_process
+from support.serving import TURRET, server_process
 from turret_client import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real-model")]
@@ -47,6 +49,29 @@ def test_questions_in_the_chat_template_get_the_answers_of_transformers(model, c
     found = Oracle(model, {}).logits(None, sequences)
     for (_, token_ids), logits in zip(sequences, found, strict=True):
         assert logits.argmax(dim=-1).tolist() == list(token_ids)
+
+
+def test_a_chat_is_the_prompt_of_transformers_over_the_client_and_the_command_line(model, client):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    token_ids = tuple(tokenizer.encode(prompt))
+    assert client.tokenize(messages) == token_ids
+    assert client.detokenize(token_ids) == prompt
+    answer = client.chat(messages, max_tokens=24)
+    assert "Paris" in answer.text
+    assert answer.usage.prompt_tokens == len(token_ids)
+    assert answer.token_ids == client.generate(prompt, max_tokens=24).token_ids
+    chunks = list(client.stream_chat(messages, max_tokens=24))
+    assert "".join(chunk.text for chunk in chunks) == answer.text
+    asked = [*messages, answer.message, {"role": "user", "content": "And of Italy?"}]
+    follow_up = client.chat(asked, max_tokens=24)
+    command = [TURRET, "chat", "--server", client.address, "--max-tokens", "24"]
+    lines = "What is the capital of France?\nAnd of Italy?\n"
+    run = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)  # noqa: S603 (ours)
+    assert run.stdout == f"{answer.text}\n{follow_up.text}\n"
+    about = client.model()
+    assert (about.name, about.has_chat_template, about.calls_tools) == (model.name, True, False)
 
 
 def test_seeds_repeat_answers_and_several_share_a_prompt(model, client):

@@ -179,7 +179,7 @@ class _Renderer:
     def _render(self, template: str, request: Mapping[str, Any]) -> str:
         if self._refused.get(template, 0.0) > time.monotonic():
             raise _too_slow()
-        line = self._answer(json.dumps(request).encode() + b"\n")
+        line = self._answer(_encoded(request))
         if not line:
             if self._end() == -render_template.TIME_SIGNAL:
                 self._refuse(template)
@@ -190,7 +190,9 @@ class _Renderer:
         answer = json.loads(line)
         if "error" in answer:
             raise ChatTemplateError(f"the chat template refuses the chat: {answer['error']}")
-        return str(answer["text"])
+        text = str(answer["text"])
+        _check_text(text)
+        return text
 
     def _answer(self, line: bytes) -> bytes:
         """The answer of the process; b"" if it ended instead."""
@@ -229,6 +231,23 @@ class _Renderer:
         now = time.monotonic()
         self._refused = {each: until for each, until in self._refused.items() if until > now}
         self._refused[template] = now + _REFUSED_SECONDS
+
+
+def _encoded(request: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(request).encode() + b"\n"
+    except RecursionError as error:
+        raise InvalidRequestError("the chat has tools or arguments that are nested too deeply") from error
+
+
+def _check_text(text: str) -> None:
+    """JSON can escape half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the chat has a lone surrogate, U+{ord(text[error.start]):04X}; send whole characters"
+        ) from error
 
 
 def _too_slow() -> ChatTemplateError:

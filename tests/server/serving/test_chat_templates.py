@@ -289,6 +289,20 @@ async def test_the_last_message_is_continued_only_where_it_is_shown(rendering):
         await rendering(AGENT)(Chat(messages=(USER, CALL), continue_final_message=True))
 
 
+async def test_what_no_tokenizer_takes_is_refused(rendering):
+    chat = Chat(messages=(USER,), template_arguments={"x": json.loads('"\\ud83d"')})
+    with pytest.raises(InvalidRequestError, match=r"lone surrogate, U\+D83D"):
+        await rendering("{{ x }}")(chat)
+
+
+async def test_arguments_that_are_nested_too_deeply_are_refused(rendering):
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        await rendering("{{ x }}")(Chat(messages=(USER,), template_arguments={"x": nested}))
+
+
 async def test_answers_are_read_as_the_template_says(rendering):
     chat = Chat(messages=(USER,), tools=(TOOL,))
     assert (await rendering(AGENT)(chat)).answers
