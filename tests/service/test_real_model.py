@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from support.oracle import Oracle
-from support.real_model import real_model
 from support.serving import TURRET, server_process
 from turret_client import Client
+from turret_demo.real_model import real_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real-model")]
 

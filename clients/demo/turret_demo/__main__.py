@@ -11,6 +11,7 @@ from pathlib import Path
 
 from turret_cli.common import format_size, format_table
 from turret_client import Client
+from turret_demo.chat import show_chat
 from turret_demo.load import Ask, Streamed, ask_all, exact_match, seconds_per_token, stream_during
 from turret_demo.server import Server
 from turret_demo.tasks import TASKS
@@ -53,8 +54,10 @@ def main() -> int:
         print(f"\n5. {_HELD_OUT} held-out prompts for each adapter", flush=True)
         scores = _scores(server, client, asks)
         _comparison(client, trained, asks, scores)
+    print("\n6. A chat with a real model", flush=True)
+    chatted = show_chat(DEFAULT_FOLDER.absolute())
     print(f"\n{time.monotonic() - started:.0f} s in all; the server's log is {DEFAULT_FOLDER / 'server.log'}")
-    passed = swapped and all(min(alone, mixed) >= _PASSING_SCORE for _, alone, mixed in scores.values())
+    passed = swapped and chatted and all(min(alone, mixed) >= _PASSING_SCORE for _, alone, mixed in scores.values())
     print("All checks passed." if passed else "Some checks failed; see above.")
     return 0 if passed else 1
 

