@@ -1,0 +1,80 @@
+"""A server inside this process, and its client: for notebooks and batches without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from turret_client import Client
+from turret_server.app.assembly import assemble
+from turret_server.config import ServerConfig
+
+
+class LocalClient(Client):
+    """Loads a model and answers in this process, without a socket. Its methods are those of `Client`.
+
+        with LocalClient(model="HuggingFaceTB/SmolLM2-135M-Instruct") as client:
+            print(client.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+
+    Threads may share it, and their requests are computed in one batch. Without a setting `store`, adapters are
+    forgotten when it is closed.
+    """
+
+    def __init__(self, model: str | Path, *, tenant: str | None = None, **settings: Any) -> None:
+        """Returns when the model is loaded.
+
+        Args:
+            model: Folder, or name on the Hugging Face hub.
+            tenant: Tenant of every call; None is "default".
+            **settings: Those of `turret serve`, with underscores: `memory="2GiB"`; see `ServerConfig`.
+
+        Raises:
+            ConfigError: A setting is invalid, or does not fit this machine.
+            UnsupportedModelError: The model cannot be served.
+        """
+        self._stack = ExitStack()
+        try:
+            if "store" not in settings:
+                settings["store"] = Path(self._stack.enter_context(TemporaryDirectory(prefix="turret-")))
+            config = ServerConfig(model=str(model), **{"metrics": None, "http": None} | settings)
+            parts = self._stack.enter_context(assemble(config))
+            from turret_server.app.build import make_channel  # noqa: PLC0415 -- torch and the model's libraries
+
+            loop = self._stack.enter_context(_running_loop())
+            channel = asyncio.run_coroutine_threadsafe(make_channel(parts), loop).result()
+        except BaseException:
+            self._stack.close()
+            raise
+        self._use(channel, "this process", tenant=tenant)
+
+    def close(self) -> None:
+        """Cancels running calls, and frees the model."""
+        super().close()
+        self._stack.close()
+
+
+@contextmanager
+def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on a thread of its own; when the block ends, what still runs on it has been cancelled."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="turret-local", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _cancel_all() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
