@@ -57,7 +57,11 @@ def main() -> int:
     print("\n6. A chat with a real model", flush=True)
     chatted = show_chat(DEFAULT_FOLDER.absolute())
     print(f"\n{time.monotonic() - started:.0f} s in all; the server's log is {DEFAULT_FOLDER / 'server.log'}")
-    passed = swapped and chatted and all(min(alone, mixed) >= _PASSING_SCORE for _, alone, mixed in scores.values())
+    passed = (
+        swapped
+        and chatted
+        and all(min(alone, mixed) >= _PASSING_SCORE for _, alone, mixed in scores.values())
+    )
     print("All checks passed." if passed else "Some checks failed; see above.")
     return 0 if passed else 1
 

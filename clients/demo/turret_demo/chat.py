@@ -12,10 +12,11 @@ from turret_demo.server import Server
 
 _QUESTION = "What is the capital of France?"
 _ANSWER = "Paris"
+_KEYS = ["country", "capital"]
 _SCHEMA = {
     "type": "object",
-    "properties": {"country": {"type": "string"}, "capital": {"type": "string"}},
-    "required": ["country", "capital"],
+    "properties": {name: {"type": "string"} for name in _KEYS},
+    "required": _KEYS,
     "additionalProperties": False,
 }
 _MAX_TOKENS = 48
@@ -40,5 +41,5 @@ def show_chat(folder: Path) -> bool:
         messages[0]["content"] += " Answer as JSON."
         formed = client.chat(messages, max_tokens=_MAX_TOKENS, json_schema=json.dumps(_SCHEMA))
         print(f"     as JSON by a schema: {formed.text}")
-    whole = formed.finish_reason == "stop"
-    return _ANSWER in answer and (not whole or set(json.loads(formed.text)) == set(_SCHEMA["required"]))
+    has_form = formed.finish_reason != "stop" or list(json.loads(formed.text)) == _KEYS
+    return _ANSWER in answer and has_form

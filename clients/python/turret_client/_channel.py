@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
 
 import grpc
 
@@ -20,6 +20,8 @@ CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 * 1024 * 1024),)
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 _ADDRESS = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):([0-9]{1,6})")
 _MAX_PORT = 2**16 - 1
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 _TENANT_KEY = "turret-tenant"
 _API_KEY = "authorization"
@@ -49,7 +51,7 @@ class ConnectionOptions(TypedDict, total=False):
 class Connection:
     """Metadata of every call, and the channel's credentials; None is an unencrypted channel."""
 
-    metadata: tuple[tuple[str, str], ...]
+    metadata: Metadata
     credentials: grpc.ChannelCredentials | None
 
 
@@ -71,19 +73,28 @@ def connection(
         OSError: A certificate file cannot be read.
     """
     _check_address(address)
-    api_key = os.environ.get("TURRET_API_KEY") if api_key is None else api_key
+    metadata = call_metadata(tenant, os.environ.get("TURRET_API_KEY") if api_key is None else api_key)
+    if (cert is None) != (key is None):
+        missing = "key" if key is None else "cert"
+        raise invalid_argument(missing, f"cert and key must be given together; {missing} is missing")
+    if not (tls or ca or cert):
+        return Connection(metadata, None)
+    pems = [Path(file).read_bytes() if file else None for file in (ca, key, cert)]
+    return Connection(metadata, grpc.ssl_channel_credentials(*pems))
+
+
+def call_metadata(tenant: str | None, api_key: str | None) -> Metadata:
+    """The metadata of every call of a tenant or of a key.
+
+    Raises:
+        InvalidArgumentError: One contains characters that gRPC cannot send.
+    """
     metadata = []
     if tenant is not None:
         metadata.append((_TENANT_KEY, _checked(_TENANT_KEY, "the tenant", tenant)))
     if api_key:
         metadata.append((_API_KEY, f"Bearer {_checked(_API_KEY, 'the API key', api_key)}"))
-    if (cert is None) != (key is None):
-        missing = "key" if key is None else "cert"
-        raise invalid_argument(missing, f"cert and key must be given together; {missing} is missing")
-    if not (tls or ca or cert):
-        return Connection(tuple(metadata), None)
-    pems = [Path(file).read_bytes() if file else None for file in (ca, key, cert)]
-    return Connection(tuple(metadata), grpc.ssl_channel_credentials(*pems))
+    return tuple(metadata)
 
 
 def _check_address(address: str) -> None:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
     from turret.v1 import inference_pb2
-    from turret_client._channel import ConnectionOptions
+    from turret_client._channel import ConnectionOptions, Metadata
     from turret_client._chat import ChatGenerationOptions, ChatMessages, ChatOptions
     from turret_client._options import AdapterArgument, GenerationOptions
     from turret_client._results import Adapter, Chunk, Download, Generation, Model, PinnedPrompt
@@ -73,14 +73,19 @@ class Client:
             OSError: A certificate file cannot be read.
         """
         found = connection(address, **options)
-        self.address = address
-        self._is_closed = False
-        self._metadata = found.metadata
-        self._channel = (
+        channel = (
             grpc.secure_channel(address, found.credentials, options=CHANNEL_OPTIONS)
             if found.credentials
             else grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         )
+        self._use(channel, address, found.metadata)
+
+    def _use(self, channel: grpc.Channel, address: str, metadata: Metadata) -> None:
+        """Make all calls on a channel, to what messages call `address`."""
+        self.address = address
+        self._is_closed = False
+        self._metadata = metadata
+        self._channel = channel
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._prompts = prompts_pb2_grpc.PromptServiceStub(self._channel)

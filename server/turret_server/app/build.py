@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -60,9 +62,10 @@ from turret_server.observability.vllm_metrics import VllmMetrics
 from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.inference import InferenceServicer
+from turret_server.rpc.local import LocalChannel, Methods
 from turret_server.rpc.model import ModelServicer
 from turret_server.rpc.prompts import PromptServicer
-from turret_server.rpc.server import RpcServer
+from turret_server.rpc.server import RpcServer, add_servicers
 from turret_server.rpc.tls import credentials
 from turret_server.serving.chat_templates import ChatTemplates
 from turret_server.serving.codec import TextCodec
@@ -262,17 +265,39 @@ def _about_model(config: ServerConfig, loaded: LoadedModel, chats: ChatTemplates
     )
 
 
-def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer | None]:
-    """The doors to the services: gRPC, and HTTP unless it is switched off."""
-    calls, state, access = RunningCalls(), Health(), parts.access
-    authenticator = Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
-    # Files are of all; each door gets its share.
-    most = max_connections() // (2 if config.http else 1)
-    server = RpcServer(
+def make_channel(parts: Parts, loop: asyncio.AbstractEventLoop) -> Any:
+    """The door for callers in this process, a `grpc.Channel` as far as stubs need one. `loop` runs on another
+    thread than theirs.
+    """
+    methods = Methods()
+    add_servicers(*_servicers(parts), methods)
+    return LocalChannel(methods, CallInterceptor(_authenticator(parts), RunningCalls()), loop)
+
+
+def _servicers(
+    parts: Parts,
+) -> tuple[InferenceServicer, AdapterServicer, PromptServicer, ModelServicer]:
+    return (
         InferenceServicer(parts.generation),
         AdapterServicer(parts.administration),
         PromptServicer(parts.prompts),
         ModelServicer(parts.model, parts.tokens),
+    )
+
+
+def _authenticator(parts: Parts) -> Authenticator:
+    access = parts.access
+    return Authenticator(access.tenants, access.auth_hook, AuthMetrics(parts.metrics).failed)
+
+
+def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer | None]:
+    """The doors to the services: gRPC, and HTTP unless it is switched off."""
+    calls, state, access = RunningCalls(), Health(), parts.access
+    authenticator = _authenticator(parts)
+    # Files are of all; each door gets its share.
+    most = max_connections() // (2 if config.http else 1)
+    server = RpcServer(
+        *_servicers(parts),
         interceptors=[CallInterceptor(authenticator, calls)],
         calls=calls,
         state=state,

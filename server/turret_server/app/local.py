@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from turret_client import Client
+from turret_client._channel import call_metadata
 from turret_server.app.assembly import assemble
 from turret_server.config import ServerConfig
 
@@ -21,16 +22,24 @@ class LocalClient(Client):
         with LocalClient(model="HuggingFaceTB/SmolLM2-135M-Instruct") as client:
             print(client.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 
-    Threads may share it, and their requests are computed in one batch. Without a setting `store`, adapters are
-    forgotten when it is closed.
+    Threads may share it, and their requests are computed in one batch. Without a setting `store`, adapters
+    are forgotten when it is closed.
     """
 
-    def __init__(self, model: str | Path, *, tenant: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tenant: str | None = None,
+        api_key: str | None = None,
+        **settings: Any,
+    ) -> None:
         """Returns when the model is loaded.
 
         Args:
             model: Folder, or name on the Hugging Face hub.
-            tenant: Tenant of every call; None is "default".
+            tenant: Tenant of every call; None is that of the key, or "default".
+            api_key: API key of every call, if the setting `tenants` names a file with keys.
             **settings: Those of `turret serve`, with underscores: `memory="2GiB"`; see `ServerConfig`.
 
         Raises:
@@ -45,12 +54,11 @@ class LocalClient(Client):
             parts = self._stack.enter_context(assemble(config))
             from turret_server.app.build import make_channel  # noqa: PLC0415 -- torch and the model's libraries
 
-            loop = self._stack.enter_context(_running_loop())
-            channel = asyncio.run_coroutine_threadsafe(make_channel(parts), loop).result()
+            channel = make_channel(parts, self._stack.enter_context(_running_loop()))
         except BaseException:
             self._stack.close()
             raise
-        self._use(channel, "this process", tenant=tenant)
+        self._use(channel, "this process", call_metadata(tenant, api_key))
 
     def close(self) -> None:
         """Cancels running calls, and frees the model."""

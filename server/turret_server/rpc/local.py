@@ -1,7 +1,7 @@
 """The gRPC door without a socket: calls of this process run on an event loop of this process.
 
-They go the way of all calls, from the interceptor to the status. Only what gRPC's transport does is done here:
-deadlines, cancellation, and the order of responses.
+They go the way of all calls, from the interceptor to the status. Only what gRPC's transport does is done
+here: deadlines, cancellation, and the order of responses.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class LocalChannel:
 
     unary_stream = unary_unary
 
-    def stream_unary(self, method: str, request_serializer: Any, *_: Any, **__: Any) -> _Method:
+    def stream_stream(self, method: str, request_serializer: Any, *_: Any, **__: Any) -> _Method:
         return _Method(self, method, lambda requests: map(request_serializer, requests))
+
+    stream_unary = stream_stream
 
     def call(
         self, method: str, requests: Iterator[bytes], timeout: float | None, metadata: _Metadata
@@ -64,7 +66,7 @@ class LocalChannel:
         async def answer() -> None:
             try:
                 async with asyncio.timeout(timeout):
-                    handler = await self._interceptor.intercept_service(self._find, details)
+                    handler: Any = await self._interceptor.intercept_service(self._find, details)
                     await handler.stream_stream(_each(requests), call.context)
             except TimeoutError:
                 call.context.end(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
@@ -189,5 +191,5 @@ class LocalCall(grpc.RpcError):
     def details(self) -> str:
         return self.context.details
 
-    def trailing_metadata(self) -> _Metadata:
+    def trailing_metadata(self) -> Any:
         return self.context.trailing_metadata

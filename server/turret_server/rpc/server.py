@@ -83,10 +83,7 @@ class RpcServer:
         self._credentials = credentials
         most = ("grpc.max_allowed_incoming_connections", max_connections)
         self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
-        prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(model, self._server)
+        add_servicers(inference, adapters, prompts, model, self._server)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection([*_SERVICES, health.SERVICE_NAME], self._server)
@@ -141,6 +138,20 @@ class RpcServer:
             # Decided now: what another report decided during the last wait counts.
             good = self._state.is_alive if service == LIVENESS else self._state.is_serving
             await self._health.set(service, answers.SERVING if good else answers.NOT_SERVING)
+
+
+def add_servicers(
+    inference: inference_pb2_grpc.InferenceServiceServicer,
+    adapters: adapters_pb2_grpc.AdapterServiceServicer,
+    prompts: prompts_pb2_grpc.PromptServiceServicer,
+    model: model_pb2_grpc.ModelServiceServicer,
+    server: Any,
+) -> None:
+    """Register the methods of all services of this project with a server."""
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+    prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, server)
+    model_pb2_grpc.add_ModelServiceServicer_to_server(model, server)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the stubs are behind

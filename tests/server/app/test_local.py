@@ -1,0 +1,129 @@
+"""`LocalClient`: the client's methods, with the model in this process and without a socket."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import turret_client
+import turret_server
+from support.gate import GatedSampler
+from support.serving import serving
+from turret_client import Client, DeadlineExceededError, InvalidArgumentError, NotFoundError
+from turret_server import LocalClient
+from turret_server.app import assembly
+from turret_server.config import ServerConfig
+from turret_server.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def settings(quantised_cache):
+    return {
+        "dtype": "float32",
+        "device": "cpu",
+        "memory": "8MiB",
+        "cache": quantised_cache,
+    }
+
+
+@pytest.fixture(scope="module")
+def model(base_of):
+    return base_of("llama")
+
+
+@pytest.fixture(scope="module")
+def local(model, settings):
+    with LocalClient(model, **settings) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def remote(model, settings):
+    with serving(ServerConfig(model=str(model), **settings)) as served, Client(served.address) as client:
+        yield client
+
+
+def test_answers_are_those_of_a_server(local, remote, adapter_of):
+    def ask(client):
+        client.load_adapter("mine", str(adapter_of("llama", "lora")))
+        options = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "logprobs": 2}
+        whole = client.generate("the quick fox", adapter="mine", **options)
+        chunks = list(client.stream("the quick fox", adapter="mine", **options))
+        assert "".join(chunk.text for chunk in chunks) == whole.text
+        return whole, client.get_adapter("mine").revision
+
+    assert ask(local) == ask(remote)
+
+
+def test_adapters_are_uploaded_listed_and_unloaded(local, adapter_of):
+    uploaded = local.upload_adapter("sent", adapter_of("llama", "prefix"))
+    assert "sent" in [adapter.name for adapter in local.list_adapters()]
+    assert local.generate("a", adapter="sent", max_tokens=2).revision == uploaded.revision
+    local.unload_adapter("sent")
+    with pytest.raises(NotFoundError, match="sent"):
+        local.generate("a", adapter="sent")
+
+
+def test_errors_are_the_clients_own_and_name_the_field(local):
+    with pytest.raises(InvalidArgumentError, match="temperature is from 0 to 100") as refused:
+        local.generate("a", temperature=101)
+    assert refused.value.reason == "INVALID_REQUEST"
+    assert refused.value.metadata["field"] == "temperature"
+    assert refused.value.request_id
+
+
+def test_threads_share_a_batch(local):
+    def ask(seed):
+        return local.generate("a prompt", temperature=1.0, seed=seed, max_tokens=8).token_ids
+
+    alone = [ask(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(ask, range(6))) == alone
+
+
+def test_no_port_is_opened(model, settings, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a socket is bound")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with LocalClient(model, **settings) as client:
+        assert client.generate("a", max_tokens=1).token_ids
+
+
+def test_a_deadline_and_a_reader_who_leaves_end_their_calls(model, settings, monkeypatch):
+    gate, assemble = GatedSampler(), assembly.assemble
+    monkeypatch.setattr("turret_server.app.local.assemble", lambda config: assemble(config, gate))
+    with LocalClient(model, **settings) as client:
+        with gate.closed(), pytest.raises(DeadlineExceededError):
+            client.generate("a", max_tokens=4, timeout=0.2)
+        stream = client.stream("a", max_tokens=200)
+        next(stream)
+        stream.close()
+        assert client.generate("a", max_tokens=2).token_ids, "the engine goes on"
+
+
+def test_closing_ends_calls_threads_and_the_store(model, settings):
+    before = set(threading.enumerate())
+    client = LocalClient(model, **settings)
+    stream = client.stream("a", max_tokens=200)
+    next(stream)
+    client.close()
+    with pytest.raises(turret_client.CancelledError):
+        list(stream)
+    with pytest.raises(turret_client.CancelledError, match="closed"):
+        client.generate("a")
+    left = {thread.name for thread in set(threading.enumerate()) - before if "turret-local" in thread.name}
+    assert not left
+
+
+def test_a_setting_that_is_invalid_is_named(model):
+    with pytest.raises(ConfigError, match="memory"):
+        LocalClient(model, memory="much")
+
+
+def test_the_package_has_no_other_attributes():
+    with pytest.raises(AttributeError, match="nothing"):
+        turret_server.nothing  # noqa: B018
