@@ -30,9 +30,9 @@ class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice
     TOOL_CHOICE_AUTO: _ToolChoice.ValueType  # 1
     """The model decides."""
     TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
-    """No calls: what looks like one is text."""
+    """No calls: the template gets no tools, and what looks like a call is text."""
     TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
-    """At least one call."""
+    """At least one call. This version of the server refuses it."""
 
 class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper): ...
 
@@ -41,9 +41,9 @@ TOOL_CHOICE_UNSPECIFIED: ToolChoice.ValueType  # 0
 TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
 """The model decides."""
 TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
-"""No calls: what looks like one is text."""
+"""No calls: the template gets no tools, and what looks like a call is text."""
 TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
-"""At least one call."""
+"""At least one call. This version of the server refuses it."""
 Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final

@@ -254,10 +254,8 @@ def _chat_templates(config: ServerConfig, loaded: LoadedModel, library: AdapterL
 
 
 def _about_model(config: ServerConfig, loaded: LoadedModel, chats: ChatTemplates) -> Model:
-    is_folder = Path(config.model).is_dir()
     return Model(
-        # No path: callers need not know this machine's folders.
-        name=Path(config.model).resolve().name if is_folder else config.model,
+        name=ModelNames.of(config.model, loaded.context.tokens).base,
         max_context=loaded.context.tokens,
         vocab_size=loaded.vocab_size,
         has_chat_template=bool(chats.base),

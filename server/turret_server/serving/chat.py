@@ -12,7 +12,7 @@ class ToolChoice(StrEnum):
     """Whether an answer may call the tools of its chat."""
 
     AUTO = "auto"  # the model decides
-    NONE = "none"  # it may not: what looks like a call is text
+    NONE = "none"  # it may not: the template gets no tools, and what looks like a call is text
     REQUIRED = "required"  # it must call one, or the one that `Chat.tool_name` names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,24 +88,30 @@ CHATS = {
 TEMPLATES = {"chatml": CHATML, "strict": STRICT, "agent": AGENT, "either": EITHER}
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """Processes that render for all tests take a while to start."""
+    templates = ChatTemplates(None, lambda _: None)
+    yield templates
+    templates.close()
+
+
 @pytest.fixture
-async def rendering():
+def rendering(shared, monkeypatch):
     """Renders chats by the templates of a model, and of revisions that have their own."""
-    opened = []
 
-    def rendering(templates, own=None, **options):
-        found = ChatTemplates(templates, (own or {}).__getitem__, **options)
-        opened.append(found)
+    def rendering(templates, own=None, response_template=None):
+        monkeypatch.setattr(shared, "base", templates)
+        monkeypatch.setattr(shared, "_own", OrderedDict())
+        monkeypatch.setattr(shared, "_read", (own or {}).__getitem__)
+        monkeypatch.setattr(shared, "_response_template", response_template)
 
-        async def render(chat, adapters=(), tokenizer=None):
-            names = (tokenizer or make_tokenizer()).special_tokens_map
-            return await found.render(chat, adapters, names)
+        async def render(chat, adapters=()):
+            return await shared.render(chat, adapters, make_tokenizer().special_tokens_map)
 
         return render
 
-    yield rendering
-    for each in opened:
-        each.close()
+    return rendering
 
 
 def as_dicts(chat: Chat) -> list[dict[str, Any]]:
