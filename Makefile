@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos model page-size simulate mutants check format proto settings clean
+.PHONY: help demo test test-all parity bench bench-peers profile load soak chaos model page-size sampling simulate mutants check format proto settings clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ model: $(READY)  ## Make the real model of demo and tests: SmolLM2-135M-Instruct
 
 page-size: $(READY)  ## Measure what pages of other sizes would cost, and write tests/bench/PAGE_SIZE.md
 	@PYTHONPATH=tests $(BIN)/python -m bench.page_size
+
+sampling: $(READY)  ## Measure what log probabilities and penalties cost, and write tests/bench/SAMPLING.md
+	@PYTHONPATH=tests $(BIN)/python -m bench.sampling $(ARGS)
 
 simulate: $(READY)  ## Run the engine in virtual time, and write tests/simulation/SIMULATION.md and its pictures
 	@PYTHONPATH=tests $(BIN)/python -m simulation.plots

@@ -21,9 +21,14 @@ from bench.layout import MAX_CONTEXT, PREFIX, PREFIX_TOKENS, RANKS, VOCAB_SIZE, 
 _STD = 0.02
 
 
-def make_models(shape: Shape) -> None:
-    """Make what is not there, a prefix last. A folder gets its name when it is whole."""
+def make_model(shape: Shape) -> None:
+    """Make the model, if it is not there. A folder gets its name when it is whole."""
     _ensure(shape.model, partial(_save_model, shape))
+
+
+def make_models(shape: Shape) -> None:
+    """Make the model and the adapters that are not there, a prefix last."""
+    make_model(shape)
     for name, rank in RANKS.items():
         _ensure(shape.adapters / name, partial(_save_lora, shape, rank))
     _ensure(shape.adapters / PREFIX, partial(_save_prefix, shape))

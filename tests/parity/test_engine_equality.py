@@ -34,7 +34,9 @@ SAMPLED = [
 
 
 def questions() -> list[dict]:
-    """Prompts of which many begin alike, each with an adapter or none, half of them greedy."""
+    """Prompts of which many begin alike, each with an adapter or none, half of them greedy. Every seventh is
+    another answer to the prompt of the one before.
+    """
     chance = random.Random(5)
     beginnings = [[chance.randrange(50, 250) for _ in range(40)] for _ in range(3)]
     asked = []
@@ -51,12 +53,16 @@ def questions() -> list[dict]:
                 **SAMPLED[index % len(SAMPLED)],
             }
         )
+        if index % 7 == 6:
+            shared = {name: asked[-2][name] for name in ("prompt", "named")}
+            asked[-1] = {**shared, "max_tokens": 20, "temperature": 0.8, "seed": index, "follows": True}
     return asked
 
 
-def ask(parts: Parts, question: dict) -> Running:
-    rest = {key: value for key, value in question.items() if key not in {"prompt", "named"}}
-    return submit(parts, question["prompt"], *question["named"], **rest)
+def ask(parts: Parts, question: dict, before: list[Running]) -> Running:
+    rest = {key: value for key, value in question.items() if key not in {"prompt", "named", "follows"}}
+    leader = before[-1].request_id if question.get("follows") else None
+    return submit(parts, question["prompt"], *question["named"], leader=leader, **rest)
 
 
 def load(parts: Parts, adapter_of, name: str, seed: int = 0) -> None:
@@ -81,7 +87,7 @@ def test_tokens_are_those_of_a_request_alone_with_room_for_everything(
             load(parts, adapter_of, kind)
         alone = []
         for question in asked:
-            alone.append(ask(parts, question))
+            alone.append(ask(parts, question, alone))
             wait(alone[-1])
         page_bytes = parts.arena.page_bytes
         assert any(running.outputs[-1].cached_tokens >= 32 for running in alone)
@@ -98,7 +104,9 @@ def test_tokens_are_those_of_a_request_alone_with_room_for_everything(
     with assemble(short, None) as parts:
         for kind in KINDS:
             load(parts, adapter_of, kind)
-        together = [ask(parts, question) for question in asked]
+        together: list[Running] = []
+        for question in asked:
+            together.append(ask(parts, question, together))
         # Those that were taken stay with the revision of then.
         for kind in KINDS:
             load(parts, adapter_of, kind, seed=1)
