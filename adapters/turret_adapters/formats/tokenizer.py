@@ -256,6 +256,8 @@ def _set_frame(own: Tokenizer, section: object) -> None:
         )
     if max(framed, default=0) >= own.get_vocab_size():
         raise ValueError(f"a frame with token {max(framed)}, of {own.get_vocab_size()} tokens")
+    if own.encode(_PROBE, add_special_tokens=False).ids != plain:
+        raise ValueError("a frame that changes a text without special tokens")
     own.decode(framed)
 
 

@@ -299,6 +299,17 @@ def set_no_text(values: dict) -> None:
     values["post_processor"] |= {"single": [], "special_tokens": {}}
 
 
+def set_text_lost(values: dict) -> None:
+    """The second template gets one part of a text without special tokens, and two with them."""
+    set_frame(values)
+    frame = values["post_processor"]
+    special = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    frame["special_tokens"]["</s>"] |= {"ids": [1], "tokens": ["</s>"]}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    templates = [frame | {"single": [text, special]}, frame | {"single": []}]
+    values["post_processor"] = {"type": "Sequence", "processors": templates}
+
+
 def set_far_frame(values: dict) -> None:
     set_frame(values)
     values["post_processor"]["special_tokens"]["</s>"] |= {"ids": [4_000_000_000], "tokens": ["</s>"]}
@@ -326,6 +337,7 @@ def set_slow_pattern(values: dict) -> None:
         (set_frame, AdapterFormatError, "post-processor of"),
         (set_text_twice, AdapterFormatError, "a frame that makes"),
         (set_no_text, AdapterFormatError, "a frame that makes 0 tokens"),
+        (set_text_lost, AdapterFormatError, "a frame that changes a text"),
         (set_far_frame, AdapterFormatError, "a frame with token 4000000000"),
         (set_unknown_flag, AdapterFormatError, "'forged', which is unknown"),
         (set_many_tokens, AdapterFormatError, "at most 16384 are allowed"),
@@ -337,7 +349,7 @@ def set_slow_pattern(values: dict) -> None:
     ],
     ids=[
         "vocabulary", "normalizer", "pre-tokenizer", "decoder", "unheard", "id",
-        "long", "frame", "twice", "none", "far", "unknown", "many",
+        "long", "frame", "twice", "none", "lost", "far", "unknown", "many",
         "slow", "large", "no-text",
         "no-list", "no-model",
     ],
