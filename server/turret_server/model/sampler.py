@@ -49,7 +49,7 @@ class Sampler:
         for path, indices in _by_path(sequences).items():
             where_D = to_device(torch.tensor(indices), logits_SV.device)
             of_path = [sequences[each] for each in indices]
-            chosen_S[where_D] = _choose(logits_SV[where_D], of_path, path, errors)
+            chosen_S[where_D] = _choose(logits_SV.index_select(0, where_D), of_path, path, errors)
         chosen_S.masked_fill_(~torch.isfinite(best_S), _NOT_FINITE)
         scored: dict[int | None, list[int]] = {}
         for index, each in enumerate(sequences):
@@ -79,7 +79,7 @@ def _score(
     """
     where_R = to_device(torch.tensor(indices), logits_SV.device)
     with_top = any(_num_top(sequences[each]) for each in indices)
-    own_RV = logits_SV[where_R, : sequences[indices[0]].vocab_size]
+    own_RV = logits_SV.index_select(0, where_R)[:, : sequences[indices[0]].vocab_size]
     return score(own_RV, chosen_S[where_R].clamp(min=0), with_top=with_top)
 
 
