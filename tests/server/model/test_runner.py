@@ -18,7 +18,7 @@ from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, Part, slab_layout
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import VIRTUAL_TOKEN, DeviceLostError, PageCopy, SequenceStep, Step
-from turret_server.errors import UnsupportedModelError
+from turret_server.errors import NonFiniteLogitsError, UnsupportedModelError
 from turret_server.kernels import ReferenceOps
 from turret_server.model import runner as runner_module
 from turret_server.model.arena import Arena
@@ -214,6 +214,39 @@ def test_a_step_in_which_nothing_is_sampled_has_no_tokens(runner):
     result = runner.run(Step(sequences=(sequence(5, 6, sampling=None),)))
     assert result.token_ids == {}
     assert result.errors == {}
+
+
+def test_a_prompt_is_scored_beside_what_is_sampled(runner, sampler):
+    scored = sequence(5, 6, 7, sampling=None, targets=(6, 7, 8), num_top=2)
+    ends = sequence(5, 6, 7, sequence_id=2, block_table=(4,), targets=(6, 7), sampling=GREEDY)
+    plain = sequence(5, 6, 7, sequence_id=3, block_table=(5,), sampling=GREEDY)
+    result = runner.run(Step(sequences=(scored, ends, plain)))
+    assert result.token_ids.keys() == {2, 3}
+    assert result.token_ids[2] == result.token_ids[3]
+    assert len(sampler.logits) == 2
+    assert [each.token_id for each in result.prompt_logprobs[1]] == [6, 7, 8]
+    assert [each.logprob for each in result.prompt_logprobs[2]] == [
+        each.logprob for each in result.prompt_logprobs[1][:2]
+    ]
+    assert [len(each.top) for each in (*result.prompt_logprobs[1], *result.prompt_logprobs[2])] == [
+        2, 2, 2, 0, 0,
+    ]  # fmt: skip
+
+
+def test_a_prompt_whose_logits_are_not_finite_fails_alone(runner, monkeypatch):
+    forward = runner._forward
+
+    def broken(batch, calls):
+        logits_RV = forward(batch, calls).clone()
+        logits_RV[1] = torch.nan
+        return logits_RV
+
+    monkeypatch.setattr(runner, "_forward", broken)
+    scored = sequence(5, 6, 7, targets=(6, 7), sampling=GREEDY)
+    result = runner.run(Step(sequences=(scored, sequence(5, sequence_id=2, block_table=(4,)))))
+    assert result.errors.keys() == {1}
+    assert isinstance(result.errors[1], NonFiniteLogitsError)
+    assert 2 in result.token_ids
 
 
 def test_the_thread_that_runs_steps_computes_on_all_cores(runner, monkeypatch):
