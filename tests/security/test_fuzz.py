@@ -61,6 +61,8 @@ def _value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if field.type in _INTEGERS:
         low, high = _INTEGERS[field.type]
         return st.sampled_from((low, high, 0, 1, min(5, high))) | st.integers(low, high)
+    if field.enum_type:
+        return st.sampled_from([*field.enum_type.values_by_number, 99])
     return {
         FieldDescriptor.TYPE_BOOL: st.booleans(),
         FieldDescriptor.TYPE_FLOAT: st.floats(width=32),
@@ -75,8 +77,10 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     value = _value(field)
     if not field.is_repeated:
         return value
+    # Lists of lists grow fast.
+    nested = field.message_type and any(each.is_repeated for each in field.message_type.fields)
     return st.lists(value, max_size=10) | st.builds(
-        lambda one, number: [one] * number, value, st.integers(0, 5000)
+        lambda one, number: [one] * number, value, st.integers(0, 10 if nested else 5000)
     )
 
 

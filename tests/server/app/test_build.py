@@ -337,6 +337,8 @@ async def opened(access: Access, client: grpc.ChannelCredentials | None = None) 
         access=access,
         metrics=CollectorRegistry(),
         generation=None,
+        model=None,
+        tokens=None,
         prompts=prompts,
         administration=None,
     )
