@@ -24,6 +24,7 @@ from turret_server.web.adapters import (
     SplitBody,
     UnloadLoraBody,
 )
+from turret_server.web.chat import ChatBody, ChatCompletions
 from turret_server.web.completions import CompletionBody, Completions
 from turret_server.web.docs import Docs, Operation
 from turret_server.web.gate import Gate
@@ -77,10 +78,12 @@ def make_app(
 
 
 def _operations(services: Services) -> list[Operation]:
+    chat = ChatCompletions(services.generation, services.names)
     completions = Completions(services.generation, services.tokens, services.names)
     models = Models(services.administration, services.tokens, services.names)
     adapters, status = Adapters(services.administration), Status(services.health)
     return [
+        Operation("POST", "/v1/chat/completions", chat.create, ChatBody),
         Operation("POST", "/v1/completions", completions.create, CompletionBody),
         Operation("GET", "/v1/models", models.list),
         Operation("GET", "/v1/models/{model:path}", models.get),
@@ -107,6 +110,6 @@ def _operations(services: Services) -> list[Operation]:
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
     raise HTTPException(
         404,
-        f"{scope['method']} {scope['path'][:200]} is not served; /v1/completions and /v1/models are, with "
-        "/tokenize, /detokenize and /v1/adapters; /docs lists all",
+        f"{scope['method']} {scope['path'][:200]} is not served; /v1/chat/completions, /v1/completions and "
+        "/v1/models are, with /tokenize, /detokenize and /v1/adapters; /docs lists all",
     )
