@@ -271,3 +271,9 @@ def test_what_is_no_archive_of_an_adapter_is_refused(server, tmp_path):
         (tmp_path / "file").write_bytes(content)
         answer = curl(server, "/v1/adapters/none/archive", "--upload-file", str(tmp_path / "file"))
         assert json.loads(answer)["error"]["code"] == "adapter_source_not_found"
+
+
+def test_a_base_without_a_template_says_how_to_give_one(client, base):
+    with pytest.raises(openai.UnprocessableEntityError, match="--chat-template") as refused:
+        client.chat.completions.create(model=base, messages=[{"role": "user", "content": "Ahoy"}])
+    assert refused.value.code == "no_chat_template"

@@ -253,9 +253,14 @@ def _chat_templates(config: ServerConfig, loaded: LoadedModel, library: AdapterL
     return ChatTemplates(template, library.chat_template)
 
 
+def _model_name(config: ServerConfig) -> str:
+    """Its id on the Hub, or the name of its folder: callers need not know this machine's folders."""
+    return Path(config.model).resolve().name if Path(config.model).is_dir() else config.model
+
+
 def _about_model(config: ServerConfig, loaded: LoadedModel, chats: ChatTemplates) -> Model:
     return Model(
-        name=ModelNames.of(config.model, loaded.context.tokens).base,
+        name=_model_name(config),
         max_context=loaded.context.tokens,
         vocab_size=loaded.vocab_size,
         has_chat_template=bool(chats.base),
@@ -309,7 +314,7 @@ def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer
         tokens=parts.tokens,
         administration=parts.administration,
         health=state,
-        names=ModelNames.of(config.model, parts.loaded.context.tokens),
+        names=ModelNames(base=parts.model.model.name, max_context=parts.model.model.max_context),
     )
     app = make_app(services, authenticator, calls, origins=config.http_cors)
     return server, WebServer(app, max_connections=most, tls=access.tls)
@@ -423,7 +428,7 @@ def _on_stats(
 
 def _vllm_metrics(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> VllmMetrics:
     return VllmMetrics(
-        model=ModelNames.of(config.model, loaded.context.tokens).base,
+        model=_model_name(config),
         block_size=arena.block_size,
         num_blocks=arena.num_pages,
         max_adapters=_max_loras(loaded, arena),

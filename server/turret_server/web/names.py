@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from turret_adapters.errors import AdapterNotFoundError
 from turret_server.config import NAME
@@ -18,12 +17,6 @@ class ModelNames:
     base: str
     max_context: int
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @classmethod
-    def of(cls, model: str, max_context: int) -> ModelNames:
-        """A base is called by its id on the Hub; one of a folder of this machine by the folder's name."""
-        base = Path(model).resolve().name if Path(model).exists() else model
-        return cls(base=base, max_context=max_context)
 
     def adapters_of(self, model: str | None) -> tuple[AdapterRef, ...]:
         """The adapter that NAME, NAME@REVISION or BASE:NAME names; none for the base.
