@@ -27,8 +27,8 @@ class ChatOptions(TypedDict, total=False):
     Attributes:
         tools: Functions that the answer may call, as {"type": "function", "function": {"name": "get_weather",
             "description": "...", "parameters": {...}}} with a JSON schema as parameters.
-        tool_choice: "auto": the model decides; "none": no calls; "required": at least one; or the function
-            that must be called, as {"type": "function", "function": {"name": "f"}}. Default: "auto".
+        tool_choice: "auto": the model decides; "none": no calls; "required": the answer is one call; or the
+            function that must be called, as {"type": "function", "function": {"name": "f"}}. Default: "auto".
         template_arguments: Further variables of the chat template, such as {"enable_thinking": False}.
         add_generation_prompt: End the prompt with the beginning of an assistant's message. Default: True.
         continue_final_message: The answer continues the last message. Default: False.

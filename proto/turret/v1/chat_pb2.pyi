@@ -32,7 +32,7 @@ class _ToolChoiceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoice
     TOOL_CHOICE_NONE: _ToolChoice.ValueType  # 2
     """No calls: the template gets no tools, and what looks like a call is text."""
     TOOL_CHOICE_REQUIRED: _ToolChoice.ValueType  # 3
-    """At least one call. This version of the server refuses it."""
+    """The answer is one call."""
 
 class ToolChoice(_ToolChoice, metaclass=_ToolChoiceEnumTypeWrapper): ...
 
@@ -43,7 +43,7 @@ TOOL_CHOICE_AUTO: ToolChoice.ValueType  # 1
 TOOL_CHOICE_NONE: ToolChoice.ValueType  # 2
 """No calls: the template gets no tools, and what looks like a call is text."""
 TOOL_CHOICE_REQUIRED: ToolChoice.ValueType  # 3
-"""At least one call. This version of the server refuses it."""
+"""The answer is one call."""
 Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final

@@ -12,15 +12,15 @@ from turret_server import logs
 from turret_server.engine.loop import Engine
 from turret_server.engine.request import Grammar, LogitAdjustment, Logprob, Output, Request, SamplingParams
 from turret_server.observability.request_log import RequestLog, RequestRecord
+from turret_server.serving.chat import Chat
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.jobs import JobFields, Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
-from turret_server.serving.structured import Grammars, check_stops, form_of
+from turret_server.serving.structured import Grammars, check_stops, form_of, form_of_call, must_call
 from turret_server.serving.text import TextStream
 from turret_server.serving.tools import AnswerParser
 from turret_server.serving.validation import validate
-from turret_server.serving.vocabulary import Vocabulary
 from turret_server.tenancy.auth import Caller
 
 _ADJUSTMENT_FIELDS = [field.name for field in fields(LogitAdjustment)]
@@ -58,7 +58,7 @@ class GenerationService:
             adapters = validate(request)
             async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
                 outputs: Outputs[Chunk] = Outputs()
-                grammar = await self._grammar(request, prepared.vocabulary)
+                grammar = await self._grammar(request, prepared)
                 jobs = self._jobs_of(request, prepared, grammar, record, outputs)
                 with self._jobs.submit(prepared, jobs, record, self._engine.submit):
                     reasons: list[FinishReason] = []
@@ -71,8 +71,11 @@ class GenerationService:
                             chunk = replace(chunk, usage=_usage(record))
                         yield chunk
 
-    async def _grammar(self, request: GenerationRequest, vocabulary: Vocabulary) -> Grammar | None:
-        form = form_of(request)
+    async def _grammar(self, request: GenerationRequest, prepared: Prepared) -> Grammar | None:
+        form, vocabulary = form_of(request), prepared.vocabulary
+        if isinstance(request.prompt, Chat) and must_call(request):
+            written = prepared.answers.form if prepared.answers else None
+            form = form_of_call(request.prompt, written, vocabulary.codec)
         if form is None:
             return None
         check_stops(request, vocabulary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from turret_server.errors import InvalidRequestError, StructuredOutputError
+from turret_server.serving.chat import Chat, ToolChoice
+from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import GenerationRequest
+from turret_server.serving.tools import ToolForm
 from turret_server.serving.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ _MAX_VOCABULARIES = 16
 # Lexer states take about two kilobytes each, and are made while an answer is generated. Errors stay short.
 _LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 _JSON_OPTIONS: JsonCompileOptions = {"coerce_one_of": False, "lenient": False}
+# As models write calls, and as `tools` reads them.
+_CALL_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAX_ERROR_CHARACTERS = 500
 
 _Item = TypeVar("_Item")
@@ -51,11 +56,13 @@ class StructuredKind(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutput:
     """The form of an answer: a JSON schema, a regular expression, texts to choose from, or a Lark grammar.
-    `value` is a text, or the texts; JSON_OBJECT has none.
+    `value` is a text, or the texts; JSON_OBJECT has none. `field` is the request's that wants it, if it has
+    another name than the kind.
     """
 
     kind: StructuredKind
     value: str | tuple[str, ...] = ""
+    field: str = ""
 
 
 class Grammar:
@@ -144,12 +151,14 @@ class Grammars:
 
 
 def form_of(request: GenerationRequest) -> StructuredOutput | None:
-    """The form that a request wants for its answers.
+    """The form that a request wants for its answers, besides calls of tools.
 
     Raises:
         InvalidRequestError: it wants several, or a field contradicts the form.
     """
-    given = [kind for kind in StructuredKind if getattr(request, kind)]
+    given: list[str] = [kind for kind in StructuredKind if getattr(request, kind)]
+    if must_call(request):
+        given.append("tool_choice")
     if not given:
         return None
     if len(given) > 1:
@@ -162,8 +171,57 @@ def form_of(request: GenerationRequest) -> StructuredOutput | None:
                 f"{field} would continue an answer beyond the end of its {given[0]}; leave one of them out",
                 field=field,
             )
+    if must_call(request):
+        return None
     value = getattr(request, given[0])
-    return StructuredOutput(kind=given[0], value="" if value is True else value)
+    return StructuredOutput(kind=StructuredKind(given[0]), value="" if value is True else value)
+
+
+def must_call(request: GenerationRequest) -> bool:
+    """Whether an answer must call a tool."""
+    return isinstance(request.prompt, Chat) and request.prompt.tool_choice is ToolChoice.REQUIRED
+
+
+def form_of_call(chat: Chat, form: ToolForm | None, codec: TextCodec) -> StructuredOutput:
+    """The form of an answer that is one call of one of the tools, or of the one that the chat names.
+
+    Raises:
+        InvalidRequestError: it is not known how the model writes calls.
+    """
+    if form is None:
+        raise InvalidRequestError(
+            "tool_choice is auto or none for this model: its chat template writes calls of tools in a form "
+            "that is not known",
+            field="tool_choice",
+        )
+    functions = [tool["function"] for tool in chat.tools]
+    schemas = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": function["name"]},
+                form.arguments_key: function.get("parameters") or {"type": "object"},
+            },
+            "required": ["name", form.arguments_key],
+            "additionalProperties": False,
+        }
+        for function in functions
+        if chat.tool_name in ("", function["name"])
+    ]
+    before, after = (_lark(text, form.special, codec) for text in form.written)
+    schema = {"anyOf": schemas, "x-guidance": _CALL_OPTIONS}
+    grammar = f"start: {before} call {after}\ncall: %json {json.dumps(schema)}"
+    return StructuredOutput(kind=StructuredKind.GRAMMAR, value=grammar, field="tools")
+
+
+def _lark(text: str, special: Sequence[str], codec: TextCodec) -> str:
+    """A text in Lark, with those of special tokens as the tokens."""
+    for mark in special:
+        token_id = codec.special_token_id(mark)
+        before, found, after = text.partition(mark)
+        if found and token_id is not None:
+            return f"{_lark(before, special, codec)} <[{token_id}]> {_lark(after, special, codec)}"
+    return json.dumps(text) if text else ""
 
 
 def check_stops(request: GenerationRequest, vocabulary: Vocabulary) -> None:
@@ -228,7 +286,8 @@ def _compile(wanted: StructuredOutput, tokenizer: LLTokenizer) -> Grammar:
     except (ValueError, RecursionError) as found:
         error = str(found)
     if error:
-        raise InvalidRequestError(f"{wanted.kind} is invalid: {_short(error)}", field=wanted.kind)
+        field = wanted.field or wanted.kind
+        raise InvalidRequestError(f"{field} is invalid: {_short(error)}", field=field)
     return Grammar(compiled)
 
 

@@ -50,6 +50,8 @@ class ToolForm:
         end: the rest of the last call.
         special: tokens of the form that are special in the family's tokenizers.
         id_length: length of an id, of letters and digits; 0 is any.
+        written: what stands before and after the only call of an answer, when it is written for the model.
+        arguments_key: the key of the arguments, beside "name".
     """
 
     signs: tuple[str, ...]
@@ -59,6 +61,8 @@ class ToolForm:
     end: str = _END
     special: tuple[str, ...] = ()
     id_length: int = 0
+    written: tuple[str, str] = ("", "")
+    arguments_key: str = "arguments"
 
 
 TOOL_FORMS = {
@@ -73,6 +77,7 @@ TOOL_FORMS = {
         end=rf"{_END}\]",
         special=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
         id_length=9,
+        written=("[TOOL_CALLS][", "]"),
     ),
     "hermes": ToolForm(
         signs=("<tool_call>",),
@@ -80,6 +85,7 @@ TOOL_FORMS = {
         opening=rf"<tool_call>{_S}(?:{_CALL}|(?P<whole>.{{1,{_MAX_HELD - 64}}}?)</tool_call>)",
         end=rf"{_END}</tool_call>",
         special=("<tool_call>", "</tool_call>"),
+        written=("<tool_call>\n", "\n</tool_call>"),
     ),
     "llama3": ToolForm(
         signs=("<|python_tag|>", '{"name": function name'),
@@ -87,6 +93,7 @@ TOOL_FORMS = {
         opening=rf"{_S}(?:<\|python_tag\|>)?{_S}{_CALL}",
         more=rf"{_END};{_S}{_CALL}",
         special=("<|python_tag|>",),
+        arguments_key="parameters",
     ),
 }
 
@@ -115,11 +122,12 @@ class AnswerParser(Protocol):
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
     """How the answers to a chat are read. Special tokens whose texts `marks` contains are part of the text
-    that the parsers get.
+    that the parsers get. `form` is how calls are written, if that is known.
     """
 
     marks: str
     parser: Callable[[], AnswerParser]
+    form: ToolForm | None = None
 
 
 def answer_format(
@@ -136,15 +144,15 @@ def answer_format(
         tools: those that an answer may call.
         response_template: the tokenizer's, as transformers has it.
     """
+    form = form_of(template) if tools else None
     if response_template is not None:
         marks = "\n".join(_strings(response_template)).replace("\\", "")  # of patterns too
-        return AnswerFormat(marks, lambda: TemplateParser(response_template, prompt, tools))
-    form = form_of(template) if tools else None
+        return AnswerFormat(marks, lambda: TemplateParser(response_template, prompt, tools), form)
     reasoning = next((marks for marks in REASONING_MARKS if any(mark in template for mark in marks)), None)
     if form is None and reasoning is None:
         return None
     marks = "\n".join([*(form.special if form else ()), *(reasoning or ())])
-    return AnswerFormat(marks, lambda: FormParser(form, reasoning, prompt))
+    return AnswerFormat(marks, lambda: FormParser(form, reasoning, prompt), form)
 
 
 def form_of(template: str) -> ToolForm | None:

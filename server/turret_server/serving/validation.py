@@ -128,9 +128,13 @@ def check_chat(chat: Chat) -> None:
         )
     for number, tool in enumerate(chat.tools):
         _check_tool(f"tools[{number}]", tool)
-    if chat.tool_choice is ToolChoice.REQUIRED or chat.tool_name:
+    if chat.tool_choice is ToolChoice.REQUIRED and not chat.tools:
+        raise InvalidRequestError("tool_choice is required, but the chat has no tools", field="tool_choice")
+    names = [tool["function"]["name"] for tool in chat.tools]
+    if chat.tool_name and chat.tool_name not in names:
         raise InvalidRequestError(
-            "tool_choice is auto or none: this server does not force an answer to call a tool yet",
+            f"tool_choice names a function that is not in tools: {chat.tool_name[:80]!r}; give one of "
+            f"{', '.join(map(repr, names))[:200]}",
             field="tool_choice",
         )
     if taken := _OWN_VARIABLES & chat.template_arguments.keys():

@@ -12,8 +12,13 @@ from turret_client import AsyncClient, Client, InvalidArgumentError, Unavailable
 if TYPE_CHECKING:
     from pathlib import Path
 
+HELLO = [{"role": "user", "content": "Hello"}]
 CALLS = {
     "generate": ("Hello",),
+    "chat": (HELLO,),
+    "tokenize": ("Hello",),
+    "detokenize": ((1, 2),),
+    "model": (),
     "load_adapter": ("pirate", "/srv/pirate"),
     "unload_adapter": ("pirate",),
     "get_adapter": ("pirate",),
@@ -41,6 +46,7 @@ def call_all(address: str, folder: Path, **options: str | None) -> None:
             getattr(client, method)(*arguments)
         client.upload_adapter("pirate", folder)
         list(client.stream("Hello"))
+        list(client.stream_chat(HELLO))
         list(client.watch_adapters())
 
 
@@ -50,22 +56,23 @@ def call_all_async(address: str, folder: Path, **options: str | None) -> None:
             for method, arguments in CALLS.items():
                 await getattr(client, method)(*arguments)
             await client.upload_adapter("pirate", folder)
-            async with aclosing(client.stream("Hello")) as chunks:
-                assert [chunk async for chunk in chunks]
+            for stream in (client.stream("Hello"), client.stream_chat(HELLO)):
+                async with aclosing(stream) as chunks:
+                    assert [chunk async for chunk in chunks]
             async with aclosing(client.watch_adapters()) as adapters:
                 assert [adapter async for adapter in adapters]
 
     asyncio.run(run())
 
 
-NUM_CALLS = len(CALLS) + 3
+NUM_CALLS = len(CALLS) + 4
 EVERY_CALL = pytest.mark.parametrize("call_every", [call_all, call_all_async], ids=["Client", "AsyncClient"])
 
 
 def test_every_method_is_called(server, folder):
     call_all(server.address, folder)
     methods = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
-    assert methods == {*CALLS, "upload_adapter", "stream", "watch_adapters"}
+    assert methods == {*CALLS, "upload_adapter", "stream", "stream_chat", "watch_adapters"}
 
 
 @EVERY_CALL

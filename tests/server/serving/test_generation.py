@@ -22,7 +22,7 @@ from turret_server.errors import (
     PromptTooLongError,
     QuotaExceededError,
 )
-from turret_server.serving.chat import Chat, Message
+from turret_server.serving.chat import Chat, Message, ToolChoice
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import AdapterRef, FinishReason, GenerationRequest, TokenLogprob, Usage
 
@@ -546,3 +546,17 @@ async def test_a_request_is_freed_when_it_ends(services, admin, end):
     del request
     await asyncio.sleep(0)
     assert alive() is None
+
+
+async def test_an_answer_that_must_call_a_tool_has_its_form(services, admin, codec, monkeypatch):
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ tools }}<tool_call>")
+    chat = replace(CHAT, tools=(TOOL,), tool_choice=ToolChoice.REQUIRED)
+    job = await job_of(services, admin, replace(REQUEST, prompt=chat))
+    matcher = job.grammar.start()
+    for token_id in codec.encode('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', 64):
+        assert not matcher.is_complete
+        matcher.accept(token_id)
+    assert matcher.is_complete
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ tools }}")
+    with pytest.raises(InvalidRequestError, match="auto or none for this model"):
+        await job_of(services, admin, replace(REQUEST, prompt=chat))

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import threading
+from dataclasses import replace
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from support.tokenizers import TOKENIZERS, VOCAB_SIZE, make_tokenizer
 from turret_server.errors import InvalidRequestError, StructuredOutputError
 from turret_server.serving import structured
+from turret_server.serving.chat import Chat, Message, ToolChoice
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import GenerationRequest
 from turret_server.serving.structured import (
@@ -22,7 +24,9 @@ from turret_server.serving.structured import (
     StructuredOutput,
     check_stops,
     form_of,
+    form_of_call,
 )
+from turret_server.serving.tools import TOOL_FORMS, FormParser
 from turret_server.serving.vocabulary import Vocabulary
 
 VOCABULARIES = {
@@ -332,3 +336,78 @@ async def test_an_invalid_form_is_not_kept():
         with pytest.raises(InvalidRequestError):
             await grammars.compiled(wanted("regex", "("), VOCABULARY)
     assert not grammars._grammars._items
+
+
+# Calls of tools
+
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Paris", "Oslo"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+)
+MUST_CALL = Chat(
+    messages=(Message(role="user", content=("a",)),), tools=TOOLS, tool_choice=ToolChoice.REQUIRED
+)
+
+
+@pytest.mark.parametrize("name", TOOL_FORMS)
+@pytest.mark.parametrize("tool_name", ["", "weather"])
+def test_an_answer_that_must_call_a_tool_is_read_as_one_call(name, tool_name):
+    form, codec = TOOL_FORMS[name], VOCABULARY.codec
+    grammar = compiled(form_of_call(replace(MUST_CALL, tool_name=tool_name), form, codec))
+    called = set()
+    for seed in range(30):
+        text, ended = walk(grammar, VOCABULARY, random.Random(seed))
+        if not ended:
+            continue
+        parsed = FormParser(form, None, "").push(text, final=True)
+        assert parsed.text.strip() == ""
+        assert {call.index for call in parsed.tool_calls} == {0}
+        function = "".join(call.name for call in parsed.tool_calls)
+        arguments = json.loads("".join(call.arguments for call in parsed.tool_calls))
+        assert isinstance(arguments, dict)
+        if function == "weather":
+            assert arguments in ({"city": "Paris"}, {"city": "Oslo"})
+        called.add(function)
+    assert called == ({"weather"} if tool_name else {"weather", "now"})
+
+
+def test_the_marks_of_a_call_are_the_special_tokens_where_the_vocabulary_has_them():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    mark = tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
+    vocabulary = Vocabulary(codec=TextCodec(tokenizer), size=VOCAB_SIZE + 8, stop_token_ids=frozenset({EOS}))
+    form = form_of_call(MUST_CALL, TOOL_FORMS["mistral"], vocabulary.codec)
+    assert token_ids_of(compiled(form, vocabulary).start().allowed(), VOCAB_SIZE + 8) == [mark]
+
+
+def test_a_form_of_calls_that_is_not_known_is_refused():
+    with pytest.raises(InvalidRequestError, match="a form that is not known") as raised:
+        form_of_call(MUST_CALL, None, VOCABULARY.codec)
+    assert raised.value.metadata["field"] == "tool_choice"
+
+
+def test_parameters_that_cannot_be_kept_are_refused_as_the_tools():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+    form = form_of_call(replace(MUST_CALL, tools=(tool,)), TOOL_FORMS["hermes"], VOCABULARY.codec)
+    with pytest.raises(InvalidRequestError, match="tools is invalid: ") as raised:
+        compiled(form)
+    assert raised.value.metadata["field"] == "tools"
+
+
+def test_an_answer_that_must_call_a_tool_has_no_other_form():
+    with pytest.raises(
+        InvalidRequestError, match="an answer has one form; found json_object and tool_choice"
+    ):
+        form_of(GenerationRequest(prompt=MUST_CALL, json_object=True))
+    assert form_of(GenerationRequest(prompt=MUST_CALL)) is None

@@ -151,8 +151,13 @@ def test_chats_that_can_be_rendered_are_valid(chat):
         (Chat(messages=(USER,), tools=(TOOL,) * 129), "tools", "tools has at most 128 items; found 129"),
         (Chat(messages=(USER,), tools=({"name": "f"},)), "tools", "tools[0] is"),
         (Chat(messages=(USER,), tools=({**TOOL, "function": {}},)), "tools", "tools[0].function.name is"),
-        (Chat(messages=(USER,), tool_choice=ToolChoice.REQUIRED), "tool_choice", "auto or none"),
-        (Chat(messages=(USER,), tool_name="f"), "tool_choice", "auto or none"),
+        (Chat(messages=(USER,), tool_choice=ToolChoice.REQUIRED), "tool_choice", "has no tools"),
+        (
+            Chat(messages=(USER,), tools=(TOOL,), tool_choice=ToolChoice.REQUIRED, tool_name="g"),
+            "tool_choice",
+            "not in tools: 'g'; give one of 'f'",
+        ),
+        (Chat(messages=(USER,), tool_name="f"), "tool_choice", "not in tools: 'f'"),
         (
             Chat(messages=(USER,), template_arguments={"tools": []}),
             "template_arguments",
