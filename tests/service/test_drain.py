@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
@@ -114,6 +116,29 @@ def test_what_runs_finishes_while_new_calls_are_refused(base_of, adapter_of, cac
         assert server.wait() == 0
     with server_of(base_of, cache, tmp_path) as server, Client(server.address) as client:
         assert [adapter.name for adapter in client.list_adapters()] == ["bard", "poet"]
+
+
+@pytest.mark.slow
+def test_over_http_what_runs_finishes_too_while_new_calls_are_refused(base_of, cache, tmp_path):
+    request = {"prompt": PROMPT, "max_tokens": LONG_ANSWER, "temperature": 0}
+    with (
+        server_of(base_of, cache, tmp_path) as server,
+        httpx.Client(base_url=server.http, timeout=600) as web,
+    ):
+        assert web.get("/health").status_code == 200
+        expected = web.post("/v1/completions", json=request).json()["choices"][0]["text"]
+        with web.stream("POST", "/v1/completions", json=request | {"stream": True}) as answer:
+            events = answer.iter_lines()
+            first = next(events)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: web.get("/health").status_code == 503)
+            assert web.get("/ping").status_code == 200
+            refused = web.post("/v1/completions", json=request)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            found = [each.removeprefix("data: ") for each in (first, *events) if each]
+        assert found.pop() == "[DONE]"
+        assert "".join(json.loads(each)["choices"][0]["text"] for each in found) == expected
+        assert server.wait() == 0
 
 
 @pytest.mark.slow
