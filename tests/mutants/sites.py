@@ -60,7 +60,7 @@ _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 _LOG_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 _TYPING_CALLS = {"cast", "TypeVar", "ParamSpec", "NewType"}
 _LEFT_OUT_DECORATORS = {"dataclass", "overload", "override", "final", "runtime_checkable"}
-_NEVER_RAISED = "ZeroDivisionError"
+_NEVER_RAISED = "BufferError"
 
 
 @dataclass(frozen=True, slots=True, order=True)
