@@ -25,7 +25,7 @@ from turret.v1 import inference_pb2, inference_pb2_grpc
 from turret_demo.real_model import real_model
 
 _NUM_STREAMS = 32
-_NUM_TOKENS = 100
+_NUM_TOKENS = 50
 _NUM_TURNS = 5
 _PROMPT = "Chapter {}. It was a dark and stormy night, and the travellers began to tell a story:"
 

@@ -8,6 +8,8 @@ import subprocess
 
 import openai
 import pytest
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 from support.serving import server_process
 from turret_demo.real_model import real_model
@@ -104,6 +106,23 @@ def test_the_tokens_of_a_chat_are_those_that_it_costs(server, client, asked):
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)  # noqa: S603
     assert found["count"] == client.chat.completions.create(**asked).usage.prompt_tokens
     assert found["token_strs"][0] == "<|im_start|>"
+
+
+class Capital(BaseModel):
+    capital: str
+
+
+def test_langchain_asks_streams_and_gets_objects(server, asked):
+    options = {"base_url": f"{server.http}/v1", "api_key": "none", "model": asked["model"], "max_retries": 0}
+    model = ChatOpenAI(temperature=0, max_tokens=60, **options)
+    question = QUESTION[0]["content"]
+    whole = model.invoke(question)
+    assert "Paris" in whole.content
+    assert whole.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in model.stream(question)) == whole.content
+    structured = model.with_structured_output(Capital, method="json_schema")
+    assert structured.invoke(question) == Capital(capital="Paris")
+    assert OpenAI(temperature=0, max_tokens=8, **options).invoke("The capital of France is")
 
 
 def test_what_the_template_has_no_place_for_is_refused(client, asked):
