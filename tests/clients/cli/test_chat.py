@@ -171,6 +171,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(server):
         chat.wait_for("> ")
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("Ctrl-D ends")
+        chat.wait_for("> ")
         chat.write("\x04")
         assert chat.process.wait() == 0
     [_, second] = server.requests
@@ -186,9 +187,11 @@ def test_an_error_ends_no_chat_on_a_terminal(server):
         chat.wait_for("> ")
         chat.write("one\n")
         chat.wait_for("error: busy")
+        chat.wait_for("> ")
         server.failure, server.chunks = None, script.CHUNKS
         chat.write("two\n")
         chat.wait_for("mátey")
+        chat.wait_for("> ")
         chat.write("\x04")
         assert chat.process.wait() == 0
     assert messages(server.requests[1]) == [("user", "two")]

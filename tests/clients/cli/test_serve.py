@@ -60,6 +60,7 @@ def arguments_of(tmp_path: Path) -> dict[str, tuple[str | None, Any]]:
         "device": ("cpu", "cpu"),
         "dtype": ("float32", "float32"),
         "max_context": ("2000", 2000),
+        "chat_template": (str(file), file),
         "adapters": (str(folder), folder),
         "watch": (None, True),
         "pin": ("a", ("a",)),
