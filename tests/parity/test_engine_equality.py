@@ -69,6 +69,7 @@ def load(parts: Parts, adapter_of, name: str, seed: int = 0) -> None:
     parts.lifecycle.load(name, str(adapter_of("llama", name, seed)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_are_those_of_a_request_alone_with_room_for_everything(
     dtype, base_of, adapter_of, quantised_cache, tmp_path

@@ -62,6 +62,7 @@ def tenants(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_nothing_waits_while_something_holds_the_database(base_of, adapter_of, tenants, tmp_path):
     store = tmp_path / "store"
     arguments = ("--memory", "8MiB", "--store", str(store), "--tenants", str(tenants))

@@ -136,6 +136,7 @@ def test_a_second_start_reads_the_quantised_copy_and_answers_the_same(server, cl
         assert second.stop() == 0
 
 
+@pytest.mark.slow
 def test_sigterm_lets_running_requests_finish(base_of, cache):
     with server_process(base_of("llama"), cache) as server, Client(server.address) as client:
         stream = client.stream(PROMPT, max_tokens=100)

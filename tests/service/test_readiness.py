@@ -23,6 +23,7 @@ def health(address: str, service: str = "") -> int:
         return stub.Check(health_pb2.HealthCheckRequest(service=service)).status
 
 
+@pytest.mark.slow
 def test_a_server_is_ready_once_what_is_pinned_is_resident(base_of, adapter_of, tmp_path):
     folder = tmp_path / "adapters"
     shutil.copytree(adapter_of("llama", "p-tuning"), folder / "bard")

@@ -36,6 +36,7 @@ def run(*arguments: str | Path) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_killed_at_points_from_the_first_to_the_last(root: Path) -> None:
     # Every 13th of some 2000 points; `killing.py count-down ROOT 1 1` takes each.
     points = run("count-down", root, "1", "13")

@@ -84,6 +84,7 @@ def test_threads_share_a_batch(local):
         assert list(pool.map(ask, range(6))) == alone
 
 
+@pytest.mark.slow
 def test_no_port_is_opened(model, settings, monkeypatch):
     def refuse(*_):
         raise AssertionError("a socket is bound")
@@ -93,6 +94,7 @@ def test_no_port_is_opened(model, settings, monkeypatch):
         assert client.generate("a", max_tokens=1).token_ids
 
 
+@pytest.mark.slow
 def test_a_deadline_and_a_reader_who_leaves_end_their_calls(model, settings, monkeypatch):
     gate, assemble = GatedSampler(), assembly.assemble
     monkeypatch.setattr("turret_server.app.local.assemble", lambda config: assemble(config, gate))
@@ -105,6 +107,7 @@ def test_a_deadline_and_a_reader_who_leaves_end_their_calls(model, settings, mon
         assert client.generate("a", max_tokens=2).token_ids, "the engine goes on"
 
 
+@pytest.mark.slow
 def test_closing_ends_calls_threads_and_the_store(model, settings):
     before = set(threading.enumerate())
     client = LocalClient(model, **settings)

@@ -98,6 +98,7 @@ def start(program: str, model: Path, cache: Path, *more: str) -> subprocess.Pope
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_server_whose_model_is_loading(number, tmp_path):
     with start(LOADING, tmp_path, tmp_path) as server:
