@@ -30,6 +30,8 @@ _SAME = (
 )  # fmt: skip
 # OpenAI's, where the service has another.
 _TEMPERATURE = 1.0
+# Of a token id, which has 32 bits.
+_MAX_DIGITS = 10
 
 
 class StreamOptions(Body):
@@ -213,7 +215,7 @@ class GenerationBody(Body):
 
 
 def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and int(key[:11]) < 2**32):
+    if not (key.isascii() and key.isdigit() and len(key) <= _MAX_DIGITS):
         raise InvalidRequestError(f"logit_bias has token ids as keys; found {key[:50]!r}", field="logit_bias")
     return int(key)
 
