@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 import grpc
@@ -45,6 +47,9 @@ class LocalChannel:
         self._interceptor = interceptor
         self._loop = loop
         self._running: set[LocalCall] = set()
+        # No call begins after `close`: the loop would end before the call does, and its thread wait for ever.
+        self._closing = threading.Lock()
+        self._is_closed = False
 
     def unary_unary(self, method: str, request_serializer: Any, *_: Any, **__: Any) -> _Method:
         return _Method(self, method, lambda request: iter([request_serializer(request)]))
@@ -61,7 +66,6 @@ class LocalChannel:
     ) -> LocalCall:
         details = _Details(method, metadata)
         call = LocalCall(timeout, metadata)
-        self._running.add(call)
 
         async def answer() -> None:
             try:
@@ -76,14 +80,22 @@ class LocalChannel:
                 self._running.discard(call)
                 call.context.responses.put(_END)
 
-        call.begin(answer(), self._loop)
+        with self._closing:
+            if self._is_closed:
+                call.context.end(grpc.StatusCode.CANCELLED, "the channel is closed")
+                call.context.responses.put(_END)
+            else:
+                self._running.add(call)
+                call.begin(answer(), self._loop)
         return call
 
     async def _find(self, details: grpc.HandlerCallDetails) -> _Handler:
         return self._methods.by_name[details.method]
 
     def close(self) -> None:
-        """Cancel the calls that run."""
+        """Cancel the calls that run; later ones end as soon as they begin."""
+        with self._closing:
+            self._is_closed = True
         for call in list(self._running):
             call.cancel()
 
@@ -161,6 +173,7 @@ class LocalCall(grpc.RpcError):
         super().__init__()
         self.context = _Context(timeout, metadata)
         self._has_ended = False
+        self._future: Future[None] | None = None
 
     def begin(self, answer: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._future = asyncio.run_coroutine_threadsafe(answer, loop)
@@ -183,7 +196,8 @@ class LocalCall(grpc.RpcError):
         return response
 
     def cancel(self) -> None:
-        self._future.cancel()
+        if self._future:
+            self._future.cancel()
 
     def code(self) -> grpc.StatusCode:
         return self.context.code
