@@ -172,7 +172,7 @@ def test_an_id_that_cannot_be_is_refused_under_one_of_the_servers(channel, bad):
 
 
 def test_two_ids_are_refused(channel):
-    with pytest.raises(grpc.RpcError, match="x-request-id is one metadata"):
+    with pytest.raises(grpc.RpcError, match="x-request-id is given once"):
         generate(channel, metadata=[("x-request-id", "a"), ("x-request-id", "b")])
 
 
