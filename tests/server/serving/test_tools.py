@@ -195,8 +195,9 @@ def test_arguments_are_what_the_model_wrote(arguments, ascii_only):
     ],
 )
 def test_reasoning_precedes_the_answer(prompt, text, reasoning, rest):
-    answer = parse(None, text, reasoning=THINK, prompt=prompt)
-    assert (answer.reasoning, answer.text) == (reasoning, rest)
+    for pieces in ([text], [*text, ""]):
+        answer = read(FormParser(None, THINK, prompt), pieces)
+        assert (answer.reasoning, answer.text) == (reasoning, rest)
 
 
 def test_arguments_are_streamed_as_they_come():
@@ -206,6 +207,12 @@ def test_arguments_are_streamed_as_they_come():
     ]
     assert [delta.arguments for [delta] in deltas] == ['{"a', '": 1', "}"]
     assert [bool(delta.name and delta.id) for [delta] in deltas] == [True, False, False]
+
+
+def test_what_is_too_long_for_a_beginning_is_not_held_back():
+    parser = FormParser(TOOL_FORMS["hermes"], None, "")
+    assert parser.push("<tool_call>" + "x" * 5000).text == ""
+    assert parser.push("x" * 5000).text == "<tool_call>" + "x" * 10000
 
 
 def test_ids_are_new_and_of_the_length_that_a_family_wants():
