@@ -114,7 +114,7 @@ Example:
 @server_option
 @json_option
 def show(name: str, *, server: str, as_json: bool) -> None:
-    """Show the details of an adapter, with the history of its revisions."""
+    """Show the details of an adapter and its history of revisions."""
     with connect(server) as client:
         adapter = client.get_adapter(name)
     click.echo(to_json(adapter) if as_json else _details(adapter))
@@ -132,10 +132,10 @@ Examples:
 @server_option
 @json_option
 def rollback(name: str, revision: str | None, *, server: str, as_json: bool) -> None:
-    """Serve an earlier REVISION under NAME again and remove later ones from its history.
+    """Serve an earlier REVISION under NAME again.
 
-    The first 8 digits of the revision are enough. Default: the one before the current one. `turret adapters
-    show NAME` lists them.
+    Later ones are removed from its history. The first 8 digits of the revision are enough. Default: the one
+    before the current one. `turret adapters show NAME` lists them.
     """
     with connect(server) as client:
         print_adapters([client.rollback_adapter(name, revision)], as_json=as_json)
@@ -160,9 +160,10 @@ Examples:
 @server_option
 @json_option
 def split(name: str, revision: str, percent: int, *, server: str, as_json: bool) -> None:
-    """Send a percentage of the requests for NAME to another REVISION of its history.
+    """Send a percentage of NAME's requests to another REVISION.
 
-    The first 8 digits of the revision are enough. Requests with the same --routing-key use the same revision.
+    The revision is one of NAME's history; its first 8 digits are enough. Requests with the same --routing-key
+    use the same revision.
     """
     if percent and not revision:
         raise click.UsageError(
@@ -183,7 +184,7 @@ Examples:
 @server_option
 @json_option
 def upload(name: str, folder: Path, *, server: str, as_json: bool) -> None:
-    """Upload the peft adapter in the local FOLDER to the server, and serve it under NAME.
+    """Upload the peft adapter in a local FOLDER; serve it under NAME.
 
     An interrupted upload of the same files is resumed.
     """
@@ -251,7 +252,10 @@ Examples:
 @server_option
 @json_option
 def watch(*, server: str, as_json: bool) -> None:
-    """Print every adapter, then each again whenever it changes, until Ctrl-C."""
+    """Print every adapter, and each again when it changes.
+
+    Ctrl-C ends it.
+    """
     with connect(server) as client:
         for adapter in client.watch_adapters():
             click.echo(to_json(adapter) if as_json else _line(adapter))

@@ -58,11 +58,12 @@ Examples:
 @server_option
 @generation_options
 def chat(*, server: str, system: str | None, adapter: list[AdapterRef], **options: Any) -> None:
-    """Talk to the model, with its chat template or that of the adapter.
+    """Chat with the model, or with adapters of it.
 
     Each line of standard input is a message, and each answer is printed as it arrives; the chat so far is
-    part of the prompt. /help lists the commands. If standard input is not a terminal, only answers are
-    printed, and the first error ends the program.
+    part of the prompt, which the chat template makes: the model's, or that of the first adapter whose folder
+    has another one. /help lists the commands. If standard input is not a terminal, only answers are printed,
+    and the first error ends the program.
     """
     if (options["n"] or 1) > 1:
         raise click.UsageError("A chat goes on with one answer; leave --n out.")

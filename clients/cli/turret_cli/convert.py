@@ -33,7 +33,7 @@ Examples:
     help="Rank of every module. Default: for each module, the lowest rank without loss.",
 )
 def convert(path: str, out: str, *, model: str, rank: int | None) -> None:
-    """Convert the adapter in the folder PATH to LoRA, in the new folder OUT.
+    """Convert the adapter in PATH to LoRA, in the new folder OUT.
 
     For methods that a server does not load but whose update is added to a weight, such as LoHa and LoKr. The
     conversion error is measured and printed.

@@ -77,11 +77,11 @@ def pin(
     server: str,
     as_json: bool,
 ) -> None:
-    """Compute the prompt TEXT and keep it under NAME until it is unpinned.
+    """Compute the prompt TEXT and keep it under NAME.
 
-    It serves requests that begin with the same tokens and use the same adapters, weights and cache salt. It
-    is dropped when one of its adapters is replaced or unloaded: pin it again afterwards. If NAME is in use,
-    the new prompt replaces the old one.
+    It is kept until it is unpinned, and serves requests that begin with the same tokens and use the same
+    adapters, weights and cache salt. It is dropped when one of its adapters is replaced or unloaded: pin it
+    again afterwards. If NAME is in use, the new prompt replaces the old one.
 
     Without TEXT and --file, or if TEXT is "-", the prompt is read from standard input. One trailing newline
     of a file or of standard input is removed. Only full blocks of tokens are kept; a prompt shorter than a
@@ -131,7 +131,10 @@ Example:
 @server_option
 @json_option
 def unpin(name: str, *, server: str, as_json: bool) -> None:
-    """Unpin the prompt NAME: its blocks are evicted when their memory is needed."""
+    """Unpin the prompt NAME.
+
+    Its blocks are evicted when their memory is needed.
+    """
     with connect(server) as client:
         client.unpin_prompt(name)
     click.echo(json.dumps({"name": name}) if as_json else f"unpinned {name}")

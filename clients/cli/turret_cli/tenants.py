@@ -56,7 +56,7 @@ Examples:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def key(name: str, *, as_json: bool) -> None:
-    """Create an API key for the tenant NAME, and the line of the tenants file that accepts it.
+    """Create an API key for the tenant NAME, and its line of the file.
 
     The key is printed once and stored nowhere; the file contains only its digest. To rotate keys, give the
     tenant a second one before you remove the first.

@@ -28,7 +28,7 @@ Examples:
 @model_option
 @json_option
 def validate(path: str, *, model: str, as_json: bool) -> None:
-    """Check whether a server of this model would load the adapter in the folder PATH.
+    """Check whether a server would load the adapter in the folder PATH.
 
     Prints the adapter's method, size and memory, or why it is refused. Of the model only its configuration is
     read, and the few weights against which some adapters are checked.

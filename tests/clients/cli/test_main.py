@@ -73,6 +73,13 @@ def test_every_option_and_command_says_what_it_does(path):
     assert all(option.help for option in params_of(COMMANDS[path]) if isinstance(option, click.Option))
 
 
+@pytest.mark.parametrize("path", [path for path, each in COMMANDS.items() if isinstance(each, click.Group)])
+def test_the_list_of_commands_has_whole_sentences(path):
+    _, _, listed = CliRunner().invoke(main, [*path, "--help"]).stdout.partition("Commands:\n")
+    assert listed
+    assert "..." not in listed.partition("Examples:")[0]
+
+
 def test_version():
     result = CliRunner().invoke(main, ["--version"])
     assert result.stdout.split()[-1] == version("turret")
