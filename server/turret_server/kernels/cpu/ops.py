@@ -45,9 +45,9 @@ class CpuOps:
         self._reference = ReferenceOps()
         self._arena: tuple[torch.Tensor, Any] | None = None
         started = time.perf_counter()
+        log.info("CPU kernels for %s on %d threads: the first start compiles them", dtype, THREADS)
         self._warm_up(dtype)
-        seconds = time.perf_counter() - started
-        log.info("CPU kernels for %s on %d threads: ready in %.1f s", dtype, THREADS, seconds)
+        log.info("CPU kernels: ready in %.1f s", time.perf_counter() - started)
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
         return cpu_nf4.pack(weight, self._dtype)
