@@ -1,4 +1,4 @@
-"""The HTTP application over services that a test scripts, called without a port; and over a real model."""
+"""The HTTP application over services that a test scripts, called without a port."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 import httpx
 import pytest
 
-from support.gate import GatedSampler
-from support.serving import serving
-from turret_server.config import ServerConfig
 from turret_server.doors.health import Health
 from turret_server.doors.running import RunningCalls
 from turret_server.engine.admission import TenantLimits
@@ -98,29 +95,3 @@ def open_door() -> type[Door]:
 @pytest.fixture
 def door() -> Door:
     return Door()
-
-
-@pytest.fixture(scope="session")
-def gate() -> GatedSampler:
-    """Holds the steps of `served` while it is closed."""
-    return GatedSampler()
-
-
-@pytest.fixture(scope="session")
-def served(base_of, adapter_of, quantised_cache, gate):
-    """A whole server with a small model, and the adapters `lora` and `prefix`."""
-    config = ServerConfig(
-        model=str(base_of("llama")),
-        dtype="float32",
-        device="cpu",
-        memory="8MiB",
-        max_batch_tokens=32,
-        max_batch_requests=8,
-        cache=quantised_cache,
-        http="127.0.0.1:0",
-    )
-    with serving(config, gate) as served:
-        for name in ("lora", "prefix"):
-            served.parts.lifecycle.load(name, str(adapter_of("llama", name)))
-        yield served
-        served.parts.engine.check_integrity()
