@@ -69,8 +69,7 @@ class Policy:
             raise AdapterSourceError(f"{path!r}: expected a valid path, found {error}") from error
         if not any(real.is_relative_to(os.path.realpath(root)) for root in self.roots):
             raise SourceForbiddenError(
-                f"{path!r}: expected a folder below {_list(self.roots)} (the server's --allow-source adds "
-                "one)"
+                f"{path!r}: {_expected('a folder below', self.roots)}; the server's --allow-source adds one"
             )
         if resolve(str(real)) != real:
             raise SourceForbiddenError(
@@ -88,8 +87,8 @@ class Policy:
         parts = split(url)
         if not parts.netloc or not any(_begins(parts, split(allowed)) for allowed in self.urls):
             raise SourceForbiddenError(
-                f"{public(url)!r}: expected a URL that begins with {_list(self.urls)} (the server's "
-                "--allow-source adds one)"
+                f"{public(url)!r}: {_expected('a URL that begins with', self.urls)}; the server's "
+                "--allow-source adds one"
             )
         return parts
 
@@ -103,9 +102,8 @@ class Policy:
         if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
             found = found.ipv4_mapped
         if not _is_public(found) and not any(found in network for network in self.networks):
-            raise SourceForbiddenError(
-                f"host {host!r}: expected a public address or one in {_list(self.networks)}, found {address}"
-            )
+            allowed = ", ".join(["a public address", *map(str, self.networks)])
+            raise SourceForbiddenError(f"host {host!r}: expected {allowed}, found {address}")
 
 
 class Deadline:
@@ -188,5 +186,7 @@ def _is_public(address: Address) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved and not listed
 
 
-def _list(items: tuple[object, ...]) -> str:
-    return ", ".join(str(item) for item in items) or "nothing (no source is allowed)"
+def _expected(what: str, allowed: tuple[object, ...]) -> str:
+    return (
+        f"expected {what} {', '.join(map(str, allowed))}" if allowed else "no source of this kind is allowed"
+    )

@@ -27,7 +27,7 @@ from turret_adapters.store.store import AdapterStore
 
 def test_by_default_nothing_is_fetched(web: Web, store: AdapterStore, tmp_path: Path) -> None:
     for source in (f"{web.url}/poet", "hf://owner/name", "owner/name", "s3://bucket/poet", str(tmp_path)):
-        with pytest.raises(SourceForbiddenError, match="no source is allowed"):
+        with pytest.raises(SourceForbiddenError, match="no source of this kind is allowed"):
             fetch_into(store, source, Policy())
     assert web.asked == []
 
