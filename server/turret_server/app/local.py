@@ -13,7 +13,7 @@ from typing import Any
 from turret_client import Client
 from turret_client._channel import call_metadata
 from turret_server.app.assembly import assemble
-from turret_server.config import ServerConfig
+from turret_server.config import SETTINGS, ServerConfig
 
 
 class LocalClient(Client):
@@ -41,6 +41,7 @@ class LocalClient(Client):
             tenant: Tenant of every call; None is that of the key, or "default".
             api_key: API key of every call, if the setting `tenants` names a file with keys.
             **settings: Those of `turret serve`, with underscores: `memory="2GiB"`; see `ServerConfig`.
+                A folder is a text or a path, and None is a setting that is off.
 
         Raises:
             ConfigError: A setting is invalid, or does not fit this machine.
@@ -50,7 +51,7 @@ class LocalClient(Client):
         try:
             if "store" not in settings:
                 settings["store"] = Path(self._stack.enter_context(TemporaryDirectory(prefix="turret-")))
-            config = ServerConfig(model=str(model), **{"metrics": None, "http": None} | settings)
+            config = ServerConfig(model=str(model), **{"metrics": None, "http": None} | _converted(settings))
             parts = self._stack.enter_context(assemble(config))
             from turret_server.app.build import make_channel  # noqa: PLC0415 -- torch and the model's libraries
 
@@ -64,6 +65,16 @@ class LocalClient(Client):
         """Cancels running calls, and frees the model."""
         super().close()
         self._stack.close()
+
+
+def _converted(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the types of `ServerConfig`; unknown ones are its error."""
+    found = dict(settings)
+    for setting in SETTINGS:
+        value = settings.get(setting.name)
+        if value is not None and not isinstance(value, Path):
+            found[setting.name] = setting.convert(value)  # as in a file of settings
+    return found
 
 
 @contextmanager

@@ -122,9 +122,19 @@ def test_closing_ends_calls_threads_and_the_store(model, settings):
     assert not left
 
 
-def test_a_setting_that_is_invalid_is_named(model):
-    with pytest.raises(ConfigError, match="memory"):
-        LocalClient(model, memory="much")
+@pytest.mark.parametrize("setting", [{"memory": "much"}, {"memory": 3}, {"max_batch_tokens": "many"}])
+def test_a_setting_that_is_invalid_is_named(model, setting):
+    [name] = setting
+    with pytest.raises(ConfigError, match=name.replace("_", "-")):
+        LocalClient(model, **setting)
+
+
+def test_folders_may_be_texts(model, settings, tmp_path, adapter_of):
+    texts = {"cache": str(settings["cache"]), "store": str(tmp_path / "store")}
+    with LocalClient(model, **settings | texts) as client:
+        client.load_adapter("kept", str(adapter_of("llama", "lora")))
+    with LocalClient(model, **settings | texts) as client:
+        assert [adapter.name for adapter in client.list_adapters()] == ["kept"]
 
 
 def test_the_package_has_no_other_attributes():
