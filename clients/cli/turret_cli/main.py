@@ -54,7 +54,7 @@ class _Commands(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
-  turret serve --model HuggingFaceTB/SmolLM2-135M --adapters ./adapters
+  turret serve --model HuggingFaceTB/SmolLM2-135M-Instruct --adapters ./adapters
   turret chat --adapter pirate
   turret generate --adapter pirate "Where is the treasure?"
   turret adapters list

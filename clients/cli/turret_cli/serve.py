@@ -62,7 +62,7 @@ def _title(option: click.Parameter) -> str:
     cls=_ServeCommand,
     epilog="""\b
 Examples:
-  turret serve --model HuggingFaceTB/SmolLM2-135M
+  turret serve --model HuggingFaceTB/SmolLM2-135M-Instruct
   turret serve --model ./llama --adapters ./adapters --device cuda --memory 0.8
   turret serve --model ./llama --listen 0.0.0.0:50051 --tenants tenants.toml --metrics none
   turret serve --config server.toml
