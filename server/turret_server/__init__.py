@@ -1,6 +1,10 @@
 """An inference server: one frozen NF4 base model, and adapters for it mixed in one batch."""
 
+import logging
 from typing import Any
+
+# Its warning that an optional kernel was not found concerns nobody here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ where only the client's dependencies are installed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,6 @@ def server_code(extra: str) -> Iterator[None]:
     from turret_adapters.errors import AdapterError  # noqa: PLC0415
     from turret_server.errors import ConfigError, TurretError  # noqa: PLC0415
 
-    # Its warning that an optional kernel was not found concerns nobody here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         yield
     except ConfigError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,6 +137,12 @@ def test_folders_may_be_texts(model, settings, tmp_path, adapter_of):
         client.load_adapter("kept", str(adapter_of("llama", "lora")))
     with LocalClient(model, **settings | texts) as client:
         assert [adapter.name for adapter in client.list_adapters()] == ["kept"]
+
+
+def test_its_libraries_print_nothing_when_they_are_imported():
+    command = [sys.executable, "-c", "import turret_server.app.build"]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 (Python)
+    assert imported.stderr == ""
 
 
 def test_the_package_has_no_other_attributes():
