@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,24 +48,26 @@ class LocalClient(Client):
             ConfigError: A setting is invalid, or does not fit this machine.
             UnsupportedModelError: The model cannot be served.
         """
-        self._stack = ExitStack()
+        stack = ExitStack()
         try:
             if "store" not in settings:
-                settings["store"] = Path(self._stack.enter_context(TemporaryDirectory(prefix="turret-")))
+                settings["store"] = Path(stack.enter_context(TemporaryDirectory(prefix="turret-")))
             config = ServerConfig(model=str(model), **{"metrics": None, "http": None} | _converted(settings))
-            parts = self._stack.enter_context(assemble(config))
+            parts = stack.enter_context(assemble(config))
             from turret_server.app.build import make_channel  # noqa: PLC0415 -- torch and the model's libraries
 
-            channel = make_channel(parts, self._stack.enter_context(_running_loop()))
+            channel = make_channel(parts, stack.enter_context(_running_loop()))
         except BaseException:
-            self._stack.close()
+            stack.close()
             raise
         self._use(channel, "this process", call_metadata(tenant, api_key))
+        # Also for a program that ends without `close`: later, when its threads stand still, nothing ends.
+        self._free = weakref.finalize(self, stack.close)
 
     def close(self) -> None:
         """Cancels running calls, and frees the model."""
         super().close()
-        self._stack.close()
+        self._free()
 
 
 def _converted(settings: dict[str, Any]) -> dict[str, Any]:

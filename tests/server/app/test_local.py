@@ -124,6 +124,21 @@ def test_closing_ends_calls_threads_and_the_store(model, settings):
     assert not left
 
 
+def test_a_program_may_end_without_closing(model, settings):
+    settings = settings | {"cache": str(settings["cache"])}
+    program = f"""
+import faulthandler
+from turret_server import LocalClient
+
+client = LocalClient({str(model)!r}, **{settings!r})
+stream = client.stream("a", max_tokens=200)
+print(len(next(stream).token_ids))
+faulthandler.dump_traceback_later(60, exit=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
+
+
 @pytest.mark.parametrize("setting", [{"memory": "much"}, {"memory": 3}, {"max_batch_tokens": "many"}])
 def test_a_setting_that_is_invalid_is_named(model, setting):
     [name] = setting
