@@ -35,6 +35,8 @@ _MAX_GRAMMARS = 256
 _MAX_VOCABULARIES = 16
 # Lexer states take about two kilobytes each, and are made while an answer is generated. Errors stay short.
 _LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+# Small models write spaces without end where they may; this is enough to indent what people read.
+_JSON_DEFAULTS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
 _JSON_OPTIONS: JsonCompileOptions = {"coerce_one_of": False, "lenient": False}
 # As models write calls, and as `tools` reads them.
 _CALL_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -299,9 +301,9 @@ def _source(wanted: StructuredOutput) -> str:
     """
     match wanted.kind, wanted.value:
         case StructuredKind.JSON_SCHEMA, str(schema):
-            return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(schema, _JSON_DEFAULTS, _JSON_OPTIONS)
         case StructuredKind.JSON_OBJECT, _:
-            return LLMatcher.grammar_from_json_schema({"type": "object"})
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, _JSON_DEFAULTS)
         case StructuredKind.REGEX, str(regex):
             return LLMatcher.grammar_from_regex(regex)
         case StructuredKind.GRAMMAR, str(lark):

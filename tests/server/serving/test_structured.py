@@ -173,6 +173,17 @@ def test_a_form_that_no_token_continues_says_so():
         matcher.allowed()
 
 
+@pytest.mark.parametrize("form", [wanted("json_object"), wanted("json_schema", '{"type": "object"}')])
+def test_spaces_between_the_parts_of_json_end(form):
+    matcher = compiled(form).start()
+    brace, space = VOCABULARY.codec.encode("{ ", 9, add_special_tokens=False)
+    matcher.accept(brace)
+    for _ in range(32):
+        assert space in token_ids_of(matcher.allowed())
+        matcher.accept(space)
+    assert space not in token_ids_of(matcher.allowed())
+
+
 def test_answers_of_one_form_do_not_know_of_each_other():
     grammar = compiled(wanted("choice", ("aa", "b")))
     first, second = grammar.start(), grammar.start()
