@@ -121,8 +121,10 @@ class Terminal:
 
     def __init__(self, address: str) -> None:
         self._main, other = pty.openpty()
+        # Whoever runs the tests in the background may have told them to ignore it, and so their children.
+        heeding = ("/usr/bin/env", "--default-signal=INT")
         self.process = subprocess.Popen(  # noqa: S603 (the command is this test's)
-            [TURRET, "chat"],
+            [*heeding, TURRET, "chat"],
             stdin=other,
             stdout=other,
             stderr=other,
