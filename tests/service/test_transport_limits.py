@@ -70,7 +70,7 @@ def test_a_thousand_idle_streams_hold_nobody_up(served):
 def test_connections_leave_the_server_the_files_that_it_needs_itself(
     base_of, adapter_of, quantised_cache, tmp_path
 ):
-    """Of 400 files that the server may open, connections may take half."""
+    """Of 400 files that the server may open, connections may take half: of both doors."""
     source = shutil.copytree(adapter_of("llama", "lora"), tmp_path / "lora")
     few = ("sh", "-c", 'ulimit -n 400 && exec "$0" "$@"', TURRET)
     with (
@@ -84,6 +84,6 @@ def test_connections_leave_the_server_the_files_that_it_needs_itself(
             with suppress(ConnectionError):
                 connection = stack.enter_context(connected(server.address))
                 num_open += connection.recv(1) != b""
-        assert 100 < num_open <= 200
+        assert 50 < num_open <= 100
         client.load_adapter("mine", str(source))
         assert client.generate(PROMPT, adapter="mine", max_tokens=1).token_ids
