@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from turret_server.app.assembly import assemble
-from turret_server.app.build import Parts, make_doors
+from turret_server.app.build import Parts
+from turret_server.app.doors import make_doors
 from turret_server.config import ServerConfig, default_store
 from turret_server.model.sampler import Sampler
 from turret_server.rpc.server import RpcServer

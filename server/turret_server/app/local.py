@@ -54,7 +54,7 @@ class LocalClient(Client):
                 settings["store"] = Path(stack.enter_context(TemporaryDirectory(prefix="turret-")))
             config = ServerConfig(model=str(model), **{"metrics": None, "http": None} | _converted(settings))
             parts = stack.enter_context(assemble(config))
-            from turret_server.app.build import make_channel  # noqa: PLC0415 -- torch and the model's libraries
+            from turret_server.app.doors import make_channel  # noqa: PLC0415 -- torch and the model's libraries
 
             channel = make_channel(parts, stack.enter_context(_running_loop()))
         except BaseException:

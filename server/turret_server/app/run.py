@@ -86,7 +86,7 @@ def _serve_metrics(address: str, registry: CollectorRegistry) -> MetricsServer:
 
 async def _serve(config: ServerConfig, parts: Parts, signals: StopSignals) -> None:
     # torch and the model's libraries
-    from turret_server.app.build import make_doors  # noqa: PLC0415
+    from turret_server.app.doors import make_doors  # noqa: PLC0415
     from turret_server.observability.metrics import WatchdogMetrics  # noqa: PLC0415
 
     server, web = make_doors(parts, config)

@@ -35,9 +35,9 @@ from turret_server.app.build import (
     _make_library,
     _max_adapter_pages,
     _source_policy,
-    make_doors,
     open_request_log,
 )
+from turret_server.app.doors import make_doors
 from turret_server.config import ServerConfig
 from turret_server.engine.admission import TenantLimits
 from turret_server.engine.loop import Engine

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
-from turret_server.app import build, run
+from turret_server.app import doors, run
 from turret_server.app.signals import StopSignals
 from turret_server.config import ServerConfig
 from turret_server.doors.running import RunningCalls
@@ -44,7 +44,7 @@ class Server:
 class Serving:
     def __init__(self, monkeypatch, *, missing_pins=()):
         self.server, self.signals = Server(), StopSignals()
-        monkeypatch.setattr(build, "make_doors", lambda *_: (self.server, None))
+        monkeypatch.setattr(doors, "make_doors", lambda *_: (self.server, None))
         self.looked = asyncio.Event()
         loop = asyncio.get_running_loop()
 
