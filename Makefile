@@ -22,10 +22,10 @@ demo: $(READY)  ## Train a base model and five adapters, serve them in one batch
 	@$(BIN)/python -m turret_demo
 
 test: $(READY)  ## Run the test suite, without what test-all runs
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m 'not slow'
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --max-worker-restart 0 --quiet -m 'not slow'
 
 test-all: $(READY)  ## Run the slow tests, which `make test` leaves out
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quiet -m slow
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --max-worker-restart 0 --quiet -m slow
 
 parity: $(READY)  ## Compare every adapter with peft on every family, and write tests/parity/MATRIX.md
 	@$(BIN)/python tests/parity/matrix.py

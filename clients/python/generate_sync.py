@@ -10,7 +10,13 @@ import re
 # The blocking stubs answer with a future: unlike a plain call, it can be cancelled when Ctrl-C ends the wait.
 _CALLS = (
     (r"call = method\(", "call = method.future("),
-    (r"await call\b", "call.result()"),
+    (r"await call\b", "result_of(call)"),
+    (r"\bin call:", "in responses_of(call):"),
+    (r"\baiter\(call\)", "responses_of(call)"),
+    (
+        r"(from turret_client\._upload import .*\n)",
+        r"\1from turret_client._waiting import responses_of, result_of\n",
+    ),
     (r"_channel\.close\(None\)", "_channel.close()"),
     (r"from grpc import aio\n", ""),
     (r"\baio\.", "grpc."),
@@ -24,7 +30,7 @@ _THREADS = (
 _NAMES = (
     (r"\bAsync(Client|Generator|Iterator)\b", r"\1"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
-    (r"\ba(iter|next)\(", r"\1("),
+    (r"\banext\(", "next("),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait ", ""),
     (r"  # noqa: ASYNC109.*", ""),

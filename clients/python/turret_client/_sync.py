@@ -34,6 +34,7 @@ from turret_client._messages import (
 )
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder, num_bytes
+from turret_client._waiting import responses_of, result_of
 from turret_client.errors import CancelledError, TurretError
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ class Client:
         call = self._adapters.UploadAdapter(requests(), metadata=self._metadata)
         try:
             with call_scope(call, self.address):
-                responses = iter(call)
+                responses = responses_of(call)
                 offsets.put_nowait((next(responses)).offset)
                 adapter = adapter_from((next(responses)).adapter)
         except TurretError as error:
@@ -392,7 +393,7 @@ class Client:
         self._check_open()
         call = self._adapters.WatchAdapters(adapters_pb2.WatchAdaptersRequest(), metadata=self._metadata)
         with call_scope(call, self.address):
-            for response in call:
+            for response in responses_of(call):
                 yield adapter_from(response.adapter)
 
     def pin_prompt(
@@ -463,7 +464,7 @@ class Client:
         self._check_open()
         call = method.future(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
-            return call.result()
+            return result_of(call)
 
     def _chunks(
         self,
@@ -473,5 +474,5 @@ class Client:
         self._check_open()
         call = self._inference.GenerateStream(request, timeout=timeout, metadata=self._metadata)
         with call_scope(call, self.address):
-            for response in call:
+            for response in responses_of(call):
                 yield chunk_from(response)

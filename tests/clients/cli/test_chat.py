@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import codecs
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -133,6 +135,7 @@ class Terminal:
         )
         os.close(other)
         self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def write(self, text: str) -> None:
         os.write(self._main, text.encode())
@@ -140,8 +143,22 @@ class Terminal:
     def wait_for(self, text: str) -> None:
         """Until it is shown, after what was waited for before."""
         while text not in self.shown:
-            self.shown += os.read(self._main, 1 << 12).decode(errors="replace")
+            self._read()
         self.shown = self.shown[self.shown.index(text) + len(text) :]
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def interrupt_until(self, text: str) -> None:
+        """For a prompt: readline takes no notice of a signal between showing it and waiting for keys."""
+        while text not in self.shown:
+            self.interrupt()
+            while select.select([self._main], [], [], 0.2)[0]:
+                self._read()
+        self.wait_for(text)
+
+    def _read(self) -> None:
+        self.shown += self._decoder.decode(os.read(self._main, 1 << 12))
 
     def close(self) -> None:
         self.process.kill()
@@ -164,15 +181,14 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(server):
         chat.wait_for("> ")
         chat.write("one\n")
         chat.wait_for("Ahoy, Ahoy, ")
-        chat.process.send_signal(signal.SIGINT)
+        chat.interrupt()
         chat.wait_for("> ")
         until(server.ended.is_set)
         server.endless = False
         chat.write("two\n")
         chat.wait_for("mátey")
         chat.wait_for("> ")
-        chat.process.send_signal(signal.SIGINT)
-        chat.wait_for("Ctrl-D ends")
+        chat.interrupt_until("Ctrl-D ends")
         chat.wait_for("> ")
         chat.write("\x04")
         assert chat.process.wait() == 0

@@ -235,8 +235,8 @@ def interrupt_once_it_runs(server) -> Iterator[None]:
 
     def interrupt() -> None:
         server.began.wait()
-        # Elsewhere in gRPC an exception may leave a lock held.
-        until(lambda: Path(sys._current_frames()[main].f_code.co_filename).name == "threading.py")
+        # An interrupt between the start of a call and the wait would find nothing that cancels the call.
+        until(lambda: Path(sys._current_frames()[main].f_code.co_filename).name == "_waiting.py")
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

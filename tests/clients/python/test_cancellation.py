@@ -79,7 +79,7 @@ def waits_for_the_server(process, stacks) -> bool:
     before it, between the start of a call and the wait, would find nothing that cancels the call.
     """
     process.send_signal(signal.SIGUSR1)
-    return any("_sync.py" in each and " in wait\n" in each for each in stacks.read_text().split("\n\n"))
+    return any("_sync.py" in each and "_waiting.py" in each for each in stacks.read_text().split("\n\n"))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,34 @@ def test_ctrl_c_cancels_while_the_process_goes_on(server, tmp_path, call):
         assert process.stdout.readline() == "interrupted\n"
         assert ended(server)
         process.communicate("")
+
+
+INTERRUPTED_OFTEN = """
+import contextlib, signal, sys
+from turret_client import Client
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+with Client(sys.argv[1]) as client:
+    for round in range(60):
+        with contextlib.suppress(KeyboardInterrupt):
+            for number, _ in enumerate(client.stream("Hello")):
+                if number == 3:
+                    signal.setitimer(signal.ITIMER_REAL, 0.001 + round * 1e-4)
+        print(len(client.list_adapters()), flush=True)
+"""
+
+
+def test_ctrl_c_in_the_middle_of_a_response_leaves_the_client_as_it_was(server):
+    """gRPC alone keeps a lock for ever in one of ten or twenty."""
+    server.hold, server.endless = False, True
+    client = subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", INTERRUPTED_OFTEN, server.address],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=HANG_S,
+    )
+    assert client.stdout.split() == ["1"] * 60
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])

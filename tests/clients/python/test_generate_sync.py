@@ -29,4 +29,4 @@ def test_a_rule_that_applies_nowhere_is_refused():
 def test_calls_of_the_blocking_client_are_futures_that_can_be_cancelled():
     source = sync_source(ASYNC)
     assert "call = method.future(" in source
-    assert "return call.result()" in source
+    assert "return result_of(call)" in source
