@@ -3,7 +3,8 @@
 A site is a span of the source with the texts that may replace it. Only the span changes, so that a mutant's
 diff is as small as the mutation. Left out, because no test should depend on them: docstrings and message
 texts (strings are mutated only as default arguments), log calls, assertions, type annotations, imports and
-`__all__`, options of `@dataclass`, `zip(strict=)`, and `if __name__ == "__main__"`.
+`__all__`, options of `@dataclass`, `zip(strict=)`, `if __name__ == "__main__"`, and what changes the speed
+alone: caches of functions, and functions that prefetch.
 """
 
 from __future__ import annotations
@@ -59,7 +60,15 @@ _WRAPPERS = {
 _OPPOSITES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 _LOG_CALLS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 _TYPING_CALLS = {"cast", "TypeVar", "ParamSpec", "NewType"}
-_LEFT_OUT_DECORATORS = {"dataclass", "overload", "override", "final", "runtime_checkable"}
+_LEFT_OUT_DECORATORS = {
+    "dataclass",
+    "overload",
+    "override",
+    "final",
+    "runtime_checkable",
+    "cache",
+    "lru_cache",
+}
 _NEVER_RAISED = "BufferError"
 
 
@@ -234,6 +243,8 @@ class _Finder(ast.NodeVisitor):
         self._body(node.body)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        if "prefetch" in node.name:
+            return
         self._decorators(node)
         arguments = node.args
         for default in [*arguments.defaults, *(each for each in arguments.kw_defaults if each)]:

@@ -89,6 +89,8 @@ def test_each_kind_of_mutation_changes_its_span_and_nothing_else(kind, source, m
         "for a, b in zip(c, d, strict=True): pass",
         'if __name__ == "__main__": main(1)',
         "if TYPE_CHECKING: x = 1",
+        "@lru_cache(maxsize=8)\ndef f(): pass",
+        "def _prefetch(a): f(a, 0, b=1)",
     ],
 )
 def test_what_no_test_should_depend_on_is_left_alone(source):
