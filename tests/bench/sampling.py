@@ -1,5 +1,5 @@
-"""What log probabilities, penalties and the like cost: the same requests with and without, in turns, in one
-run.
+"""What log probabilities, penalties, structured output and the like cost: the same requests with and without,
+in turns, in one run.
 
 `make sampling` writes SAMPLING.md. A round runs every variant once, each round beginning with
 another; a figure is relative to the plain requests of its round.
@@ -28,6 +28,13 @@ RESULTS = Path(__file__).with_name("SAMPLING.md")
 BATCHES = (8, 32)
 PROMPT_TOKENS, MAX_TOKENS, ROUNDS = 32, 48, 5
 PLAIN = "plain"
+# Forms that no answer completes within its tokens.
+SCHEMA = {
+    "type": "object",
+    "properties": {"names": {"type": "array", "items": {"type": "string"}, "minItems": 1000}},
+    "required": ["names"],
+    "additionalProperties": False,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "`logprobs=0`": {"logprobs": 0},
@@ -36,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "three penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.1, "presence_penalty": 0.1},
     "`temperature=0.8`": {"temperature": 0.8},
     "`temperature=0.8`, `min_p=0.05`": {"temperature": 0.8, "min_p": 0.05},
+    "`json_schema`": {"json_schema": SCHEMA, "ignore_eos": None},
+    "`regex`": {"regex": "([a-z]+ ){1000}", "ignore_eos": None},
 }
 ABOUT = f"""\
 # What sampling costs
@@ -53,7 +62,7 @@ async def run(client: AsyncClient, batch: Batch, options: dict[str, Any]) -> Tok
 
     async def one(prompt: list[int]) -> list[float]:
         times: list[float] = []
-        stream = client.stream(prompt, max_tokens=batch.max_tokens, ignore_eos=True, **options)
+        stream = client.stream(prompt, max_tokens=batch.max_tokens, **({"ignore_eos": True} | options))
         async for chunk in stream:
             times += [time.perf_counter() - began] * len(chunk.token_ids)
         return times
