@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 
 import openai
 import pytest
@@ -123,6 +125,45 @@ def test_langchain_asks_streams_and_gets_objects(server, asked):
     structured = model.with_structured_output(Capital, method="json_schema")
     assert structured.invoke(question) == Capital(capital="Paris")
     assert OpenAI(temperature=0, max_tokens=8, **options).invoke("The capital of France is")
+
+
+LITELLM = """
+import sys
+from litellm import completion, text_completion
+from pydantic import BaseModel
+
+class Capital(BaseModel):
+    capital: str
+
+question = {
+    "base_url": sys.argv[1],
+    "api_key": "none",
+    "messages": [{"role": "user", "content": sys.argv[3]}],
+    "model": f"hosted_vllm/{sys.argv[2]}",
+    "temperature": 0,
+    "max_tokens": 60,
+}
+whole = completion(**question)
+assert "Paris" in whole.choices[0].message.content
+assert whole.usage.completion_tokens > 0
+parts = [chunk.choices[0].delta.content or "" for chunk in completion(stream=True, **question)]
+assert len(parts) > 2
+assert "".join(parts) == whole.choices[0].message.content
+answer = completion(response_format=Capital, **question).choices[0].message.content
+assert Capital.model_validate_json(answer) == Capital(capital="Paris")
+del question["messages"]
+assert text_completion(prompt="The capital of France is", **question).choices[0].text
+"""
+
+
+def test_litellm_asks_streams_and_gets_objects(server, asked):
+    """In a process of its own: it warns of what it calls itself, and reads a list of prices from the web."""
+    arguments = (f"{server.http}/v1", asked["model"], QUESTION[0]["content"])
+    subprocess.run(  # noqa: S603 (our own code)
+        [sys.executable, "-c", LITELLM, *arguments],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        check=True,
+    )
 
 
 def test_what_the_template_has_no_place_for_is_refused(client, asked):
