@@ -20,7 +20,7 @@ from turret_adapters.errors import AdapterFormatError, AdapterSourceError
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-# A tokenizer's files as transformers saves them; the first makes it one. A folder may have none.
+# A tokenizer's files as transformers saves them. A folder may have none, or a chat template alone.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -110,7 +110,8 @@ class BaseTokenizer:
         }
 
     def changes(self, folder: Path) -> bytes:
-        """What the tokenizer in an adapter's folder changes, as JSON; empty if nothing, or if there is none.
+        """What the tokenizer in an adapter's folder, or a chat template alone, changes, as JSON; empty if
+        nothing, or if there is neither.
 
         Raises:
             AdapterFormatError: its files are broken, or too large.
@@ -118,10 +119,9 @@ class BaseTokenizer:
             AdapterSourceError: a file is unreadable, or a link out of the folder.
             SourceUnavailableError: `interrupt` was called.
         """
-        if not (folder / _JSON).exists():
-            return b""
         try:
-            return self._changes(folder)
+            tokens = self._changed_tokens(folder) if (folder / _JSON).exists() else None
+            template = _chat_template(folder)
         except RecursionError as error:
             raise AdapterFormatError(
                 f"{_JSON}: expected a tokenizer, found one nested too deeply {_REMEDY}"
@@ -130,8 +130,20 @@ class BaseTokenizer:
             raise AdapterSourceError(
                 f"{error.filename!r}: expected a readable file, found {describe(error)} {_REMEDY}"
             ) from error
+        template = None if template == self.live.chat_template else template
+        changes = {"tokens": tokens, "chat_template": template}
+        if changes == {"tokens": None, "chat_template": None}:
+            return b""
+        data = json.dumps(changes, sort_keys=True).encode()
+        if len(data) > MAX_FILE_BYTES[TOKENIZER_NAME]:
+            raise AdapterFormatError(
+                f"expected at most {MAX_FILE_BYTES[TOKENIZER_NAME]} bytes of added tokens and chat template, "
+                f"found {len(data)} {_REMEDY}"
+            )
+        return data
 
-    def _changes(self, folder: Path) -> bytes:
+    def _changed_tokens(self, folder: Path) -> dict[str, Any] | None:
+        """The tokens of the folder's tokenizer; None if they are the base's."""
         with open_inside(folder, _JSON, MAX_FILE_BYTES[_JSON]) as (file, size):
             found = self._reader.read("split", file.read(size))
         if all(found["model"] != of_base["model"] for of_base in self._splits):
@@ -149,22 +161,9 @@ class BaseTokenizer:
         tokens = self._special_tokens(folder) | {"added_tokens": rest["added_tokens"] or []}
         if not self._is_base("post_processor", rest["post_processor"]):
             tokens["post_processor"] = rest["post_processor"]
-        template = _chat_template(folder)
         own = self._changed(tokens)
         tokens["num_rows"] = self._num_rows(own, padding=tokens.pop("pad_token"))
-        changes = {
-            "tokens": None if self._has_same_tokens(own) else tokens,
-            "chat_template": None if template == self.live.chat_template else template,
-        }
-        if changes == {"tokens": None, "chat_template": None}:
-            return b""
-        data = json.dumps(changes, sort_keys=True).encode()
-        if len(data) > MAX_FILE_BYTES[TOKENIZER_NAME]:
-            raise AdapterFormatError(
-                f"{_JSON}: expected at most {MAX_FILE_BYTES[TOKENIZER_NAME]} bytes of added tokens and chat "
-                f"template, found {len(data)} {_REMEDY}"
-            )
-        return data
+        return None if self._has_same_tokens(own) else tokens
 
     def changed(self, changes: bytes) -> OwnTokenizer:
         """The tokenizer with the changes of tokens that `changes` returned.

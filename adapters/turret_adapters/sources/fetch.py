@@ -55,7 +55,7 @@ def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_pro
         for name in (CONFIG_NAME, TENSORS_NAME):
             intake.copy(real, name)
         for name in TOKENIZER_FILES:
-            if (real / TOKENIZER_FILES[0]).exists() and (real / name).exists():
+            if (real / name).exists():
                 intake.copy(real, name)
         return
     # The @ of a hub URL begins the revision, which the policy does not look at.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -26,8 +26,7 @@ _FICLONE = 0x40049409  # linux/fs.h
 
 
 def take_files(take: Callable[[str], None]) -> None:
-    """Calls `take` for each file of an adapter. A tokenizer's files may be missing; without the first, the
-    others are not asked for.
+    """Calls `take` for each file of an adapter. A tokenizer's files may be missing.
 
     Raises:
         AdapterSourceError: `take` raises it for a file that must be there.
@@ -35,11 +34,8 @@ def take_files(take: Callable[[str], None]) -> None:
     for name in (CONFIG_NAME, TENSORS_NAME):
         take(name)
     for name in TOKENIZER_FILES:
-        try:
+        with suppress(AdapterSourceError):
             take(name)
-        except AdapterSourceError:
-            if name == TOKENIZER_FILES[0]:
-                break
 
 
 class Intake:

@@ -52,7 +52,7 @@ class AdapterFolder:
         config = (self.path / CONFIG_NAME).read_bytes()
         digest = hashlib.sha256(len(config).to_bytes(_LENGTH_BYTES, "little") + config)
         sizes = {}
-        for name in [TENSORS_NAME, *sorted(self._tokenizer_files())]:
+        for name in [TENSORS_NAME, *sorted(name for name in TOKENIZER_FILES if (self.path / name).exists())]:
             with (self.path / name).open("rb") as file:
                 sizes[name] = os.fstat(file.fileno()).st_size
                 if name != TENSORS_NAME:
@@ -68,10 +68,6 @@ class AdapterFolder:
             tokenizer=[adapters_pb2.TokenizerFile(name=name, size=size) for name, size in sizes.items()],
         )
         return adapters_pb2.UploadAdapterRequest(start=start)
-
-    def _tokenizer_files(self) -> list[str]:
-        names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
-        return names if TOKENIZER_FILES[0] in names else []
 
     def chunks(
         self, offset: int, start: adapters_pb2.UploadStart

@@ -140,6 +140,24 @@ def test_a_chat_template_alone_is_kept_and_changes_no_tokens(base, folder):
     assert (chat_template_of(b""), digest_of_template(b"")) == (None, "")
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("chat_template.jinja", "{{ messages }}"),
+        ("tokenizer_config.json", '{"chat_template": "{{ messages }}", "eos_token": "<other>"}'),
+    ],
+)
+def test_a_chat_template_needs_no_tokenizer_beside_it(base, tmp_path, file, content):
+    (tmp_path / file).write_text(content)
+    assert json.loads(base.changes(tmp_path)) == {"tokens": None, "chat_template": "{{ messages }}"}
+
+
+def test_files_beside_no_tokenizer_change_no_tokens(base, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<other>"}')
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<other>"}')
+    assert base.changes(tmp_path) == b""
+
+
 def test_chat_templates_with_names_are_kept_by_their_names(base, folder):
     named = [
         {"name": "default", "template": "{{ messages }}"},

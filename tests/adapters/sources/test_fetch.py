@@ -28,6 +28,7 @@ from turret_adapters.errors import (
     SourceTooLargeError,
     SourceUnavailableError,
 )
+from turret_adapters.formats.files import TOKENIZER_FILES
 from turret_adapters.sources import intake
 from turret_adapters.sources.fetch import fetch
 from turret_adapters.sources.filesystems import hub_url
@@ -70,8 +71,8 @@ def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> N
         fetch_into(store, f"{web.url}/poet/?token=1", policy, lambda *told: seen.append(told)) == revision()
     )
     assert read_folder(store.path(revision())) == files()
-    names = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
-    assert web.asked == [f"/poet/{name}?token=1" for name in names], "without the last there are no more"
+    names = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES)
+    assert web.asked == [f"/poet/{name}?token=1" for name in names]
     assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
 
 
