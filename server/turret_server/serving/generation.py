@@ -17,7 +17,14 @@ from turret_server.serving.codec import TextCodec
 from turret_server.serving.jobs import JobFields, Jobs, Outputs, Prepared
 from turret_server.serving.model_info import ModelInfo
 from turret_server.serving.request import Chunk, FinishReason, GenerationRequest, TokenLogprob, Usage
-from turret_server.serving.structured import Grammars, check_stops, form_of, form_of_call, must_call
+from turret_server.serving.structured import (
+    Grammars,
+    after_reasoning,
+    check_stops,
+    form_of,
+    form_of_call,
+    must_call,
+)
 from turret_server.serving.text import TextStream
 from turret_server.serving.tools import AnswerParser
 from turret_server.serving.validation import validate
@@ -72,12 +79,13 @@ class GenerationService:
                         yield chunk
 
     async def _grammar(self, request: GenerationRequest, prepared: Prepared) -> Grammar | None:
-        form, vocabulary = form_of(request), prepared.vocabulary
+        form, vocabulary, answers = form_of(request), prepared.vocabulary, prepared.answers
         if isinstance(request.prompt, Chat) and must_call(request):
-            written = prepared.answers.form if prepared.answers else None
-            form = form_of_call(request.prompt, written, vocabulary.codec)
+            form = form_of_call(request.prompt, answers.form if answers else None, vocabulary.codec)
         if form is None:
             return None
+        if answers and answers.reasoning:
+            form = after_reasoning(form, answers.reasoning, vocabulary.codec)
         check_stops(request, vocabulary)
         return await self._grammars.compiled(form, vocabulary)
 

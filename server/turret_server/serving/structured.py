@@ -12,7 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,7 +22,7 @@ from turret_server.errors import InvalidRequestError, StructuredOutputError
 from turret_server.serving.chat import Chat, ToolChoice
 from turret_server.serving.codec import TextCodec
 from turret_server.serving.request import GenerationRequest
-from turret_server.serving.tools import ToolForm
+from turret_server.serving.tools import Reasoning, ToolForm
 from turret_server.serving.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -59,12 +59,14 @@ class StructuredKind(StrEnum):
 class StructuredOutput:
     """The form of an answer: a JSON schema, a regular expression, texts to choose from, or a Lark grammar.
     `value` is a text, or the texts; JSON_OBJECT has none. `field` is the request's that wants it, if it has
-    another name than the kind.
+    another name than the kind. `opening` is a Lark grammar of what comes before, which ends in `@answer`, the
+    form; empty if nothing does.
     """
 
     kind: StructuredKind
     value: str | tuple[str, ...] = ""
     field: str = ""
+    opening: str = ""
 
 
 class Grammar:
@@ -216,6 +218,19 @@ def form_of_call(chat: Chat, form: ToolForm | None, codec: TextCodec) -> Structu
     return StructuredOutput(kind=StructuredKind.GRAMMAR, value=grammar, field="tools")
 
 
+def after_reasoning(form: StructuredOutput, reasoning: Reasoning, codec: TextCodec) -> StructuredOutput:
+    """The form of an answer that the model may reason before, or goes on to, if the prompt ends within it."""
+    marks = (reasoning.open, reasoning.close)
+    begin, end = (_lark(mark, marks, codec) for mark in marks)
+    start = "thought SPACE" if reasoning.has_begun else f"({begin} thought SPACE)?"
+    # A text that no special token ends goes on to the first mark.
+    is_token = codec.special_token_id(reasoning.close) is not None
+    thought = f"thought: TEXT {end}" if is_token else f"thought[suffix={end}]: TEXT"
+    terminals = r"""TEXT: /(?s:.*)/
+SPACE: /[ \t\r\n]{0,8}/"""
+    return replace(form, opening=f"start: {start} @answer\n{thought}\n{terminals}")
+
+
 def _lark(text: str, special: Sequence[str], codec: TextCodec) -> str:
     """A text in Lark, with those of special tokens as the tokens."""
     for mark in special:
@@ -299,6 +314,15 @@ def _source(wanted: StructuredOutput) -> str:
     Raises:
         ValueError: a schema is not JSON.
     """
+    form = _source_of_form(wanted)
+    if not wanted.opening:
+        return form
+    is_lark = wanted.kind in (StructuredKind.GRAMMAR, StructuredKind.CHOICE)
+    answer = {"lark_grammar": form} if is_lark else json.loads(form)["grammars"][0]
+    return json.dumps({"grammars": [{"lark_grammar": wanted.opening}, {**answer, "name": "answer"}]})
+
+
+def _source_of_form(wanted: StructuredOutput) -> str:
     match wanted.kind, wanted.value:
         case StructuredKind.JSON_SCHEMA, str(schema):
             return LLMatcher.grammar_from_json_schema(schema, _JSON_DEFAULTS, _JSON_OPTIONS)

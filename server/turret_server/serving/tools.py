@@ -102,6 +102,15 @@ REASONING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The marks of a template's reasoning, and whether the prompt ends within it."""
+
+    open: str
+    close: str
+    has_begun: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Parsed:
     """What is new of an answer."""
 
@@ -122,12 +131,14 @@ class AnswerParser(Protocol):
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
     """How the answers to a chat are read. Special tokens whose texts `marks` contains are part of the text
-    that the parsers get. `form` is how calls are written, if that is known.
+    that the parsers get. `form` is how calls are written, and `reasoning` what may come before an answer, if
+    that is known.
     """
 
     marks: str
     parser: Callable[[], AnswerParser]
     form: ToolForm | None = None
+    reasoning: Reasoning | None = None
 
 
 def answer_format(
@@ -148,11 +159,18 @@ def answer_format(
     if response_template is not None:
         marks = "\n".join(_strings(response_template)).replace("\\", "")  # of patterns too
         return AnswerFormat(marks, lambda: TemplateParser(response_template, prompt, tools), form)
-    reasoning = next((marks for marks in REASONING_MARKS if any(mark in template for mark in marks)), None)
+    reasoning = _reasoning(template, prompt)
     if form is None and reasoning is None:
         return None
-    marks = "\n".join([*(form.special if form else ()), *(reasoning or ())])
-    return AnswerFormat(marks, lambda: FormParser(form, reasoning, prompt), form)
+    special = [*(form.special if form else ()), *((reasoning.open, reasoning.close) if reasoning else ())]
+    return AnswerFormat("\n".join(special), lambda: FormParser(form, reasoning), form, reasoning)
+
+
+def _reasoning(template: str, prompt: str) -> Reasoning | None:
+    for marks in REASONING_MARKS:
+        if any(mark in template for mark in marks):
+            return Reasoning(*marks, has_begun=prompt.rstrip().endswith(marks[0]))
+    return None
 
 
 def form_of(template: str) -> ToolForm | None:
@@ -200,10 +218,10 @@ class FormParser:
     returns whether the state that follows can go on before more text comes.
     """
 
-    def __init__(self, form: ToolForm | None, reasoning: tuple[str, str] | None, prompt: str) -> None:
+    def __init__(self, form: ToolForm | None, reasoning: Reasoning | None) -> None:
         self.num_calls = 0
         self._form = form
-        self._open_mark, self._close_mark = reasoning or ("", "")
+        self._open_mark, self._close_mark = (reasoning.open, reasoning.close) if reasoning else ("", "")
         self._held = ""
         self._final = False
         self._news = _News()
@@ -212,7 +230,7 @@ class FormParser:
         self._is_framed = False
         self._arguments = _ArgumentsScan()
         self._state = self._begin
-        if reasoning and prompt.rstrip().endswith(self._open_mark):
+        if reasoning and reasoning.has_begun:
             self._after_mark(self._in_reasoning, "")
 
     def push(self, text: str, *, final: bool = False) -> Parsed:

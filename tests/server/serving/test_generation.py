@@ -501,6 +501,20 @@ async def test_reasoning_has_a_field_of_its_own(services, admin, codec, monkeypa
     assert "".join(chunk.text for chunk in chunks) == "the dog"
 
 
+async def test_an_answer_has_its_form_after_the_reasoning(services, admin, codec, monkeypatch):
+    monkeypatch.setattr(services.jobs._chats, "base", "{{ messages[0].content }}<think>\n")
+    services.engine.answer(codec.encode("the fox </think> 12", 64))
+    await services.generate(replace(REQUEST, prompt=CHAT, regex="[0-9]+"), admin)
+    [job] = services.engine.jobs
+    matcher = job.grammar.start()
+    for token_id in codec.encode("the fox </think> 12", 64):
+        matcher.accept(token_id)
+    allowed = matcher.allowed()
+    for text, is_allowed in (("3", True), ("fox", False)):
+        [token_id, *_] = codec.encode(text, 64)
+        assert bool(allowed[token_id // 8] >> token_id % 8 & 1) is is_allowed
+
+
 class Text(str):
     """A text to which weak references are possible."""
 

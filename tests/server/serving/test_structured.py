@@ -22,11 +22,12 @@ from turret_server.serving.structured import (
     Grammars,
     StructuredKind,
     StructuredOutput,
+    after_reasoning,
     check_stops,
     form_of,
     form_of_call,
 )
-from turret_server.serving.tools import TOOL_FORMS, FormParser
+from turret_server.serving.tools import TOOL_FORMS, FormParser, Reasoning
 from turret_server.serving.vocabulary import Vocabulary
 
 VOCABULARIES = {
@@ -349,6 +350,53 @@ async def test_an_invalid_form_is_not_kept():
     assert not grammars._grammars._items
 
 
+# Reasoning
+
+THINK = Reasoning("<think>", "</think>", has_begun=False)
+FORMS_AND_ANSWERS = {
+    "json_schema": ('{"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}', "{"),
+    "json_object": ("", "{"),
+    "regex": ("a/b|[0-9]+", "a"),
+    "choice": (("yes", "no"), "y"),
+    "grammar": ('start: "a" REST\nREST: /b+/', "a"),
+}
+
+
+def fits(grammar, vocabulary, text) -> bool:
+    """Whether an answer may begin with a text; special tokens by their texts."""
+    matcher = grammar.start()
+    for token_id in vocabulary.codec.encode(text, 1000):
+        if token_id not in token_ids_of(matcher.allowed(), vocabulary.size):
+            return False
+        matcher.accept(token_id)
+    return True
+
+
+@pytest.fixture(params=["text", "token"])
+def marked(request) -> Vocabulary:
+    """A vocabulary in which the marks of reasoning are special tokens, or not."""
+    if request.param == "text":
+        return VOCABULARY
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    return Vocabulary(codec=TextCodec(tokenizer), size=VOCAB_SIZE + 8, stop_token_ids=frozenset({EOS}))
+
+
+@pytest.mark.parametrize("kind", FORMS_AND_ANSWERS)
+def test_a_form_is_that_of_the_answer_after_the_reasoning(marked, kind):
+    value, begin = FORMS_AND_ANSWERS[kind]
+    form = wanted(kind, value)
+    grammar = compiled(after_reasoning(form, THINK, marked.codec), marked)
+    assert fits(grammar, marked, begin)
+    assert fits(grammar, marked, f"<think>Hm, [yes]\n</think>\n\n{begin}")
+    assert not fits(grammar, marked, "Hm")
+    assert not fits(grammar, marked, "<think>Hm</think>Hm")
+    assert not fits(grammar, marked, f"<think>Hm</think><think>{begin}")
+    begun = compiled(after_reasoning(form, replace(THINK, has_begun=True), marked.codec), marked)
+    assert fits(begun, marked, f"Hm\n</think>{begin}")
+    assert not fits(begun, marked, "Hm</think>Hm")
+
+
 # Calls of tools
 
 TOOLS = (
@@ -381,7 +429,7 @@ def test_an_answer_that_must_call_a_tool_is_read_as_one_call(name, tool_name):
         text, ended = walk(grammar, VOCABULARY, random.Random(seed))
         if not ended:
             continue
-        parsed = FormParser(form, None, "").push(text, final=True)
+        parsed = FormParser(form, None).push(text, final=True)
         assert parsed.text.strip() == ""
         assert {call.index for call in parsed.tool_calls} == {0}
         function = "".join(call.name for call in parsed.tool_calls)

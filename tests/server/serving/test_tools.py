@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret_server.serving.tools import TOOL_FORMS, FormParser, TemplateParser, answer_format, form_of
+from turret_server.serving.tools import (
+    TOOL_FORMS,
+    FormParser,
+    Reasoning,
+    TemplateParser,
+    answer_format,
+    form_of,
+)
 
-THINK = ("<think>", "</think>")
+THINK = Reasoning("<think>", "</think>", has_begun=False)
 TOOLS = ({"type": "function", "function": {"name": "get_weather", "parameters": {}}},)
 QWEN_TEMPLATE = {
     "defaults": {"role": "assistant"},
@@ -55,8 +62,8 @@ def read(parser, pieces) -> Answer:
     return answer
 
 
-def parse(form, text, *, reasoning=None, prompt="") -> Answer:
-    return read(FormParser(TOOL_FORMS.get(form), reasoning, prompt), [text])
+def parse(form, text, *, reasoning=None) -> Answer:
+    return read(FormParser(TOOL_FORMS.get(form), reasoning), [text])
 
 
 PARIS = '{"city": "Paris", "near": ["}", "\\"{"]}'
@@ -105,7 +112,7 @@ def test_calls_are_found_and_all_else_is_text(form, text):
 
 @pytest.mark.parametrize(("form", "text"), ANSWERS, ids=lambda each: each[:24])
 def test_an_answer_that_comes_character_by_character_is_the_same(form, text):
-    found = read(FormParser(TOOL_FORMS[form], THINK, ""), [*text, ""])
+    found = read(FormParser(TOOL_FORMS[form], THINK), [*text, ""])
     assert (found.text, found.calls) == ANSWERS[form, text]
 
 
@@ -139,16 +146,15 @@ TEXTS = st.lists(PARTS, max_size=12).map("".join)
 @given(
     text=TEXTS,
     form=st.sampled_from([None, *TOOL_FORMS]),
-    reasoning=st.sampled_from([None, THINK]),
-    prompt=st.sampled_from(["", "assistant\n<think>\n"]),
+    reasoning=st.sampled_from([None, THINK, replace(THINK, has_begun=True)]),
     data=st.data(),
 )
-def test_the_deltas_together_do_not_depend_on_where_an_answer_was_cut(text, form, reasoning, prompt, data):
-    whole = parse(form, text, reasoning=reasoning, prompt=prompt)
+def test_the_deltas_together_do_not_depend_on_where_an_answer_was_cut(text, form, reasoning, data):
+    whole = parse(form, text, reasoning=reasoning)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=len(text) + 1)))
     bounds = zip([0, *cuts], [*cuts, len(text)], strict=True)
     pieces = [text[begin:end] for begin, end in bounds]
-    found = read(FormParser(TOOL_FORMS.get(form), reasoning, prompt), pieces)
+    found = read(FormParser(TOOL_FORMS.get(form), reasoning), pieces)
     assert (found.text, found.reasoning, found.calls) == (whole.text, whole.reasoning, whole.calls)
 
 
@@ -196,12 +202,12 @@ def test_arguments_are_what_the_model_wrote(arguments, ascii_only):
 )
 def test_reasoning_precedes_the_answer(prompt, text, reasoning, rest):
     for pieces in ([text], [*text, ""]):
-        answer = read(FormParser(None, THINK, prompt), pieces)
+        answer = read(answer_format("{{ messages }}</think>", prompt, ()).parser(), pieces)
         assert (answer.reasoning, answer.text) == (reasoning, rest)
 
 
 def test_arguments_are_streamed_as_they_come():
-    parser = FormParser(TOOL_FORMS["hermes"], None, "")
+    parser = FormParser(TOOL_FORMS["hermes"], None)
     deltas = [
         parser.push(piece).tool_calls for piece in ('<tool_call>{"name": "f", "arguments": {"a', '": 1', "}")
     ]
@@ -210,7 +216,7 @@ def test_arguments_are_streamed_as_they_come():
 
 
 def test_what_is_too_long_for_a_beginning_is_not_held_back():
-    parser = FormParser(TOOL_FORMS["hermes"], None, "")
+    parser = FormParser(TOOL_FORMS["hermes"], None)
     assert parser.push("<tool_call>" + "x" * 5000).text == ""
     assert parser.push("x" * 5000).text == "<tool_call>" + "x" * 10000
 
