@@ -354,8 +354,9 @@ class Simulation:
         max_batch_requests: int = 8,
         immediate: bool = True,
         weights: Mapping[str, float] | None = None,
+        make_device: Callable[..., FakeDevice] = FakeDevice,
     ) -> None:
-        self.device = FakeDevice(num_pages, block_size, immediate=immediate)
+        self.device = make_device(num_pages, block_size, immediate=immediate)
         self.runner: Runner = self.device
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool)

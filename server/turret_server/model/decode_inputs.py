@@ -68,7 +68,7 @@ class DecodeInputs:
 class DecodeBuffers:
     """The inputs on the device, and on the host, where they are written before one copy transfers them.
 
-    The host's buffer may be written again once a step's tokens have arrived: the copy precedes them.
+    The host's buffer may be written again once the step has ended, see `Streams.step`.
     """
 
     def __init__(self, max_rows: int, max_pages: int, *, block_size: int, device: torch.device) -> None:

@@ -30,6 +30,7 @@ from turret_server.model.load import LoadedModel
 from turret_server.model.logprobs import score, unpack
 from turret_server.model.sampler import Sampler, not_finite
 from turret_server.model.self_check import check_model
+from turret_server.model.streams import make_streams
 
 if TYPE_CHECKING:
     from turret_server.model.decode_graph import DecodeGraphs, Record
@@ -83,8 +84,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
         self._fillers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-form")
-        on_gpu = loaded.device.type == "cuda"
-        self._copies = torch.cuda.Stream(loaded.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._streams = make_streams(loaded.device)
 
     def close(self) -> None:
         self._loaders.shutdown(cancel_futures=True)
@@ -132,7 +132,7 @@ class ModelRunner:
             self._graphs = graphs
 
     def run(self, step: Step) -> StepResult:
-        with _errors_of_the_device():
+        with _errors_of_the_device(), self._streams.step():
             return self._run(step)
 
     def _run(self, step: Step) -> StepResult:
@@ -198,11 +198,15 @@ class ModelRunner:
         prefix_pages: tuple[int, ...],
         done: Callable[[str | None], None],
     ) -> None:
+        # Taken here, on the engine's thread: a step may still use the pages.
+        launched = self._streams.launched()
+
         def copy() -> None:
             try:
                 adapter = self._find(spec.revision)
                 if adapter:
-                    self._copy(adapter, slab_pages, prefix_pages)
+                    with self._streams.copy(after=launched):
+                        self._copy(adapter, slab_pages, prefix_pages)
             except Exception as error:
                 log.exception("copying adapter %s to the arena failed", spec.revision)
                 done(f"{type(error).__name__}: {error}")
@@ -242,25 +246,22 @@ class ModelRunner:
         batch = self._batch(Step(sequences=tuple(sequences)))
         every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
         attention_calls: list[int] = []
-        with _errors_of_the_device():
+        with _errors_of_the_device(), self._streams.step():
             return self._forward(replace(batch, logits_R=every_token), attention_calls), attention_calls
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:
         revision = adapter.spec.revision
-        with torch.cuda.stream(self._copies):
-            if slab_pages:
-                deltas = write_slab(self._arena, adapter, slab_pages, self._linears)
-                self._deltas[revision] = deltas
-                if self._graphs:
-                    self._graphs.add(revision, deltas)
-            if adapter.prefix_kv is not None:
-                self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
-            if adapter.prompt_embeddings is not None:
-                prompt = adapter.prompt_embeddings.to(self._loaded.device, self._loaded.dtype)
-                self._prompts[revision] = prompt
-        if self._copies:
-            self._copies.synchronize()
+        if slab_pages:
+            deltas = write_slab(self._arena, adapter, slab_pages, self._linears)
+            self._deltas[revision] = deltas
+            if self._graphs:
+                self._graphs.add(revision, deltas)
+        if adapter.prefix_kv is not None:
+            self._arena.write_prefix(prefix_pages, adapter.prefix_kv)
+        if adapter.prompt_embeddings is not None:
+            prompt = adapter.prompt_embeddings.to(self._loaded.device, self._loaded.dtype)
+            self._prompts[revision] = prompt
 
     def _batch(self, step: Step) -> Batch:
         return make_batch(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from support.fake_device import Run, Simulation, make_run, make_spec
+from support.fake_cuda import FakeCuda, StreamedDevice
+from support.fake_device import FakeDevice, Run, Simulation, make_run, make_spec
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server.engine.request import AdapterUse, FinishReason, LogitAdjustment, PromptPin
 from turret_server.engine.step import Step
@@ -78,6 +81,7 @@ def _together(named: list[tuple[AdapterSpec, float]]) -> list[AdapterUse]:
 class RandomLoad(RuleBasedStateMachine):
     runs = Bundle("runs")
     adapters = Bundle("adapters")
+    make_device: Callable[..., FakeDevice] = FakeDevice
 
     @initialize(
         target=adapters,
@@ -105,6 +109,7 @@ class RandomLoad(RuleBasedStateMachine):
             max_batch_requests=min(max_batch_requests, max_batch_tokens),
             immediate=immediate,
             weights=weights,
+            make_device=type(self).make_device,
         )
         self.num_revisions = 0
         self.excused: set[Run] = set()
@@ -323,3 +328,14 @@ class RandomLoad(RuleBasedStateMachine):
 @pytest.mark.parametrize("part", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 2, 3))])
 def test_every_request_gets_its_own_tokens_and_one_end(part):  # noqa: ARG001
     run_state_machine_as_test(RandomLoad, settings=SIMULATION)
+
+
+def test_no_page_goes_to_a_copy_or_a_step_while_the_other_uses_it(monkeypatch):
+    """On a GPU, where steps and copies go on after the calls that launch them."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+
+    class OnStreams(RandomLoad):
+        make_device = partial(StreamedDevice, cuda=cuda)
+
+    run_state_machine_as_test(OnStreams, settings=settings(SIMULATION, max_examples=40))

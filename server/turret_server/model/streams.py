@@ -1,0 +1,63 @@
+"""The streams of a device: steps run on one, copies of adapters on another.
+
+Pages and tensors pass between them. A page that a step used goes to a copy, which waits for the step with an
+event; a page that a copy wrote goes to a step once the host has waited for the copy. What is allocated on the
+copies' stream and read by steps is freed between steps, so a step ends before the host goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+
+class Streams:
+    """Those of a CPU, where each operation has ended when its call returns."""
+
+    def step(self) -> AbstractContextManager[None]:
+        """A block that computes. Afterwards, also after an exception, the device has computed it."""
+        return nullcontext()
+
+    def launched(self) -> torch.cuda.Event | None:
+        """An event that follows all that blocks of `step` have launched."""
+        return None
+
+    def copy(self, after: torch.cuda.Event | None) -> AbstractContextManager[None]:  # noqa: ARG002
+        """A block that copies to the device, beside steps, after the event. Afterwards it is copied."""
+        return nullcontext()
+
+
+class CudaStreams(Streams):
+    """Those of a GPU. In both blocks it is the thread's current device, on which Triton launches kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # not typed in torch
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with torch.cuda.device(self._device):
+            try:
+                yield
+            finally:
+                torch.cuda.current_stream(self._device).synchronize()
+
+    def launched(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
+        return event
+
+    @contextmanager
+    def copy(self, after: torch.cuda.Event | None) -> Iterator[None]:
+        assert after is not None
+        self._copies.wait_event(after)
+        try:
+            with torch.cuda.stream(self._copies):
+                yield
+        finally:
+            self._copies.synchronize()
+
+
+def make_streams(device: torch.device) -> Streams:
+    return CudaStreams(device) if device.type == "cuda" else Streams()
