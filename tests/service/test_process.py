@@ -134,6 +134,7 @@ def test_a_second_start_reads_the_quantised_copy_and_answers_the_same(server, cl
         assert not any("quantising" in line for line in second.log)
         assert other.generate(PROMPT, max_tokens=10) == expected
         assert second.stop() == 0
+        assert second.log[-1].endswith("stopped\n")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +21,7 @@ from support.http2 import (
     DATA,
     END_HEADERS,
     END_STREAM,
+    GOAWAY,
     HEADERS,
     RST_STREAM,
     SETTINGS,
@@ -126,6 +128,15 @@ def test_the_id_that_a_caller_sends_comes_back_and_stands_in_the_log(server, cha
     assert line["generated_tokens"] == 3
     assert line["prompt_tokens"] > 0
     assert 0 <= line["queue_seconds"] <= line["first_token_seconds"] <= line["seconds"]
+
+
+def test_what_strangers_send_adds_no_line_of_another_format(server, channel):
+    with connected(server.address) as connection:
+        connection.sendall(frame(GOAWAY, struct.pack(">II", 0, 2)) + b"no frame of HTTP/2")
+        connection.shutdown(socket.SHUT_WR)
+        list(frames(connection))
+    generate(channel)
+    assert all(isinstance(json.loads(line), dict) for line in list(server.log))
 
 
 def test_a_call_without_an_id_gets_one(server, channel):

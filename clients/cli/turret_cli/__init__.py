@@ -8,9 +8,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report a program that Ctrl-C ended
 
 def run() -> None:
     """The entry point. Ctrl-C while the commands are imported ends it as quietly as afterwards."""
-    if sys.argv[1:2] != ["serve"]:
-        # Of a connection that fails gRPC writes lines of its own, before the error of the command.
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # gRPC writes lines of its own when a connection fails: before the error of a command, and in no format of
+    # the server's log.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from turret_cli.main import main  # noqa: PLC0415
     except KeyboardInterrupt:

@@ -51,6 +51,7 @@ def serve(config: ServerConfig, signals: StopSignals) -> None:
         if config.metrics:
             stack.callback(_serve_metrics(config.metrics, parts.metrics).close)
         asyncio.run(_serve(config, parts, signals))
+    log.info("stopped")
 
 
 def _check_port(flag: str, address: str) -> None:
