@@ -105,7 +105,7 @@ def tenant_of(
     found = by_identity if key is None else tenants.by_key(key)
     if found is None and key is None:
         raise UnauthenticatedError(
-            'an API key is required: send it as the metadata "authorization: Bearer KEY" '
+            'an API key is required: send "authorization: Bearer KEY" as metadata or header '
             "(the client's api_key, or TURRET_API_KEY)",
             cause="no_key",
         )
@@ -141,6 +141,6 @@ def _key(metadata: Sequence[tuple[str, str | bytes]]) -> str | None:
     scheme, _, key = str(sent.pop()).partition(" ")
     if sent or scheme.lower() != _SCHEME or not key.strip():
         raise UnauthenticatedError(
-            'the metadata "authorization" must be "Bearer KEY", once; found another form', cause="malformed"
+            '"authorization" must be "Bearer KEY", once; found another form', cause="malformed"
         )
     return key.strip()
