@@ -27,7 +27,7 @@ from turret_server.serving.structured import (
 )
 from turret_server.serving.text import TextStream
 from turret_server.serving.tools import AnswerParser
-from turret_server.serving.validation import validate
+from turret_server.serving.validation import check_num_answers, validate
 from turret_server.tenancy.auth import Caller
 
 _ADJUSTMENT_FIELDS = [field.name for field in fields(LogitAdjustment)]
@@ -63,6 +63,7 @@ class GenerationService:
         """
         async with self._request_log.follow(caller, request.deadline) as record:
             adapters = validate(request)
+            check_num_answers(request.n, caller, "n")
             async with self._jobs.prepare(request, adapters, caller, request.routing_key) as prepared:
                 outputs: Outputs[Chunk] = Outputs()
                 grammar = await self._grammar(request, prepared)

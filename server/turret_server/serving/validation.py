@@ -17,6 +17,7 @@ from turret_server.serving.chat import Chat, Message, ToolChoice
 from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
 from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
 from turret_server.serving.structured import form_of
+from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.tenants import check_name
 
 MAX_ADAPTERS = 8
@@ -55,6 +56,21 @@ def _check_together(request: GenerationRequest) -> None:
             field="min_tokens",
         )
     form_of(request)
+
+
+def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
+    """Check that the answers of one call, which are queued together, may find room in the tenant's queue.
+
+    Raises:
+        InvalidRequestError: there is none, however empty the queue is.
+    """
+    most = caller.tenant.limits.max_queued_requests
+    if num_answers > most:
+        raise InvalidRequestError(
+            f"a call has at most {most} answers, as many as its tenant may queue; found {num_answers}; send "
+            "several calls",
+            field=field,
+        )
 
 
 def check_fields(request: object, rules: Mapping[str, FieldRule]) -> None:

@@ -16,6 +16,7 @@ from turret_server.errors import InvalidRequestError
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import Chunk, GenerationRequest, TokenLogprob
 from turret_server.serving.tokens import Tokens, TokenService
+from turret_server.serving.validation import check_num_answers
 from turret_server.web.bodies import Int32, Refusal, Texts, TokenIds, parse
 from turret_server.web.gate import event
 from turret_server.web.generation import EventStream, GenerationBody, Head, TotalUsage, chunks_of
@@ -71,8 +72,9 @@ class Completions:
             if body.echo:
                 sampling.setdefault("prompt_logprobs", body.logprobs)
         requests = [GenerationRequest(prompt=prompt, **sampling) for prompt in body.prompts()]
-        echoes = [await self._tokens.tokens(each, caller()) for each in requests] if body.echo else []
         num_choices = sampling.get("n", 1)
+        check_num_answers(len(requests) * num_choices, caller(), "prompt")
+        echoes = [await self._tokens.tokens(each, caller()) for each in requests] if body.echo else []
         choices = [
             _Choice(
                 index=prompt * num_choices + index,

@@ -14,6 +14,7 @@ from support.tokenizers import VOCAB_SIZE, make_tokenizer
 from turret_adapters.host import HostAdapter
 from turret_adapters.spec import Split
 from turret_server import logs
+from turret_server.engine.admission import TenantLimits
 from turret_server.engine.request import FinishReason as EngineFinishReason
 from turret_server.engine.request import LogitAdjustment, Logprob, Output, SamplingParams
 from turret_server.errors import (
@@ -574,3 +575,13 @@ async def test_an_answer_that_must_call_a_tool_has_its_form(services, admin, cod
     monkeypatch.setattr(services.jobs._chats, "base", "{{ tools }}")
     with pytest.raises(InvalidRequestError, match="auto or none for this model"):
         await job_of(services, admin, replace(REQUEST, prompt=chat))
+
+
+async def test_more_answers_than_the_tenant_may_queue_are_refused(services, caller_of, codec):
+    few = caller_of(limits=TenantLimits(max_queued_requests=3))
+    services.engine.answer(codec.encode("a fox", 64))
+    request = replace(REQUEST, n=4, temperature=1.0)
+    with pytest.raises(InvalidRequestError, match="at most 3 answers") as refused:
+        await services.generate(request, few)
+    assert refused.value.metadata["field"] == "n"
+    assert await services.generate(replace(request, n=3), few)

@@ -242,6 +242,15 @@ async def test_several_prompts_are_answered_in_their_order(open_door):
     ]  # fmt: skip
 
 
+async def test_answers_that_the_tenants_queue_never_has_room_for_are_refused(open_door):
+    door = open_door(generation=ByPrompt())
+    refused = await door.post(PATH, {"prompt": ["a"] * 33, "n": 32})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt"
+    assert "at most 1024 answers" in refused.json()["error"]["message"]
+    assert (await door.post(PATH, {"prompt": ["a"] * 32, "n": 32})).status_code == 200
+
+
 async def test_if_one_of_several_prompts_fails_all_do(open_door):
     others = asyncio.Event()
 
