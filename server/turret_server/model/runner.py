@@ -117,19 +117,25 @@ class ModelRunner:
         self.use_graphs(max_sequences, cuda_record(self._loaded.device))
 
     def use_graphs(self, max_sequences: int, record: Record) -> None:
-        """Computes decode steps as CUDA graphs from now on, if they can be captured."""
+        """Computes decode steps as CUDA graphs from now on, if they can be captured.
+
+        Raises:
+            DeviceLostError: the capture lost the device.
+        """
         from turret_server.model.decode_graph import DecodeGraphs  # noqa: PLC0415
 
         assert not self._deltas, "the graphs must know every adapter that becomes resident"
         if has_experts(self._loaded.model.config):  # the host reads the number of tokens of each expert
             return
-        try:
-            graphs = DecodeGraphs(self._loaded, self._arena, max_sequences=max_sequences, record=record)
-            graphs.record()
-        except RuntimeError as error:
-            log.warning("decode steps run without CUDA graphs: %s: %s", type(error).__name__, error)
-        else:
-            self._graphs = graphs
+        # A failed capture and a lost device raise the same class, but a lost one also at the block's end.
+        with _errors_of_the_device(), self._streams.step():
+            try:
+                graphs = DecodeGraphs(self._loaded, self._arena, max_sequences=max_sequences, record=record)
+                graphs.record()
+            except RuntimeError as error:
+                log.warning("decode steps run without CUDA graphs: %s: %s", type(error).__name__, error)
+            else:
+                self._graphs = graphs
 
     def run(self, step: Step) -> StepResult:
         with _errors_of_the_device(), self._streams.step():

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, masking_utils
 
 from support.decoding import World, world
 from support.device_traces import Launches, Waits
+from support.fake_cuda import FakeCuda
 from support.kernel_inputs import DEVICE
 from support.models import FAMILIES, MIXTURES
-from turret_server.engine.step import VIRTUAL_TOKEN, Step
+from turret_server.engine.step import VIRTUAL_TOKEN, DeviceLostError, Step
 from turret_server.kernels import PackedNF4Weight
 from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.adapted import AdaptedLinear
@@ -26,6 +27,7 @@ from turret_server.model.arena import Arena
 from turret_server.model.decode_graph import DecodeGraphs
 from turret_server.model.load import LoadedModel, load_model
 from turret_server.model.runner import ModelRunner
+from turret_server.model.streams import CudaStreams
 
 # Padded rows compute with whatever their memory held.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -187,9 +189,10 @@ def on_meta(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=model, device=torch.device("meta"))
 
 
-def test_where_nothing_can_be_recorded_steps_are_computed_without(small, caplog):
+@pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError])
+def test_where_nothing_can_be_recorded_steps_are_computed_without(small, caplog, error):
     def fails(_):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error("operation not permitted when stream is capturing")
 
     runner = ModelRunner(small.loaded, small.arena, SimpleNamespace(), small.sampler)
     with caplog.at_level(logging.WARNING):
@@ -197,4 +200,20 @@ def test_where_nothing_can_be_recorded_steps_are_computed_without(small, caplog)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not permitted when stream is capturing" in caplog.text
     assert runner.run(small.step([()])).token_ids.keys() == {0}
+    runner.close()
+
+
+def test_a_device_that_is_lost_while_graphs_are_captured_ends_the_start(small, monkeypatch):
+    """Every later step would fail."""
+
+    def fails(*_):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    monkeypatch.setattr(cuda.steps, "synchronize", fails)
+    runner = ModelRunner(small.loaded, small.arena, SimpleNamespace(), small.sampler)
+    runner._streams = CudaStreams(torch.device("cuda", 0))
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        runner.use_graphs(4, fails)
     runner.close()
