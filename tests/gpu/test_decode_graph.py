@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 
 import pytest
 import torch
@@ -119,7 +120,9 @@ def test_sampling_waits_once_for_the_gpu():
         for index, each in enumerate(params)
     ]
     Sampler().sample(logits, steps)
-    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once for a process, torch warns of the mode itself
+        torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as found:
             Sampler().sample(logits, steps)
