@@ -46,6 +46,8 @@ from turret_server.model.rope import ContextLength
 
 log = logging.getLogger(__name__)
 
+# Of NVIDIA's Ampere, the first GPUs that multiply bfloat16.
+_MIN_CAPABILITY = (8, 0)
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
@@ -82,8 +84,23 @@ def select_dtype(name: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 if the device multiplies in it, otherwise float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_avx512bf16()
-    return torch.bfloat16 if fast else torch.float32
+    # A GPU that `check_gpu` accepts does.
+    return torch.bfloat16 if device.type == "cuda" or has_avx512bf16() else torch.float32
+
+
+def check_gpu(device: torch.device) -> None:
+    """Checks that a GPU runs the kernels.
+
+    Raises:
+        ConfigError: it is too old.
+    """
+    found = torch.cuda.get_device_capability(device)
+    if found < _MIN_CAPABILITY:
+        expected, actual = (".".join(map(str, each)) for each in (_MIN_CAPABILITY, found))
+        raise ConfigError(
+            f"--device {device}: {torch.cuda.get_device_name(device)} has compute capability {actual}, and "
+            f"{expected} or newer is expected; use --device cpu or a newer GPU"
+        )
 
 
 def quantization(
@@ -111,8 +128,11 @@ def load_model(
 
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
-        ConfigError: the model does not exist or is unreadable, or `max_context` is longer than its context.
+        ConfigError: the model does not exist or is unreadable, `max_context` is longer than its context, or
+            the GPU is too old.
     """
+    if device.type == "cuda":
+        check_gpu(device)
     attention.register()
     config = read_config(name_or_path)
     context = rope.context_length(config, max_context)

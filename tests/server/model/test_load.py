@@ -364,12 +364,24 @@ def test_a_gpu_is_selected_where_there_is_one(available, monkeypatch):
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_the_dtype_is_bfloat16_where_the_device_multiplies_in_it(has_bfloat16, monkeypatch):
     monkeypatch.setattr(load_module, "has_avx512bf16", lambda: has_bfloat16)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: not has_bfloat16)
-    cuda, expected = torch.device("cuda"), [torch.float32, torch.bfloat16]
-    assert select_dtype("auto", CPU) == expected[has_bfloat16]
-    assert select_dtype("auto", cuda) == expected[not has_bfloat16]
+    assert select_dtype("auto", CPU) == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert select_dtype("auto", torch.device("cuda")) == torch.bfloat16
     for name in ("float32", "bfloat16", "float16"):
         assert select_dtype(name, CPU) == getattr(torch, name)
+
+
+def test_a_gpu_without_bfloat16_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: (7, 5)}.__getitem__)
+    said = (
+        "--device cuda:1: Tesla T4 has compute capability 7.5, and 8.0 or newer is expected; use --device cpu"
+    )
+    with pytest.raises(ConfigError, match=said):
+        load_model("none", device=device, dtype=torch.float32, cache=tmp_path)
+    for newer in ((8, 0), (8, 9), (12, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=newer: found)
+        load_module.check_gpu(device)
 
 
 def test_a_model_that_does_not_exist_is_named(tmp_path):
