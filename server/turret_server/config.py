@@ -115,6 +115,10 @@ _ORIGIN = _Rule(
     'an origin such as https://chat.example.com, or "*"',
     lambda value: value == "*" or re.fullmatch(r"https?://[^/\s]+", value) is not None,
 )
+_DEVICE = _Rule(
+    "auto, cpu, cuda, or a GPU such as cuda:1",
+    lambda value: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", value) is not None,
+)
 _SIZE_OR_FRACTION = _Rule(
     "a size such as 2GiB, or a fraction of the free memory such as 0.5",
     lambda value: parse_size(value) is not None,
@@ -173,8 +177,15 @@ class ServerConfig:
     model: str = field(
         metadata=_about(Group.MODEL, "PATH_OR_HUB_ID", "Base model: a folder, or an id on the Hub. Required.")
     )
-    device: Literal["auto", "cpu", "cuda"] = field(
-        default="auto", metadata=_about(Group.MODEL, "DEVICE", "Device to compute on.")
+    device: str = field(
+        default="auto",
+        metadata=_about(
+            Group.MODEL,
+            "DEVICE",
+            'Device to compute on: "cpu", "cuda", which is the first GPU, or another GPU such as "cuda:1". '
+            '"auto" is the first GPU if there is one.',
+            _DEVICE,
+        ),
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

@@ -92,7 +92,7 @@ def test_the_address_that_other_machines_reach_is_named():
 # Of every setting but switches: values that are allowed, and values just outside.
 BOUNDS = {
     "model": (["m"], [""]),
-    "device": (["auto", "cpu", "cuda"], ["", "abacus", "CPU"]),
+    "device": (["auto", "cpu", "cuda", "cuda:1"], ["", "abacus", "CPU", "cuda:", "cuda:-1", "cuda:one"]),
     "dtype": (["auto", "float32", "bfloat16", "float16"], ["int8"]),
     "max_context": ([None, 1, 10**9], [0, -1]),
     "adapters": ([FOLDER], [FILE, FOLDER / "none"]),
@@ -349,7 +349,9 @@ def test_defaults_as_help_shows_them():
 def test_messages_show_values_as_they_are_written(tmp_path):
     with pytest.raises(ConfigError, match=r'^--memory "": expected'):
         ServerConfig(model="m", memory="")
-    with pytest.raises(ConfigError, match=r"^device \(.*\) true: expected auto, cpu or cuda$"):
+    with pytest.raises(
+        ConfigError, match=r"^device \(.*\) true: expected auto, cpu, cuda, or a GPU such as cuda:1$"
+    ):
         given(tmp_path, toml="device = true")
     with pytest.raises(ConfigError, match=r'^metrics \(.*\) 1: expected HOST:PORT, .*, or "none"$'):
         given(tmp_path, toml="metrics = 1")

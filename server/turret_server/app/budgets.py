@@ -59,7 +59,7 @@ def _bytes_of(flag: str, memory: str, device: torch.device) -> int:
     wanted = int(free * size.number if size.is_fraction else size.number)
     if not 0 < wanted <= free:
         raise ConfigError(
-            f"{flag} {memory}: {wanted} bytes are more than the free memory of {device.type}, {free} bytes"
+            f"{flag} {memory}: {wanted} bytes are more than the free memory of {device}, {free} bytes"
         )
     return wanted
 

@@ -395,7 +395,7 @@ def _log_capacity(config: ServerConfig, loaded: LoadedModel, arena: Arena) -> No
         "%s on %s in %s; context of %d tokens%s; arena of %.0f MiB: %d pages of %d tokens; room for %d "
         "tokens, or %d LoRA adapters of rank %d on every linear, or a mixture",
         config.model,
-        loaded.device.type,
+        loaded.device,
         _dtype_name(loaded),
         loaded.context.tokens,
         loaded.context.note,

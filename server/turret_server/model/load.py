@@ -43,6 +43,7 @@ from turret_server.model.checkpoint import check_type, reading
 from turret_server.model.classes import left_out, model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
 from turret_server.model.rope import ContextLength
+from turret_server.model.streams import on_device
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +68,22 @@ class LoadedModel:
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` selects a GPU if there is one.
+    """`auto` selects the first GPU if there is one, `cuda` the first.
 
     Raises:
-        ConfigError: `name` is cuda and torch finds no CUDA device.
+        ConfigError: torch finds no such CUDA device.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    index = 0 if name == "auto" else torch.device(name).index or 0
+    if not count:
         raise ConfigError(
-            "--device cuda: torch finds no CUDA device; use --device cpu or install a CUDA build of torch"
+            f"--device {name}: torch finds no CUDA device; use --device cpu or install a CUDA build of torch"
         )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+    if index >= count:
+        raise ConfigError(f"--device {name}: expected cuda:0 to cuda:{count - 1}, which torch finds")
+    return torch.device("cuda", index)
 
 
 def select_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -140,9 +146,10 @@ def load_model(
     gate.check_model(meta_model(name_or_path, config))
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
     ops = ops or select_ops(device, dtype)
-    model = _load_quantised(name_or_path, config, device, dtype, cache)
-    adapt_experts(model, ops)
-    adapt_modules(model, ops)
+    with on_device(device):
+        model = _load_quantised(name_or_path, config, device, dtype, cache)
+        adapt_experts(model, ops)
+        adapt_modules(model, ops)
     rope.fix(model)
     model.generation_config = _generation_config(name_or_path, model)
     if device.type == "cpu":
@@ -383,7 +390,8 @@ class ModelWeights:
         dtype = next(self._model.parameters()).dtype
         device = found.weight.data.device
         identity_II = torch.eye(found.shape.in_features, dtype=dtype, device=device)
-        return self._ops.nf4_linear(identity_II, found.weight).T.float().cpu().contiguous()
+        with on_device(device):
+            return self._ops.nf4_linear(identity_II, found.weight).T.float().cpu().contiguous()
 
     @torch.inference_mode()
     def bias(self, module: str) -> torch.Tensor | None:

@@ -13,6 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which a GPU is the thread's current device: on it, Triton launches kernels whatever device
+    their arguments are on. Every thread begins on the first.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class Streams:
     """Those of a CPU, where each operation has ended when its call returns."""
 
@@ -30,7 +37,7 @@ class Streams:
 
 
 class CudaStreams(Streams):
-    """Those of a GPU. In both blocks it is the thread's current device, on which Triton launches kernels."""
+    """Those of a GPU, which in both blocks is the thread's current device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,7 +45,7 @@ class CudaStreams(Streams):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
+        with on_device(self._device):
             try:
                 yield
             finally:

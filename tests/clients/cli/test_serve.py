@@ -129,7 +129,11 @@ def test_flags_go_before_the_environment_and_that_before_the_file(served, tmp_pa
     ("arguments", "environ", "said"),
     [
         ((), {}, "--model is missing: "),
-        (("--model", "m", "--device", "abacus"), {}, "--device abacus: expected auto, cpu or cuda ("),
+        (
+            ("--model", "m", "--device", "abacus"),
+            {},
+            "--device abacus: expected auto, cpu, cuda, or a GPU such as cuda:1 (",
+        ),
         (("--model", "m", "--memory", "lots"), {}, "--memory lots: expected a size such as 2GiB"),
         (("--model", "m"), {"TURRET_GRACE": "soon"}, "TURRET_GRACE soon: expected a number of at least 0 ("),
         (

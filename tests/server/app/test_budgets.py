@@ -99,7 +99,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def test_on_a_gpu_its_own_free_memory_counts(gpu: torch.device) -> None:
     assert arena_bytes("0.5", gpu) == 500
     assert arena_bytes("1000", gpu) == 1000
-    with pytest.raises(ConfigError, match="1001 bytes are more than the free memory of cuda, 1000 bytes"):
+    with pytest.raises(ConfigError, match="1001 bytes are more than the free memory of cuda:1, 1000 bytes"):
         arena_bytes("1001", gpu)
     assert host_bytes("10") == 10
 

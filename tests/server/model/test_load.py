@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,16 +350,51 @@ def test_stop_tokens_are_the_generation_configs_and_the_tokenizers(generation, t
         assert load_module._stop_token_ids(model, SimpleNamespace(eos_token_id=tokenizer)) == expected
 
 
-@pytest.mark.parametrize("available", [False, True])
-def test_a_gpu_is_selected_where_there_is_one(available, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert select_device("cpu").type == "cpu"
-    assert select_device("auto").type == ("cuda" if available else "cpu")
-    if available:
-        assert select_device("cuda").type == "cuda"
-    else:
-        with pytest.raises(ConfigError, match=r"--device cuda: torch finds no CUDA device; use --device cpu"):
-            select_device("cuda")
+def test_a_gpu_is_selected_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = {name: str(select_device(name)) for name in ("cpu", "auto", "cuda", "cuda:0", "cuda:1")}
+    assert found == {"cpu": "cpu", "auto": "cuda:0", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:1": "cuda:1"}
+    with pytest.raises(ConfigError, match=r"^--device cuda:2: expected cuda:0 to cuda:1, which torch finds$"):
+        select_device("cuda:2")
+
+
+def test_weights_are_packed_and_read_on_the_models_device_whatever_the_threads_is(
+    base_of, quantised_cache, monkeypatch
+):
+    """Triton launches kernels on the thread's."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Ops(ReferenceOps):
+        def pack_nf4(self, weight):
+            assert current == [CPU]
+            return super().pack_nf4(weight)
+
+        def nf4_linear(self, x_TI, weight):
+            assert current == [CPU]
+            return super().nf4_linear(x_TI, weight)
+
+    monkeypatch.setattr(load_module, "on_device", on_device)
+    loaded = load_model(
+        str(base_of("llama")), device=CPU, dtype=torch.float32, cache=quantised_cache, ops=Ops()
+    )
+    ModelWeights(loaded.model, loaded.ops).weight("model.layers.1.self_attn.k_proj")
+
+
+def test_without_a_gpu_one_cannot_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto") == select_device("cpu") == CPU
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(
+            ConfigError, match=f"--device {name}: torch finds no CUDA device; use --device cpu"
+        ):
+            select_device(name)
 
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])
