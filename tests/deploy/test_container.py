@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -114,6 +115,13 @@ def test_both_devices_are_stages(instructions):
     }
     assert {"cpu", "cuda"} <= stages
     assert ("ARG", "DEVICE=cpu") in instructions
+
+
+def test_the_stage_for_gpus_has_what_triton_compiles_with_and_keeps_what_it_compiled(instructions, settings):
+    after = instructions[instructions.index(("FROM", "base AS cuda")) + 1 :]
+    stage = dict(takewhile(lambda instruction: instruction[0] != "FROM", after))
+    assert {"gcc", "libc6-dev"} <= set(stage["RUN"].split())
+    assert f"TRITON_CACHE_DIR={settings['--cache']}/triton" in stage["ENV"].split()
 
 
 def test_the_wheel_finds_what_it_packs(instructions):
