@@ -138,7 +138,8 @@ def test_one_graph_serves_any_adapters_and_contexts():
     arena, rows = lora(dtype, size, size, [(index, index + 1, 16) for index in range(count)], device=CUDA)
     tiles_N4 = torch.tensor([[i, i + 1, 16 * i, 16 * i + 16] for i in range(count)], device=CUDA).int()
     kv, batch = paged(dtype, [(1, 700), (1, 9), (1, 300), (1, 64)], num_kv_heads=4, device=CUDA)
-    tiles = make_tiles(batch, 4, CUDA)
+    query_THD = torch.empty(count, 16, 64, dtype=dtype, device=CUDA)
+    tiles = make_tiles(batch, query_THD, kv)
     x, how = random(count, size, dtype=dtype), params(16, 64, device=CUDA)
 
     def step():

@@ -15,7 +15,6 @@ For shape suffixes see `ops.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ _UNSPLIT_ROWS = 64
 _SPLIT = 256  # positions of a split, or a multiple where that makes more than `_MAX_SPLITS`
 _MAX_SPLITS = 32
 _KEY_BYTES = 1 << 14  # of the keys that a program loads at a time
+_QUERY_BYTES = 1 << 15  # of the rows of an unsplit tile, so that all fits a GPU with 99 KiB of shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,13 @@ class TiledBatch(AttentionBatch):
     tiles: AttentionTiles
 
 
-def make_tiles(batch: AttentionBatch, group: int, device: torch.device) -> AttentionTiles:
-    """The tiles of a batch; `group` is the number of query heads of a key-value head."""
+def make_tiles(batch: AttentionBatch, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor) -> AttentionTiles:
+    """The tiles of a batch for queries and pages of these shapes."""
+    group, device = query_THD.shape[1] // kv_P2BKD.shape[3], query_THD.device
     bounds, contexts = batch.query_bounds.numpy(), batch.context_lengths_Q.numpy()
     counts = np.diff(bounds)
     is_split = counts * group <= _tile_rows(_SPLIT_ROWS, group)
-    size = np.where(is_split, np.maximum(counts, 1), _tile_rows(_UNSPLIT_ROWS, group) // group)
+    size = np.where(is_split, np.maximum(counts, 1), _unsplit_rows(query_THD, group) // group)
     num_tiles = -(-counts // size)
     sequence = np.repeat(np.arange(len(counts)), num_tiles)
     inside = np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
@@ -91,6 +92,10 @@ def max_splits(context: int) -> int:
     return min(-(-context // _SPLIT), _MAX_SPLITS)
 
 
+def _padded(head_dim: int) -> int:
+    return int(triton.next_power_of_2(max(16, head_dim)))
+
+
 def _num_splits(contexts: NDArray[np.int64]) -> NDArray[np.int64]:
     smallest = -(-contexts // _SPLIT)
     return -(-smallest // np.maximum(-(-smallest // _MAX_SPLITS), 1))
@@ -99,6 +104,11 @@ def _num_splits(contexts: NDArray[np.int64]) -> NDArray[np.int64]:
 def _tile_rows(minimum: int, group: int) -> int:
     """Rows of a tile: those of one token at least."""
     return max(minimum, int(triton.next_power_of_2(group)))
+
+
+def _unsplit_rows(query_THD: torch.Tensor, group: int) -> int:
+    row_bytes = _padded(query_THD.shape[2]) * query_THD.element_size()
+    return _tile_rows(min(_UNSPLIT_ROWS, _QUERY_BYTES // row_bytes), group)
 
 
 def write_kv(
@@ -144,10 +154,14 @@ def attend(
     window = params.window or UNLIMITED
     sinks_H = out_THD if params.sinks_H is None else params.sinks_H
     has_sinks = params.sinks_H is not None
-    padded_dim = triton.next_power_of_2(max(16, head_dim))
+    padded_dim = _padded(head_dim)
     shape = {"GROUP": group, "DIM": head_dim, "WHOLE": padded_dim, "HAS_SINKS": has_sinks}
 
-    def launch(tiles_N4: torch.Tensor, programs: int, parts: tuple[torch.Tensor, ...], **how: Any) -> None:
+    def launch(
+        tiles_N4: torch.Tensor, programs: int, parts: tuple[torch.Tensor, ...], rows: int, split: int
+    ) -> None:
+        # The queries of many rows are in shared memory too, of which float32 needs twice as much.
+        stages = 3 if rows == _SPLIT_ROWS else 1 if query_THD.dtype == torch.float32 else 2
         attend_tile[(len(tiles_N4), num_kv_heads, programs)](
             out_THD,
             *parts,
@@ -170,24 +184,22 @@ def attend(
             HAS_SOFTCAP=bool(params.softcap),
             MAX_SPLITS=_MAX_SPLITS,
             DOT=dot_type(query_THD.dtype),
+            ROWS=rows,
+            SPLIT=split,
             num_warps=4,
+            num_stages=stages,
             **shape,
-            **how,
         )
 
     if len(tiles.unsplit_N4):
         unused = (out_THD, out_THD, out_THD)
-        # Here the queries are in shared memory too, of which float32 needs twice as much.
-        stages = 1 if query_THD.dtype == torch.float32 else 2
-        rows = _tile_rows(_UNSPLIT_ROWS, group)
-        launch(tiles.unsplit_N4, 1, unused, ROWS=rows, SPLIT=UNLIMITED, num_stages=stages)
+        launch(tiles.unsplit_N4, 1, unused, _unsplit_rows(query_THD, group), UNLIMITED)
     if len(tiles.split_N4):
         rows = _tile_rows(_SPLIT_ROWS, group)
         at = (len(tiles.split_N4), num_kv_heads, tiles.num_splits, rows)
         tops, totals = query_THD.new_empty(2, *at, dtype=torch.float32)
         sums = query_THD.new_empty(*at, padded_dim, dtype=torch.float32)
-        parts = (sums, tops, totals)
-        launch(tiles.split_N4, tiles.num_programs, parts, ROWS=rows, SPLIT=_SPLIT, num_stages=3)
+        launch(tiles.split_N4, tiles.num_programs, (sums, tops, totals), rows, _SPLIT)
         combine_splits[(len(tiles.split_N4), num_kv_heads)](
             out_THD,
             sums,

@@ -21,7 +21,7 @@ class GpuOps:
         self._dtype = dtype
         self._reference = ReferenceOps()
         # Every layer of a step has the same batch. It is kept, so that no other batch gets its identity.
-        self._tiles: tuple[AttentionBatch, int, gpu_attention.AttentionTiles] | None = None
+        self._tiles: tuple[AttentionBatch, tuple[int, ...], gpu_attention.AttentionTiles] | None = None
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
         return gpu_nf4.pack(weight, self._dtype) if gpu_nf4.is_packable(weight) else weight
@@ -68,9 +68,9 @@ class GpuOps:
     ) -> torch.Tensor:
         if isinstance(batch, gpu_attention.TiledBatch):
             return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, batch.tiles, params)
-        group = query_THD.shape[1] // kv_P2BKD.shape[3]
-        if self._tiles is None or self._tiles[0] is not batch or self._tiles[1] != group:
-            self._tiles = batch, group, gpu_attention.make_tiles(batch, group, query_THD.device)
+        heads = (*query_THD.shape[1:], kv_P2BKD.shape[3])
+        if self._tiles is None or self._tiles[0] is not batch or self._tiles[1] != heads:
+            self._tiles = batch, heads, gpu_attention.make_tiles(batch, query_THD, kv_P2BKD)
         tiles = self._tiles[2]
         return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, tiles, params)
 

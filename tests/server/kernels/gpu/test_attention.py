@@ -57,7 +57,7 @@ def test_attention_is_the_references(lengths, options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("shape", [(1, 4, 64, 16), (1, 7, 96, 48), (2, 20, 20, 16), (1, 1, 256, 16)])
+@pytest.mark.parametrize("shape", [(1, 4, 64, 16), (1, 7, 96, 48), (2, 20, 20, 16), (1, 3, 256, 16)])
 def test_heads_of_any_number_and_size(dtype, shape):
     assert_attention_is_the_references(dtype, [(1, 70), (19, 37)], *shape, OPTIONS["all"])
 
@@ -117,7 +117,7 @@ def test_tiles_without_tokens_do_nothing():
     """As in a CUDA graph that was recorded for more sequences and longer ones."""
     kv, batch = paged(torch.float32, [(1, 300), (1, 7)])
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64, sinks=True)
-    used = make_tiles(batch, 2, DEVICE)
+    used = make_tiles(batch, query, kv)
     split_N4 = torch.cat((used.split_N4, used.split_N4.new_zeros(3, 4)))
     tiles = AttentionTiles(split_N4, used.unsplit_N4, used.num_splits + 2, num_programs=1)
     found = attend(query, kv, batch.block_tables_QM, tiles, how)
@@ -128,7 +128,7 @@ def test_a_long_context_has_longer_splits_and_not_more(monkeypatch):
     monkeypatch.setattr(gpu_attention, "_MAX_SPLITS", 2)
     kv, batch = paged(torch.float32, [(1, 1100), (1, 300), (1, 513)])
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64, window=900)
-    tiles = make_tiles(batch, 2, DEVICE)
+    tiles = make_tiles(batch, query, kv)
     assert tiles.num_splits == 2
     found = attend(query, kv, batch.block_tables_QM, tiles, how)
     assert_close(found, ReferenceOps().paged_attention(query, kv, batch, how))
