@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from turret_server.kernels import AttentionParams
 from turret_server.model.context import current_step
@@ -47,6 +47,7 @@ def paged_attention(
 
 
 def register() -> None:
-    """Registers the attention with transformers, without a mask."""
+    """Registers the attention with transformers, and no function that makes a mask: with one, transformers
+    first looks for packed sequences in every step, and waits for the device.
+    """
     AttentionInterface.register(NAME, paged_attention)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM
 
 from support.decoding import World, world
 from support.device_traces import Launches, Waits
@@ -157,10 +157,9 @@ def test_a_size_of_batch_launches_the_same_whatever_is_in_it(small, monkeypatch,
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - MIXTURES))
 @pytest.mark.parametrize("has_lora", [True, False])
 def test_what_is_recorded_waits_for_nothing_and_stays_on_the_device(
-    family, has_lora, base_of, quantised_cache, monkeypatch
+    family, has_lora, base_of, quantised_cache
 ):
     """On a device that has no numbers: to read one is an error."""
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # as while a stream is captured
     dtype, meta = torch.float32, torch.device("meta")
     loaded = on_meta(
         load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
