@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -108,14 +109,19 @@ def compare(made: World, step: Step) -> None:
         torch.testing.assert_close(row, expected[sequence_id], atol=0.05 * scale, rtol=0)
 
 
-def measure(made: World, batch: int, num_adapters: int, speed: float | None) -> str:
+def decoding(made: World, batch: int, num_adapters: int) -> Step:
+    """A step in which each sequence decodes, with a LoRA of its own or none does."""
     names = [(str(index),) for index in range(num_adapters)] or [()] * batch
-    step = Step(
+    return Step(
         sequences=tuple(
             made.decoding(index, CONTEXT - 1, *((name, 1.0) for name in names[index]))
             for index in range(batch)
         )
     )
+
+
+def measure(made: World, batch: int, num_adapters: int, speed: float | None) -> str:
+    step = decoding(made, batch, num_adapters)
     compare(made, step)
     label = f"batch {batch}, {num_adapters} LoRAs"
     if speed is None:
@@ -127,11 +133,17 @@ def measure(made: World, batch: int, num_adapters: int, speed: float | None) -> 
     return f"{label:22}{without:12.2f}{replayed:10.2f}{limit:10.2f}{replayed / limit:10.2f}"
 
 
-def main() -> None:
+def save_base(folder: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+@contextmanager
+def world_of_loras() -> Iterator[World]:
+    """The model, with as many LoRAs on their pages as the largest batch has sequences."""
     with TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16).save_pretrained(base)
-        save_tokenizer(base)
+        save_base(base)
         record = cuda_record(DEVICE) if REAL else (lambda forward: forward)
         sizes = {"max_sequences": BATCHES[-1], "num_pages": 4000}
         dtype = torch.bfloat16 if REAL else torch.float32
@@ -142,13 +154,18 @@ def main() -> None:
             for index in range(BATCHES[-1]):
                 made.adapters[str(index)] = random_lora(made.loaded.base, str(index))
                 made.copy_to_device(str(index))
-            speed = bandwidth() if REAL else None
-            if speed is not None:
-                say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e6:.0f} GB/s")
-                say(f"{'ms a step':22}{'no graph':>12}{'graph':>10}{'to read':>10}{'ratio':>10}")
-            for batch in BATCHES:
-                for num_adapters in (0, batch):
-                    say(measure(made, batch, num_adapters, speed))
+            yield made
+
+
+def main() -> None:
+    with world_of_loras() as made:
+        speed = bandwidth() if REAL else None
+        if speed is not None:
+            say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {speed / 1e6:.0f} GB/s")
+            say(f"{'ms a step':22}{'no graph':>12}{'graph':>10}{'to read':>10}{'ratio':>10}")
+        for batch in BATCHES:
+            for num_adapters in (0, batch):
+                say(measure(made, batch, num_adapters, speed))
 
 
 def say(line: str) -> None:

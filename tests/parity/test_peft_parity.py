@@ -7,6 +7,7 @@ equal wherever the best logit leads the second by more than twice the tolerance.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -118,7 +119,7 @@ def serve(base_of, adapter_of, quantised_cache, sampler) -> Iterator[Callable[[s
                 config = ServerConfig(
                     model=str(base_of(family)),
                     dtype="float32",
-                    device="cpu",
+                    device=os.environ.get("TEST_DEVICE", "cpu"),
                     memory="64MiB",
                     max_batch_tokens=CHUNK,
                     max_batch_requests=40,
