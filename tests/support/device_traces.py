@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
@@ -101,6 +102,40 @@ class Launches(TorchDispatchMode):
             return str(each) if isinstance(each, torch.device | torch.dtype) else each
         made = each.untyped_storage()._cdata in self._made or each.device.type == "meta"
         return each.dtype, tuple(each.shape), each.stride(), None if made else each.data_ptr()
+
+
+class Peak(TorchDispatchMode):
+    """`num_bytes` is the most that was allocated at a time in the block, of what the block itself made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._kernels = ExitStack()
+
+    def __enter__(self):
+        self._kernels.enter_context(_launching(lambda *_: None))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._kernels.close()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = filter(_is_tensor, tree_flatten((args, kwargs))[0])
+        given = {each.untyped_storage()._cdata for each in tensors}
+        result = function(*args, **kwargs or {})
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        for each in filter(_is_tensor, tree_flatten(result)[0]):
+            storage = each.untyped_storage()
+            if storage._cdata not in given:
+                self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.num_bytes = max(self.num_bytes, sum(size for _, size in self._made.values()))
+        return result
+
+
+def _is_tensor(each):
+    return isinstance(each, torch.Tensor)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_server.config import parse_size
 from turret_server.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 _CPU = torch.device("cpu")
 # Of the memory that is free once the model is loaded. A GPU keeps the rest for activations; a CPU's memory
 # belongs to other processes too.
@@ -21,16 +24,35 @@ _DEFAULT_HOST_MEMORY = "0.25"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def arena_bytes(memory: str | None, device: torch.device) -> int:
-    """Bytes of the arena for the setting --memory.
+def arena_bytes(memory: str | None, device: torch.device, *, graphs: int = 0) -> int:
+    """Bytes of the arena for the setting --memory. It leaves `graphs` bytes for the CUDA graphs.
 
     Raises:
         ConfigError: the device has less free memory.
     """
+    free = _free_bytes(device)
+    if free < graphs:
+        raise ConfigError(
+            f"--device {device}: the model leaves {_text(free)} free, {_text(graphs - free)} fewer than its "
+            "CUDA graphs take; use a smaller model, a GPU with more memory or fewer --max-batch-requests"
+        )
     if memory is None:
-        wanted = int(_free_bytes(device) * _DEFAULT_FRACTION[device.type])
+        wanted = int((free - graphs) * _DEFAULT_FRACTION[device.type])
         return min(wanted, _DEFAULT_MAX_BYTES.get(device.type, wanted))
-    return _bytes_of("--memory", memory, device)
+    return _bytes_of("--memory", memory, free - graphs, device)
+
+
+def log_gpu_memory(device: torch.device, *, arena: int, graphs: int) -> None:
+    """Says where a GPU's memory goes, once the arena is taken and before the graphs are captured."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        model = torch.cuda.memory_allocated(device) - arena
+        log.info(
+            "memory of %s: %s; the model takes %s, the arena %s, CUDA graphs about %s; activations have the "
+            "%s that stay free",
+            device,
+            *map(_text, (total, model, arena, graphs, free - graphs)),
+        )
 
 
 def host_bytes(memory: str | None) -> int:
@@ -39,7 +61,7 @@ def host_bytes(memory: str | None) -> int:
     Raises:
         ConfigError: less memory is free.
     """
-    return _bytes_of("--host-memory", memory or _DEFAULT_HOST_MEMORY, _CPU)
+    return _bytes_of("--host-memory", memory or _DEFAULT_HOST_MEMORY, _free_bytes(_CPU), _CPU)
 
 
 def max_adapter_bytes() -> int:
@@ -51,21 +73,24 @@ def max_adapter_bytes() -> int:
     return min(MAX_CONFIG_BYTES + MAX_TENSORS_BYTES, (total if limit is None else min(limit, total)) // 8)
 
 
-def _bytes_of(flag: str, memory: str, device: torch.device) -> int:
+def _bytes_of(flag: str, memory: str, free: int, device: torch.device) -> int:
     """Bytes for a size or a fraction of the device's free memory."""
     size = parse_size(memory)
     assert size, "ServerConfig has validated it"
-    free = _free_bytes(device)
     wanted = int(free * size.number if size.is_fraction else size.number)
     if not 0 < wanted <= free:
-        raise ConfigError(
-            f"{flag} {memory}: {wanted} bytes are more than the free memory of {device}, {free} bytes"
-        )
+        relation = f"{_text(wanted - free)} more than" if wanted else "of"
+        raise ConfigError(f"{flag} {memory}: {_text(wanted)}, {relation} the {_text(free)} free on {device}")
     return wanted
+
+
+def _text(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes} bytes"
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left in torch's allocator
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
     limit = _container_limit()

@@ -19,7 +19,7 @@ from turret_adapters.spec import lora_rows, slab_layout
 from turret_adapters.store.names import Names
 from turret_adapters.store.store import AdapterStore
 from turret_server.app.assembly import Access
-from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
+from turret_server.app.budgets import arena_bytes, host_bytes, log_gpu_memory, max_adapter_bytes
 from turret_server.config import NAME_MARK, ServerConfig
 from turret_server.engine.loop import Engine, EngineStats
 from turret_server.engine.scheduler import Limits
@@ -41,7 +41,7 @@ from turret_server.model.load import (
     select_device,
     select_dtype,
 )
-from turret_server.model.runner import ModelRunner
+from turret_server.model.runner import ModelRunner, graph_bytes
 from turret_server.model.sampler import Sampler
 from turret_server.observability.metrics import (
     AdapterMetrics,
@@ -280,12 +280,15 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     loaded = load_model(
         config.model, device=device, dtype=dtype, cache=config.cache, max_context=config.max_context
     )
-    arena = Arena(loaded.base, arena_bytes(config.memory, device), dtype=dtype, device=device)
+    graphs = graph_bytes(loaded, config.max_batch_requests)
+    num_bytes = arena_bytes(config.memory, device, graphs=graphs)
+    arena = Arena(loaded.base, num_bytes, dtype=dtype, device=device)
     if not arena.num_pages:
         raise ConfigError(
-            f"--memory {config.memory}: less than one page of {arena.page_bytes} bytes; expected a size such "
-            "as 2GiB, or a fraction of the free memory such as 0.5"
+            f"--memory {config.memory or 'auto'}: {num_bytes} bytes are less than one page of "
+            f"{arena.page_bytes}; expected a size such as 2GiB, or a fraction of the free memory such as 0.5"
         )
+    log_gpu_memory(device, arena=arena.num_pages * arena.page_bytes, graphs=graphs)
     return loaded, arena
 
 

@@ -14,6 +14,7 @@ For shape suffixes see `decode_inputs.py`.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 
 from turret_adapters.spec import ModuleKind, Part
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
-from turret_server.kernels.gpu.attention import AttentionTiles, TiledBatch, max_splits
+from turret_server.kernels.gpu.attention import AttentionTiles, TiledBatch, max_splits, parts_bytes
 from turret_server.kernels.gpu.lora import TOKENS, TiledRows
 from turret_server.kernels.gpu.rows import (
     MAX_TILE_ROWS,
@@ -32,7 +33,7 @@ from turret_server.kernels.gpu.rows import (
     gather,
     make_directory,
 )
-from turret_server.model.arena import Arena
+from turret_server.model.arena import Arena, block_size_for
 from turret_server.model.context import StepContext, step_context
 from turret_server.model.decode_inputs import DecodeBuffers, LoraTile
 from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas
@@ -65,8 +66,7 @@ class DecodeGraphs:
         self._linears = tuple(loaded.base.of_kind(ModuleKind.LINEAR))
         self._directories: dict[str, Directory | None] = {}
         self._sizes = _sizes(min(max_sequences, _MAX_SEQUENCES))
-        # Virtual tokens come in addition to the model's context.
-        self._max_context = min(2 * loaded.context.tokens, arena.num_pages * arena.block_size)
+        self._max_context = min(_max_context(loaded), arena.num_pages * arena.block_size)
         max_rows = self._sizes[-1]
         self._buffers = DecodeBuffers(
             max_rows,
@@ -197,6 +197,28 @@ class _StaticDeltas(DeltaBatch):
     def __init__(self, rows: dict[str, TiledRows]) -> None:
         super().__init__((), GatheredRows())
         self._rows = dict(rows)
+
+
+def scratch_bytes(loaded: LoadedModel, max_sequences: int) -> int:
+    """About as many bytes as all graphs take on the device: buffers, logits of each, and scratch of one."""
+    base, num_linears = loaded.base, len(loaded.base.of_kind(ModuleKind.LINEAR))
+    config = loaded.model.config.get_text_config(decoder=True)
+    sizes = _sizes(min(max_sequences, _MAX_SEQUENCES))
+    rows, context = sizes[-1], _max_context(loaded)
+    parts = parts_bytes(
+        rows, max_splits(context), config.num_attention_heads, base.num_kv_heads, base.head_dim
+    )
+    shapes = [(shape.in_features, shape.out_features) for shape in base.of_kind(ModuleKind.LINEAR).values()]
+    weight = max(math.prod(shape) for shape in shapes)  # dequantised for many rows
+    logits = 2 * sum(sizes) * loaded.vocab_size
+    gathered = StepRows.empty(num_linears, rows, torch.device("meta")).num_bytes
+    tables = rows * context // block_size_for(base) * torch.int64.itemsize
+    return parts + (weight + logits) * loaded.dtype.itemsize + gathered + tables
+
+
+def _max_context(loaded: LoadedModel) -> int:
+    """Tokens of the longest sequence. Virtual tokens come in addition to the model's context."""
+    return 2 * loaded.context.tokens
 
 
 def _sizes(largest: int) -> tuple[int, ...]:

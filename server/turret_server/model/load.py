@@ -41,7 +41,7 @@ from turret_server.model import attention, gate, rope
 from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
 from turret_server.model.checkpoint import check_type, reading
 from turret_server.model.classes import left_out, model_class
-from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
+from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts, is_stacked
 from turret_server.model.rope import ContextLength
 from turret_server.model.streams import on_device
 
@@ -109,6 +109,33 @@ def check_gpu(device: torch.device) -> None:
         )
 
 
+def check_fits(name_or_path: str, num_bytes: int, device: torch.device) -> None:
+    """Checks that a GPU has room for the weights.
+
+    Raises:
+        ConfigError: less memory is free.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    if num_bytes > free:
+        wanted, missing = (f"{each / 2**20:.0f} MiB" for each in (num_bytes, num_bytes - free))
+        raise ConfigError(
+            f"--model {name_or_path}: its weights take {wanted}, {missing} more than is free on {device}; "
+            "use a smaller model or a GPU with more memory"
+        )
+
+
+def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """About as many bytes as a model on the meta device takes when it is loaded."""
+    head = model.get_output_embeddings()
+    linears = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - {head.weight}
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        is_quantised = parameter in linears or is_stacked(name)
+        # Half a byte for a code, and a scale for each 64.
+        total += parameter.numel() * (0.5 + dtype.itemsize / 64 if is_quantised else dtype.itemsize)
+    return int(total)
+
+
 def quantization(
     dtype: torch.dtype, kind: type[BitsAndBytesConfig] = BitsAndBytesConfig
 ) -> BitsAndBytesConfig:
@@ -135,7 +162,7 @@ def load_model(
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
         ConfigError: the model does not exist or is unreadable, `max_context` is longer than its context, or
-            the GPU is too old.
+            the GPU is too old or has too little memory.
     """
     if device.type == "cuda":
         check_gpu(device)
@@ -143,7 +170,10 @@ def load_model(
     config = read_config(name_or_path)
     context = rope.context_length(config, max_context)
     tokenizer = read_tokenizer(name_or_path)
-    gate.check_model(meta_model(name_or_path, config))
+    meta = meta_model(name_or_path, config)
+    gate.check_model(meta)
+    if device.type == "cuda":
+        check_fits(name_or_path, weight_bytes(meta, dtype), device)
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
     ops = ops or select_ops(device, dtype)
     with on_device(device):

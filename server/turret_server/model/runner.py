@@ -65,6 +65,19 @@ def _errors_of_the_device() -> Iterator[None]:
         raise
 
 
+def graph_bytes(loaded: LoadedModel, max_sequences: int) -> int:
+    """About as many bytes of the device as `ModelRunner.warm_up` takes for CUDA graphs."""
+    if not _has_gpu_kernels(loaded) or has_experts(loaded.model.config):
+        return 0
+    from turret_server.model.decode_graph import scratch_bytes  # noqa: PLC0415 (Triton is optional)
+
+    return scratch_bytes(loaded, max_sequences)
+
+
+def _has_gpu_kernels(loaded: LoadedModel) -> bool:
+    return loaded.device.type == "cuda" and not isinstance(loaded.ops, ReferenceOps)
+
+
 class ModelRunner:
     """The engine's `Runner` and `AdapterMemory`: computes steps, copies adapters into pages.
 
@@ -105,7 +118,7 @@ class ModelRunner:
 
     def warm_up(self, max_sequences: int) -> None:
         """Compiles the kernels of a GPU and captures its decode steps as graphs, before the first request."""
-        if self._loaded.device.type != "cuda" or isinstance(self._loaded.ops, ReferenceOps):
+        if not _has_gpu_kernels(self._loaded):
             return
         from turret_server.model.decode_graph import cuda_record  # noqa: PLC0415 (Triton is optional)
 

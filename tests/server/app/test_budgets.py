@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 
 from turret_adapters.formats.files import MAX_CONFIG_BYTES, MAX_TENSORS_BYTES
 from turret_server.app import budgets
-from turret_server.app.budgets import arena_bytes, host_bytes, max_adapter_bytes
+from turret_server.app.budgets import arena_bytes, host_bytes, log_gpu_memory, max_adapter_bytes
 from turret_server.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -40,9 +41,9 @@ def test_the_default_on_a_cpu_is_a_quarter_of_the_free_memory_and_at_most_4_gib(
 def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert host_bytes("1000") == 1000
-    with pytest.raises(ConfigError, match=r"--host-memory 1001: .*1001 bytes.* cpu, 1000 bytes"):
+    with pytest.raises(ConfigError, match="--host-memory 1001: 1001 bytes, 1 bytes more than the 1000 bytes"):
         host_bytes("1001")
-    with pytest.raises(ConfigError, match=r"--memory 0.0001"):  # of 1000 bytes none is left
+    with pytest.raises(ConfigError, match=r"--memory 0\.0001: 0 bytes, of the 1000 bytes free on cpu"):
         arena_bytes("0.0001", CPU)
 
 
@@ -73,7 +74,7 @@ def test_a_containers_limit_counts(container: Path) -> None:
     assert host_bytes("1") == 800
     assert max_adapter_bytes() == 162
     (container / "memory.max").write_text("400\n")
-    with pytest.raises(ConfigError, match="the free memory of cpu, 0 bytes"):
+    with pytest.raises(ConfigError, match="of the 0 bytes free on cpu"):
         host_bytes("1")
 
 
@@ -89,9 +90,11 @@ def test_a_container_without_a_limit_has_the_machines_memory(container: Path) ->
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Has 1,000 bytes free of 5,000, on a machine with little memory."""
+    """Has 1,000 bytes free of 5,000, and torch's allocator keeps 300 of them; the machine has few."""
     device = torch.device("cuda", 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", {device: (1000, 5000)}.__getitem__)
+    kept = [300]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda asked: {device: (1000 - sum(kept), 5000)}[asked])
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10))
     return device
 
@@ -99,14 +102,47 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def test_on_a_gpu_its_own_free_memory_counts(gpu: torch.device) -> None:
     assert arena_bytes("0.5", gpu) == 500
     assert arena_bytes("1000", gpu) == 1000
-    with pytest.raises(ConfigError, match="1001 bytes are more than the free memory of cuda:1, 1000 bytes"):
+    with pytest.raises(ConfigError, match="1001 bytes, 1 bytes more than the 1000 bytes free on cuda:1"):
         arena_bytes("1001", gpu)
     assert host_bytes("10") == 10
+
+
+def test_the_arena_leaves_memory_for_the_graphs(gpu: torch.device) -> None:
+    assert arena_bytes("0.5", gpu, graphs=400) == 300
+    assert arena_bytes(None, gpu, graphs=400) == 480
+    assert arena_bytes("600", gpu, graphs=400) == 600
+    with pytest.raises(ConfigError, match="--memory 601: 601 bytes, 1 bytes more than the 600 bytes free on"):
+        arena_bytes("601", gpu, graphs=400)
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_what_is_missing(gpu: torch.device) -> None:
+    said = "--device cuda:1: the model leaves 1000 bytes free, 24 bytes fewer than its CUDA graphs take"
+    for memory in (None, "10"):
+        with pytest.raises(ConfigError, match=said):
+            arena_bytes(memory, gpu, graphs=1024)
+    with pytest.raises(ConfigError, match="leaves 1000 bytes free, 1024 MiB fewer"):
+        arena_bytes(None, gpu, graphs=2**30)
+
+
+def test_the_log_says_where_a_gpus_memory_goes(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {gpu: 3500}.__getitem__)
+    with caplog.at_level(logging.INFO):
+        log_gpu_memory(CPU, arena=1, graphs=0)
+        log_gpu_memory(gpu, arena=3000, graphs=100)
+    [found] = [record.getMessage() for record in caplog.records]
+    assert found == (
+        "memory of cuda:1: 5000 bytes; the model takes 500 bytes, the arena 3000 bytes, CUDA graphs about "
+        "100 bytes; activations have the 900 bytes that stay free"
+    )
 
 
 @pytest.mark.parametrize("free", [1000, 2**40])
 def test_the_default_on_a_gpu_leaves_a_fifth_of_its_free_memory_and_has_no_maximum(
     monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     assert arena_bytes(None, torch.device("cuda")) == free * 4 // 5

@@ -308,7 +308,10 @@ def test_an_arena_without_a_page_is_refused_and_the_store_is_free(
         cache=quantised_cache,
         store=tmp_path,
     )
-    with pytest.raises(ConfigError, match="--memory 1k: less than one page"), assemble(settings):
+    with (
+        pytest.raises(ConfigError, match="1k: 1024 bytes are less than one page"),
+        assemble(settings),
+    ):
         pass
     AdapterStore(tmp_path).close()
 

@@ -15,18 +15,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from support.decoding import World, world
-from support.device_traces import Launches, Waits
+from support.device_traces import Launches, Peak, Waits
 from support.fake_cuda import FakeCuda
 from support.kernel_inputs import DEVICE
 from support.models import FAMILIES, MIXTURES
 from turret_server.engine.step import VIRTUAL_TOKEN, DeviceLostError, Step
-from turret_server.kernels import PackedNF4Weight
+from turret_server.kernels import PackedNF4Weight, ReferenceOps
 from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.adapted import AdaptedLinear
 from turret_server.model.arena import Arena
-from turret_server.model.decode_graph import DecodeGraphs
+from turret_server.model.decode_graph import DecodeGraphs, scratch_bytes
 from turret_server.model.load import LoadedModel, load_model
-from turret_server.model.runner import ModelRunner
+from turret_server.model.runner import ModelRunner, graph_bytes
 from turret_server.model.streams import CudaStreams
 
 # Padded rows compute with whatever their memory held.
@@ -173,6 +173,35 @@ def test_what_is_recorded_waits_for_nothing_and_stays_on_the_device(
     kernels = {name for name, *_ in launches.trace}
     assert {"attend_tile", "_multiply", "write_tokens"} <= kernels
     assert ({"_gather", "_shrink", "_expand"} <= kernels) == has_lora
+
+
+@pytest.mark.parametrize("max_sequences", [24, 128])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_graphs_take_is_known_before_the_arena_is_taken(family, max_sequences, base_of, quantised_cache):
+    """The buffers, the logits of each graph, which it keeps, and the memory of the largest."""
+    dtype = torch.float32
+    loaded = on_meta(
+        load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
+    )
+    arena = Arena(loaded.base, 2**30, dtype=dtype, device=torch.device("meta"))
+    kept = []
+    with Peak() as peak:
+        graphs = DecodeGraphs(loaded, arena, max_sequences=max_sequences, record=again)
+        for size in reversed(graphs._sizes):
+            kept += [graphs._forward(size, has_lora=has_lora) for has_lora in (True, False)]
+    assert peak.num_bytes <= scratch_bytes(loaded, max_sequences) <= 1.2 * peak.num_bytes
+
+
+@pytest.mark.parametrize("kind", ["a CPU", "without Triton", "experts"])
+def test_nothing_is_kept_for_graphs_where_there_are_none(small, kind):
+    on_gpu = replace(small.loaded, device=torch.device("cuda"))
+    assert graph_bytes(on_gpu, 8) == scratch_bytes(on_gpu, 8) > 0
+    others = {
+        "a CPU": small.loaded,
+        "without Triton": replace(on_gpu, ops=ReferenceOps()),
+        "experts": replace(on_gpu, model=SimpleNamespace(config=SimpleNamespace(model_type="mixtral"))),
+    }
+    assert graph_bytes(others[kind], 8) == 0
 
 
 def on_meta(loaded: LoadedModel) -> LoadedModel:

@@ -21,6 +21,8 @@ from support.models import MIXTURES
 from support.tokenizers import make_tokenizer
 from turret_adapters.spec import ModuleKind
 from turret_server.errors import ConfigError, UnsupportedModelError
+from turret_server.kernels import PackedNF4Weight
+from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.kernels.reference import ReferenceOps
 from turret_server.model import load as load_module
 from turret_server.model.arena import Arena
@@ -357,6 +359,26 @@ def test_a_gpu_is_selected_where_there_is_one(monkeypatch):
     assert found == {"cpu": "cpu", "auto": "cuda:0", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:1": "cuda:1"}
     with pytest.raises(ConfigError, match=r"^--device cuda:2: expected cuda:0 to cuda:1, which torch finds$"):
         select_device("cuda:2")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "mixtral"])
+def test_the_size_of_a_models_weights_is_known_before_they_are_read(family, base_of, quantised_cache):
+    path, dtype = str(base_of(family)), torch.float32
+    meta = load_module.meta_model(path, load_module.read_config(path))
+    loaded = load_model(path, device=CPU, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
+    found = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    for module in loaded.model.modules():
+        if isinstance(getattr(module, "weight", None), PackedNF4Weight):
+            found += module.weight.data.nbytes + module.weight.absmax.nbytes
+    assert load_module.weight_bytes(meta, dtype) == pytest.approx(found, rel=0.1)
+
+
+def test_a_model_that_is_too_large_for_the_gpu_is_refused_with_what_is_missing(monkeypatch):
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", {device: (2**30, 2**31)}.__getitem__)
+    load_module.check_fits("m", 2**30, device)
+    with pytest.raises(ConfigError, match="--model m: its weights take 1536 MiB, 512 MiB more than is free"):
+        load_module.check_fits("m", 3 * 2**29, device)
 
 
 def test_weights_are_packed_and_read_on_the_models_device_whatever_the_threads_is(

@@ -92,6 +92,12 @@ def max_splits(context: int) -> int:
     return min(-(-context // _SPLIT), _MAX_SPLITS)
 
 
+def parts_bytes(num_tiles: int, num_splits: int, num_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes of the parts that `attend` combines: sums in float32, with a maximum and a total for each row."""
+    rows = num_kv_heads * _tile_rows(_SPLIT_ROWS, num_heads // num_kv_heads)
+    return num_tiles * num_splits * rows * (_padded(head_dim) + 2) * torch.float32.itemsize
+
+
 def _padded(head_dim: int) -> int:
     return int(triton.next_power_of_2(max(16, head_dim)))
 

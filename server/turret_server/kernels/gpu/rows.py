@@ -82,6 +82,11 @@ class StepRows:
             torch.zeros(num_rows, dtype=torch.float32, device=device),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.tiles_MN4, self.a_offsets_R, self.b_offsets_R, self.weights_R)
+        return sum(each.nbytes for each in tensors)
+
     def of_tiles(self, num_tiles: int) -> StepRows:
         """A view for fewer tiles, in the same memory."""
         num_linears = len(self.tiles_MN4)
