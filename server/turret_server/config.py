@@ -117,7 +117,7 @@ _ORIGIN = _Rule(
 )
 _DEVICE = _Rule(
     "auto, cpu, cuda, or a GPU such as cuda:1",
-    lambda value: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", value) is not None,
+    lambda value: re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", value) is not None,
 )
 _SIZE_OR_FRACTION = _Rule(
     "a size such as 2GiB, or a fraction of the free memory such as 0.5",

@@ -8,22 +8,23 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-
-import bitsandbytes
-import torch
-import transformers
-import triton
+from importlib.metadata import PackageNotFoundError, version
 
 
 def main() -> None:
-    say(f"Python {sys.version}")
-    for each in (torch, triton, transformers, bitsandbytes):
-        say(f"{each.__name__} {each.__version__}")
     for command in (["nvidia-smi"], ["gcc", "--version"]):
         if shutil.which(command[0]):
             subprocess.run(command, check=False)  # noqa: S603 (none of it is from outside)
         else:
             say(f"no {command[0]}")
+    say(f"Python {sys.version}")
+    for name in ("torch", "triton", "transformers", "bitsandbytes", "grpcio"):
+        try:
+            say(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            say(f"no {name}")
+    import torch  # noqa: PLC0415 -- the rest is known if it fails
+
     if torch.cuda.is_available():
         say(str(torch.cuda.get_device_properties(0)))
 

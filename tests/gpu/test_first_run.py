@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gpu.first_run import Stage, run, stages
+from support.prompts import until
 
 SCRIPT = Path(__file__).with_name("first_run.sh")
 
@@ -28,11 +30,17 @@ def test_every_stage_runs_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_what_is_out_of_time_ends_with_all_that_it_started(tmp_path):
-    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    stage = Stage("late", 1, [sys.executable, "-c", program])
-    found = run(stage, 3, tmp_path, seconds=1, dry=False)
-    assert (found["stage"], found["status"], found["limit"]) == ("late", "out of time", 1)
-    assert (tmp_path / "03-late.txt").exists()
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    stage = Stage("late", 5, [sys.executable, "-c", program])
+    found = run(stage, 3, tmp_path, seconds=5, dry=False)
+    assert (found["stage"], found["status"], found["limit"]) == ("late", "out of time", 5)
+    pid = int((tmp_path / "03-late.txt").read_text())
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_the_stages_take_five_minutes(tmp_path):
+    assert sum(stage.seconds for stage in stages(tmp_path)) == 300
 
 
 def test_a_stage_that_fails_says_how(tmp_path):

@@ -1,4 +1,4 @@
-"""Copies of adapters beside steps that are late: pages are not written while a step may still use them.
+"""Copies of adapters to pages that the GPU may still write: they come after.
 
 In Triton's interpreter, where nothing is late, these show that the tests themselves run.
 """
@@ -33,10 +33,11 @@ def made(base_of, tmp_path_factory):
         yield made
 
 
-def delay() -> None:
-    """What is launched from now on begins late."""
+def write_late(made, pages: range) -> None:
+    """Launch a write to pages, as steps do, that begins long after this returns."""
     if DEVICE.type == "cuda":
         torch.cuda._sleep(LATE_CYCLES)
+    made.arena.flat.view(made.arena.num_pages, -1)[pages.start : pages.stop] = 7
 
 
 def prefill(made, pages: range) -> Step:
@@ -68,24 +69,23 @@ def check(made, step: Step, expected: dict[int, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_takes_pages_that_a_late_step_wrote(made, kind):
+@pytest.mark.parametrize("write", [write_late, lambda made, pages: made.runner.run(prefill(made, pages))])
+def test_an_adapter_takes_pages_that_were_written_late(made, kind, write):
     pages = place(made, kind)
     step = made.step([((kind, 1.0),), ()])
     expected = made.logits(step, graphs=True)
     for _ in range(3):
-        delay()
-        made.runner.run(prefill(made, pages))
+        write(made, pages)
         place(made, kind)
         check(made, step, expected)
 
 
-def test_an_adapter_comes_while_steps_are_replayed(made):
+def test_an_adapter_is_placed_between_replays(made):
     placed, used = KINDS
     place(made, placed)
     step = made.step([((placed, 1.0),), ((used, 1.0),)])
     expected = made.logits(step, graphs=True)
     for _ in range(3):
-        delay()
         made.runner.run(step)
         place(made, placed)
         check(made, step, expected)
@@ -107,5 +107,6 @@ def test_a_copy_that_fails_has_ended_when_it_is_told(made, monkeypatch):
         made.runner._adapters.tensors = lambda _: failing
         made.runner.copy_to_device(failing.spec, tuple(pages), (0,), told.put)
         assert told.get() == "RuntimeError: no prefix"
+    made.runner.run(prefill(made, pages))
     place(made, KINDS[0])
     check(made, step, expected)

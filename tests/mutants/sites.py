@@ -4,7 +4,7 @@ A site is a span of the source with the texts that may replace it. Only the span
 diff is as small as the mutation. Left out, because no test should depend on them: docstrings and message
 texts (strings are mutated only as default arguments), log calls, assertions, type annotations, imports and
 `__all__`, options of `@dataclass`, `zip(strict=)`, `if __name__ == "__main__"`, and what changes the speed
-alone: caches of functions, and functions that prefetch.
+alone: caches of functions, and the kernels' prefetching.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ _LEFT_OUT_DECORATORS = {
     "cache",
     "lru_cache",
 }
+_LEFT_OUT_FUNCTIONS = {"_prefetch", "prefetch_offsets"}
 _NEVER_RAISED = "BufferError"
 
 
@@ -243,7 +244,7 @@ class _Finder(ast.NodeVisitor):
         self._body(node.body)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        if "prefetch" in node.name:
+        if node.name in _LEFT_OUT_FUNCTIONS:
             return
         self._decorators(node)
         arguments = node.args

@@ -92,7 +92,10 @@ def test_the_address_that_other_machines_reach_is_named():
 # Of every setting but switches: values that are allowed, and values just outside.
 BOUNDS = {
     "model": (["m"], [""]),
-    "device": (["auto", "cpu", "cuda", "cuda:1"], ["", "abacus", "CPU", "cuda:", "cuda:-1", "cuda:one"]),
+    "device": (
+        ["auto", "cpu", "cuda", "cuda:1"],
+        ["", "abacus", "CPU", "cuda:", "cuda:-1", "cuda:01", "cuda:one"],
+    ),
     "dtype": (["auto", "float32", "bfloat16", "float16"], ["int8"]),
     "max_context": ([None, 1, 10**9], [0, -1]),
     "adapters": ([FOLDER], [FILE, FOLDER / "none"]),

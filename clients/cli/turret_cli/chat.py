@@ -85,8 +85,12 @@ def chat(*, server: str, system: str | None, adapter: list[AdapterRef], **option
 
 def _lines(*, is_terminal: bool) -> Iterator[str]:
     """The lines of standard input that are not empty."""
+    was_interrupted = False
     while True:
         try:
+            if was_interrupted:
+                click.echo("\n(Ctrl-D ends the program)", err=True)
+            was_interrupted = False
             line = input("> ") if is_terminal else _next_line()
         except EOFError:
             if is_terminal:
@@ -95,7 +99,7 @@ def _lines(*, is_terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
-            click.echo("\n(Ctrl-D ends the program)", err=True)
+            was_interrupted = True
             continue
         if line.strip():
             yield line.strip()

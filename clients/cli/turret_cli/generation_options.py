@@ -192,8 +192,8 @@ GENERATION_OPTIONS = {
         default="",
         metavar="S",
         help="Structured output: at most one of the following five, and neither min_tokens, ignore_eos, "
-        "stop strings nor stop tokens with a text. The answer is an instance of this JSON schema. "
-        "At most 131072 characters.",
+        "stop strings nor stop tokens with a text; in a chat, reasoning may come before it. The "
+        "answer is an instance of this JSON schema. At most 131072 characters.",
     ),
     "json_object": click.option(
         "--json-object/--no-json-object",

@@ -82,8 +82,8 @@ class GenerationOptions(TypedDict, total=False):
         prompt_logprobs: The same for the tokens of the prompt, which is then computed without the prefix
             cache. From 0 to 20. Default: none.
         json_schema: Structured output: at most one of the following five, and neither min_tokens, ignore_eos,
-            stop strings nor stop tokens with a text. The answer is an instance of this JSON schema. At most
-            131072 characters.
+            stop strings nor stop tokens with a text; in a chat, reasoning may come before it. The answer is
+            an instance of this JSON schema. At most 131072 characters.
         json_object: The answer is a JSON object. Default: False.
         regex: The answer matches this regular expression as a whole (Rust's syntax, without anchors). At most
             131072 characters.

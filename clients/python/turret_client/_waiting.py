@@ -1,4 +1,4 @@
-"""Waits for gRPC that Ctrl-C may end.
+"""Waits for responses, which Ctrl-C may interrupt at any moment.
 
 While gRPC waits for a response, it takes and releases locks of the call. A KeyboardInterrupt in between would
 leave them locked, and the channel's own thread, which needs them, would never answer a call again. So another
@@ -57,8 +57,8 @@ def _results(wait: Callable[[], _Result]) -> Generator[_Result]:
                 results.put((None, error))
                 return
 
-    threading.Thread(target=work, name="turret-call", daemon=True).start()
     try:
+        threading.Thread(target=work, name="turret-call", daemon=True).start()
         while True:
             wanted.put(wait)
             result, error = _next_of(results)
@@ -68,6 +68,7 @@ def _results(wait: Callable[[], _Result]) -> Generator[_Result]:
                 raise error
             yield cast("_Result", result)
     finally:
+        error = None  # it refers to this frame, which would keep it and the call
         wanted.put(None)
 
 

@@ -185,7 +185,7 @@ class UploadStart(_message.Message):
     """Size of adapter_model.safetensors in bytes."""
     @_builtins.property
     def tokenizer(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenizerFile]:
-        """The files of the adapter's tokenizer, if the folder has one. Their bytes follow those of the tensors, in this
+        """The files of the adapter's tokenizer, or a chat template alone, if the folder has them. Their bytes follow those of the tensors, in this
         order. The server keeps what they change of the base model's tokenizer: added tokens, special tokens and chat
         template; they may change nothing else.
         """

@@ -167,7 +167,7 @@ class GenerateRequest(_message.Message):
     """The same for the tokens of the prompt, which is then computed without the prefix cache. Default: none."""
     json_schema: _builtins.str
     """Structured output: at most one of the following five, and neither min_tokens, ignore_eos, stop strings nor stop
-    tokens with a text. The answer is an instance of this JSON schema.
+    tokens with a text; in a chat, reasoning may come before it. The answer is an instance of this JSON schema.
     """
     json_object: _builtins.bool
     """The answer is a JSON object."""

@@ -33,7 +33,7 @@ def arena_bytes(memory: str | None, device: torch.device, *, graphs: int = 0) ->
     free = _free_bytes(device)
     if free < graphs:
         raise ConfigError(
-            f"--device {device}: the model leaves {_text(free)} free, {_text(graphs - free)} fewer than its "
+            f"--device {device}: the model leaves {_text(free)} free, {_text(graphs - free)} less than its "
             "CUDA graphs take; use a smaller model, a GPU with more memory or fewer --max-batch-requests"
         )
     if memory is None:
@@ -51,7 +51,7 @@ def log_gpu_memory(device: torch.device, *, arena: int, graphs: int) -> None:
             "memory of %s: %s; the model takes %s, the arena %s, CUDA graphs about %s; activations have the "
             "%s that stay free",
             device,
-            *map(_text, (total, model, arena, graphs, free - graphs)),
+            *map(_text, (total, model, arena, graphs, max(free - graphs, 0))),
         )
 
 
@@ -79,8 +79,10 @@ def _bytes_of(flag: str, memory: str, free: int, device: torch.device) -> int:
     assert size, "ServerConfig has validated it"
     wanted = int(free * size.number if size.is_fraction else size.number)
     if not 0 < wanted <= free:
-        relation = f"{_text(wanted - free)} more than" if wanted else "of"
-        raise ConfigError(f"{flag} {memory}: {_text(wanted)}, {relation} the {_text(free)} free on {device}")
+        raise ConfigError(
+            f"{flag} {memory}: expected more than 0 and at most {_text(free)}, which {device} has free, found "
+            f"{_text(wanted)}"
+        )
     return wanted
 
 

@@ -82,7 +82,8 @@ def select_device(name: str) -> torch.device:
             f"--device {name}: torch finds no CUDA device; use --device cpu or install a CUDA build of torch"
         )
     if index >= count:
-        raise ConfigError(f"--device {name}: expected cuda:0 to cuda:{count - 1}, which torch finds")
+        found = ", ".join(f"cuda:{each}" for each in range(count))
+        raise ConfigError(f"--device {name}: expected a GPU that torch finds: {found}")
     return torch.device("cuda", index)
 
 

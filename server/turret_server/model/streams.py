@@ -2,7 +2,8 @@
 
 Pages and tensors pass between them. A page that a step used goes to a copy, which waits for the step with an
 event; a page that a copy wrote goes to a step once the host has waited for the copy. What is allocated on the
-copies' stream and read by steps is freed between steps, so a step ends before the host goes on.
+copies' stream and read by steps is freed between steps, so a step ends before the host goes on. As long as every
+step does, the event guards only what is launched between steps.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 class Streams:
-    """Those of a CPU, where each operation has ended when its call returns."""
+    """Streams of a CPU, where each operation has ended when its call returns."""
 
     def step(self) -> AbstractContextManager[None]:
         """A block that computes. Afterwards, also after an exception, the device has computed it."""
@@ -32,12 +33,12 @@ class Streams:
         return None
 
     def copy(self, after: torch.cuda.Event | None) -> AbstractContextManager[None]:  # noqa: ARG002
-        """A block that copies to the device, beside steps, after the event. Afterwards it is copied."""
+        """A block that copies to the device, beside steps, after the event. The copy has finished on exit."""
         return nullcontext()
 
 
 class CudaStreams(Streams):
-    """Those of a GPU, which in both blocks is the thread's current device."""
+    """Streams of a GPU, which in both blocks is the thread's current device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -27,7 +27,7 @@ from turret_server.serving.structured import (
 )
 from turret_server.serving.text import TextStream
 from turret_server.serving.tools import AnswerParser
-from turret_server.serving.validation import check_num_answers, validate
+from turret_server.serving.validation import check_num_answers, check_num_tokens, validate
 from turret_server.tenancy.auth import Caller
 
 _ADJUSTMENT_FIELDS = [field.name for field in fields(LogitAdjustment)]
@@ -68,6 +68,7 @@ class GenerationService:
                 outputs: Outputs[Chunk] = Outputs()
                 grammar = await self._grammar(request, prepared)
                 jobs = self._jobs_of(request, prepared, grammar, record, outputs)
+                check_num_tokens([job.num_tokens for job in jobs], caller)
                 with self._jobs.submit(prepared, jobs, record, self._engine.submit):
                     reasons: list[FinishReason] = []
                     while len(reasons) < len(jobs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ _MAX_VOCABULARIES = 16
 _LIMITS = LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
 # Small models write spaces without end where they may; this is enough to indent what people read.
 _JSON_DEFAULTS: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
+_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 _JSON_OPTIONS: JsonCompileOptions = {"coerce_one_of": False, "lenient": False}
 # As models write calls, and as `tools` reads them.
 _CALL_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -222,13 +224,13 @@ def after_reasoning(form: StructuredOutput, reasoning: Reasoning, codec: TextCod
     """The form of an answer that the model may reason before, or goes on to, if the prompt ends within it."""
     marks = (reasoning.open, reasoning.close)
     begin, end = (_lark(mark, marks, codec) for mark in marks)
-    start = "thought SPACE" if reasoning.has_begun else f"({begin} thought SPACE)?"
-    # A text that no special token ends goes on to the first mark.
-    is_token = codec.special_token_id(reasoning.close) is not None
-    thought = f"thought: TEXT {end}" if is_token else f"thought[suffix={end}]: TEXT"
-    terminals = r"""TEXT: /(?s:.*)/
-SPACE: /[ \t\r\n]{0,8}/"""
-    return replace(form, opening=f"start: {start} @answer\n{thought}\n{terminals}")
+    start = "thought SPACE" if reasoning.has_begun else f"(SPACE {begin} thought SPACE)?"
+    if codec.special_token_id(reasoning.close) is None:
+        thought = f"thought[suffix={end}]: /(?s:.*)/"
+    else:  # the mark in other tokens would end the reasoning for who reads the answer, but not here
+        mark = re.escape(reasoning.close).replace("/", r"\/")
+        thought = f"thought: TEXT {end}\nTEXT: /(?s:.*)/ & ~/(?s:.*){mark}(?s:.*)/"
+    return replace(form, opening=f"start: {start} @answer\n{thought}\nSPACE: /{_SPACE}/")
 
 
 def _lark(text: str, special: Sequence[str], codec: TextCodec) -> str:
@@ -317,6 +319,8 @@ def _source(wanted: StructuredOutput) -> str:
     form = _source_of_form(wanted)
     if not wanted.opening:
         return form
+    if wanted.kind is StructuredKind.GRAMMAR and "@" in wanted.value:
+        raise ValueError("other grammars cannot be named")
     is_lark = wanted.kind in (StructuredKind.GRAMMAR, StructuredKind.CHOICE)
     answer = {"lark_grammar": form} if is_lark else json.loads(form)["grammars"][0]
     return json.dumps({"grammars": [{"lark_grammar": wanted.opening}, {**answer, "name": "answer"}]})

@@ -156,10 +156,10 @@ def answer_format(
         response_template: the tokenizer's, as transformers has it.
     """
     form = form_of(template) if tools else None
+    reasoning = _reasoning(template, prompt)
     if response_template is not None:
         marks = "\n".join(_strings(response_template)).replace("\\", "")  # of patterns too
-        return AnswerFormat(marks, lambda: TemplateParser(response_template, prompt, tools), form)
-    reasoning = _reasoning(template, prompt)
+        return AnswerFormat(marks, lambda: TemplateParser(response_template, prompt, tools), form, reasoning)
     if form is None and reasoning is None:
         return None
     special = [*(form.special if form else ()), *((reasoning.open, reasoning.close) if reasoning else ())]

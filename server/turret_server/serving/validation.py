@@ -59,10 +59,10 @@ def _check_together(request: GenerationRequest) -> None:
 
 
 def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
-    """Check that the answers of one call, which are queued together, may find room in the tenant's queue.
+    """Check that the answers of one call, which are queued together, fit into the tenant's queue.
 
     Raises:
-        InvalidRequestError: there is none, however empty the queue is.
+        InvalidRequestError: they do not, however empty the queue is.
     """
     most = caller.tenant.limits.max_queued_requests
     if num_answers > most:
@@ -70,6 +70,22 @@ def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
             f"a call has at most {most} answers, as many as its tenant may queue; found {num_answers}; send "
             "several calls",
             field=field,
+        )
+
+
+def check_num_tokens(nums_tokens: Sequence[int], caller: Caller) -> None:
+    """Check that several answers with so many tokens each, prompt and `max_tokens`, fit into the tenant's
+    queue together. One alone always does.
+
+    Raises:
+        InvalidRequestError: they do not, however empty the queue is.
+    """
+    most, found = caller.tenant.limits.max_queued_tokens, sum(nums_tokens)
+    if len(nums_tokens) > 1 and found > most:
+        raise InvalidRequestError(
+            f"the answers of a call have at most {most} tokens together, as many as its tenant may queue; "
+            f"found {found}; lower n or max_tokens",
+            field="n",
         )
 
 

@@ -73,7 +73,7 @@ class Completions:
                 sampling.setdefault("prompt_logprobs", body.logprobs)
         requests = [GenerationRequest(prompt=prompt, **sampling) for prompt in body.prompts()]
         num_choices = sampling.get("n", 1)
-        check_num_answers(len(requests) * num_choices, caller(), "prompt")
+        check_num_answers(len(requests) * num_choices, caller(), "prompt" if len(requests) > 1 else "n")
         echoes = [await self._tokens.tokens(each, caller()) for each in requests] if body.echo else []
         choices = [
             _Choice(

@@ -357,7 +357,9 @@ def test_a_gpu_is_selected_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     found = {name: str(select_device(name)) for name in ("cpu", "auto", "cuda", "cuda:0", "cuda:1")}
     assert found == {"cpu": "cpu", "auto": "cuda:0", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:1": "cuda:1"}
-    with pytest.raises(ConfigError, match=r"^--device cuda:2: expected cuda:0 to cuda:1, which torch finds$"):
+    with pytest.raises(
+        ConfigError, match=r"^--device cuda:2: expected a GPU that torch finds: cuda:0, cuda:1$"
+    ):
         select_device("cuda:2")
 
 

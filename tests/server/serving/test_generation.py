@@ -585,3 +585,13 @@ async def test_more_answers_than_the_tenant_may_queue_are_refused(services, call
         await services.generate(request, few)
     assert refused.value.metadata["field"] == "n"
     assert await services.generate(replace(request, n=3), few)
+
+
+async def test_answers_with_more_tokens_than_the_tenant_may_queue_are_refused(services, caller_of, codec):
+    few = caller_of(limits=TenantLimits(max_queued_tokens=100))
+    services.engine.answer(codec.encode("a fox", 64))
+    request = replace(REQUEST, n=2, temperature=1.0, max_tokens=60)
+    with pytest.raises(InvalidRequestError, match="at most 100 tokens together"):
+        await services.generate(request, few)
+    assert services.engine.jobs == []
+    assert await services.generate(replace(request, max_tokens=40), few)

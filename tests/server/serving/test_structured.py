@@ -392,9 +392,29 @@ def test_a_form_is_that_of_the_answer_after_the_reasoning(marked, kind):
     assert not fits(grammar, marked, "Hm")
     assert not fits(grammar, marked, "<think>Hm</think>Hm")
     assert not fits(grammar, marked, f"<think>Hm</think><think>{begin}")
+    assert fits(grammar, marked, f"\n<think>Hm</think>{begin}")
     begun = compiled(after_reasoning(form, replace(THINK, has_begun=True), marked.codec), marked)
     assert fits(begun, marked, f"Hm\n</think>{begin}")
     assert not fits(begun, marked, "Hm</think>Hm")
+
+
+def test_the_mark_in_other_tokens_does_not_end_the_reasoning(marked):
+    """The text of the answer would begin there, in any form."""
+    grammar = compiled(after_reasoning(wanted("regex", "[0-9]+"), THINK, marked.codec), marked)
+    spelled = [marked.codec.encode(each, 10)[0] for each in "</think>Hm"]
+    matcher = grammar.start()
+    for token_id in [*marked.codec.encode("<think>Hm", 10), *spelled]:
+        if token_id not in token_ids_of(matcher.allowed(), marked.size):
+            return
+        matcher.accept(token_id)
+    raise AssertionError("a text without form was allowed")
+
+
+def test_a_grammar_names_no_other(marked):
+    form = wanted("grammar", "start: @answer")
+    for each in (form, after_reasoning(form, THINK, marked.codec)):
+        with pytest.raises(InvalidRequestError, match="grammar is invalid"):
+            compiled(each, marked)
 
 
 # Calls of tools
