@@ -80,8 +80,8 @@ def _bytes_of(flag: str, memory: str, free: int, device: torch.device) -> int:
     wanted = int(free * size.number if size.is_fraction else size.number)
     if not 0 < wanted <= free:
         raise ConfigError(
-            f"{flag} {memory}: expected more than 0 and at most {_text(free)}, which {device} has free, found "
-            f"{_text(wanted)}"
+            f"{flag} {memory}: expected more than 0 and at most {_text(free)}, which {device} has free, "
+            f"found {_text(wanted)}"
         )
     return wanted
 

@@ -2,8 +2,8 @@
 
 Pages and tensors pass between them. A page that a step used goes to a copy, which waits for the step with an
 event; a page that a copy wrote goes to a step once the host has waited for the copy. What is allocated on the
-copies' stream and read by steps is freed between steps, so a step ends before the host goes on. As long as every
-step does, the event guards only what is launched between steps.
+copies' stream and read by steps is freed between steps, so a step ends before the host goes on; the event
+guards what is launched between steps.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def test_more_memory_than_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert host_bytes("1000") == 1000
     with pytest.raises(
-        ConfigError, match="--host-memory 1001: .* at most 1000 bytes, which cpu has free, found 1001"
+        ConfigError, match=r"--host-memory 1001: .* at most 1000 bytes, which cpu has free, found 1001"
     ):
         host_bytes("1001")
     with pytest.raises(ConfigError, match=r"--memory 0\.0001: .* at most 1000 bytes, .* found 0 bytes"):
@@ -113,7 +113,7 @@ def test_the_arena_leaves_memory_for_the_graphs(gpu: torch.device) -> None:
     assert arena_bytes("0.5", gpu, graphs=400) == 300
     assert arena_bytes(None, gpu, graphs=400) == 480
     assert arena_bytes("600", gpu, graphs=400) == 600
-    with pytest.raises(ConfigError, match="--memory 601: .* at most 600 bytes, which .* found 601"):
+    with pytest.raises(ConfigError, match=r"--memory 601: .* at most 600 bytes, which .* found 601"):
         arena_bytes("601", gpu, graphs=400)
 
 
@@ -122,7 +122,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_what_is_missing(gpu: torch.devi
     for memory in (None, "10"):
         with pytest.raises(ConfigError, match=said):
             arena_bytes(memory, gpu, graphs=1024)
-    with pytest.raises(ConfigError, match="leaves 1000 bytes free, 1024 MiB fewer"):
+    with pytest.raises(ConfigError, match="leaves 1000 bytes free, 1024 MiB less"):
         arena_bytes(None, gpu, graphs=2**30)
 
 
