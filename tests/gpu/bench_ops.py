@@ -24,7 +24,7 @@ from turret_server.kernels.gpu.ops import GpuOps
 from turret_server.model.sampler import Sampler
 
 DTYPE = torch.bfloat16
-OPS, REFERENCE = GpuOps(DTYPE), ReferenceOps()
+OPS, REFERENCE = GpuOps(), ReferenceOps()
 REAL = DEVICE.type == "cuda"
 HIDDEN, WIDE = (4096, 14336) if REAL else (256, 384)
 NUM_KV_HEADS, GROUP, HEAD_DIM = (8, 4, 128) if REAL else (2, 2, 64)

@@ -46,7 +46,7 @@ def weight(dtype, num_in, num_out):
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_nf4(dtype, num_tokens, num_in, num_out):
     whole, x = weight(dtype, num_in, num_out), random(num_tokens, num_in, dtype=dtype)
-    found = GpuOps(dtype).nf4_linear(x, GpuOps(dtype).pack_nf4(whole))
+    found = GpuOps().nf4_linear(x, GpuOps().pack_nf4(whole))
     assert_close(found, ReferenceOps().nf4_linear(x.float(), whole), 2**-6)
 
 
@@ -58,7 +58,7 @@ def test_lora(dtype, num_in, num_out, start):
     x, y = random(400, num_in, dtype=dtype), random(400, num_out, dtype=dtype)
     expected = y.clone()
     ReferenceOps().lora_add(expected, x, arena, rows)
-    GpuOps(dtype).lora_add(y, x, arena, rows)
+    GpuOps().lora_add(y, x, arena, rows)
     assert_close(y, expected, 2**-6)
 
 
@@ -72,12 +72,12 @@ def test_attention(dtype, num_kv_heads, group, head_dim, options):
     num_heads = num_kv_heads * group
     num_tokens = int(batch.query_bounds[-1])
     key, value = random(2, num_kv_heads, num_tokens, head_dim, dtype=dtype).transpose(1, 2)
-    GpuOps(dtype).write_kv(kv, key, value, batch)
+    GpuOps().write_kv(kv, key, value, batch)
     assert torch.equal(kv[batch.pages_T, 0, batch.slots_T], key)
     assert torch.equal(kv[batch.pages_T, 1, batch.slots_T], value)
     query = random(num_tokens, num_heads, head_dim, dtype=dtype)
     how = params(num_heads, head_dim, **options, device=CUDA)
-    found = GpuOps(dtype).paged_attention(query, kv, batch, how)
+    found = GpuOps().paged_attention(query, kv, batch, how)
     assert_close(found, ReferenceOps().paged_attention(query, kv, batch, how), 2**-6)
 
 
@@ -85,12 +85,12 @@ def test_attention(dtype, num_kv_heads, group, head_dim, options):
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
 def test_a_token_gets_the_same_product_in_any_company(dtype, num_in, num_out):
     packed, x = (
-        GpuOps(dtype).pack_nf4(weight(dtype, num_in, num_out)),
+        GpuOps().pack_nf4(weight(dtype, num_in, num_out)),
         random(MAX_FUSED_TOKENS, num_in, dtype=dtype),
     )
-    together = GpuOps(dtype).nf4_linear(x, packed)
+    together = GpuOps().nf4_linear(x, packed)
     for count in (1, 2, 16, 17, 33):
-        assert torch.equal(GpuOps(dtype).nf4_linear(x[:count], packed), together[:count])
+        assert torch.equal(GpuOps().nf4_linear(x[:count], packed), together[:count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +98,7 @@ def test_a_token_gets_the_same_lora_in_any_company(dtype):
     arena, rows = lora(dtype, 2048, 1024, SEGMENTS, start=0, device=CUDA)
     x, y = random(400, 2048, dtype=dtype), random(400, 1024, dtype=dtype)
     together = y.clone()
-    GpuOps(dtype).lora_add(together, x, arena, rows)
+    GpuOps().lora_add(together, x, arena, rows)
     for index in (0, 7, 24, 25):
         some = slice(rows.row_bounds[index], rows.row_bounds[index + 1])
         own = replace(
@@ -112,7 +112,7 @@ def test_a_token_gets_the_same_lora_in_any_company(dtype):
         )
         for token in (rows.token_starts[index], rows.token_ends[index] - 1):
             alone = y[token : token + 1].clone()
-            GpuOps(dtype).lora_add(alone, x[token : token + 1], arena, own)
+            GpuOps().lora_add(alone, x[token : token + 1], arena, own)
             assert torch.equal(alone[0], together[token])
 
 
@@ -120,7 +120,7 @@ def test_a_token_gets_the_same_lora_in_any_company(dtype):
 def test_a_sequence_gets_the_same_attention_in_any_company(dtype):
     kv, batch = paged(dtype, LENGTHS, num_kv_heads=4, device=CUDA)
     query, how = random(int(batch.query_bounds[-1]), 16, 64, dtype=dtype), params(16, 64, device=CUDA)
-    together = GpuOps(dtype).paged_attention(query, kv, batch, how)
+    together = GpuOps().paged_attention(query, kv, batch, how)
     for index in range(len(LENGTHS)):
         some = slice(batch.query_bounds[index], batch.query_bounds[index + 1])
         alone = replace(
@@ -129,11 +129,11 @@ def test_a_sequence_gets_the_same_attention_in_any_company(dtype):
             context_lengths_Q=batch.context_lengths_Q[index : index + 1],
             block_tables_QM=batch.block_tables_QM[index : index + 1],
         )
-        assert torch.equal(GpuOps(dtype).paged_attention(query[some], kv, alone, how), together[some])
+        assert torch.equal(GpuOps().paged_attention(query[some], kv, alone, how), together[some])
 
 
 def test_one_graph_serves_any_adapters_and_contexts():
-    dtype, ops, count, size = torch.bfloat16, GpuOps(torch.bfloat16), 4, 1024
+    dtype, ops, count, size = torch.bfloat16, GpuOps(), 4, 1024
     packed = ops.pack_nf4(weight(dtype, size, size))
     arena, rows = lora(dtype, size, size, [(index, index + 1, 16) for index in range(count)], device=CUDA)
     tiles_N4 = torch.tensor([[i, i + 1, 16 * i, 16 * i + 16] for i in range(count)], device=CUDA).int()

@@ -79,7 +79,7 @@ def compiled_kernels(sm, dtype, head_dims):
 
 
 def run_every_op(dtype, head_dims):
-    ops = GpuOps(dtype)
+    ops = GpuOps()
     data, state = quantize_4bit(
         torch.randn(128, 512, dtype=dtype), quant_type="nf4", compress_statistics=True
     )

@@ -114,7 +114,7 @@ def world(
     num_pages: int,
 ) -> Iterator[World]:
     """With an adapter of each kind, and keys and values everywhere as if prompts had been computed."""
-    loaded = load_model(str(base), device=device, dtype=dtype, cache=folder / "cache", ops=GpuOps(dtype))
+    loaded = load_model(str(base), device=device, dtype=dtype, cache=folder / "cache", ops=GpuOps())
     page_bytes = Arena(loaded.base, 0, dtype=dtype, device=device).page_bytes
     arena = Arena(loaded.base, num_pages * page_bytes, dtype=dtype, device=device)
     arena.flat.normal_()

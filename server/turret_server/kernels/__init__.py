@@ -37,7 +37,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type == "cuda" and find_spec("triton"):
         from turret_server.kernels.gpu.ops import GpuOps  # noqa: PLC0415 (Triton is optional)
 
-        return GpuOps(dtype)
+        return GpuOps()
     if device.type == "cpu" and dtype in {torch.bfloat16, torch.float32}:
         return CpuOps(dtype)
     return ReferenceOps()

@@ -28,8 +28,7 @@ class NF4Weight:
 class PackedNF4Weight:
     """An NF4 weight in the layout of one implementation's kernel.
 
-    `absmax` are the scales with double quantisation undone, in the compute dtype; `code` are the values of
-    the codes.
+    `absmax` are the scales with double quantisation undone; `code` are the values of the codes.
     """
 
     data: torch.Tensor

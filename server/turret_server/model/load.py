@@ -132,8 +132,8 @@ def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     total = 0.0
     for name, parameter in model.named_parameters():
         is_quantised = parameter in linears or is_stacked(name)
-        # Half a byte for a code, and a scale for each 64.
-        total += parameter.numel() * (0.5 + dtype.itemsize / 64 if is_quantised else dtype.itemsize)
+        # Half a byte for a code, and a scale in float32 for each 64.
+        total += parameter.numel() * (0.5 + 4 / 64 if is_quantised else dtype.itemsize)
     return int(total)
 
 

@@ -162,7 +162,7 @@ def test_what_is_recorded_waits_for_nothing_and_stays_on_the_device(
     """On a device that has no numbers: to read one is an error."""
     dtype, meta = torch.float32, torch.device("meta")
     loaded = on_meta(
-        load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
+        load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps())
     )
     arena = Arena(loaded.base, 2**22, dtype=dtype, device=meta)
     graphs = DecodeGraphs(loaded, arena, max_sequences=8, record=again)
@@ -181,7 +181,7 @@ def test_what_graphs_take_is_known_before_the_arena_is_taken(family, max_sequenc
     """The buffers, the logits of each graph, which it keeps, and the memory of the largest."""
     dtype = torch.float32
     loaded = on_meta(
-        load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
+        load_model(str(base_of(family)), device=DEVICE, dtype=dtype, cache=quantised_cache, ops=GpuOps())
     )
     arena = Arena(loaded.base, 2**30, dtype=dtype, device=torch.device("meta"))
     kept = []

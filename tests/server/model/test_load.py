@@ -366,8 +366,8 @@ def test_a_gpu_is_selected_where_there_is_one(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "mixtral"])
 def test_the_size_of_a_models_weights_is_known_before_they_are_read(family, base_of, quantised_cache):
     path, dtype = str(base_of(family)), torch.float32
+    loaded = load_model(path, device=CPU, dtype=dtype, cache=quantised_cache, ops=GpuOps())
     meta = load_module.meta_model(path, load_module.read_config(path))
-    loaded = load_model(path, device=CPU, dtype=dtype, cache=quantised_cache, ops=GpuOps(dtype))
     found = sum(parameter.nbytes for parameter in loaded.model.parameters())
     for module in loaded.model.modules():
         if isinstance(getattr(module, "weight", None), PackedNF4Weight):

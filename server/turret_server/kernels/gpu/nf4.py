@@ -6,7 +6,11 @@ scales stay in rows. A byte holds two elements that are half a block apart.
 The tile of the weight is the left matrix of the product and the tokens are its columns, so a token's sum runs
 over the blocks in the same order for any number of tokens; how the sum is split depends on the weight's shape
 and the GPU alone. This holds up to `MAX_FUSED_TOKENS` tokens. Above, the weight is dequantised to scratch
-memory and multiplied by the matrix library, in the library's order.
+memory and multiplied by the matrix library, in the library's order: a token's bits are not those of a smaller
+step, and may depend on the number of tokens.
+
+Scales and codes are in float32. Up to `MAX_FUSED_TOKENS` the codes alone are rounded to the dtype, for the
+tensor cores; above, the products of codes and scales.
 
 For shape suffixes see `ops.py`.
 """
@@ -36,7 +40,7 @@ def is_packable(weight: NF4Weight) -> bool:
     return block <= _LARGEST_BLOCK and weight.in_features % block == 0
 
 
-def pack(weight: NF4Weight, dtype: torch.dtype) -> PackedNF4Weight:
+def pack(weight: NF4Weight) -> PackedNF4Weight:
     """Reorders bitsandbytes' rows of nibbles, whose first is in the higher four bits, into tiles."""
     state, block = weight.state, weight.state.blocksize
     absmax = state.absmax
@@ -47,8 +51,8 @@ def pack(weight: NF4Weight, dtype: torch.dtype) -> PackedNF4Weight:
     data = _padded(first | second << 4)
     return PackedNF4Weight(
         data=data.view(-1, _TILE, *data.shape[1:]).transpose(1, 2).contiguous(),
-        absmax=_padded(absmax.to(dtype).view(weight.out_features, -1)),
-        code=state.code.to(weight.data.device, dtype),
+        absmax=_padded(absmax.view(weight.out_features, -1)),
+        code=state.code.to(weight.data.device),
         block_size=block,
         in_features=weight.in_features,
         out_features=weight.out_features,
@@ -65,7 +69,7 @@ def linear(x_TI: torch.Tensor, weight: PackedNF4Weight) -> torch.Tensor:
     """See `ops.Ops`."""
     x_TI = x_TI.contiguous()
     if len(x_TI) > MAX_FUSED_TOKENS:
-        return torch.nn.functional.linear(x_TI, dequantize(weight))
+        return torch.nn.functional.linear(x_TI, dequantize(weight, x_TI.dtype))
     num_tokens = len(x_TI)
     y_TO = torch.empty(num_tokens, weight.out_features, dtype=x_TI.dtype, device=x_TI.device)
     num_tiles, num_blocks = weight.data.shape[:2]
@@ -96,10 +100,10 @@ def linear(x_TI: torch.Tensor, weight: PackedNF4Weight) -> torch.Tensor:
     return y_TO
 
 
-def dequantize(weight: PackedNF4Weight) -> torch.Tensor:
-    """The weight in the compute dtype, [O, I]."""
+def dequantize(weight: PackedNF4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight, [O, I], rounded once."""
     shape = (weight.out_features, weight.in_features)
-    weight_OI = torch.empty(shape, dtype=weight.code.dtype, device=weight.data.device)
+    weight_OI = torch.empty(shape, dtype=dtype, device=weight.data.device)
     _dequantize[weight.data.shape[:2]](
         weight_OI,
         weight.data,
@@ -145,18 +149,16 @@ def _multiply(
     absmax += (tile * TILE + row) * num_blocks
     total = tl.zeros((TILE, TOKENS), tl.float32)
     low, high = split * num_blocks // num_splits, (split + 1) * num_blocks // num_splits
-    scale = tl.load(absmax + low)
     for block in tl.range(low, high, num_stages=STAGES):
-        next_scale = tl.load(absmax + block + 1, block + 1 < high, 0.0)
         packed = tl.load(data + block * TILE * HALF + row[:, None] * HALF + column[None, :]).to(tl.int32)
         x_first = tl.load(x_in + block * 2 * HALF, here, 0.0).to(DOT)
         x_second = tl.load(x_in + block * 2 * HALF + HALF, here, 0.0).to(DOT)
-        first = tl.load(code + (packed & 15)).to(DOT)
-        second = tl.load(code + (packed >> 4)).to(DOT)
+        # Rounded to the dtype of the tokens also where DOT is float32, in the interpreter.
+        first = tl.load(code + (packed & 15)).to(x_TI.dtype.element_ty).to(DOT)
+        second = tl.load(code + (packed >> 4)).to(x_TI.dtype.element_ty).to(DOT)
         product = tl.dot(first, x_first, input_precision=EXACT)
         product = tl.dot(second, x_second, product, input_precision=EXACT)
-        total += product * scale.to(tl.float32)[:, None]
-        scale = next_scale
+        total += product * tl.load(absmax + block)[:, None]
     out = tile * TILE + row
     sums += (split * num_tokens + token[None, :]) * num_out + out[:, None]
     tl.store(sums, total, here & (out[:, None] < num_out))
@@ -190,7 +192,7 @@ def _dequantize(
     place = (tile * tl.num_programs(1) + block).to(tl.int64) * TILE * HALF
     packed = tl.load(data + place + row[:, None] * HALF + column[None, :]).to(tl.int32)
     out = (tile * TILE + row).to(tl.int64)[:, None]
-    scale = tl.load(absmax + out * tl.num_programs(1) + block).to(tl.float32)
+    scale = tl.load(absmax + out * tl.num_programs(1) + block)
     into = weight_OI + out * num_in + block * 2 * HALF + column[None, :]
-    tl.store(into, tl.load(code + (packed & 15)).to(tl.float32) * scale, out < num_out)
-    tl.store(into + HALF, tl.load(code + (packed >> 4)).to(tl.float32) * scale, out < num_out)
+    tl.store(into, tl.load(code + (packed & 15)) * scale, out < num_out)
+    tl.store(into + HALF, tl.load(code + (packed >> 4)) * scale, out < num_out)

@@ -17,14 +17,13 @@ from turret_server.kernels.reference import ReferenceOps
 class GpuOps:
     """See `ops.Ops`. Each kernel's file says whether a token's bits depend on the rest of the step."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._reference = ReferenceOps()
         # Every layer of a step has the same batch. It is kept, so that no other batch gets its identity.
         self._tiles: tuple[AttentionBatch, tuple[int, ...], gpu_attention.AttentionTiles] | None = None
 
     def pack_nf4(self, weight: NF4Weight) -> NF4Weight | PackedNF4Weight:
-        return gpu_nf4.pack(weight, self._dtype) if gpu_nf4.is_packable(weight) else weight
+        return gpu_nf4.pack(weight) if gpu_nf4.is_packable(weight) else weight
 
     def nf4_linear(self, x_TI: torch.Tensor, weight: NF4Weight | PackedNF4Weight) -> torch.Tensor:
         if isinstance(weight, NF4Weight):

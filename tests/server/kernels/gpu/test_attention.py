@@ -45,7 +45,7 @@ def assert_attention_is_the_references(dtype, lengths, num_kv_heads, group, head
     kv, batch = paged(dtype, lengths, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size)
     query, how = queries(dtype, batch, num_heads, head_dim), params(num_heads, head_dim, **options)
     assert_close(
-        GpuOps(dtype).paged_attention(query, kv, batch, how),
+        GpuOps().paged_attention(query, kv, batch, how),
         ReferenceOps().paged_attention(query, kv, batch, how),
     )
 
@@ -69,7 +69,7 @@ def test_tokens_are_written_where_the_reference_writes_them(dtype):
     # The layout of Hugging Face's models, heads before tokens.
     shape = (2, 3, int(batch.query_bounds[-1]), 20)
     key, value = torch.randn(shape, dtype=dtype, device=DEVICE).transpose(1, 2)
-    GpuOps(dtype).write_kv(kv, key, value, batch)
+    GpuOps().write_kv(kv, key, value, batch)
     ReferenceOps().write_kv(expected, key, value, batch)
     assert torch.equal(kv, expected)
 
@@ -79,7 +79,7 @@ def test_scores_of_any_size_are_weighed(dtype):
     kv, batch = paged(dtype, [(1, 40), (40, 60)], num_kv_heads=1)
     query = queries(dtype, batch, 2, 64) * 100
     for how in (params(2, 64), params(2, 64, softcap=30.0)):
-        found = GpuOps(dtype).paged_attention(query, kv, batch, how)
+        found = GpuOps().paged_attention(query, kv, batch, how)
         expected = ReferenceOps().paged_attention(query, kv, batch, how)
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
@@ -89,7 +89,7 @@ def test_queries_may_lie_heads_before_tokens():
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64)
     apart = query.transpose(0, 1).contiguous().transpose(0, 1)
     expected = ReferenceOps().paged_attention(query, kv, batch, how)
-    assert_close(GpuOps(torch.float32).paged_attention(apart, kv, batch, how), expected)
+    assert_close(GpuOps().paged_attention(apart, kv, batch, how), expected)
 
 
 def test_what_no_sequence_holds_is_not_read():
@@ -100,11 +100,11 @@ def test_what_no_sequence_holds_is_not_read():
         held[table[positions // 16], positions % 16] = True
     kv.transpose(1, 2)[~held] = torch.nan
     query, how = queries(torch.float32, batch, 4, 64), params(4, 64)
-    assert GpuOps(torch.float32).paged_attention(query, kv, batch, how).isfinite().all()
+    assert GpuOps().paged_attention(query, kv, batch, how).isfinite().all()
 
 
 def test_each_step_and_each_number_of_heads_has_its_own_tiles():
-    ops = GpuOps(torch.float32)
+    ops = GpuOps()
     for lengths in ([(1, 20), (30, 30)], [(30, 30), (1, 20)]):
         kv, batch = paged(torch.float32, lengths)
         for num_heads in (2, 6):

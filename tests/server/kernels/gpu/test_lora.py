@@ -29,7 +29,7 @@ def assert_is_the_references(dtype, segments, num_in, num_out, start):
     x, y = tokens(dtype, max((end for _, end, _ in segments), default=0) + 2, num_in, num_out)
     expected = y.clone()
     ReferenceOps().lora_add(expected, x, arena, rows)
-    GpuOps(dtype).lora_add(y, x, arena, rows)
+    GpuOps().lora_add(y, x, arena, rows)
     assert_close(y, expected)
 
 
@@ -51,7 +51,7 @@ def test_what_is_not_a_number_stays_so_and_infinities_too(dtype):
     arena, rows = lora(dtype, 32, 64, [(0, 3, 4)])
     x, y = tokens(dtype, 3, 32, 64)
     x[0, 5], y[1, 7], y[2, 9] = torch.nan, -torch.inf, torch.inf
-    GpuOps(dtype).lora_add(y, x, arena, rows)
+    GpuOps().lora_add(y, x, arena, rows)
     assert y[0].isnan().all()
     assert y[1, 7] == -torch.inf
     assert y[2, 9] == torch.inf
@@ -65,7 +65,7 @@ def test_what_lies_beside_the_rows_is_not_read():
         read[(offsets.cpu()[:, None] + torch.arange(width)).flatten()] = True
     arena[~read] = torch.nan
     x, y = tokens(torch.float32, 20, 40, 24)
-    GpuOps(torch.float32).lora_add(y, x, arena, rows)
+    GpuOps().lora_add(y, x, arena, rows)
     assert y.isfinite().all()
 
 
