@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,16 +94,19 @@ class Experts(nn.Module):
         """What transformers' `MixtralExperts` computes, in the same order."""
         sum_TH = torch.zeros_like(x_TH)
         has_deltas = current_step().deltas is not None
-        choices = experts_TK.flatten()
         # Stable, so that the tokens of an expert stay in order.
-        by_expert = choices.argsort(stable=True)
-        counts = choices.bincount(minlength=len(self.down_proj)).tolist()
-        for expert, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
-            if not count:
+        choices, by_expert = experts_TK.flatten().sort(stable=True)
+        tokens = by_expert // experts_TK.shape[1]
+        experts = torch.arange(len(self.down_proj), device=choices.device)
+        ends = torch.searchsorted(choices, experts, right=True)
+        # The host waits for a GPU once in a layer: also for the tokens, if adapters' segments are among them.
+        known = (torch.cat((ends, tokens)) if has_deltas else ends).tolist()
+        ends_E, known_tokens = known[: len(experts)], known[len(experts) :]
+        for expert, (start, end) in enumerate(pairwise((0, *ends_E))):
+            if start == end:
                 continue
-            chosen_n = by_expert[end - count : end]
-            tokens_n = chosen_n // experts_TK.shape[1]
-            y_nH = self._apply_expert(expert, x_TH[tokens_n], tokens_n.tolist() if has_deltas else ())
+            chosen_n, tokens_n = by_expert[start:end], tokens[start:end]
+            y_nH = self._apply_expert(expert, x_TH[tokens_n], known_tokens[start:end])
             y_nH = y_nH * weights_TK.flatten()[chosen_n, None]
             sum_TH.index_add_(0, tokens_n, y_nH.to(sum_TH.dtype))
         return sum_TH

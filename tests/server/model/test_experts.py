@@ -8,6 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from support.device_traces import Waits
 from turret_adapters.formats.kind import Rows
 from turret_adapters.formats.parameters import StackedPair
 from turret_adapters.host import HostAdapter, row_groups
@@ -127,6 +128,16 @@ def make_adapter(
         file_bytes=0,
     )
     return HostAdapter(spec=spec, deltas=deltas), weights
+
+
+@pytest.mark.parametrize("has_adapters", [True, False])
+def test_the_host_waits_once_for_what_the_experts_compute(experts, has_adapters):
+    own = through_nf4(experts)
+    nobody = Segment(0, 37, ((ResidentDeltas(lora={}, others={}), 1.0),))
+    deltas = DeltaBatch([nobody], GatheredRows()) if has_adapters else None
+    with Waits() as waits:
+        run(own, (torch.randn(37, HIDDEN), *routing(37)), deltas=deltas)
+    assert waits.found == ["tolist"]
 
 
 def test_each_token_gets_what_its_own_adapters_change(experts):

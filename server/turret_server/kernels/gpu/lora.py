@@ -55,7 +55,7 @@ def lora_add(y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: 
         add_tiles(y_TO, x_TI, arena, tiles_N4, max_rank, rows)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1 << 12)
 def _tiles(
     token_starts: tuple[int, ...],
     token_ends: tuple[int, ...],
@@ -64,7 +64,8 @@ def _tiles(
 ) -> tuple[torch.Tensor, int]:
     """The tiles, and the largest number of rows of one.
 
-    Cached: they are the same for every layer, and for every decode step until the batch changes.
+    Cached: they are the same for every layer, and for every decode step until the batch changes. Experts have
+    tiles of their own, hundreds in a layer, among which those of the layer's linears must stay.
     """
     starts, ends, bounds = (np.array(each, np.int64) for each in (token_starts, token_ends, row_bounds))
     ranks = np.diff(bounds)

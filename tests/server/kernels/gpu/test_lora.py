@@ -7,6 +7,7 @@ import torch
 
 from support.kernel_inputs import DEVICE, SEGMENTS, lora
 from turret_server.kernels import ReferenceOps
+from turret_server.kernels.gpu import lora as gpu_lora
 from turret_server.kernels.gpu.lora import add_tiles
 from turret_server.kernels.gpu.ops import GpuOps
 
@@ -79,3 +80,12 @@ def test_tiles_without_tokens_do_nothing():
     tiles = torch.cat((used, torch.zeros(3, 4, dtype=torch.long))).to(DEVICE, torch.int32)
     add_tiles(y, x, arena, tiles, 32, rows)
     assert_close(y, expected)
+
+
+def test_the_tiles_of_many_experts_leave_those_of_the_linears_in_the_cache():
+    linears = ((0,), (500,), (0, 16), DEVICE)
+    before = gpu_lora._tiles(*linears)
+    for expert in range(256):
+        for rank in (8, 16):
+            gpu_lora._tiles((0,), (1 + expert,), (0, rank), DEVICE)
+    assert gpu_lora._tiles(*linears) is before
