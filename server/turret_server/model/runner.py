@@ -18,7 +18,7 @@ from turret_adapters.host import HostAdapter
 from turret_adapters.spec import AdapterSpec, ModuleKind
 from turret_server.engine.request import Logprob
 from turret_server.engine.step import DeviceLostError, SequenceStep, Step, StepResult
-from turret_server.kernels import ReferenceOps
+from turret_server.kernels import LoraRows, ReferenceOps
 from turret_server.kernels.cpu.cores import claim_cores
 from turret_server.model.adjustment import to_device
 from turret_server.model.arena import Arena
@@ -126,8 +126,20 @@ class ModelRunner:
         for num_tokens in _WARM_TOKENS:
             if num_tokens <= self._arena.num_pages * self._arena.block_size:
                 self._all_logits([(0,) * num_tokens])
+        self._warm_lora()
         log.info("GPU kernels: ready in %.1f s", time.perf_counter() - started)
         self.use_graphs(max_sequences, cuda_record(self._loaded.device))
+
+    def _warm_lora(self) -> None:
+        """Compiles the LoRA kernels for linears and experts of every shape: no prompt has adapters yet."""
+        loaded, flat = self._loaded, self._arena.flat
+        shapes = {(shape.in_features, shape.out_features) for shape in self._linears.values()}
+        with torch.inference_mode(), _errors_of_the_device(), self._streams.step():
+            zero = torch.zeros(1, dtype=torch.int64, device=loaded.device)
+            rows = LoraRows((0,), (1,), (0, 1), zero, zero, zero.float())
+            for num_in, num_out in shapes:
+                x_TI, y_TO = (flat.new_zeros(1, width, dtype=loaded.dtype) for width in (num_in, num_out))
+                loaded.ops.lora_add(y_TO, x_TI, flat, rows)
 
     def use_graphs(self, max_sequences: int, record: Record) -> None:
         """Computes decode steps as CUDA graphs from now on, if they can be captured.

@@ -15,7 +15,7 @@ import torch
 
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import HostAdapter
-from turret_adapters.spec import AdapterSpec, Part, slab_layout
+from turret_adapters.spec import AdapterSpec, ModuleKind, Part, slab_layout
 from turret_server.engine.request import SamplingParams
 from turret_server.engine.step import VIRTUAL_TOKEN, DeviceLostError, PageCopy, SequenceStep, Step
 from turret_server.errors import NonFiniteLogitsError, UnsupportedModelError
@@ -325,6 +325,20 @@ def test_close_ends_the_threads_and_starts_no_further_copy(runner, adapters, hos
 
 def test_a_model_passes_the_check(runner):
     runner.check()
+
+
+def test_the_lora_kernels_are_compiled_for_linears_of_every_shape_before_an_adapter_comes(
+    runner, loaded, monkeypatch
+):
+    added = set()
+    ops = type(loaded.ops)
+    monkeypatch.setattr(ops, "lora_add", lambda _, y, x, *__: added.add((x.shape[1], y.shape[1])))
+    monkeypatch.setattr(runner_module, "_has_gpu_kernels", lambda _: True)
+    monkeypatch.setattr("turret_server.model.decode_graph.cuda_record", lambda _: None)
+    monkeypatch.setattr(runner, "use_graphs", lambda *_: None)
+    runner.warm_up(4)
+    shapes = loaded.base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT).values()
+    assert added == {(shape.in_features, shape.out_features) for shape in shapes}
 
 
 def test_a_model_in_which_a_layer_has_other_attention_is_refused(runner, loaded, host, sampler):
