@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from turret_adapters.host import HostAdapter
@@ -70,16 +71,20 @@ def write_slab(
     size = arena.page_elements
     device = arena.flat.device
     layout = slab_layout(adapter.spec.rows, size)
-    parts: dict[str, dict[Part, ResidentRows]] = {}
+    offsets, counts = [np.empty(0, np.int64)], []
     for group, runs in zip(adapter.spec.rows, layout.runs, strict=True):
-        rows_NX = adapter.deltas[group.module].rows[group.part]
-        offsets, done = [], 0
+        rows_NX, done = adapter.deltas[group.module].rows[group.part], 0
         for run in runs:
             start = pages[run.offset // size] * size + run.offset % size
             arena.write_rows(start, rows_NX[done : done + run.count])
-            offsets.append(torch.arange(run.count, device=device) * group.width + start)
+            offsets.append(start + group.width * np.arange(run.count, dtype=np.int64))
             done += run.count
-        parts.setdefault(group.module, {})[group.part] = ResidentRows(torch.cat(offsets), group.width)
+        counts.append(done)
+    # One copy: an adapter has hundreds of groups.
+    every_offset = torch.from_numpy(np.concatenate(offsets)).to(device)
+    parts: dict[str, dict[Part, ResidentRows]] = {}
+    for group, offsets_N in zip(adapter.spec.rows, torch.split(every_offset, counts), strict=True):
+        parts.setdefault(group.module, {})[group.part] = ResidentRows(offsets_N, group.width)
     deltas = {
         name: ResidentDelta(
             adapter.deltas[name].scaling,

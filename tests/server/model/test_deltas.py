@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import torch
 
-from turret_adapters.spec import Part
+from support.device_traces import Launches
+from turret_adapters.host import HostAdapter, ModuleDelta, row_groups
+from turret_adapters.spec import AdapterSpec, Method, Part
 from turret_server.model.deltas import (
     DeltaBatch,
     GatheredRows,
@@ -15,6 +18,7 @@ from turret_server.model.deltas import (
     ResidentDeltas,
     ResidentRows,
     Segment,
+    write_slab,
 )
 
 NO_TOKENS = torch.zeros(0, dtype=torch.long)
@@ -106,3 +110,25 @@ def test_changes_beyond_lora_rows_are_found_by_module_and_part():
     assert list(batch.with_parts("q", Part.GAIN, Part.BIAS)) == [(segments[1], gain, 0.5)]
     assert list(batch.with_parts("q", Part.BIAS)) == []
     assert list(batch.with_parts("v", Part.GAIN)) == []
+
+
+def test_the_offsets_of_an_adapter_go_to_the_device_in_one_copy():
+    names = [f"m{index}" for index in range(20)]
+    rows = {Part.LORA_A: torch.zeros(3, 8), Part.LORA_B: torch.zeros(3, 4)}
+    deltas = {name: ModuleDelta(rows=rows) for name in names}
+    spec = AdapterSpec(
+        revision="r",
+        method=Method.LORA,
+        rows=row_groups(deltas),
+        prefix=None,
+        max_rank=3,
+        num_parameters=0,
+        file_bytes=0,
+    )
+    host, flat = HostAdapter(spec=spec, deltas=deltas), torch.empty(0, device="meta")
+    arena = SimpleNamespace(page_elements=64, flat=flat, write_rows=lambda *_: None)
+    with Launches() as launches:
+        resident = write_slab(arena, host, tuple(range(50)), names)
+    assert resident.lora["m19"].parts[Part.LORA_A].offsets_N.device == flat.device
+    computed = [name for name, *_ in launches.trace if "slice" not in name and "split" not in name]
+    assert computed == ["aten.lift_fresh.default", "aten._to_copy.default"]

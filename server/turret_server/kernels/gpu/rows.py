@@ -47,14 +47,20 @@ class Directory:
 
 def make_directory(linears: Sequence[LinearRows | None], device: torch.device) -> Directory:
     """`linears` are in the model's order, None where the adapter has no rows."""
-    width = max(len(each.a_offsets_R) for each in linears if each)
-    table_MX = np.zeros((len(linears), 2 + 2 * width), np.int64)
+    found = [each for each in linears if each]
+    width = max(len(each.a_offsets_R) for each in found)
+    # The host waits for the device once, and not for each linear.
+    offsets = (
+        torch.cat([part for each in found for part in (each.a_offsets_R, each.b_offsets_R)]).cpu().numpy()
+    )
+    table_MX, done = np.zeros((len(linears), 2 + 2 * width), np.int64), 0
     for row_X, each in zip(table_MX, linears, strict=True):
         if each is not None:
             rank = len(each.a_offsets_R)
             row_X[:2] = rank, float_bits(each.scaling)
-            row_X[2 : 2 + rank] = each.a_offsets_R.cpu()
-            row_X[2 + width : 2 + width + rank] = each.b_offsets_R.cpu()
+            row_X[2 : 2 + rank] = offsets[done : done + rank]
+            row_X[2 + width : 2 + width + rank] = offsets[done + rank : done + 2 * rank]
+            done += 2 * rank
     return Directory(torch.from_numpy(table_MX).to(device), width)
 
 

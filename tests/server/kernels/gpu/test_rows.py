@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from support.device_traces import Waits
 from support.kernel_inputs import DEVICE, lora
 from turret_server.kernels import LoraRows, ReferenceOps
 from turret_server.kernels.gpu.lora import lora_add
@@ -139,3 +140,12 @@ def test_as_many_rows_as_a_tile_may_have():
     lora_add(y, x, arena, into.of_linear(0))
     lora_add(expected, x, arena, expected_rows(tiles, 0))
     assert torch.equal(y, expected)
+
+
+def test_a_directory_is_made_with_one_wait_for_the_device():
+    offsets = torch.arange(5, device=DEVICE)
+    with Waits() as waits:
+        made = make_directory([LinearRows(2.0, offsets, offsets + 7), None] * 20, DEVICE)
+    assert waits.found.count("cpu") == 1
+    assert made.table_MX[2].tolist() == [5, float_bits(2.0), 0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    assert not made.table_MX[1].any()
