@@ -163,6 +163,9 @@ def attend(
     padded_dim = _padded(head_dim)
     shape = {"GROUP": group, "DIM": head_dim, "WHOLE": padded_dim, "HAS_SINKS": has_sinks}
 
+    # The scores of 64 rows and 64 keys leave no registers for the parts of float32.
+    most_keys = 32 if query_THD.dtype == torch.float32 else 64
+
     def launch(
         tiles_N4: torch.Tensor, programs: int, parts: tuple[torch.Tensor, ...], rows: int, split: int
     ) -> None:
@@ -186,7 +189,7 @@ def attend(
             window,
             tiles.num_splits,
             BLOCK=kv_P2BKD.shape[2],
-            KEYS=max(16, min(64, _KEY_BYTES // (padded_dim * query_THD.element_size()))),
+            KEYS=max(16, min(most_keys, _KEY_BYTES // (padded_dim * query_THD.element_size()))),
             HAS_SOFTCAP=bool(params.softcap),
             MAX_SPLITS=_MAX_SPLITS,
             DOT=dot_type(query_THD.dtype),
