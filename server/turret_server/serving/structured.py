@@ -299,6 +299,9 @@ def _tokenizer(vocabulary: Vocabulary) -> LLTokenizer:
 
 
 def _compile(wanted: StructuredOutput, tokenizer: LLTokenizer) -> Grammar:
+    if wanted.opening and wanted.kind is StructuredKind.GRAMMAR:
+        # Alone, a grammar has errors of its own, and no other that it could refer to.
+        _compile(replace(wanted, opening=""), tokenizer)
     try:
         compiled = LLMatcher(tokenizer, _source(wanted), log_level=0, limits=_LIMITS)
         error = compiled.get_error()
@@ -319,8 +322,6 @@ def _source(wanted: StructuredOutput) -> str:
     form = _source_of_form(wanted)
     if not wanted.opening:
         return form
-    if wanted.kind is StructuredKind.GRAMMAR and "@" in wanted.value:
-        raise ValueError("other grammars cannot be named")
     is_lark = wanted.kind in (StructuredKind.GRAMMAR, StructuredKind.CHOICE)
     answer = {"lark_grammar": form} if is_lark else json.loads(form)["grammars"][0]
     return json.dumps({"grammars": [{"lark_grammar": wanted.opening}, {**answer, "name": "answer"}]})

@@ -415,6 +415,8 @@ def test_a_grammar_names_no_other(marked):
     for each in (form, after_reasoning(form, THINK, marked.codec)):
         with pytest.raises(InvalidRequestError, match="grammar is invalid"):
             compiled(each, marked)
+    of_text = after_reasoning(wanted("grammar", 'start: "a@b"'), THINK, marked.codec)
+    assert fits(compiled(of_text, marked), marked, "<think>Hm</think>a@b")
 
 
 # Calls of tools
