@@ -4,7 +4,8 @@ activations allow it, otherwise as float32. `../README.md` draws the layout and 
 Threads share the out features in blocks of 64, which are four vectors. The products of a block with 64 in
 features, one quantisation block, are summed in float32 pair by pair, scaled, and added to the sum of the
 quantisation blocks before: the same order for every token, whatever the step. With few tokens, codes are
-dequantised while they are multiplied, four tokens at a time; many tokens share values dequantised once.
+dequantised while they are multiplied, four tokens at a time; many tokens share values dequantised once. Tiles
+have all four vectors of a block where registers are wide (AVX512), otherwise one.
 
 Shapes: J blocks of out features, L quantisation blocks of a row, C the 64 out features of a block.
 """
@@ -22,6 +23,7 @@ from turret_server.kernels.cpu.llvm.jit import as_array, compiled
 from turret_server.kernels.cpu.llvm.pairs import (
     HAS_BF16_DOT,
     HAS_PERMUTE,
+    HAS_WIDE_REGISTERS,
     PAIR_WIDTH,
     dot_broadcast,
     load_pairs,
@@ -36,6 +38,7 @@ from turret_server.kernels.cpu.llvm.vectors import (
     load,
     load_span,
     store_span,
+    strided,
     zeros,
 )
 from turret_server.kernels.cpu.llvm.vectors import prefetch as prefetch_line
@@ -49,19 +52,25 @@ _DEPTH = 64  # in features that share a scale
 _GROUP = 8  # in features, four pairs, whose codes share a word
 _WORDS = _VECTORS * PAIR_WIDTH  # of uint16, with the codes of a group
 _TOKENS = 128  # whose sums stay in the L2 cache
-_MANY = 20  # tokens from which on values are dequantised once, into the L1 cache
-_TILE = 5  # tokens of many, whose sums fill the registers
+_PART = 4 if HAS_WIDE_REGISTERS else 1  # vectors of a block whose sums are in registers together
+_MANY = 20 if HAS_WIDE_REGISTERS else 5  # tokens from which on values are dequantised once, into the L1 cache
+_TILE = 5 if HAS_WIDE_REGISTERS else 6  # tokens of many, whose sums fill the registers
+_LEFT = 4 if HAS_WIDE_REGISTERS else 2  # tokens of many that go through as few do, rather than in a tile
 _FEW = 4  # tokens of few, whose sums leave registers to dequantise in
+_SUMS, _SUMS_OF_FEW, _SUMS_OF_TWO = _TILE * _PART, _FEW * _PART, 2 * _PART
 _LINE = 64  # bytes of a cache line
 
 
 class _Block(NamedTuple):
-    """64 in features of 64 out features: codes from words[word] on, the values of the codes, the scales."""
+    """64 in features of 64 out features: codes from words[word] on, the values of the codes, scales from
+    absmax[scale] on.
+    """
 
     words: Any
     word: int
     table: Any
-    scales: Any
+    absmax: Any
+    scale: int
 
 
 def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
@@ -71,9 +80,8 @@ def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
     without a permute instruction, quantisation blocks of another size than 64, or rows that are no whole
     number of them.
 
-    `data` [J, in / 8, 4, 16, 2] of uint16: bits 4q … 4q + 3 of word [j, g, v, n, p] are the code of out
-    feature 64j + 16v + n and in feature 8g + 2q + p. `absmax` [J, L, 64] of `dtype`. `code` [32]: the 16
-    values twice, in the dtype of the multiplication.
+    `data` [J, in / 8, 4, 16, 2] of uint16, in the order of `_words` or of `_bytes`. `absmax` [J, L, 64] of
+    `dtype`. `code` [32]: the 16 values twice, in the dtype of the multiplication.
     """
     state = weight.state
     if not HAS_PERMUTE or state.blocksize != _DEPTH or weight.in_features % _DEPTH:
@@ -82,17 +90,36 @@ def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
     padding = (0, 0, 0, num_blocks * _COLUMNS - weight.out_features)
     packed = weight.data.view(torch.uint8).reshape(weight.out_features, -1)
     codes_OI = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
-    codes = torch.nn.functional.pad(codes_OI, padding).view(num_blocks, _VECTORS, 16, -1, 4, 2).short()
-    words = codes[..., 0, :] | codes[..., 1, :] << 4 | codes[..., 2, :] << 8 | codes[..., 3, :] << 12
+    codes_OI = torch.nn.functional.pad(codes_OI, padding)
     scales_OL = torch.nn.functional.pad(_scales(state).view(weight.out_features, -1), padding)
     return PackedNF4Weight(
-        data=words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint16),
+        data=_words(codes_OI, num_blocks) if HAS_WIDE_REGISTERS else _bytes(codes_OI, num_blocks),
         absmax=scales_OL.to(dtype).view(num_blocks, _COLUMNS, -1).transpose(1, 2).contiguous(),
         code=state.code.to(dtype if HAS_BF16_DOT else torch.float32).repeat(2),
         block_size=_DEPTH,
         in_features=weight.in_features,
         out_features=weight.out_features,
     )
+
+
+def _words(codes_OI: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """For `vpermw` and `vpermps`: bits 4q … 4q + 3 of word [j, g, v, n, p] are the code of out feature
+    64j + 16v + n and in feature 8g + 2q + p.
+    """
+    codes = codes_OI.view(num_blocks, _VECTORS, 16, -1, 4, 2).short()
+    words = codes[..., 0, :] | codes[..., 1, :] << 4 | codes[..., 2, :] << 8 | codes[..., 3, :] << 12
+    return words.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint16)
+
+
+def _bytes(codes_OI: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """For `vpshufb`: of the 64 bytes [j, g, v], bits 4r … 4r + 3 of byte 32s + 16h + 8p + 4m + n are the code
+    of out feature 64j + 16v + 8m + 4h + n and in feature 8g + 4s + 2r + p. So the bytes of the values, when
+    they are interleaved, come in the order of the out features.
+    """
+    codes = codes_OI.view(num_blocks, _VECTORS, 2, 2, 4, -1, 2, 2, 2)  # j, v, m, h, n, g, s, r, p
+    both = codes[..., 0, :] | codes[..., 1, :] << 4
+    ordered = both.permute(0, 5, 1, 6, 3, 7, 2, 4).contiguous()  # j, g, v, s, h, p, m, n
+    return ordered.view(torch.uint16).view(num_blocks, -1, _VECTORS, 16, 2)
 
 
 def _scales(state: QuantState) -> torch.Tensor:
@@ -144,8 +171,7 @@ def _linear_blocks(worker: int, workers: int, arguments: Any) -> None:
                     done, total = at - start * num_in, (end - start) * num_in
                     low, high = len(own_N) * done // total, len(own_N) * (done + _DEPTH) // total
                     _prefetch(arena, own_N, low, high)
-                scales = load(absmax_JLC, _vector_starts(at), 0)
-                weights = _Block(words, at // _GROUP * _WORDS, table, scales)
+                weights = _Block(words, at // _GROUP * _WORDS, table, absmax_JLC, at)
                 _add_products((sums_TC, tokens), (x_TI, first * num_in + depth), weights, values)
             _write((y_TO, first, block * _COLUMNS), sums_TC, tokens)
 
@@ -169,37 +195,27 @@ def _add_products(target: Any, x: Any, block: Any, values: Any) -> None:
     token = 0
     if tokens >= _MANY:
         _dequantize(values, block)
-        while token + _TILE <= tokens:
-            into, rows = _five(token * _COLUMNS, _COLUMNS), _five(start + token * width, width)
-            _add_dequantized((sums_TC, into), (x_TI, rows), values, block.scales)
+        while token + _LEFT < tokens:
+            last = min(_TILE, tokens - token) - 1
+            rows = strided(start + token * width, width, last, _TILE)
+            for vector in range(0, _VECTORS, _PART):
+                into = strided(token * _COLUMNS + vector * LANES, _COLUMNS, last, _TILE)
+                _add_dequantized((sums_TC, into), (x_TI, rows), values, (block, vector))
             token += _TILE
     while token < tokens:
-        at, row, rest = token * _COLUMNS, start + token * width, tokens - token
-        if rest == 1:
-            _add_packed((sums_TC, (at,)), (x_TI, (row,)), block, zeros(4))
-        elif rest == 2:
-            _add_packed((sums_TC, (at, at + _COLUMNS)), (x_TI, (row, row + width)), block, zeros(8))
-        else:
-            into, rows = _four(at, rest, _COLUMNS), _four(row, rest, width)
-            _add_packed((sums_TC, into), (x_TI, rows), block, zeros(16))
+        last = min(_FEW, tokens - token) - 1
+        at, row = token * _COLUMNS, start + token * width
+        for vector in range(0, _VECTORS, _PART):
+            if last == 0:
+                _add_packed((sums_TC, (at,)), (x_TI, (row,)), (block, vector), zeros(_PART))
+            elif last == 1:
+                into, rows = (at, at + _COLUMNS), (row, row + width)
+                _add_packed((sums_TC, into), (x_TI, rows), (block, vector), zeros(_SUMS_OF_TWO))
+            else:
+                into_few, few_rows = strided(at, _COLUMNS, last, _FEW), strided(row, width, last, _FEW)
+                _add_packed((sums_TC, into_few), (x_TI, few_rows), (block, vector), zeros(_SUMS_OF_FEW))
+            at += _PART * LANES
         token += _FEW
-
-
-@compiled
-def _vector_starts(start: int) -> Any:
-    return (start, start + LANES, start + 2 * LANES, start + 3 * LANES)
-
-
-@compiled
-def _four(start: int, count: int, stride: int) -> Any:
-    """Where four tokens begin; if there are fewer, the last is repeated."""
-    last = min(count, _FEW) - 1
-    return (start, start + min(1, last) * stride, start + min(2, last) * stride, start + last * stride)
-
-
-@compiled
-def _five(start: int, stride: int) -> Any:
-    return (start, start + stride, start + 2 * stride, start + 3 * stride, start + 4 * stride)
 
 
 @compiled
@@ -214,31 +230,43 @@ def _dequantize(values: Any, block: Any) -> None:
 
 
 @compiled
-def _add_dequantized(target: Any, x: Any, values: Any, scales: Any) -> None:
-    """Multiplies a tile of tokens by dequantised values; `target` and `x` are (array, token starts)."""
-    sums_TC, into = target
-    x_TI, rows = x
-    own = zeros(20)
-    for pair in range(_DEPTH // 2):
-        own = dot_broadcast(own, x_TI, rows, 2 * pair, load_pairs(values, pair * _WORDS, 4))
-    accumulate_scaled(sums_TC, into, own, scales)
-
-
-@compiled
-def _add_packed(target: Any, x: Any, block: Any, own: Any) -> None:
-    """Multiplies a tile of tokens by a block that is dequantised on the way.
-
-    `target` and `x` are (array, token starts), `own` are four zero vectors a token.
+def _add_dequantized(target: Any, x: Any, values: Any, part: Any) -> None:
+    """Multiplies a tile of tokens by a part of the dequantised values. `target` and `x` are (array, token
+    starts), `part` is (block, its first vector).
     """
     sums_TC, into = target
     x_TI, rows = x
+    own = zeros(_SUMS)
+    for pair in range(_DEPTH // 2):
+        columns = load_pairs(values, pair * _WORDS + part[1] * PAIR_WIDTH, _PART)
+        own = dot_broadcast(own, x_TI, rows, 2 * pair, columns)
+    accumulate_scaled(sums_TC, into, own, _load_scales(part))
+
+
+@compiled
+def _add_packed(target: Any, x: Any, part: Any, own: Any) -> None:
+    """Multiplies a tile of tokens by a part of a block that is dequantised on the way.
+
+    `target` and `x` are (array, token starts), `part` is (block, its first vector), `own` are the zero
+    vectors of the tile's sums.
+    """
+    sums_TC, into = target
+    x_TI, rows = x
+    block, vector = part
     for group in range(_DEPTH // _GROUP):
-        codes, at = load_pairs(block.words, block.word + group * _WORDS, 4), group * _GROUP
+        codes = load_pairs(block.words, block.word + group * _WORDS + vector * PAIR_WIDTH, _PART)
+        at = group * _GROUP
         own = dot_broadcast(own, x_TI, rows, at, lookup_nf4(block.table, codes, 0))
         own = dot_broadcast(own, x_TI, rows, at + 2, lookup_nf4(block.table, codes, 1))
         own = dot_broadcast(own, x_TI, rows, at + 4, lookup_nf4(block.table, codes, 2))
         own = dot_broadcast(own, x_TI, rows, at + 6, lookup_nf4(block.table, codes, 3))
-    accumulate_scaled(sums_TC, into, own, block.scales)
+    accumulate_scaled(sums_TC, into, own, _load_scales(part))
+
+
+@compiled
+def _load_scales(part: Any) -> Any:
+    block, vector = part
+    return load(block.absmax, strided(block.scale + vector * LANES, LANES, _PART - 1, _PART), 0)
 
 
 @compiled

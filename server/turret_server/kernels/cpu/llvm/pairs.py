@@ -33,7 +33,9 @@ def _features() -> frozenset[str]:
 _FEATURES = _features()
 HAS_BF16_DOT = "avx512bf16" in _FEATURES
 HAS_PERMUTE = bool(_FEATURES & {"avx2", "avx512f"})
+HAS_WIDE_REGISTERS = "avx512f" in _FEATURES  # 32 of 16 lanes, otherwise at most 16 of 8
 
+_I8 = ir.IntType(8)
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -52,8 +54,8 @@ class _BFloat16(ir.Type):  # type: ignore[misc]  # llvmlite is not typed
 _BFLOATS = ir.VectorType(_BFloat16(), PAIR_WIDTH)
 _FLOAT_PAIRS = ir.VectorType(ir.FloatType(), PAIR_WIDTH)
 _FLOAT_PAIRS_BITS = ir.VectorType(_I32, PAIR_WIDTH)
-_EIGHT = ir.VectorType(ir.FloatType(), LANES // 2)
-_HALF_LANES = list(range(LANES // 2)), list(range(LANES // 2, LANES))
+# Of AVX2's registers.
+_BYTES, _SIXTEEN, _EIGHT = ir.VectorType(_I8, 32), ir.VectorType(_I16, 16), ir.VectorType(ir.FloatType(), 8)
 _FIRSTS, _SECONDS = list(range(LANES)), list(range(LANES, PAIR_WIDTH))
 
 _intrinsic: Callable[[Callable[..., Any]], Any] = intrinsic
@@ -110,7 +112,8 @@ def store_pairs(_: Any, array: Any, index: Any, vectors: Any) -> Any:
 def lookup_nf4(_: Any, table: Any, codes: Any, nibble: Any) -> Any:
     """The values of the 4-bit codes in bits 4 · nibble … 4 · nibble + 3 of both 16-bit halves of every lane.
 
-    `vpermw` reads five bits, so the table holds the 16 values twice.
+    `vpermw` reads five bits, so the table holds the 16 values twice. Without AVX512, the codes are ordered
+    otherwise, see `_bytes` in `nf4.py`.
     """
     shift = 4 * nibble.literal_value
     permute = _permute_bf16 if table.dtype == pairs else _permute_float32
@@ -129,30 +132,52 @@ def _permute_bf16(builder: Any, table: Any, codes: Any, shift: int) -> Any:
 
 
 def _permute_float32(builder: Any, table: Any, codes: Any, shift: int) -> Any:
+    if not HAS_WIDE_REGISTERS:
+        return _permute_bytes(builder, table, codes, shift)
     table, words = _select_lanes(builder, table, _FIRSTS), builder.bitcast(codes, _WORDS)
     firsts_and_seconds = []
     for each in (shift, LANES + shift):
         shifted = builder.lshr(words, ir.Constant(_WORDS, [each] * LANES)) if each else words
-        firsts_and_seconds.append(_permute_16_floats(builder, table, shifted))
+        firsts_and_seconds.append(call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, table, shifted))
     return builder.shuffle_vector(*firsts_and_seconds, ir.Constant(_FLOAT_PAIRS_BITS, _FIRSTS + _SECONDS))
 
 
-def _permute_16_floats(builder: Any, table: Any, indices: Any) -> Any:
-    """The entries of a table of 16 float32 by the last four bits of every lane."""
-    if "avx512f" in _FEATURES:
-        return call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, table, indices)
-    halves = []
-    for half in _HALF_LANES:
-        own = _select_lanes(builder, indices, half)
-        # AVX2's vpermps selects one of eight entries by the last three bits.
-        lower, upper = (
-            call(builder, "llvm.x86.avx2.permps", _EIGHT, _select_lanes(builder, table, entries), own)
-            for entries in _HALF_LANES
-        )
-        fourth_bit = builder.and_(own, ir.Constant(own.type, [8] * 8))
-        is_lower = builder.icmp_unsigned("==", fourth_bit, ir.Constant(own.type, [0] * 8))
-        halves.append(builder.select(is_lower, lower, upper))
-    return builder.shuffle_vector(*halves, ir.Constant(_WORDS, _FIRSTS))
+def _permute_bytes(builder: Any, table: Any, codes: Any, shift: int) -> Any:
+    """Looks up each byte of the values with `vpshufb`, and interleaves them: in AVX2, 16 floats take several
+    slow permutations.
+    """
+    half = list(range(32)) if shift < 8 else list(range(32, 64))
+    own = _select_lanes(builder, builder.bitcast(codes, ir.VectorType(_I8, 64)), half)
+    if shift % 8:
+        own = builder.bitcast(own, ir.VectorType(_I32, 8))
+        own = builder.bitcast(builder.lshr(own, ir.Constant(own.type, [4] * 8)), _BYTES)
+    own = builder.and_(own, ir.Constant(_BYTES, [15] * 32))
+    entries = builder.bitcast(_select_lanes(builder, table, _FIRSTS), ir.VectorType(_I8, 64))
+    found = []
+    for byte in range(4):
+        of_byte = _select_lanes(builder, entries, [4 * i + byte for i in range(16)] * 2)
+        found.append(call(builder, "llvm.x86.avx2.pshuf.b", _BYTES, of_byte, own))
+    words = [
+        [builder.bitcast(each, _SIXTEEN) for each in _interleave(builder, *found[i : i + 2])] for i in (0, 2)
+    ]
+    floats = []
+    for low, high in zip(*words, strict=True):
+        floats += _interleave(builder, low, high)
+    floats = [builder.bitcast(each, _EIGHT) for each in floats]
+    firsts, seconds = (
+        builder.shuffle_vector(*two, ir.Constant(_WORDS, _FIRSTS)) for two in (floats[:2], floats[2:])
+    )
+    return builder.shuffle_vector(firsts, seconds, ir.Constant(_FLOAT_PAIRS_BITS, _FIRSTS + _SECONDS))
+
+
+def _interleave(builder: Any, a: Any, b: Any) -> list[Any]:
+    """The elements of a and b in turn, of the lower and of the upper halves of both 128-bit lanes."""
+    count = a.type.count
+    quarter = count // 4
+    starts = (range(start, start + quarter) for start in (0, quarter, 2 * quarter, 3 * quarter))
+    turns = [[i for each in own for i in (each, each + count)] for own in starts]
+    kinds = (turns[0] + turns[2], turns[1] + turns[3])
+    return [builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, count), each)) for each in kinds]
 
 
 def _select_lanes(builder: Any, value: Any, lanes: list[int]) -> Any:

@@ -195,6 +195,23 @@ def zeros(_: Any, count: Any) -> Any:
     return result(count), generate
 
 
+@_intrinsic_of_literals
+def strided(_: Any, start: Any, stride: Any, last: Any, count: Any) -> Any:
+    """Where `count` rows begin, the first at `start`; from the index `last` on, that one is repeated."""
+    result = UniTuple(types.intp, count.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, stride, last, _ = arguments
+        starts = []
+        for i in range(signature.return_type.count):
+            index = ir.Constant(last.type, i)
+            index = builder.select(builder.icmp_signed("<", index, last), index, last)
+            starts.append(builder.add(start, builder.mul(index, stride)))
+        return context.make_tuple(builder, signature.return_type, starts)
+
+    return result(types.intp, types.intp, types.intp, count), generate
+
+
 def emit_fma_outer(builder: Any, sums: Any, rows: list[Any], columns: list[Any]) -> Any:
     """Emits what `fma_outer` does."""
     for i, row in enumerate(rows):
