@@ -95,7 +95,9 @@ def run_every_op(dtype, head_dims):
         kv, batch = paged(dtype, [(1, 300), (60, 60)], head_dim=head_dim, device=CPU)
         ops.write_kv(kv, *torch.randn(2, 61, 2, head_dim, dtype=dtype), batch)
         query = torch.randn(61, 2 * group, head_dim, dtype=dtype)
-        ops.paged_attention(query, kv, batch, params(2 * group, head_dim, **options, device=CPU))
+        for causal in (True, False):
+            how = params(2 * group, head_dim, **options, causal=causal, device=CPU)
+            ops.paged_attention(query, kv, batch, how)
 
 
 def usage(cubin):

@@ -76,6 +76,6 @@ def paged(dtype, lengths, *, num_kv_heads=2, head_dim=64, block_size=16, device=
     )
 
 
-def params(num_heads, head_dim, *, window=None, softcap=None, sinks=False, device=DEVICE):
+def params(num_heads, head_dim, *, window=None, softcap=None, sinks=False, causal=True, device=DEVICE):
     sinks_H = torch.randn(num_heads, device=device) if sinks else None
-    return AttentionParams(head_dim**-0.5, window, softcap, sinks_H)
+    return AttentionParams(head_dim**-0.5, window, softcap, sinks_H, causal)

@@ -78,14 +78,17 @@ class AttentionBatch:
 class AttentionParams:
     """Options of attention, as the model passes them.
 
-    `window` is the number of tokens that a query sees, itself included. Scores become
-    softcap · tanh(score / softcap). `sinks_H` are scores that enter the softmax's sum without a value.
+    `window` is the number of tokens that a query sees, itself included; without `causal`, as many on both
+    sides of it. Scores become softcap · tanh(score / softcap). `sinks_H` are scores that enter the softmax's
+    sum without a value. Without `causal`, a query sees later tokens too: all those of its sequence must be in
+    the step.
     """
 
     scaling: float
     window: int | None
     softcap: float | None
     sinks_H: torch.Tensor | None
+    causal: bool = True
 
 
 class Ops(Protocol):
@@ -123,4 +126,4 @@ class Ops(Protocol):
     def paged_attention(
         self, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, batch: AttentionBatch, params: AttentionParams
     ) -> torch.Tensor:
-        """Causal attention of every token over the pages of its sequence, [T, H, D]."""
+        """Attention of every token over the pages of its sequence, [T, H, D]."""

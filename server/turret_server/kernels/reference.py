@@ -91,7 +91,7 @@ def _attend(
     scores_KGnN = query_KGnD @ key_NKD.float().permute(1, 2, 0)[:, None] * params.scaling
     if params.softcap is not None:
         scores_KGnN = params.softcap * torch.tanh(scores_KGnN / params.softcap)
-    mask_nN = _mask(num_new, num_context, params.window, query_nHD.device)
+    mask_nN = _mask(num_new, num_context, params, query_nHD.device)
     scores_KGnN = scores_KGnN.masked_fill(~mask_nN, -torch.inf)
     if params.sinks_H is not None:
         sinks = params.sinks_H.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, num_new, 1)
@@ -101,10 +101,8 @@ def _attend(
     return out_KGnD.permute(2, 0, 1, 3).reshape(num_new, num_heads, -1).to(query_nHD.dtype)
 
 
-def _mask(num_new: int, num_context: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _mask(num_new: int, num_context: int, params: AttentionParams, device: torch.device) -> torch.Tensor:
     position_N = torch.arange(num_context, device=device)
-    position_n = position_N[num_context - num_new :, None]
-    mask_nN = position_N <= position_n
-    if window is not None:
-        mask_nN &= position_N > position_n - window
-    return mask_nN
+    distance_nN = position_N - position_N[num_context - num_new :, None]
+    window = num_context if params.window is None else params.window
+    return (distance_nN > -window) & (distance_nN < (1 if params.causal else window))

@@ -42,6 +42,7 @@ def paged_attention(
         window=sliding_window,
         softcap=softcap,
         sinks_H=s_aux,
+        causal=getattr(module, "is_causal", True),
     )
     return step.ops.paged_attention(query[0].transpose(0, 1), kv, step.attention, params)[None], None
 

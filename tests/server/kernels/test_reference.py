@@ -62,22 +62,24 @@ def naive_attention(query, keys, values, params):
     for n in range(num_new):
         position = len(keys) - num_new + n
         first = 0 if params.window is None else max(0, position - params.window + 1)
+        end = position + 1 if params.causal else position + (params.window or len(keys))
         for head in range(num_heads):
-            scores = keys[first : position + 1, head // group] @ query[n, head] * params.scaling
+            scores = keys[first:end, head // group] @ query[n, head] * params.scaling
             if params.softcap is not None:
                 scores = params.softcap * torch.tanh(scores / params.softcap)
             weights = scores.exp()
             total = weights.sum()
             if params.sinks_H is not None:
                 total = total + params.sinks_H[head].exp()
-            out[n, head] = (weights / total) @ values[first : position + 1, head // group]
+            out[n, head] = (weights / total) @ values[first:end, head // group]
     return out
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_paged_attention_reads_each_sequence_through_its_block_table(window, softcap, sinks):
+@pytest.mark.parametrize("causal", [False, True])
+def test_paged_attention_reads_each_sequence_through_its_block_table(window, softcap, sinks, causal):
     num_heads, num_kv_heads, dim = 4, 2, 8
     lengths = [(1, 1), (1, 9), (5, 5), (3, 12), (8, 20)]  # new tokens, context with them
     pages = torch.randperm(32).tolist()
@@ -108,7 +110,11 @@ def test_paged_attention_reads_each_sequence_through_its_block_table(window, sof
     OPS.write_kv(kv, new_kv[0], new_kv[1], batch)
     query = torch.randn(bounds[-1], num_heads, dim)
     params = AttentionParams(
-        scaling=0.3, window=window, softcap=softcap, sinks_H=torch.randn(num_heads) if sinks else None
+        scaling=0.3,
+        window=window,
+        softcap=softcap,
+        sinks_H=torch.randn(num_heads) if sinks else None,
+        causal=causal,
     )
     found = OPS.paged_attention(query, kv, batch, params)
     for index, history in enumerate(histories):

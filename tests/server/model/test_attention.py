@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -29,8 +30,11 @@ CPU = torch.device("cpu")
     ],
     ids=["none", "scaling", "scaling of 0", "window", "softcap", "sinks", "others"],
 )
-def test_options_reach_the_kernel_and_the_step_is_written_to_the_layer(options, expected):
+@pytest.mark.parametrize("causal", [True, False])
+def test_options_reach_the_kernel_and_the_step_is_written_to_the_layer(options, expected, causal):
     kv, batch = paged(torch.float32, [(3, 20), (1, 9)], num_kv_heads=KV_HEADS, head_dim=DIM, device=CPU)
+    expected = replace(expected, causal=causal)
+    module = SimpleNamespace(layer_idx=7, is_causal=causal)
     written, seen = kv.clone(), []
     query = torch.randn(1, HEADS, 4, DIM)
     key, value = torch.randn(2, 1, KV_HEADS, 4, DIM)
@@ -44,7 +48,7 @@ def test_options_reach_the_kernel_and_the_step_is_written_to_the_layer(options, 
         attention_calls=seen,
     )
     with step_context(context):
-        found, weights = paged_attention(SimpleNamespace(layer_idx=7), query, key, value, None, **options)
+        found, weights = paged_attention(module, query, key, value, None, **options)
     assert seen == [7]
     assert weights is None
     ops.write_kv(written, key[0].transpose(0, 1), value[0].transpose(0, 1), batch)

@@ -72,10 +72,13 @@ class _Pages(NamedTuple):
 
 
 class _Params(NamedTuple):
-    """`AttentionParams` as numbers; `key_dtype` is an empty array of the dtype of transposed keys."""
+    """`AttentionParams` as numbers; a query sees `ahead` later tokens. `key_dtype` is an empty array of the
+    dtype of transposed keys.
+    """
 
     scaling: Any
     window: int
+    ahead: int
     softcap: Any
     sinks_H: Any
     key_dtype: Any
@@ -96,6 +99,7 @@ def paged_attention(
     query_THD = query_THD.contiguous()
     assert not query_THD.shape[2] % 2, "features are multiplied in pairs"
     out_THD = torch.empty_like(query_THD)
+    window = params.window or _NO_WINDOW
     _attend(
         as_array(out_THD),
         as_array(query_THD),
@@ -103,7 +107,8 @@ def paged_attention(
         _arrays(batch)[:3],
         (
             float(params.scaling),
-            params.window or _NO_WINDOW,
+            window,
+            0 if params.causal else window - 1,
             float(params.softcap or 0),
             _NO_SINKS if params.sinks_H is None else params.sinks_H.float().numpy(),
             _BFLOAT16 if HAS_BF16_DOT and query_THD.dtype == torch.bfloat16 else _FLOAT32,
@@ -145,8 +150,8 @@ def _write_kv(kv: Any, strides: Any, key_TX: Any, value_TX: Any, places: Any) ->
 
 @compiled
 def _attend(out_THD: Any, query_THD: Any, pages: Any, batch: Any, params: Any) -> None:
-    scaling, window, softcap, sinks_H, key_dtype = params
-    own = _Params(np.float32(scaling), window, np.float32(softcap), sinks_H, key_dtype)
+    scaling, window, ahead, softcap, sinks_H, key_dtype = params
+    own = _Params(np.float32(scaling), window, ahead, np.float32(softcap), sinks_H, key_dtype)
     kv, page_stride, block_size, num_kv_heads = pages
     own_pages = _Pages(kv, page_stride, block_size, num_kv_heads)
     run_parallel(_attend_share, (out_THD, query_THD, own_pages, batch, own))
@@ -167,20 +172,24 @@ def _attend_share(worker: int, workers: int, arguments: Any) -> None:
             for first in range(0, num_rows, _ROWS):
                 item += 1
                 if item % workers == worker:
-                    rows = _Rows(first, min(first + _ROWS, num_rows), start, past, kv_head, group)
+                    last = min(first + _ROWS, num_rows)
+                    context = context_lengths_Q[sequence]
+                    rows = _Rows(first, last, start, past, context, kv_head, group)
                     _attend_rows((out_THD, query_THD), pages, block_tables_QM[sequence], params, rows)
 
 
 class _Rows(NamedTuple):
     """Rows first … last - 1 of one key-value head of a sequence.
 
-    Row r is query head r % group of token start + r // group, whose position is past + r // group.
+    Row r is query head r % group of token start + r // group, whose position is past + r // group of
+    `context`.
     """
 
     first: int
     last: int
     start: int
     past: int
+    context: int
     kv_head: int
     group: int
 
@@ -193,7 +202,7 @@ def _attend_rows(tensors: Any, pages: Any, block_table: Any, params: Any, rows: 
     value_offset = pages.block_size * pages.num_kv_heads * head_dim
     first, last, group = rows.first, rows.last, rows.group
     low = max(0, rows.past + first // group - params.window + 1) // LANES * LANES
-    high = rows.past + (last - 1) // group + 1
+    high = min(rows.past + (last - 1) // group + 1 + params.ahead, rows.context)
     keys_N = _locate(block_table, pages, head_dim, low, high)
     keys_N += rows.kv_head * head_dim
     transposed = np.empty(len(keys_N) * head_dim, params.key_dtype.dtype)
@@ -210,7 +219,7 @@ def _attend_rows(tensors: Any, pages: Any, block_table: Any, params: Any, rows: 
         _score(scores_4N, (query_THD, at), transposed, params)
         for i in range(_TILE):
             position, head = rows.past + four[i] // group, rows.kv_head * group + four[i] % group
-            _softmax(scores_4N[i], position, low, params, head)
+            _softmax(scores_4N[i], position, (low, high), params, head)
         _weigh_values((out_THD, at), scores_4N, (pages.kv, keys_N, value_offset), high - low)
 
 
@@ -282,11 +291,14 @@ def _cap(scores_N: Any, softcap: Any) -> None:
 
 
 @compiled
-def _softmax(scores_N: Any, position: int, low: int, params: Any, head: int) -> None:
-    """Softmax over the positions that a token at `position` sees; the other scores become zero."""
+def _softmax(scores_N: Any, position: int, bounds: Any, params: Any, head: int) -> None:
+    """Softmax over the positions within `bounds` that a token at `position` sees; the other scores become
+    zero.
+    """
+    low, high = bounds
     sinks_H = params.sinks_H
     scores_N[: max(0, position - params.window + 1 - low)] = -np.inf
-    scores_N[position + 1 - low :] = -np.inf
+    scores_N[min(position + 1 + params.ahead, high) - low :] = -np.inf
     largest = broadcast(np.float32(-np.inf))
     for n in range(0, len(scores_N), LANES):
         largest = maximum(largest, load(scores_N, (n,), 0)[0])

@@ -39,12 +39,14 @@ class AttentionTiles:
     first token.
 
     `split_N4` are split over the context into at most `num_splits` parts, shared by `num_programs` programs.
+    If attention is not causal, none is, and `contexts_Q` are the sequences' lengths.
     """
 
     split_N4: torch.Tensor
     unsplit_N4: torch.Tensor
     num_splits: int
     num_programs: int
+    contexts_Q: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,12 +59,14 @@ class TiledBatch(AttentionBatch):
     tiles: AttentionTiles
 
 
-def make_tiles(batch: AttentionBatch, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor) -> AttentionTiles:
+def make_tiles(
+    batch: AttentionBatch, query_THD: torch.Tensor, kv_P2BKD: torch.Tensor, *, causal: bool = True
+) -> AttentionTiles:
     """The tiles of a batch for queries and pages of these shapes."""
     group, device = query_THD.shape[1] // kv_P2BKD.shape[3], query_THD.device
     bounds, contexts = batch.query_bounds.numpy(), batch.context_lengths_Q.numpy()
     counts = np.diff(bounds)
-    is_split = counts * group <= _tile_rows(_SPLIT_ROWS, group)
+    is_split = (counts * group <= _tile_rows(_SPLIT_ROWS, group)) & causal
     size = np.where(is_split, np.maximum(counts, 1), _unsplit_rows(query_THD, group) // group)
     num_tiles = -(-counts // size)
     sequence = np.repeat(np.arange(len(counts)), num_tiles)
@@ -84,6 +88,7 @@ def make_tiles(batch: AttentionBatch, query_THD: torch.Tensor, kv_P2BKD: torch.T
         unsplit_N4=to_device(tiles_N4[~splits_N], device),
         num_splits=num_splits,
         num_programs=num_splits,
+        contexts_Q=None if causal else to_device(contexts, device),
     )
 
 
@@ -151,6 +156,7 @@ def attend(
     params: AttentionParams,
 ) -> torch.Tensor:
     """See `ops.Ops.paged_attention`."""
+    assert params.causal == (tiles.contexts_Q is None)
     num_tokens, num_heads, head_dim = query_THD.shape
     num_kv_heads = kv_P2BKD.shape[3]
     group = num_heads // num_kv_heads
@@ -179,6 +185,7 @@ def attend(
             block_tables_QM,
             tiles_N4,
             sinks_H,
+            out_THD if tiles.contexts_Q is None else tiles.contexts_Q,
             query_THD.stride(0),
             query_THD.stride(1),
             kv_P2BKD.stride(0),
@@ -191,6 +198,7 @@ def attend(
             BLOCK=kv_P2BKD.shape[2],
             KEYS=max(16, min(most_keys, _KEY_BYTES // (padded_dim * query_THD.element_size()))),
             HAS_SOFTCAP=bool(params.softcap),
+            CAUSAL=params.causal,
             MAX_SPLITS=_MAX_SPLITS,
             DOT=dot_type(query_THD.dtype),
             ROWS=rows,

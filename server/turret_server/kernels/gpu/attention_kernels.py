@@ -57,6 +57,7 @@ def attend_tile(
     block_tables_QM: tl.tensor,
     tiles_N4: tl.tensor,
     sinks_H: tl.tensor,
+    contexts_Q: tl.tensor,
     query_token: tl.tensor,
     query_head: tl.tensor,
     page_stride: tl.tensor,
@@ -69,6 +70,7 @@ def attend_tile(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DOT: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -98,6 +100,8 @@ def attend_tile(
     kv_in = kv_P2BKD + kv_head * DIM
     block_table = block_tables_QM + sequence.to(tl.int64) * table_width
     low, high = tl.maximum(position - window + 1, 0) // KEYS * KEYS, position + count
+    if not CAUSAL:
+        high = tl.minimum(high + window - 1, tl.load(contexts_Q + sequence))
     if SPLIT == _NO_SPLIT:
         top, total, result = _over(
             q,
@@ -114,6 +118,7 @@ def attend_tile(
             BLOCK,
             KEYS,
             HAS_SOFTCAP,
+            CAUSAL,
             DOT,
             DIM,
             WHOLE,
@@ -152,6 +157,7 @@ def attend_tile(
                 BLOCK,
                 KEYS,
                 HAS_SOFTCAP,
+                CAUSAL,
                 DOT,
                 DIM,
                 WHOLE,
@@ -185,6 +191,7 @@ def _over(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr,
     DOT: tl.constexpr,
     DIM: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -205,7 +212,11 @@ def _over(
         scores = tl.dot(q, k.to(DOT), input_precision=EXACT) * scaling
         if HAS_SOFTCAP:
             scores = softcap * _tanh(scores / softcap)
-        seen = (key_position[None, :] <= row_position) & (key_position[None, :] > row_position - window)
+        seen = key_position[None, :] > row_position - window
+        if CAUSAL:
+            seen &= key_position[None, :] <= row_position
+        else:
+            seen &= (key_position[None, :] < row_position + window) & exists[None, :]
         scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no position yet would compute −inf − −inf.

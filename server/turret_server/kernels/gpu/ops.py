@@ -67,9 +67,10 @@ class GpuOps:
     ) -> torch.Tensor:
         if isinstance(batch, gpu_attention.TiledBatch):
             return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, batch.tiles, params)
-        heads = (*query_THD.shape[1:], kv_P2BKD.shape[3])
+        heads = (*query_THD.shape[1:], kv_P2BKD.shape[3], params.causal)
         if self._tiles is None or self._tiles[0] is not batch or self._tiles[1] != heads:
-            self._tiles = batch, heads, gpu_attention.make_tiles(batch, query_THD, kv_P2BKD)
+            tiles = gpu_attention.make_tiles(batch, query_THD, kv_P2BKD, causal=params.causal)
+            self._tiles = batch, heads, tiles
         tiles = self._tiles[2]
         return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, tiles, params)
 

@@ -36,8 +36,9 @@ def paged(dtype, lengths, *, num_kv_heads=2, head_dim=64, block_size=16):
     )
 
 
-def params(num_heads, head_dim, *, window=None, softcap=None, sinks=False):
-    return AttentionParams(head_dim**-0.5, window, softcap, torch.randn(num_heads) if sinks else None)
+def params(num_heads, head_dim, *, window=None, softcap=None, sinks=False, causal=True):
+    sinks_H = torch.randn(num_heads) if sinks else None
+    return AttentionParams(head_dim**-0.5, window, softcap, sinks_H, causal)
 
 
 def assert_close(found, expected):
@@ -74,6 +75,45 @@ def test_attention_is_the_references(dtype, lengths, num_kv_heads, group, head_d
         CpuOps(dtype).paged_attention(query, kv, batch, how),
         ReferenceOps().paged_attention(query, kv, batch, how),
     )
+
+
+# All queries of a sequence, after a prefix in two of them.
+WHOLE = [(1, 1), (75, 75), (16, 23), (130, 150)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "head_dim", "block_size"), [(4, 1, 64, 16), (3, 1, 32, 48), (2, 4, 20, 16)]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 33}, {"window": 1}, {"window": 5, "softcap": 2.0, "sinks": True}]
+)
+def test_attention_to_both_sides_is_the_references(dtype, num_kv_heads, group, head_dim, block_size, options):
+    num_heads = num_kv_heads * group
+    kv, batch = paged(dtype, WHOLE, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size)
+    query = torch.randn(batch.query_bounds[-1], num_heads, head_dim, dtype=dtype)
+    how = params(num_heads, head_dim, causal=False, **options)
+    assert_close(
+        CpuOps(dtype).paged_attention(query, kv, batch, how),
+        ReferenceOps().paged_attention(query, kv, batch, how),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_attended_to_both_sides_gets_the_same_in_any_step(dtype):
+    kv, batch = paged(dtype, WHOLE)
+    query, how = torch.randn(222, 4, 64, dtype=dtype), params(4, 64, causal=False)
+    together = CpuOps(dtype).paged_attention(query, kv, batch, how)
+    for index, (new, context) in enumerate(WHOLE):
+        alone = AttentionBatch(
+            query_bounds=torch.tensor([0, new]),
+            context_lengths_Q=torch.tensor([context]),
+            block_tables_QM=batch.block_tables_QM[index : index + 1],
+            pages_T=torch.zeros(new, dtype=torch.long),
+            slots_T=torch.zeros(new, dtype=torch.long),
+        )
+        rows = slice(batch.query_bounds[index], batch.query_bounds[index + 1])
+        assert torch.equal(CpuOps(dtype).paged_attention(query[rows], kv, alone, how), together[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -57,6 +57,14 @@ def test_attention_is_the_references(lengths, options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("options", [{}, {"window": 33}, OPTIONS["all"]], ids=["plain", "window", "all"])
+def test_attention_to_both_sides_is_the_references(dtype, options):
+    """Of all queries of a sequence, after a prefix in two of them."""
+    lengths = [(1, 1), (75, 75), (5, 23), (70, 90)]
+    assert_attention_is_the_references(dtype, lengths, 2, 2, 80, 16, {**options, "causal": False})
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 4, 64, 16), (1, 7, 96, 48), (2, 20, 20, 16), (1, 3, 256, 16)])
 def test_heads_of_any_number_and_size(dtype, shape):
     assert_attention_is_the_references(dtype, [(1, 70), (19, 37)], *shape, OPTIONS["all"])
