@@ -28,6 +28,36 @@ class Method(Enum):
     TRAINABLE_TOKENS = "trainable_tokens"
 
 
+class HeadTask(Enum):
+    """What a head computes of the hidden states of a text. The values are peft's `task_type`s."""
+
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"  # noqa: S105 (no password)
+    QUESTION_ANS = "QUESTION_ANS"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it computes a row for each token, and not one for the text."""
+        return self is not HeadTask.SEQ_CLS
+
+
+class Problem(Enum):
+    """What the logits of a SEQ_CLS head mean. The values are transformers' `problem_type`s."""
+
+    SINGLE_LABEL = "single_label_classification"  # softmax
+    MULTI_LABEL = "multi_label_classification"  # sigmoid of each
+    REGRESSION = "regression"  # the numbers themselves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSpec:
+    """A head, with the names of its outputs in order; those of QUESTION_ANS are start and end."""
+
+    task: HeadTask
+    labels: tuple[str, ...]
+    problem: Problem = Problem.SINGLE_LABEL
+
+
 class PrefixKind(Enum):
     """Whether a file has the keys and values of the virtual tokens, or their embeddings."""
 
@@ -136,16 +166,20 @@ class RowGroup:
 class PrefixSpec:
     """Virtual tokens before the prompt, at positions 0 … num_virtual_tokens − 1.
 
-    A prefix that was joined of both kinds has `parts`, and is of the kind EMBEDDING.
+    A prefix that was joined of both kinds has `parts`, and is of the kind EMBEDDING. Embeddings that are
+    computed `per_request` have no keys and values of their own: on an encoder, these depend on the text.
     """
 
     num_virtual_tokens: int
     kind: PrefixKind
     parts: tuple[PrefixSpec, ...] = ()
+    per_request: bool = False
 
     @property
     def embedded(self) -> tuple[range, ...]:
         """The positions of embeddings, whose keys and values are to be computed; in runs, in order."""
+        if self.per_request:
+            return ()
         runs, start = [], 0
         for part in self.parts or (self,):
             if part.kind is PrefixKind.EMBEDDING:
@@ -162,7 +196,8 @@ class AdapterSpec:
     prompt on, and nowhere if there is none. `num_tasks` is the number of prefixes of a multitask adapter, of
     which a request chooses one; 0 for other methods. `vocab_size` is the number of its logits if it was
     trained with resized embeddings, `tokenizer` identifies its tokens and
-    `chat_template` its chat template, if they are not the base's.
+    `chat_template` its chat template, if they are not the base's. `head` computes what is asked for instead
+    of an answer.
     """
 
     revision: str
@@ -177,6 +212,7 @@ class AdapterSpec:
     vocab_size: int | None = None
     tokenizer: str = ""
     chat_template: str = ""
+    head: HeadSpec | None = None
     # By page size. It lives as long as the spec, so there is nothing to clean up.
     _num_slab_pages: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -195,6 +231,11 @@ class AdapterSpec:
     def num_virtual_tokens(self) -> int:
         return self.prefix.num_virtual_tokens if self.prefix else 0
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Virtual tokens whose keys and values are in its own pages."""
+        return self.prefix.num_virtual_tokens if self.prefix and not self.prefix.per_request else 0
+
     def num_slab_pages(self, page_elements: int) -> int:
         """The pages that its rows take, see `slab_layout`. Computed once: the engine asks in every step."""
         num_pages = self._num_slab_pages.get(page_elements)
@@ -204,7 +245,7 @@ class AdapterSpec:
 
     def num_pages(self, page_elements: int, block_size: int) -> int:
         """The pages that it takes in the arena: those of its rows, and of its virtual tokens (one task's)."""
-        return self.num_slab_pages(page_elements) + -(-self.num_virtual_tokens // block_size)
+        return self.num_slab_pages(page_elements) + -(-self.num_prefix_tokens // block_size)
 
 
 @dataclass(frozen=True, slots=True)

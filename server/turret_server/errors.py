@@ -12,6 +12,7 @@ TurretError
 ├── PromptNotFoundError       NOT_FOUND            404  PROMPT_NOT_FOUND
 ├── AdapterTooLargeError      FAILED_PRECONDITION  422  ADAPTER_TOO_LARGE
 ├── RequestTooLargeError      FAILED_PRECONDITION  422  REQUEST_TOO_LARGE
+├── UnsupportedTaskError      FAILED_PRECONDITION  422  UNSUPPORTED_TASK
 ├── QueueFullError            RESOURCE_EXHAUSTED   429  QUEUE_FULL
 ├── QuotaExceededError        RESOURCE_EXHAUSTED   429  QUOTA_EXCEEDED
 ├── TooManyCallsError         RESOURCE_EXHAUSTED   429  TOO_MANY_CALLS
@@ -136,6 +137,14 @@ class RequestTooLargeError(TurretError):
     """The request and its adapter take more pages than the arena has."""
 
     reason = "REQUEST_TOO_LARGE"
+    code = "FAILED_PRECONDITION"
+    http_status = 422
+
+
+class UnsupportedTaskError(TurretError):
+    """The model or the adapter does not do what the request asks for."""
+
+    reason = "UNSUPPORTED_TASK"
     code = "FAILED_PRECONDITION"
     http_status = 422
 

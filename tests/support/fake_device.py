@@ -8,16 +8,28 @@ a stale block or a wrong position changes the tokens, and `expected_tokens` says
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from turret_adapters.spec import AdapterSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
+from turret_adapters.spec import (
+    AdapterSpec,
+    HeadSpec,
+    HeadTask,
+    Method,
+    Part,
+    PrefixKind,
+    PrefixSpec,
+    RowGroup,
+)
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache, block_key
+from turret_server.engine.pooling import PoolingParams, Rows
 from turret_server.engine.recovery import Runner
 from turret_server.engine.request import (
     DEFAULT_TENANT,
@@ -26,6 +38,7 @@ from turret_server.engine.request import (
     LogitAdjustment,
     Logprob,
     Output,
+    PoolingRequest,
     PromptPin,
     Request,
     SamplingParams,
@@ -33,7 +46,7 @@ from turret_server.engine.request import (
 from turret_server.engine.residency.residency import Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence as EngineSequence
-from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step, StepResult
+from turret_server.engine.step import VIRTUAL_TOKEN, PoolingStep, SequenceStep, Step, StepResult
 from turret_server.errors import GenerationFailedError, RequestTooLargeError
 
 PAGE_ELEMENTS = 8
@@ -68,6 +81,8 @@ def make_spec(
     num_virtual: int = 0,
     kind: PrefixKind = PrefixKind.KEY_VALUE,
     invocation: tuple[int, ...] = (),
+    per_request: bool = False,
+    head: HeadTask | None = None,
 ) -> AdapterSpec:
     """An adapter of `slab_pages` pages of rows and `num_virtual` virtual tokens; see `AdapterSpec`."""
     rows = RowGroup("m", Part.LORA_A, count=slab_pages, width=PAGE_ELEMENTS)
@@ -76,10 +91,13 @@ def make_spec(
         method=Method.LORA if slab_pages else Method.PREFIX_TUNING,
         rows=(rows,) if slab_pages else (),
         max_rank=slab_pages,
-        prefix=PrefixSpec(num_virtual_tokens=num_virtual, kind=kind) if num_virtual else None,
+        prefix=PrefixSpec(num_virtual_tokens=num_virtual, kind=kind, per_request=per_request)
+        if num_virtual
+        else None,
         num_parameters=1,
         file_bytes=1,
         invocation_tokens=invocation,
+        head=head and HeadSpec(task=head, labels=("LABEL_0", "LABEL_1")),
     )
 
 
@@ -119,10 +137,7 @@ def expected_tokens(request: Request) -> list[int]:
 def _expected(request: Request) -> tuple[list[Logprob], list[Logprob]]:
     """The log probabilities of the tokens of the prompt but the first, and of the answer."""
     history = _prefix(request)
-    rows = _rows(
-        (_rows(_content(use.spec.revision, "row", index) for index in range(use.spec.max_rank)), use.weight)
-        for use in request.adapters
-    )
+    rows = _rows((_own_rows(use.spec), use.weight) for use in request.adapters)
     inactive = _inactive(request)
     sampling, prompt_logprobs = request.sampling, []
     for index, token in enumerate(request.prompt_token_ids):
@@ -145,19 +160,53 @@ def _expected(request: Request) -> tuple[list[Logprob], list[Logprob]]:
     return prompt_logprobs, logprobs
 
 
-def _prefix(request: Request | PromptPin) -> list[int]:
+def expected_rows(job: PoolingRequest, *, bidirectional: bool) -> list[float]:
+    """The numbers that a pooling request has to get, computed without pages and without an engine."""
+    of_each = [_own_rows(use.spec) for use in job.adapters]
+    rows = _rows(zip(of_each, (use.weight for use in job.adapters), strict=True))
+    history, inactive = _prefix(job, rows), _inactive(job)
+    num_virtual = len(history)
+    for index, token in enumerate(job.prompt_token_ids):
+        history.append(_value(history, token, _rows(()) if index < inactive else rows))
+    hidden = [_hidden(history, position, bidirectional=bidirectional) for position in range(len(history))]
+    own, params, count = hidden[num_virtual:], job.params, len(job.prompt_token_ids)
+    if params.task is None:
+        return [sum(params.pooling.weight(index, count) * each for index, each in enumerate(own))]
+    heads = [found for use, found in zip(job.adapters, of_each, strict=True) if use.spec.head]
+    head = heads[0] if heads else 0
+    return [_logit(each, head) for each in (own if params.task.by_token else own[-1:])]
+
+
+def _own_rows(spec: AdapterSpec) -> int:
+    return _rows(_content(spec.revision, "row", index) for index in range(spec.max_rank))
+
+
+def _hidden(history: Sequence[int], position: int, *, bidirectional: bool) -> float:
+    """A token's state; it depends on the tokens before it, or on all."""
+    found = hash((*history, position)) if bidirectional else history[position]
+    return float(found % _VOCABULARY)
+
+
+def _logit(hidden: float, head: int) -> float:
+    return float(hash((hidden, head)) % _VOCABULARY)
+
+
+def _prefix(request: Request | PromptPin | PoolingRequest, rows: int = 0) -> list[int]:
+    """`rows` are those that apply to virtual tokens which the request itself computes."""
     history: list[int] = []
     for spec in (use.spec for use in request.adapters if use.spec.prefix):
         embedded = {position for run in spec.prefix.embedded for position in run}
         for index in range(spec.num_virtual_tokens):
-            if index not in embedded:
+            if spec.prefix.per_request:
+                history.append(_value(history, _content(spec.revision, "embedding", index), rows))
+            elif index not in embedded:
                 history.append(_content(spec.revision, "key_value", index))
             else:
                 history.append(_value(history, _content(spec.revision, "embedding", index), _rows(())))
     return history
 
 
-def _inactive(request: Request) -> int:
+def _inactive(request: Request | PoolingRequest) -> int:
     """How many tokens of the prompt stand before the last invocation; more than all where there is none."""
     [wanted] = {use.spec.invocation_tokens for use in request.adapters} or {()}
     prompt = request.prompt_token_ids
@@ -177,6 +226,8 @@ class Placement:
 
 class FakeDevice:
     """`Runner` and `AdapterMemory`. Placements end when `complete` is called, or at once if `immediate`."""
+
+    bidirectional = False
 
     def __init__(self, num_pages: int, block_size: int, *, immediate: bool = False) -> None:
         self.block_size = block_size
@@ -202,7 +253,7 @@ class FakeDevice:
         revision, prefix = placement.spec.revision, placement.spec.prefix
         for row, page in enumerate(placement.slab_pages):
             self.pages[page] = [_content(revision, "row", row)] * self.block_size
-        if prefix:
+        if prefix and not prefix.per_request:
             embedded = {position for run in prefix.embedded for position in run}
             for position in sorted({*range(prefix.num_virtual_tokens)} - embedded):
                 page = placement.prefix_pages[position // self.block_size]
@@ -219,7 +270,7 @@ class FakeDevice:
     def run(self, step: Step) -> StepResult:
         for copy in step.copies:
             self.pages[copy.target] = list(self.pages[copy.source])
-        sampled, logprobs, prompt_logprobs = {}, {}, {}
+        sampled, logprobs, prompt_logprobs, rows = {}, {}, {}, {}
         for part in step.sequences:
             history = self._compute(part)
             if part.targets:
@@ -227,18 +278,33 @@ class FakeDevice:
                     _score(history[:end], target, part.num_top)
                     for end, target in enumerate(part.targets, part.start + 1)
                 )
+            if part.pooling:
+                rows[part.sequence_id] = self._pool(part, part.pooling, history)
             if part.sampling:
                 token = _sample(history, part.sampling, part.num_generated, part.history, part.excluded)
                 sampled[part.sequence_id] = token
                 if part.sampling.logprobs is not None:
                     logprobs[part.sequence_id] = _score(history, token, part.sampling.logprobs)
-        return StepResult(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        return StepResult(token_ids=sampled, logprobs=logprobs, prompt_logprobs=prompt_logprobs, rows=rows)
+
+    def _pool(self, part: SequenceStep, pooling: PoolingStep, history: list[int]) -> Rows:
+        hidden = [
+            _hidden(history, position, bidirectional=self.bidirectional)
+            for position, token in enumerate(part.token_ids, part.start)
+            if pooling.task is None or token != VIRTUAL_TOKEN
+        ]
+        if pooling.task is None:
+            pairs = zip(pooling.weights, hidden, strict=True)
+            return Rows(1, array("d", [sum(weight * each for weight, each in pairs)]))
+        head = self._slab(pooling.head) if pooling.head else 0
+        own = hidden if pooling.task.by_token else hidden[-1:]
+        return Rows(1, array("d", [_logit(each, head) for each in own]))
+
+    def _slab(self, revision: str) -> int:
+        return _rows(self.pages[page][0] for page in self.placed[revision].slab_pages)
 
     def _compute(self, part: SequenceStep) -> list[int]:
-        rows = _rows(
-            (_rows(self.pages[page][0] for page in self.placed[revision].slab_pages), weight)
-            for revision, weight in part.adapters
-        )
+        rows = _rows((self._slab(revision), weight) for revision, weight in part.adapters)
         history = [self._slots(part, position)[position % self.block_size] for position in range(part.start)]
         for position, token in enumerate(part.token_ids, part.start):
             if token == VIRTUAL_TOKEN:
@@ -255,10 +321,11 @@ class FakeDevice:
 
 @dataclass(eq=False)
 class Run:
-    """One request or prompt pin and what its sink was told."""
+    """One job and what its sink was told."""
 
-    job: Request | PromptPin = field(init=False)
+    job: Request | PromptPin | PoolingRequest = field(init=False)
     outputs: list[Output] = field(default_factory=list)
+    bidirectional: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -282,6 +349,9 @@ class Run:
             assert self.tokens == []
             assert self.end not in (FinishReason.STOP, FinishReason.LENGTH)
             return
+        if isinstance(self.job, PoolingRequest):
+            self._check_rows(self.job)
+            return
         prompt_logprobs, logprobs = _expected(self.job)
         expected = [found.token_id for found in logprobs]
         assert self.tokens == expected[: len(self.tokens)]
@@ -299,6 +369,16 @@ class Run:
             assert len(self.tokens) == self.job.max_tokens
         assert self.end is not FinishReason.PINNED
 
+    def _check_rows(self, job: PoolingRequest) -> None:
+        assert len(self.outputs) <= 1
+        assert self.end in (None, FinishReason.POOLED, FinishReason.CANCELLED, FinishReason.FAILED)
+        if self.end is FinishReason.POOLED:
+            expected = expected_rows(job, bidirectional=self.bidirectional)
+            found = self.outputs[0].rows
+            assert found
+            assert len(found.values) == len(expected)
+            assert all(map(math.isclose, found.values, expected))
+
 
 def make_run(
     prompt: Sequence[int],
@@ -313,15 +393,18 @@ def make_run(
     cache_salt: str = "",
     pinned: bool = False,
     leader: int | None = None,
+    params: PoolingParams | None = None,
+    bidirectional: bool = False,
+    token_type_ids: tuple[int, ...] = (),
     **sampled: Any,
 ) -> Run:
     """A request whose sink is a `Run`, or if `pinned` a prompt pin, for which `max_tokens`, `seed` and
     `stop_after` mean nothing; with `stop_after`, the token of that index is one that stops it. `sampled` are
-    other fields of `SamplingParams`.
+    other fields of `SamplingParams`. With `params` it is a pooling request.
     """
-    run = Run()
+    run = Run(bidirectional=bidirectional)
     common = partial(
-        PromptPin if pinned else Request,
+        PoolingRequest if params else PromptPin if pinned else Request,
         request_id=next(_request_ids),
         prompt_token_ids=tuple(prompt),
         adapters=uses(adapter),
@@ -331,6 +414,9 @@ def make_run(
         priority=priority,
         cache_salt=cache_salt,
     )
+    if params:
+        run.job = common(params=params, token_type_ids=token_type_ids)
+        return run
     if pinned:
         run.job = common()
         return run
@@ -355,8 +441,10 @@ class Simulation:
         immediate: bool = True,
         weights: Mapping[str, float] | None = None,
         make_device: Callable[..., FakeDevice] = FakeDevice,
+        bidirectional: bool = False,
     ) -> None:
         self.device = make_device(num_pages, block_size, immediate=immediate)
+        self.device.bidirectional = bidirectional
         self.runner: Runner = self.device
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool)
@@ -385,6 +473,7 @@ class Simulation:
             block_size=block_size,
             weight=weight,
             on_dequeue=lambda job: self.started.append(job.request_id),
+            bidirectional=bidirectional,
         )
         # As if prompts took no time, so that steps are as large as the limits let them be.
         self.scheduler.pacing.record(0, 1, 0.0)
@@ -403,7 +492,7 @@ class Simulation:
 
     def submit(self, prompt: Sequence[int], adapter: Adapters = None, **options: Any) -> Run:
         """A request made by `make_run`, in the queue."""
-        return self.add(make_run(prompt, adapter, **options))
+        return self.add(make_run(prompt, adapter, bidirectional=self.device.bidirectional, **options))
 
     def add(self, run: Run) -> Run:
         assert self.fits(run), "the engine would have refused it"

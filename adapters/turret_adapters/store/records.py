@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME, TOKENIZER_FILES, TOKENIZER_NAME
-from turret_adapters.spec import AdapterSpec, BaseSpec, Method, Part, PrefixKind, PrefixSpec, RowGroup
+from turret_adapters.spec import (
+    AdapterSpec,
+    BaseSpec,
+    HeadSpec,
+    HeadTask,
+    Method,
+    Part,
+    PrefixKind,
+    PrefixSpec,
+    Problem,
+    RowGroup,
+)
 
 # Clocks of file systems are coarse: a file that changed this recently may change again with the same times.
 SETTLED_SECONDS = 2.0
@@ -64,7 +75,9 @@ def encode(spec: AdapterSpec) -> bytes:
         "method": spec.method.value,
         # A string inside the JSON: thousands of adapters have a few shapes, and `_rows` parses each once.
         "rows": json.dumps(rows, separators=(",", ":")),
-        "prefix": spec.prefix and [spec.prefix.num_virtual_tokens, spec.prefix.kind.value],
+        "prefix": spec.prefix
+        and [spec.prefix.num_virtual_tokens, spec.prefix.kind.value, spec.prefix.per_request],
+        "head": spec.head and [spec.head.task.value, spec.head.labels, spec.head.problem.value],
     }
     return zlib.compress(json.dumps(record).encode())
 
@@ -73,13 +86,18 @@ def decode(record: bytes) -> AdapterSpec | None:
     """The spec of `encode`; None if another version encoded it or the bytes are damaged."""
     try:
         values: dict[str, Any] = json.loads(zlib.decompress(record))
-        prefix = values["prefix"]
+        prefix, head = values["prefix"], values["head"]
         return AdapterSpec(
             **values
             | {
                 "method": Method(values["method"]),
                 "rows": _rows(values["rows"]),
-                "prefix": prefix and PrefixSpec(num_virtual_tokens=prefix[0], kind=PrefixKind(prefix[1])),
+                "prefix": prefix
+                and PrefixSpec(
+                    num_virtual_tokens=prefix[0], kind=PrefixKind(prefix[1]), per_request=prefix[2]
+                ),
+                "head": head
+                and HeadSpec(task=HeadTask(head[0]), labels=tuple(head[1]), problem=Problem(head[2])),
                 "invocation_tokens": tuple(values["invocation_tokens"]),
             }
         )

@@ -15,7 +15,14 @@ from turret_server.engine.admission import Admission, TenantLimits
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
 from turret_server.engine.recovery import RecoveringRunner, Runner
-from turret_server.engine.request import DEFAULT_TENANT, FinishReason, Output, PromptPin, Request
+from turret_server.engine.request import (
+    DEFAULT_TENANT,
+    FinishReason,
+    Output,
+    PoolingRequest,
+    PromptPin,
+    Request,
+)
 from turret_server.engine.residency.residency import AdapterMemory, Residency
 from turret_server.engine.scheduler import Limits, Scheduler
 from turret_server.engine.sequence import Sequence
@@ -27,6 +34,7 @@ from turret_server.errors import (
     QuotaExceededError,
     ShuttingDownError,
     TurretError,
+    UnsupportedTaskError,
 )
 
 log = logging.getLogger(__name__)
@@ -58,6 +66,8 @@ class Engine:
     A step that fails ends the requests at fault (see `recovery`), and the engine continues. If the engine
     itself fails, its state may be wrong, and a wrong answer is worse than none; if the device is lost,
     nothing can be computed. Then it fails every request, stops, sets `failed` and calls `on_failure`.
+
+    The engine of an encoder is `bidirectional`, and computes only pooling requests.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class Engine:
         max_adapter_pages: Callable[[str], int | None] = lambda _: None,
         on_stats: Callable[[EngineStats], None],
         clock: Callable[[], float] = time.monotonic,
+        bidirectional: bool = False,
     ) -> None:
         def weight(tenant: str) -> float:
             return tenants(tenant).weight
@@ -97,6 +108,7 @@ class Engine:
             block_size=block_size,
             weight=weight,
             on_dequeue=self._admission.leave,
+            bidirectional=bidirectional,
         )
         self.progress = Progress()
         self._runner = RecoveringRunner(runner, self.progress.begin)
@@ -130,26 +142,31 @@ class Engine:
         """
         self._end_all(_stopped())
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request | PoolingRequest) -> None:
         """Queue a request. Its sink gets every token and exactly one end.
 
         Raises:
+            UnsupportedTaskError: the model is an encoder, and generates no text.
             QueueFullError: the tenant's queue is full.
             QuotaExceededError: its adapters need more pages than its tenant may have.
             RequestTooLargeError: it needs more pages than the arena has for requests.
             ShuttingDownError: the engine stops.
         """
+        if isinstance(request, Request):
+            self._check_generates()
         self._enqueue(Sequence.of(request, self._clock()))
 
     def pin_prompt(self, pin: PromptPin) -> None:
         """Queue a prompt to be computed and kept in the prefix cache. Its sink gets exactly one output.
 
         Raises:
+            UnsupportedTaskError: the model is an encoder, whose prompts are not kept.
             QueueFullError: the tenant's queue is full.
             QuotaExceededError: its adapters need more pages than its tenant may have.
             RequestTooLargeError: pinned prompts and adapters would take more than their share of the arena.
             ShuttingDownError: the engine stops.
         """
+        self._check_generates()
         sequence = Sequence.of(pin, self._clock())
         self._scheduler.allocation.check_pin_prompt(sequence)
         self._enqueue(sequence)
@@ -244,6 +261,13 @@ class Engine:
             check()
         if failures:
             raise failures[0]
+
+    def _check_generates(self) -> None:
+        if self._scheduler.allocation.bidirectional:
+            raise UnsupportedTaskError(
+                "the model is an encoder, and generates no text; ask it to classify, tag or embed, or use a "
+                "server whose model is a decoder"
+            )
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._scheduler.allocation.check_fits(sequence)

@@ -72,6 +72,7 @@ class RecoveringRunner:
             errors={**first.errors, **second.errors},
             logprobs={**first.logprobs, **second.logprobs},
             prompt_logprobs={**first.prompt_logprobs, **second.prompt_logprobs},
+            rows={**first.rows, **second.rows},
         )
 
 

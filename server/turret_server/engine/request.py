@@ -10,6 +10,7 @@ from typing import Protocol
 
 from turret_adapters.spec import AdapterSpec
 from turret_server import logs
+from turret_server.engine.pooling import PoolingParams, Rows
 from turret_server.errors import TurretError
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ class FinishReason(Enum):
     STOP = "stop"
     LENGTH = "length"
     PINNED = "pinned"  # of a prompt pin
+    POOLED = "pooled"  # of a pooling request
     CANCELLED = "cancelled"
     FAILED = "failed"
 
@@ -107,7 +109,8 @@ class Output:
     """One event of a job: a token, its end, or both.
 
     `cached_tokens` is the number of tokens whose keys and values were resident when the job started.
-    `prompt_logprobs` come with the first token, for all tokens of the prompt but the first.
+    `prompt_logprobs` come with the first token, for all tokens of the prompt but the first. `rows` are the
+    numbers of a pooling request.
     """
 
     token_id: int | None = None
@@ -116,6 +119,7 @@ class Output:
     cached_tokens: int = 0
     logprob: Logprob | None = None
     prompt_logprobs: tuple[Logprob, ...] = ()
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,7 @@ DEFAULT_TENANT = "default"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What requests and prompt pins have in common: a prompt that is computed.
+    """What requests, pooling requests and prompt pins have in common: a prompt that is computed.
 
     At most one of the adapters has virtual tokens. `deadline` is in seconds of the engine's clock. `sink` is
     called on the engine's thread. Cached blocks are shared only between jobs with the same `cache_salt`.
@@ -232,3 +236,17 @@ class PromptPin(Job):
 
     Its sink gets exactly one output, with PINNED, CANCELLED, or FAILED and an error.
     """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingRequest(Job):
+    """A prompt of which a vector, or the numbers of a head, are wanted.
+
+    The head is that of its adapter, or else the base model's. `token_type_ids` are those of a pair of texts;
+    all are 0 if there are none. Its sink gets exactly one output, with POOLED and `rows`, with CANCELLED, or
+    with FAILED and an error. The rows are one vector, or the logits of a SEQ_CLS head; or, for each token of
+    the prompt, its logits (TOKEN_CLS) or those of an answer's start and end (QUESTION_ANS).
+    """
+
+    params: PoolingParams
+    token_type_ids: tuple[int, ...] = ()

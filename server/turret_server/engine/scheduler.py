@@ -17,7 +17,16 @@ from turret_server.engine.fairness import GENERATED_COST, PROMPT_COST, YIELD_COS
 from turret_server.engine.kv.allocation import Allocation
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.kv.prefix_cache import PrefixCache
-from turret_server.engine.request import FinishReason, Job, Matcher, Output, PromptPin, Request
+from turret_server.engine.pooling import combine
+from turret_server.engine.request import (
+    FinishReason,
+    Job,
+    Matcher,
+    Output,
+    PoolingRequest,
+    PromptPin,
+    Request,
+)
 from turret_server.engine.residency.residency import Absence, Residency
 from turret_server.engine.residency.resident import Resident
 from turret_server.engine.sequence import Sequence
@@ -110,13 +119,14 @@ class _Plan:
 
     def add(self, sequence: SequenceStep) -> None:
         self.sequences.append(sequence)
-        self.budget -= len(sequence.token_ids)
+        self.budget = max(self.budget - len(sequence.token_ids), 0)
         self.num_scored += len(sequence.targets)
 
 
 class Scheduler:
     """Plans steps and applies their results. `weight` is a tenant's share; `on_dequeue` is called once with
-    each job that leaves the queue, because it starts or ends.
+    each job that leaves the queue, because it starts or ends. If attention is `bidirectional`, a step
+    computes the whole prompt of a sequence or nothing of it, and `limits` have room for the longest.
     """
 
     def __init__(
@@ -129,6 +139,7 @@ class Scheduler:
         block_size: int,
         weight: Callable[[str], float] = lambda _: 1.0,
         on_dequeue: Callable[[Job], None] = lambda _: None,
+        bidirectional: bool = False,
     ) -> None:
         self.pool = pool
         self.cache = cache
@@ -136,7 +147,7 @@ class Scheduler:
         self.limits = limits
         self.waiting = FairQueue(weight)
         self.running: list[Sequence] = []
-        self.allocation = Allocation(pool, cache, residency, block_size)
+        self.allocation = Allocation(pool, cache, residency, block_size, bidirectional=bidirectional)
         self.pacing = Pacing(limits.max_batch_tokens, limits.max_step_seconds)
         self.num_preempted = 0
         # A sequence could not start for want of pages in the last step.
@@ -284,7 +295,9 @@ class Scheduler:
         """Add as many of the sequence's tokens as the budget allows, and charge its tenant for those that it
         was not charged for before.
         """
-        most = min(sequence.num_remaining, plan.budget)
+        most = sequence.num_remaining
+        if not self.allocation.bidirectional:
+            most = min(most, plan.budget)
         if sequence.scores_prompt:
             most = min(most, max(_MAX_SCORED_TOKENS - plan.num_scored, 1))
         part = sequence.step(most)
@@ -328,13 +341,22 @@ class Scheduler:
                 if plan.budget:
                     self._compute(sequence, plan)
             elif may_start and not self._waits_for_leader(sequence):
-                full = not plan.budget or len(self.running) >= self.limits.max_batch_requests
+                full = not self._has_room(sequence, plan)
                 may_start = self._start(sequence, plan, first=not num_seen, full=full)
                 num_seen, num_ahead = num_seen + 1, num_ahead + full
                 may_start &= num_ahead < _MAX_PREFETCHED
                 may_start &= num_seen < _EXAMINED_PER_SLOT * self.limits.max_batch_requests
             if not may_start and not num_prompts:
                 break
+
+    def _has_room(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Whether the step can compute some of the sequence's tokens, or all of them if it must. The longest
+        prompt is computed alone, however long that takes.
+        """
+        if len(self.running) >= self.limits.max_batch_requests or not plan.budget:
+            return False
+        num_tokens = len(sequence.tokens) - sequence.num_prefix
+        return not self.allocation.bidirectional or not plan.sequences or num_tokens <= plan.budget
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether the prompt that it shares is not computed yet. One whose leader has ended starts alone."""
@@ -405,6 +427,8 @@ class Scheduler:
             # A sequence that was preempted computes its prompt again.
             del sequence.prompt_logprobs[part.start - sequence.num_virtual :]
             sequence.prompt_logprobs += result.prompt_logprobs[part.sequence_id]
+        if part.pooling:
+            sequence.rows.append(result.rows[part.sequence_id])
         if sequence.num_remaining:
             return
         match sequence.job:
@@ -412,6 +436,8 @@ class Scheduler:
                 self._pin_prompt(sequence)
             case Request() as request:
                 self._generate(sequence, request, result)
+            case PoolingRequest() as request:
+                self._end_pooling(sequence, request)
 
     def _generate(self, sequence: Sequence, request: Request, result: StepResult) -> None:
         token_id = result.token_ids[request.request_id]
@@ -438,6 +464,14 @@ class Scheduler:
         elif not request.emit(output):
             self._remove(sequence)
 
+    def _end_pooling(self, sequence: Sequence, request: PoolingRequest) -> None:
+        output = Output(
+            finish_reason=FinishReason.POOLED,
+            cached_tokens=sequence.num_cached or 0,
+            rows=combine(request.params, sequence.rows),
+        )
+        self._end(sequence, output)
+
     def _accept(self, sequence: Sequence, matcher: Matcher, token_id: int) -> bool:
         try:
             matcher.accept(token_id)
@@ -460,6 +494,7 @@ class Scheduler:
         """Release a running sequence's pages. Its tokens are computed again when there is room."""
         self.num_preempted += 1
         sequence.num_preempted += 1
+        sequence.rows.clear()
         self.allocation.release(sequence)
         self.running.remove(sequence)
         self.waiting.add(sequence)

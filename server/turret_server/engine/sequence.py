@@ -8,9 +8,18 @@ from dataclasses import dataclass, field, replace
 
 from turret_adapters.spec import AdapterSpec
 from turret_server.engine.kv.prefix_cache import block_key
-from turret_server.engine.request import LogitAdjustment, Logprob, Matcher, PromptPin, Request, SamplingParams
+from turret_server.engine.pooling import Rows
+from turret_server.engine.request import (
+    LogitAdjustment,
+    Logprob,
+    Matcher,
+    PoolingRequest,
+    PromptPin,
+    Request,
+    SamplingParams,
+)
 from turret_server.engine.residency.resident import Resident
-from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep
+from turret_server.engine.step import VIRTUAL_TOKEN, PoolingStep, SequenceStep
 
 # For the token after a pinned prompt. The token is not used, but the sampler fails if the logits are not
 # finite, and such keys and values must not be pinned.
@@ -34,10 +43,11 @@ class Sequence:
     tenant was charged for the first `num_charged` tokens. `dequeued` is True once the job has left the queue
     for the first time; a preempted sequence does not count as queued. `scores_prompt` is True while the
     prompt must be computed for the log probabilities of its tokens, and `prompt_logprobs` are those so far,
-    until the first token is emitted. `matcher` has accepted the generated tokens.
+    until the first token is emitted. `rows` are the numbers of a pooling request so far. `matcher` has
+    accepted the generated tokens.
     """
 
-    job: Request | PromptPin
+    job: Request | PromptPin | PoolingRequest
     tokens: list[int]
     order: tuple[float, int]
     active_from: int
@@ -51,17 +61,18 @@ class Sequence:
     dequeued: bool = False
     scores_prompt: bool = False
     prompt_logprobs: list[Logprob] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
     matcher: Matcher | None = None
     _keys: list[bytes] = field(default_factory=list)
     # The tokens of prompt and answer, if the logits of the next one depend on them.
     _history: array[int] | None = None
 
     @classmethod
-    def of(cls, job: Request | PromptPin, arrival: float = 0.0) -> Sequence:
+    def of(cls, job: Request | PromptPin | PoolingRequest, arrival: float = 0.0) -> Sequence:
         """The sequence of a job that arrived at this time of the engine's clock."""
         tokens = [VIRTUAL_TOKEN] * job.num_virtual_tokens + list(job.prompt_token_ids)
         starts = [_active_from(use.spec, tokens) for use in job.adapters]
-        sampling = job.sampling if isinstance(job, Request) else _PROBE
+        sampling = _sampling(job) or _PROBE
         has_penalties = sampling.adjustment is not None and sampling.adjustment.has_penalties
         return cls(
             job=job,
@@ -80,6 +91,17 @@ class Sequence:
     @property
     def num_virtual(self) -> int:
         return self.job.num_virtual_tokens
+
+    @property
+    def num_prefix(self) -> int:
+        """Virtual tokens whose keys and values are in the adapters' pages."""
+        return sum(use.spec.num_prefix_tokens for use in self.job.adapters)
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether no token of the prompt may be taken from the prefix cache."""
+        pools = isinstance(self.job, PoolingRequest) and self.job.params.needs_every_token
+        return self.scores_prompt or pools
 
     @property
     def num_prompt(self) -> int:
@@ -140,26 +162,51 @@ class Sequence:
     def step(self, num_tokens: int) -> SequenceStep:
         """The step that computes the next `num_tokens` tokens; a token is sampled after the last one."""
         end = self.num_computed + num_tokens
-        sampling = self.job.sampling if isinstance(self.job, Request) else _PROBE
+        sampling = _sampling(self.job)
         part = SequenceStep(
             sequence_id=self.job.request_id,
             token_ids=tuple(self.tokens[self.num_computed : end]),
             start=self.num_computed,
             block_table=tuple(self.block_table),
             adapters=tuple((use.spec.revision, use.weight) for use in self.job.adapters),
+            prompt=self._prompt,
             active_from=self.active_from,
             sampling=sampling if end == len(self.tokens) else None,
             num_generated=self.num_generated,
             vocab_size=self.job.vocab_size,
         )
-        if part.sampling and sampling.adjustment is not None:
-            part = self._adjusted(part, sampling.adjustment)
+        if part.sampling and part.sampling.adjustment is not None:
+            part = self._adjusted(part, part.sampling.adjustment)
         if part.sampling and self.matcher:
             part = replace(part, allowed=self.matcher.allowed)
-        if self.scores_prompt:
+        if self.scores_prompt and sampling:
             targets = tuple(self.tokens[self.num_computed + 1 : end + 1])
             part = replace(part, targets=targets, num_top=sampling.prompt_logprobs or 0)
+        if isinstance(self.job, PoolingRequest):
+            part = self._pooled(part, self.job)
         return part
+
+    @property
+    def _prompt(self) -> str | None:
+        """The revision with the embeddings of the virtual tokens that the sequence computes itself."""
+        specs = (use.spec for use in self.job.adapters if use.spec.prefix)
+        return next((spec.revision for spec in specs if not spec.num_prefix_tokens), None)
+
+    def _pooled(self, part: SequenceStep, job: PoolingRequest) -> SequenceStep:
+        """The step with what it adds to the numbers, if anything."""
+        params, positions = job.params, range(part.start, part.start + len(part.token_ids))
+        if job.token_type_ids:
+            types = (0,) * self.num_virtual + job.token_type_ids
+            part = replace(part, token_type_ids=types[positions.start : positions.stop])
+        if params.task is None:
+            num_tokens = len(job.prompt_token_ids)
+            indices = (position - self.num_virtual for position in positions)
+            weights = tuple(params.pooling.weight(index, num_tokens) for index in indices)
+            return replace(part, pooling=PoolingStep(weights=weights)) if any(weights) else part
+        if not params.task.by_token and positions.stop < len(self.tokens):
+            return part
+        head = next((use.spec.revision for use in job.adapters if use.spec.head), None)
+        return replace(part, pooling=PoolingStep(task=params.task, head=head))
 
     def _adjusted(self, part: SequenceStep, adjustment: LogitAdjustment) -> SequenceStep:
         assert isinstance(self.job, Request)
@@ -169,6 +216,16 @@ class Sequence:
             excluded=frozenset() if ends else self.job.stop_token_ids,
             history=None if self._history is None else self._history[:],
         )
+
+
+def _sampling(job: Request | PromptPin | PoolingRequest) -> SamplingParams | None:
+    match job:
+        case Request():
+            return job.sampling
+        case PromptPin():
+            return _PROBE
+        case PoolingRequest():
+            return None
 
 
 def _active_from(spec: AdapterSpec, tokens: list[int]) -> int:

@@ -6,11 +6,25 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from turret_adapters.spec import HeadTask
+from turret_server.engine.pooling import Rows
 from turret_server.engine.request import Logprob, SamplingParams
 from turret_server.errors import TurretError
 
 # Placeholder for a virtual token of the sequence's adapter; its index there is its position.
 VIRTUAL_TOKEN = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingStep:
+    """What a step adds to the numbers of a pooling request: the sum of the hidden states by the `weights` of
+    the step's tokens, or if there is a `task` the rows of a head for them, that of the revision `head` or the
+    base model's.
+    """
+
+    task: HeadTask | None = None
+    weights: tuple[float, ...] = ()
+    head: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +40,8 @@ class SequenceStep:
     the tokens after those that are computed, up to the prompt's last, if their log probabilities are wanted,
     with so many of the likeliest tokens in their places as `num_top`. `allowed` computes the tokens that may
     be sampled, see `Matcher.allowed`; it may be called on another thread, until the step has ended.
+    `pooling` is what is wanted of the hidden states, and `token_type_ids` are those of the tokens, if not all
+    are 0.
     """
 
     sequence_id: int
@@ -43,6 +59,8 @@ class SequenceStep:
     targets: tuple[int, ...] = ()
     num_top: int = 0
     allowed: Callable[[], bytes] | None = None
+    pooling: PoolingStep | None = None
+    token_type_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +84,14 @@ class Step:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """The token of every sequence that samples one, or its error; and the log probabilities that sequences
-    want, of their token and of their `targets`.
+    want, of their token and of their `targets`; and the numbers that pooling requests want.
     """
 
     token_ids: Mapping[int, int]
     errors: Mapping[int, TurretError] = field(default_factory=dict)
     logprobs: Mapping[int, Logprob] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, tuple[Logprob, ...]] = field(default_factory=dict)
+    rows: Mapping[int, Rows] = field(default_factory=dict)
 
 
 class DeviceLostError(Exception):

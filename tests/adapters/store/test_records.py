@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from turret_adapters.spec import (
     AdapterSpec,
     BaseSpec,
+    HeadSpec,
+    HeadTask,
     Method,
     ModuleKind,
     ModuleShape,
     Part,
     PrefixKind,
     PrefixSpec,
+    Problem,
     RowGroup,
 )
 from turret_adapters.store import records
@@ -33,12 +36,24 @@ SPECS = st.builds(
         max_size=4,
     ).map(tuple),
     prefix=st.none()
-    | st.builds(PrefixSpec, num_virtual_tokens=st.integers(1, 99), kind=st.sampled_from(PrefixKind)),
+    | st.builds(
+        PrefixSpec,
+        num_virtual_tokens=st.integers(1, 99),
+        kind=st.sampled_from(PrefixKind),
+        per_request=st.booleans(),
+    ),
     max_rank=st.integers(0, 99),
     num_parameters=st.integers(0, 1 << 60),
     file_bytes=st.integers(0, 1 << 60),
     invocation_tokens=st.lists(st.integers(0, 99), max_size=3).map(tuple),
     num_tasks=st.integers(0, 9),
+    head=st.none()
+    | st.builds(
+        HeadSpec,
+        task=st.sampled_from(HeadTask),
+        labels=st.lists(st.text(), max_size=3).map(tuple),
+        problem=st.sampled_from(Problem),
+    ),
 )
 
 

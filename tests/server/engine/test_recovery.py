@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from support.fake_device import FakeDevice, Run, Simulation, make_spec
 from turret_adapters.spec import PrefixKind
+from turret_server.engine.pooling import PoolingParams
 from turret_server.engine.recovery import RecoveringRunner
 from turret_server.engine.request import FinishReason
 from turret_server.engine.step import DeviceLostError, Step, StepResult
@@ -90,6 +91,14 @@ def test_a_step_that_needs_too_much_memory_goes_through_in_parts(simulation):
     assert simulation.runner.num_failures > 0
     # Every part is progress.
     assert simulation.num_told == simulation.broken.num_runs > 4
+
+
+def test_numbers_of_texts_come_from_all_parts(simulation):
+    simulation.broken.most = 9
+    runs = [simulation.submit([index, *range(7)], params=PoolingParams()) for index in range(4)]
+    simulation.finish()
+    assert [run.end for run in runs] == [FinishReason.POOLED] * 4
+    assert simulation.runner.num_failures > 0
 
 
 def test_a_request_that_runs_out_of_memory_alone_fails_with_out_of_memory(simulation):

@@ -24,8 +24,9 @@ from hypothesis.stateful import (
 
 from support.fake_cuda import FakeCuda, StreamedDevice
 from support.fake_device import FakeDevice, Run, Simulation, make_run, make_spec
-from turret_adapters.spec import AdapterSpec, PrefixKind
-from turret_server.engine.request import AdapterUse, FinishReason, LogitAdjustment, PromptPin
+from turret_adapters.spec import AdapterSpec, HeadTask, PrefixKind
+from turret_server.engine.pooling import Pooling, PoolingParams
+from turret_server.engine.request import AdapterUse, FinishReason, LogitAdjustment, PoolingRequest, PromptPin
 from turret_server.engine.step import Step
 from turret_server.errors import (
     AdapterTooLargeError,
@@ -44,6 +45,9 @@ SIMULATION = settings(
 
 WEIGHTS = st.sampled_from([1.0, 4.0])
 
+# The longest prompt, with virtual tokens.
+_LONGEST = 14 + 11
+
 # Prompts that begin alike, so that blocks are found again.
 PROMPTS = st.tuples(st.integers(0, 2), st.integers(1, 14)).map(
     lambda drawn: [7 + position * (position < 2 + 4 * drawn[0]) for position in range(drawn[1])]
@@ -60,6 +64,14 @@ SAMPLED = st.sampled_from(
         {"adjustment": PATIENT},
         {"prompt_logprobs": 3},
         {"prompt_logprobs": 0, "adjustment": PENALTIES},
+    ]
+)
+
+
+POOLED = st.sampled_from(
+    [
+        *(PoolingParams(pooling=pooling) for pooling in Pooling),
+        *(PoolingParams(task=task) for task in HeadTask),
     ]
 )
 
@@ -82,6 +94,7 @@ class RandomLoad(RuleBasedStateMachine):
     runs = Bundle("runs")
     adapters = Bundle("adapters")
     make_device: Callable[..., FakeDevice] = FakeDevice
+    bidirectional = False
 
     @initialize(
         target=adapters,
@@ -105,11 +118,12 @@ class RandomLoad(RuleBasedStateMachine):
         self.simulation = Simulation(
             num_pages=num_pages,
             block_size=block_size,
-            max_batch_tokens=max_batch_tokens,
+            max_batch_tokens=max_batch_tokens + _LONGEST * self.bidirectional,
             max_batch_requests=min(max_batch_requests, max_batch_tokens),
             immediate=immediate,
             weights=weights,
             make_device=type(self).make_device,
+            bidirectional=self.bidirectional,
         )
         self.num_revisions = 0
         self.excused: set[Run] = set()
@@ -126,9 +140,15 @@ class RandomLoad(RuleBasedStateMachine):
         num_virtual=st.integers(0, 11),
         kind=st.sampled_from(PrefixKind),
         invocation=st.sampled_from([(), (), (7,), (9,), (7, 7)]),
+        head=st.none() | st.sampled_from(HeadTask),
     )
     def load(
-        self, slab_pages: int, num_virtual: int, kind: PrefixKind, invocation: tuple[int, ...]
+        self,
+        slab_pages: int,
+        num_virtual: int,
+        kind: PrefixKind,
+        invocation: tuple[int, ...],
+        head: HeadTask | None,
     ) -> AdapterSpec:
         self.num_revisions += 1
         return make_spec(
@@ -137,6 +157,8 @@ class RandomLoad(RuleBasedStateMachine):
             num_virtual=num_virtual,
             kind=kind,
             invocation=() if num_virtual else invocation,
+            per_request=self.bidirectional and kind is PrefixKind.EMBEDDING,
+            head=head,
         )
 
     @rule(
@@ -152,6 +174,7 @@ class RandomLoad(RuleBasedStateMachine):
         cache_salt=st.sampled_from(["", "", "x"]),
         pinned=st.integers(0, 5).map(lambda drawn: drawn == 5),
         sampled=SAMPLED,
+        params=st.none() | st.none() | POOLED,
     )
     def submit(
         self,
@@ -166,6 +189,7 @@ class RandomLoad(RuleBasedStateMachine):
         cache_salt: str,
         pinned: bool,  # noqa: FBT001
         sampled: dict[str, Any],
+        params: PoolingParams | None,
     ) -> Run:
         run = make_run(
             prompt,
@@ -178,6 +202,8 @@ class RandomLoad(RuleBasedStateMachine):
             priority=priority,
             cache_salt=cache_salt,
             pinned=pinned,
+            params=params or (PoolingParams() if self.bidirectional else None),
+            bidirectional=self.bidirectional,
             **sampled,
         )
         if self.simulation.fits(run):
@@ -188,7 +214,7 @@ class RandomLoad(RuleBasedStateMachine):
     def submit_another_answer(self, leader: Run, seed: int, max_tokens: int) -> Run:
         """To the prompt of a request, which may wait, run or have ended."""
         job = leader.job
-        if isinstance(job, PromptPin):
+        if isinstance(job, PromptPin | PoolingRequest):
             return leader
         run = make_run(
             job.prompt_token_ids,
@@ -328,6 +354,13 @@ class RandomLoad(RuleBasedStateMachine):
 @pytest.mark.parametrize("part", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 2, 3))])
 def test_every_request_gets_its_own_tokens_and_one_end(part):  # noqa: ARG001
     run_state_machine_as_test(RandomLoad, settings=SIMULATION)
+
+
+def test_every_text_gets_its_own_numbers_of_an_encoder_and_one_end():
+    class OfEncoder(RandomLoad):
+        bidirectional = True
+
+    run_state_machine_as_test(OfEncoder, settings=SIMULATION)
 
 
 def test_no_page_goes_to_a_copy_or_a_step_while_the_other_uses_it(monkeypatch):

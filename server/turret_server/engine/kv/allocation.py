@@ -20,10 +20,20 @@ _MAX_PINNED_SHARE = 0.5
 class Allocation:
     """Gives sequences the pages of their keys and values, and shares blocks that are computed already.
 
-    A pinned prompt is a sequence that has ended and keeps its whole blocks and its adapters.
+    A pinned prompt is a sequence that has ended and keeps its whole blocks and its adapters. If attention is
+    `bidirectional`, the keys and values of a token depend on later ones, and no blocks are shared.
     """
 
-    def __init__(self, pool: PagePool, cache: PrefixCache, residency: Residency, block_size: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: PrefixCache,
+        residency: Residency,
+        block_size: int,
+        *,
+        bidirectional: bool = False,
+    ) -> None:
+        self.bidirectional = bidirectional
         self._pool = pool
         self._cache = cache
         self._residency = residency
@@ -42,7 +52,7 @@ class Allocation:
             {
                 page
                 for sequence in self._pinned.values()
-                for page in sequence.block_table[sequence.num_virtual // self.block_size :]
+                for page in sequence.block_table[sequence.num_prefix // self.block_size :]
             }
         )
 
@@ -55,7 +65,7 @@ class Allocation:
         That token is not computed. Whole pages of a prefix are shared, and count once, as the adapter's.
         """
         num_tokens = sequence.num_prompt + max(sequence.job.max_tokens - 1, 0)
-        num_pages = -(-num_tokens // self.block_size) - sequence.num_virtual // self.block_size
+        num_pages = -(-num_tokens // self.block_size) - sequence.num_prefix // self.block_size
         return num_pages + sum(self._residency.num_pages(use.spec) for use in sequence.job.adapters)
 
     def check_fits(self, sequence: Sequence) -> None:
@@ -129,11 +139,12 @@ class Allocation:
         Returns:
             The page copies that the next step must make first; None if there are too few pages.
         """
-        num_virtual = sequence.num_virtual
-        whole = num_virtual // self.block_size
+        num_prefix = sequence.num_prefix
+        whole = num_prefix // self.block_size
         # The last token is computed in any case: its logits are needed.
         keys = sequence.keys((len(sequence.tokens) - 1) // self.block_size, self.block_size)
-        cached = [] if sequence.scores_prompt else self._cache.match(keys[whole:])
+        shares = not (sequence.needs_every_token or self.bidirectional)
+        cached = self._cache.match(keys[whole:]) if shares else []
         prefix = [page for resident in residents for page in resident.prefix_pages]
         shared = prefix[:whole]
         missing = -(-len(sequence.tokens) // self.block_size) - len(shared) - len(cached)
@@ -144,12 +155,12 @@ class Allocation:
             return None
         self._pool.share(shared)
         sequence.block_table = [*shared, *cached, *pages]
-        sequence.num_computed = max(num_virtual, (whole + len(cached)) * self.block_size)
+        sequence.num_computed = max(num_prefix, (whole + len(cached)) * self.block_size)
         for resident in residents:
             self._residency.acquire(resident, sequence.tenant)
         sequence.residents = residents
         source = None
-        if num_virtual % self.block_size and not cached:
+        if num_prefix % self.block_size and not cached:
             source = prefix[whole]
         last, num_found = len(sequence.tokens) - 1, (whole + len(cached)) * self.block_size
         if leader is not None and self._is_rest_of_prompt(sequence, leader, num_found):
@@ -183,8 +194,10 @@ class Allocation:
 
     def commit(self, sequence: Sequence, num_tokens: int) -> None:
         """Count `num_tokens` more as computed, and put the blocks that became whole into the cache."""
-        before = max(sequence.num_computed, sequence.num_virtual) // self.block_size
+        before = max(sequence.num_computed, sequence.num_prefix) // self.block_size
         sequence.num_computed += num_tokens
+        if self.bidirectional:
+            return
         after = sequence.num_computed // self.block_size
         keys = sequence.keys(after, self.block_size)
         for index in range(before, after):
@@ -197,7 +210,9 @@ class Allocation:
     def release(self, sequence: Sequence) -> None:
         """Release pages and adapters. Cached blocks can be found again until they are evicted."""
         self._pool.release(sequence.block_table)
-        self._cache.mark_released(sequence.keys(sequence.num_computed // self.block_size, self.block_size))
+        if not self.bidirectional:
+            keys = sequence.keys(sequence.num_computed // self.block_size, self.block_size)
+            self._cache.mark_released(keys)
         sequence.block_table = []
         sequence.num_computed = 0
         for resident in sequence.residents:
@@ -222,7 +237,7 @@ class Allocation:
         except (QuotaExceededError, RequestTooLargeError):
             del self._pinned[request_id]
             raise
-        whole = sequence.num_virtual // self.block_size
+        whole = sequence.num_prefix // self.block_size
         count = sequence.num_prompt // self.block_size
         keys = sequence.keys(count, self.block_size)[whole:]
         # If another sequence computed the same blocks at the same time, the cache may have its pages: those

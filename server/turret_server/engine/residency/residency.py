@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from turret_adapters.spec import AdapterSpec, PrefixKind
+from turret_adapters.spec import AdapterSpec
 from turret_server.engine.kv.pages import PagePool
 from turret_server.engine.request import DEFAULT_TENANT
 from turret_server.engine.residency.resident import EvictionOrder, Resident
@@ -183,8 +183,8 @@ class Residency:
         return resident is not None and resident.is_held_by(tenant)
 
     def _load(self, spec: AdapterSpec, tenant: str, pages: list[int]) -> Resident:
-        num_prefix = -(-spec.num_virtual_tokens // self.block_size)
-        embeddings = spec.prefix is not None and spec.prefix.kind is PrefixKind.EMBEDDING
+        num_prefix = -(-spec.num_prefix_tokens // self.block_size)
+        embeddings = spec.prefix is not None and bool(spec.prefix.embedded)
         resident = Resident(
             spec=spec,
             slab_pages=pages[: len(pages) - num_prefix],
