@@ -83,6 +83,10 @@ def test_queue_limits_without_a_tenants_file_are_the_servers() -> None:
     assert (access.auth_hook, access.tls) == (None, None)
 
 
+def test_the_limits_of_a_tenant_are_by_default_those_of_the_settings() -> None:
+    assert load_access(config(allow_unauthenticated=True)).tenants.limits("anybody") == TenantLimits()
+
+
 def test_an_authentication_hook_closes_the_server() -> None:
     access = load_access(config(auth_hook="os.path:basename"))
     assert access.auth_hook is not None

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from support.fake_device import PAGE_ELEMENTS, FakeDevice, Run, make_run, make_spec
+from support.guarded import guard
 from turret_adapters.spec import AdapterSpec, PrefixKind
 from turret_server import logs
 from turret_server.engine.admission import TenantLimits
@@ -832,3 +833,15 @@ def test_a_request_whose_queueing_fails_the_engine_gets_its_end_too(monkeypatch,
     for run in runs:
         assert "the queue is broken" in str(run.error)
         assert len(run.outputs) == 1
+
+
+def test_what_other_threads_hand_over_is_written_and_taken_under_the_lock():
+    served = Served()
+    engine = served.engine
+    guard(engine, lambda: engine._wake._is_owned() or engine._stopping, "_arriving")
+    run = make_run([1], max_tokens=1)
+    served.submit(run)
+    engine.cancel(run.job.request_id)
+    engine.step()
+    assert served.ended[run.job.request_id].is_set()
+    engine.stop()

@@ -102,7 +102,8 @@ def test_paged_attention_reads_each_sequence_through_its_block_table(window, sof
     batch = AttentionBatch(
         query_bounds=torch.tensor(bounds),
         context_lengths_Q=torch.tensor([context for _, context in lengths]),
-        block_tables_QM=torch.tensor([table + [0] * (5 - len(table)) for table in tables]),
+        # Behind a sequence's own, the table may say anything.
+        block_tables_QM=torch.tensor([table + [len(kv)] * (5 - len(table)) for table in tables]),
         pages_T=torch.tensor([tables[index][p // BLOCK] for index, p in zip(owner, positions, strict=True)]),
         slots_T=torch.tensor(positions) % BLOCK,
     )

@@ -190,8 +190,11 @@ def test_a_watch_scans_at_first_after_changes_until_all_is_settled_and_now_and_t
     scans, scan = [], watch.scan
     monkeypatch.setattr(watch, "scan", lambda: (scans.append(clock.now), scan()))
 
-    def reports(watched, **_):
+    def reports(watched, *, watch_filter, debounce, rust_timeout, yield_on_timeout, **_):
         assert watched == folder
+        assert watch_filter is None, "an adapter may be called node_modules"
+        assert yield_on_timeout
+        assert debounce + rust_timeout <= 1000 * SETTLE_SECONDS
         yield set()  # changes from before the watch began are not reported
         assert len(scans) == 1
         yield set()
@@ -213,3 +216,7 @@ def test_a_watch_scans_at_first_after_changes_until_all_is_settled_and_now_and_t
     monkeypatch.setattr(folder_watch, "watch", reports)
     watch._watch()
     assert [name for name, _ in watch._lifecycle.done] == ["new"]
+
+
+def test_a_program_that_ends_does_not_wait_for_changes(watch):
+    assert watch._thread.daemon

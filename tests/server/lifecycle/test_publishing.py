@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import pytest
 
+from support.guarded import guard, guard_calls
 from support.prompts import until
 from turret_adapters.errors import AdapterError, StoreFullError
 from turret_adapters.store import records
@@ -121,9 +123,10 @@ def test_a_rollback_that_another_change_overtakes_goes_back_from_there(site, poe
 def test_a_split_ends_with_its_revision_even_if_that_cannot_be_looked_up_at_first(site, poet, monkeypatch):
     site.lifecycle.split("poet", poet[0][:8], 30)
     assert site.registry.status("poet").split.percent == 30
-    splits, failures = site.names.splits, []
+    splits, failures, is_locked = site.names.splits, [], site.lifecycle._publishing._is_owned
 
     def fail_once():
+        assert is_locked()
         if not failures:
             failures.append("once")
             raise StoreFullError("the disk is full")
@@ -133,6 +136,7 @@ def test_a_split_ends_with_its_revision_even_if_that_cannot_be_looked_up_at_firs
     site.lifecycle.rollback("poet")
     assert site.served("poet") == poet[0]
     site.settle()
+    assert failures == ["once"]
     assert site.registry.status("poet").split is None
     assert site.holds() == {poet[0]}
 
@@ -497,3 +501,41 @@ def test_a_pin_that_is_larger_than_the_arena_is_refused_for_that_and_not_for_the
     else:
         with pytest.raises(AdapterTooLargeError, match="larger than the arena"):
             CHANGES[change](site)
+
+
+def test_names_change_on_disk_in_the_registry_and_in_the_engine_under_one_lock(
+    open_site, monkeypatch, caplog
+):
+    site = open_site(pinned=("poet",))
+    is_locked = site.lifecycle._publishing._is_owned
+    guard_calls(site.library, is_locked, "publish", "rollback")
+    guard_calls(site.names, is_locked, "remove", "split", "splits")
+    guard_calls(site.registry, is_locked, "publish_unread", "remove", "split")
+    guard_calls(site.engine, is_locked, "pin_adapters")
+    first = site.load("poet", 1)
+    monkeypatch.setattr(site.engine, "is_resident", lambda _: False)
+    assert site.lifecycle.missing_pins() == ["poet"]
+    site.load("poet", 2)
+    site.lifecycle.split("poet", first[:8], 30)
+    site.lifecycle.rollback("poet")
+    site.lifecycle.unload("poet")
+    folder = site.folder / "bard"
+    shutil.copytree(site.source(3), folder)
+    site.lifecycle.load_folder(folder)
+    guard_calls(site.names, is_locked, "histories")
+    site.lifecycle.forget_folder(folder)
+    site.settle()
+    assert site.registry.statuses() == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_what_was_loaded_on_demand_is_known_under_its_lock_and_changed_under_that_of_names(site, caplog):
+    lifecycle, sources = site.lifecycle, {"poet": site.source(1), "bard": site.source(2)}
+    guard(lifecycle, lifecycle._on_demand_lock.locked, "_on_demand")
+    guard_calls(lifecycle, lifecycle._publishing._is_owned, "_publish", "_unload")
+    lifecycle.load_on_demand("poet", sources["poet"], 1)
+    lifecycle.touch("poet")
+    lifecycle.mark_on_demand(sources.__getitem__)
+    lifecycle.load_on_demand("bard", sources["bard"], 1)
+    assert [status.name for status in site.registry.statuses()] == ["bard"]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
@@ -11,6 +12,7 @@ from functools import partial
 
 import pytest
 
+from support.guarded import guard, guard_calls
 from support.prompts import until
 from turret_adapters.errors import AdapterNotFoundError, RevisionNotFoundError
 from turret_adapters.registry import Named
@@ -235,5 +237,23 @@ def test_the_beginning_of_a_revision_has_8_to_32_digits(beginning):
     with pytest.raises(InvalidRequestError, match="first 8 to 32 digits") as refused:
         check_revision(beginning, "adapters")
     assert refused.value.metadata == {"field": "adapters"}
+    with pytest.raises(InvalidRequestError) as refused:
+        check_revision(beginning)
+    assert refused.value.metadata == {"field": "revision"}
     for allowed in ("3f9a1c07", "3" * 32):
         assert check_revision(allowed) == allowed
+
+
+def test_recent_revisions_and_files_that_are_held_change_under_their_locks(site, poet, caplog, monkeypatch):
+    monkeypatch.setattr(revisions, "MAX_RECENT", 1)
+    guard(site.revisions, site.revisions._recent_lock.locked, "_recent")
+    guard_calls(site.library, site.revisions._keeping.locked, "keep", "let_go")
+    newest = site.load("poet", 3)
+    for revision in poet:
+        site.registry.release(site.revisions.acquire([Named("poet", revision=revision[:8])]))
+    site.settle()
+    assert site.holds() == {poet[1], newest}
+    site.lifecycle.unload("poet")
+    site.settle()
+    assert site.holds() == set()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -8,6 +8,7 @@ from contextlib import aclosing
 import pytest
 
 from support import prompts
+from support.guarded import guard
 from turret_server.engine.admission import TenantLimits
 from turret_server.errors import QuotaExceededError, ShuttingDownError, SlowWatcherError, TooManyCallsError
 from turret_server.lifecycle import watches
@@ -181,3 +182,15 @@ async def test_a_watch_that_comes_while_the_server_stops_ends_with_what_is_there
         with pytest.raises(ShuttingDownError):
             await anext(changes)
     assert all_watches._watchers == set()
+
+
+async def test_watchers_and_what_was_reported_are_read_and_written_under_the_lock(site, all_watches):
+    guard(all_watches, all_watches._lock.locked, "_watchers", "_reported")
+    async with aclosing(all_watches.watch(tenant())) as changes:
+        first = asyncio.create_task(anext(changes))
+        await asyncio.sleep(0)
+        site.load("poet", 1)
+        assert (await first).name == "poet"
+        all_watches._report_moves()
+        site.lifecycle.unload("poet")
+        all_watches.close()

@@ -86,3 +86,7 @@ def test_an_ipv6_address_is_possible():
         pytest.skip("this machine has no IPv6")
     with closing(server), socket.create_connection(("::1", server.server_port)):
         pass
+
+
+def test_a_program_that_ends_does_not_wait_for_it(server):
+    assert server._thread.daemon

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.guarded import guard
 from support.prompts import until
 from turret_server.errors import ConfigError, UsageLogFailedError
 from turret_server.observability import usage_log
@@ -270,3 +271,11 @@ def test_who_asks_while_the_disk_fails_is_told_why_and_the_log_once(path, monkey
     first, last = caplog.messages
     assert first.startswith(f"{path} cannot be written (Input/output error)")
     assert last == f"{path} can be written again"
+
+
+def test_entries_are_added_and_removed_under_the_lock(path):
+    log = UsageLog(path)
+    guard(log, lambda: log._changed._is_owned() or not log._thread.is_alive(), "_entries")
+    log.append(entry(1)).result(HANG_S)
+    log.close()
+    assert read(path) == [1]

@@ -99,3 +99,8 @@ def test_with_a_hook_the_last_key_may_go_and_the_server_stays_closed(tmp_path):
         assert tenants.table.by_key("k") is None
         assert not tenants.table.is_open
         assert tenants.max_device_bytes("acme") is None
+
+
+def test_a_program_that_ends_does_not_wait_for_the_next_look(path):
+    with TenantsFile(path, DEFAULT) as tenants:
+        assert tenants._thread.daemon

@@ -50,6 +50,7 @@ def test_a_key_depends_on_every_token_before_it_and_on_the_salt():
         for end, key in zip((2, 4, 6), block_keys(salt, prompt, 2), strict=True)
     }
     assert len(set(chains.values())) == len(chains) == 3 * (4 + 16 + 64)
+    assert {8 * len(key) for key in chains.values()} == {128}, "nobody finds two prompts with the same key"
 
 
 def test_a_chain_goes_on_from_any_block():
