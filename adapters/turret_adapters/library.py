@@ -95,7 +95,7 @@ class AdapterLibrary:
             yield adapter
 
     @contextmanager
-    def unpack(self, archive: IO[bytes], name: str = "") -> Iterator[HostAdapter]:
+    def unpack(self, archive: IO[bytes], name: str) -> Iterator[HostAdapter]:
         """Reads an adapter from an archive that was uploaded, like `fetch`.
 
         Raises:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +23,13 @@ _CLOSE_SECONDS = 10.0
 
 @dataclass(slots=True, order=True)
 class _Job:
+    """Ordered by `due` and `number`, which no two share."""
+
     due: float
     number: int
-    name: str = field(compare=False)
-    run: Callable[[], None] = field(compare=False)
-    retry_seconds: float = field(compare=False)
+    name: str
+    run: Callable[[], None]
+    retry_seconds: float
 
 
 class CleanupWorker:

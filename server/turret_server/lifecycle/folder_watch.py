@@ -109,7 +109,6 @@ class FolderWatch:
             rust_timeout=round(SETTLE_SECONDS * 500),
             yield_on_timeout=True,
             stop_event=self._stop,
-            raise_interrupt=False,
         ):
             if changes or self._unsettled or self._clock() - scanned >= _SCAN_SECONDS:
                 scanned = self._clock()

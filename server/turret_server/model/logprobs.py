@@ -27,7 +27,7 @@ def score(logits_RV: torch.Tensor, token_ids_R: torch.Tensor, *, with_top: bool)
     own_R1 = scores_RV.gather(-1, token_ids_R[:, None])
     rank_R1 = (scores_RV > own_R1).sum(dim=-1, keepdim=True) + 1
     num_top = min(_NUM_TOP, scores_RV.shape[-1]) if with_top else 0
-    top_RK, top_ids_RK = scores_RV.topk(num_top, dim=-1)
+    top_RK, top_ids_RK = scores_RV.topk(num_top)
     return torch.cat([each.double() for each in (own_R1, rank_R1, top_ids_RK, top_RK)], dim=-1)
 
 

@@ -138,7 +138,7 @@ def _draw(logits_DV: torch.Tensor, sequences: Sequence[SequenceStep], *, cut: bo
     temperature_D1, top_k_D1, top_p_D1, min_p_D1, uniform_D1 = settings_D5[..., None].unbind(dim=1)
     token_ids_DV = None
     if cut:
-        logits_DV, token_ids_DV = logits_DV.sort(dim=-1, descending=True, stable=True)
+        logits_DV, token_ids_DV = logits_DV.sort(descending=True, stable=True)
     below_DV = logits_DV.double() - logits_DV.amax(dim=-1, keepdim=True)
     shares_DV = below_DV.div_(temperature_D1).exp_()
     if any(each.sampling.min_p for each in sequences if each.sampling):

@@ -283,12 +283,12 @@ class _Tokens:
         """
         token_ids, start = [], 0
         while start < len(text):
-            lengths = range(min(self._longest, len(text) - start), 0, -1)
-            length = next((each for each in lengths if text[start : start + each] in self._by_bytes), 0)
-            if not length:  # no token has this byte
+            beginnings = (text[start : start + length] for length in range(self._longest, 0, -1))
+            token = next((each for each in beginnings if each in self._by_bytes), None)
+            if token is None:  # no token has this byte
                 break
-            token_ids.append(self._by_bytes[text[start : start + length]])
-            start += length
+            token_ids.append(self._by_bytes[token])
+            start += len(token)
         return token_ids
 
 

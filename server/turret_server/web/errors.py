@@ -95,7 +95,7 @@ def _param(error: AdapterError) -> str | None:
 def _invalid(error: ValidationError) -> InvalidRequestError:
     """All fields that are invalid, each with what is expected."""
     found: dict[str, str] = {}
-    for each in error.errors(include_url=False, include_context=False, include_input=False):
+    for each in error.errors():
         # A field with several types has an error for each, and the type's name behind its own.
         name = str(each["loc"][0]) if each["loc"] else ""
         what = "unknown field" if each["type"] == "extra_forbidden" else _lowered(each["msg"])
