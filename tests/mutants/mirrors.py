@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mutants.sites import Mutant, find_sites, is_generated
+from mutants.sites import DEVICE, Mutant, find_sites, is_generated
 
 PACKAGES = {"server/turret_server": "tests/server", "adapters/turret_adapters": "tests/adapters"}
 # Code that only a GPU runs is a class of its own: without one, kernels run in Triton's interpreter and CUDA
@@ -52,12 +52,15 @@ def import_path(root: Path) -> str:
 
 def draw(root: Path, paths: Sequence[str], *, count: int, seed: int, gpu: bool) -> tuple[list[Mutant], int]:
     """`count` mutants and the number of sites that they were drawn from: uniformly over all sites of the
-    modules, without replacement, then uniformly over the variants of each site.
+    modules, without replacement, then uniformly over the variants of each site. With `gpu`, those of code
+    that only a GPU runs and of the devices of tensors; without, all others.
     """
     sites = [
         (path, site)
-        for path in modules(root, paths, gpu=gpu)
+        for only_gpu in (False, True)
+        for path in modules(root, paths, gpu=only_gpu)
         for site in find_sites((root / path).read_bytes())
+        if (only_gpu or site.kind == DEVICE) == gpu
     ]
     chance = random.Random(seed)
     drawn = chance.sample(sites, min(count, len(sites)))

@@ -12,7 +12,7 @@ from mutants.sites import Mutant
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant; `killer` is the test that failed, empty if it survived."""
+    """What became of a mutant; `killer` is the test that failed, or mypy; empty if it survived."""
 
     mutant: Mutant
     diff: str

@@ -1,7 +1,7 @@
 """Seeded random single mutants, and whether the tests notice them.
 
 Each mutant is made in a copy of the tree. It is killed if a test of `make test` fails that passes without the
-mutant, and survives if all pass.
+mutant, or if the types of `make check` refuse what all tests let pass; it survives if nothing does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,6 +49,7 @@ _NOT_COPIED = (
     ".hypothesis",
 )
 _OK, _NO_TESTS = 0, 5
+_TYPE_ERRORS = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Copy:
                     raise RuntimeError(f"{found.failed} fails without a mutant, and pytest still runs it")
                 if self._passes_without(found.failed):
                     return found
-        return TestRun("")
+        with self._mutated(mutant):
+            refused = self._mypy()
+        return TestRun("mypy", refused) if refused and self._has_valid_types else TestRun("")
 
     def _stages(self, mutant: Mutant) -> list[list[str]]:
         by_name = list(islice(stages(self.root, mutant.path), self.num_stages))
@@ -102,6 +106,16 @@ class Copy:
         if test not in self.clean:
             self.clean[test] = not self._pytest([test], set(), new_kernels=False).failed
         return self.clean[test]
+
+    @cached_property
+    def _has_valid_types(self) -> bool:
+        return not self._mypy()
+
+    def _mypy(self) -> str:
+        """The first error of types, empty if there is none, or if mypy does not say so."""
+        command = [sys.executable, "-m", "mypy", "--no-error-summary"]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)  # noqa: S603
+        return done.stdout.partition("\n")[0] if done.returncode == _TYPE_ERRORS else ""
 
     @contextmanager
     def _mutated(self, mutant: Mutant) -> Iterator[None]:

@@ -2,9 +2,11 @@
 
 A site is a span of the source with the texts that may replace it. Only the span changes, so that a mutant's
 diff is as small as the mutation. Left out, because no test should depend on them: docstrings and message
-texts (strings are mutated only as default arguments), log calls, assertions, type annotations, imports and
-`__all__`, options of `@dataclass`, `zip(strict=)`, `if __name__ == "__main__"`, and what changes the speed
-alone: caches of functions, and the kernels' prefetching.
+texts (strings are mutated only as default arguments), names of threads, log calls, assertions, type
+annotations, imports and `__all__`, options of `@dataclass`, `zip(strict=)`, `if __name__ == "__main__"`; what
+changes the speed alone: caches of functions, the kernels' prefetching, and the numbers that kernels compute
+with when they are only compiled; and what nobody could tell: the very moment at which a clock reaches a time,
+durations that change by less than a fifth, and the order of statements that certainly do not see each other.
 """
 
 from __future__ import annotations
@@ -69,7 +71,15 @@ _LEFT_OUT_DECORATORS = {
     "cache",
     "lru_cache",
 }
-_LEFT_OUT_FUNCTIONS = {"_prefetch", "prefetch_offsets"}
+_PREFETCHING = re.compile(r"(?i)_?prefetch_\w+")
+_WARMING_UP = re.compile(r"_?warm_\w+")
+_ONLY_ASSERTS = "check_integrity"
+_THREAD_NAMES = {("Thread", "name"), ("ThreadPoolExecutor", "thread_name_prefix")}
+_CLOCKS = {"monotonic", "time", "perf_counter", "clock", "_clock"}
+_LONG_SECONDS = 5
+_METRIC_UPDATES = {"inc", "observe", "set"}
+# The kind of what only a GPU shows: without one, every tensor is where tensors are made by default.
+DEVICE = "dropped device"
 _NEVER_RAISED = "BufferError"
 
 
@@ -113,6 +123,7 @@ def is_generated(path: Path) -> bool:
 class _Finder(ast.NodeVisitor):
     def __init__(self, source: bytes) -> None:
         self.sites: list[Site] = []
+        self._is_warming_up = False
         self._source = source
         lines = source.splitlines(keepends=True)
         self._starts = [0]
@@ -148,6 +159,8 @@ class _Finder(ast.NodeVisitor):
         operands = [node.left, *node.comparators]
         for (left, right), operator in zip(pairwise(operands), node.ops, strict=True):
             text, variants = _COMPARISONS[type(operator)]
+            if _is_moment(left) or _is_moment(right):
+                variants = variants[-1:]
             self._add_between(left, right, "comparison", text, *variants)
         self.generic_visit(node)
 
@@ -184,6 +197,8 @@ class _Finder(ast.NodeVisitor):
             self._add_between(left, right, "arithmetic", *_ARITHMETIC[type(operator)])
 
     def visit_Constant(self, node: ast.Constant) -> None:
+        if self._is_warming_up:
+            return
         match node.value:
             case bool(value):
                 self._add(node, "constant", str(not value))
@@ -209,7 +224,7 @@ class _Finder(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name = _last_name(node.func)
-        if _is_log_call(node) or name in _TYPING_CALLS:
+        if _is_log_call(node) or _is_prefetching(node.func) or name in _TYPING_CALLS:
             return
         if (
             name in _WRAPPERS
@@ -221,7 +236,7 @@ class _Finder(ast.NodeVisitor):
             self._add(node.func, "opposite function", _OPPOSITES[name])
         for keyword in node.keywords:
             if keyword.arg is not None and not (name == "zip" and keyword.arg == "strict"):
-                self._drop_keyword(keyword)
+                self._drop_keyword(node, keyword)
         self.visit(node.func)
         for argument in node.args:
             self.visit(argument)
@@ -229,10 +244,13 @@ class _Finder(ast.NodeVisitor):
             if not (name == "zip" and keyword.arg == "strict"):
                 self.visit(keyword.value)
 
-    def _drop_keyword(self, keyword: ast.keyword) -> None:
+    def _drop_keyword(self, call: ast.Call, keyword: ast.keyword) -> None:
+        if (_last_name(call.func), keyword.arg) in _THREAD_NAMES:
+            return
         start, end = self._start(keyword), self._end(keyword)
         comma = re.match(rb"\s*,[ \t]*", self._source[end:])
-        self.sites.append(Site(start, end + (len(comma[0]) if comma else 0), "dropped keyword", ("",)))
+        kind = DEVICE if _is_device(call, keyword) else "dropped keyword"
+        self.sites.append(Site(start, end + (len(comma[0]) if comma else 0), kind, ("",)))
 
     # Statements.
 
@@ -244,7 +262,7 @@ class _Finder(ast.NodeVisitor):
         self._body(node.body)
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
-        if node.name in _LEFT_OUT_FUNCTIONS:
+        if _PREFETCHING.fullmatch(node.name) or node.name == _ONLY_ASSERTS:
             return
         self._decorators(node)
         arguments = node.args
@@ -253,7 +271,9 @@ class _Finder(ast.NodeVisitor):
                 self._add(default, "default argument", '""' if default.value else '"mutant"')
             else:
                 self.visit(default)
+        outer, self._is_warming_up = self._is_warming_up, bool(_WARMING_UP.fullmatch(node.name))
         self._body(node.body)
+        self._is_warming_up = outer
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
@@ -344,6 +364,8 @@ class _Finder(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         if any(_last_name(target) in {"__all__", "__slots__"} for target in node.targets):
             return
+        if any(map(_is_prefetching, node.targets)) or _is_long(node):
+            return
         if all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
             self._add(node, "dropped statement", "pass")
         self.generic_visit(node)
@@ -351,7 +373,7 @@ class _Finder(ast.NodeVisitor):
     def visit_Expr(self, node: ast.Expr) -> None:
         call = node.value.value if isinstance(node.value, ast.Await) else node.value
         if isinstance(call, ast.Call):
-            if _is_log_call(call):
+            if _is_log_call(call) or _is_prefetching(call.func):
                 return
             self._add(node, "dropped statement", "pass")
         self.generic_visit(node)
@@ -401,11 +423,37 @@ def _is_none(node: ast.expr) -> bool:
 
 def _is_log_call(call: ast.Call) -> bool:
     function = call.func
-    return (
+    return _last_name(function).startswith("_log_") or (
         isinstance(function, ast.Attribute)
         and function.attr in _LOG_CALLS
         and bool(re.fullmatch(r"_?log(ger)?", _last_name(function.value)))
     )
+
+
+def _is_prefetching(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and bool(_PREFETCHING.fullmatch(node.id))
+
+
+def _is_moment(node: ast.expr) -> bool:
+    """What a clock says, or a sum with it."""
+    if isinstance(node, ast.BinOp):
+        return _is_moment(node.left) or _is_moment(node.right)
+    return _last_name(node) == "now" or (isinstance(node, ast.Call) and _last_name(node.func) in _CLOCKS)
+
+
+def _is_long(node: ast.Assign) -> bool:
+    """Whether it names a time of which a second is less than a fifth."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=int(value) | float(value))):
+            return name.endswith("_SECONDS") and value > _LONG_SECONDS
+    return False
+
+
+def _is_device(call: ast.Call, keyword: ast.keyword) -> bool:
+    """Whether it decides on which device a tensor is made, or whether a copy to it is waited for."""
+    function = call.func
+    is_torchs = isinstance(function, ast.Attribute) and _last_name(function.value) == "torch"
+    return (is_torchs and keyword.arg == "device") or keyword.arg == "non_blocking"
 
 
 def _may_swap(first: ast.stmt, second: ast.stmt) -> bool:
@@ -415,15 +463,42 @@ def _may_swap(first: ast.stmt, second: ast.stmt) -> bool:
     kinds = ast.Expr | ast.Assign | ast.AugAssign | ast.Delete
     if not isinstance(first, kinds) or not isinstance(second, kinds):
         return False
+    if _updates_metrics(first, second) or _sets_own_attribute(first, second):
+        return False
     effects = [statement for statement in (first, second) if isinstance(statement, ast.Expr)]
     if not effects or not all(map(_is_effect, effects)):
         return False
     return not (set(_bound(first)) & set(_names(second)) or set(_bound(second)) & set(_names(first)))
 
 
+def _updates_metrics(*statements: ast.stmt) -> bool:
+    """Whether each updates a metric of its own, whose values are read at any time between."""
+    metrics = set()
+    for statement in statements:
+        match statement:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=metric, attr=update)) as call):
+                if update not in _METRIC_UPDATES or (update == "set" and not call.args):
+                    return False
+                metrics.add(ast.unparse(metric))
+    return len(metrics) == len(statements)
+
+
+def _sets_own_attribute(first: ast.stmt, second: ast.stmt) -> bool:
+    """Whether the base class is initialised first, which so does not read what is set after it."""
+    match first, second:
+        case (
+            ast.Expr(
+                value=ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name("super")), attr="__init__"))
+            ),
+            ast.Assign(targets=[ast.Attribute(value=ast.Name("self"))], value=ast.Name()),
+        ):
+            return True
+    return False
+
+
 def _is_effect(statement: ast.Expr) -> bool:
     call = statement.value.value if isinstance(statement.value, ast.Await) else statement.value
-    return isinstance(call, ast.Call) and not _is_log_call(call)
+    return isinstance(call, ast.Call) and not _is_log_call(call) and not _is_prefetching(call.func)
 
 
 def _names(statement: ast.stmt) -> Iterator[str]:

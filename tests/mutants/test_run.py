@@ -9,14 +9,14 @@ from mutants.run import Copy, _read_run
 from mutants.sites import Mutant, find_sites
 
 _MODULE = "server/turret_server/ages.py"
-_SOURCE = b"def is_adult(age):\n    return age >= 18\n"
+_SOURCE = b"def is_adult(age: int) -> bool:\n    return age >= 18\n"
 
 
 @pytest.fixture
 def copy(tmp_path):
     """A tree of one module with one test, which knows nothing of the bound."""
     files = {
-        "pyproject.toml": '[tool.hatch.build]\ndev-mode-dirs = ["server"]\n',
+        "pyproject.toml": '[tool.hatch.build]\ndev-mode-dirs = ["server"]\n[tool.mypy]\nfiles = "server"\n',
         "server/turret_server/__init__.py": "",
         _MODULE: _SOURCE.decode(),
         "tests/server/test_ages.py": """\
@@ -55,6 +55,16 @@ def test_a_mutant_lives_only_while_its_tests_run(copy):
     assert "1 of 2 were killed" in text
     assert "| turret_server | 2 | 1 |" in text
     assert "age > 18" in text.partition("## Survivors")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "killer"), [(_SOURCE, "mypy"), (_SOURCE + b"x: int = None\n", "")])
+def test_what_only_types_refuse_is_killed_by_them_where_they_are_valid_without_it(copy, source, killer):
+    (copy.root / _MODULE).write_bytes(source)
+    (copy.root / "tests/server/test_ages.py").write_text("from turret_server.ages import is_adult\n")
+    found = copy.judge(_mutant("return None"))
+    assert found.killer == killer
+    assert ('expected "bool"' in found.how) == bool(killer)
 
 
 @pytest.mark.slow

@@ -38,7 +38,13 @@ def _mutants(source, kind):
         ("arithmetic", "x = 'größe', a * (b)", ["x = 'größe', a // (b)"]),
         ("arithmetic", "x -= a", ["x += a"]),
         ("constant", "x = f(0.5, True)", ["x = f(1.5, True)", "x = f(-0.5, True)", "x = f(0.5, False)"]),
+        ("comparison", "time.time() - a < b", ["time.time() - a >= b"]),
+        ("comparison", "a <= now", ["a > now"]),
+        ("constant", "A_SECONDS = 5.0", ["A_SECONDS = 6.0", "A_SECONDS = 4.0"]),
         ("dropped keyword", "x = f(a, b=(1), c=2)", ["x = f(a, c=2)", "x = f(a, b=(1), )"]),
+        ("dropped keyword", "x = Thread(target=a, name='b')", ["x = Thread(name='b')"]),
+        ("dropped device", "x = torch.ones(a, device=b, dtype=c)", ["x = torch.ones(a, dtype=c)"]),
+        ("dropped device", "x = a.to(b, non_blocking=c)", ["x = a.to(b, )"]),
         ("dropped statement", "await a.b()", ["pass"]),
         ("dropped statement", "a.b = c\nd = e", ["pass\nd = e"]),
         ("dropped wrapper", "x = await shield(a)", ["x = await (a)"]),
@@ -68,6 +74,10 @@ def _mutants(source, kind):
             ],
         ),
         ("swapped statements", "a.b()\n# why\nc = 1\nd = c", ["c = 1\n# why\na.b()\nd = c"]),
+        ("swapped statements", "a.set()\nb.set(c)", ["b.set(c)\na.set()"]),
+        ("swapped statements", "a.inc()\na.set(b)", ["a.set(b)\na.inc()"]),
+        ("swapped statements", "a.inc()\nb.end(c)", ["b.end(c)\na.inc()"]),
+        ("swapped statements", "super().__init__()\nself.a = b()", ["self.a = b()\nsuper().__init__()"]),
     ],
 )
 def test_each_kind_of_mutation_changes_its_span_and_nothing_else(kind, source, mutants):
@@ -85,12 +95,18 @@ def test_each_kind_of_mutation_changes_its_span_and_nothing_else(kind, source, m
         "from a import b",
         "assert a < 1",
         '_log.info("loaded", extra={"n": a + 1})',
+        "_log_pages(a, 1)",
         "@dataclass(frozen=True)\nclass A: pass",
         "for a, b in zip(c, d, strict=True): pass",
         'if __name__ == "__main__": main(1)',
         "if TYPE_CHECKING: x = 1",
         "@lru_cache(maxsize=8)\ndef f(): pass",
-        "def _prefetch(a): f(a, 0, b=1)",
+        "def _prefetch_rows(a): f(a, 0, b=1)",
+        "prefetch_line(a, 0, b + 1)",
+        "prefetch_ahead = a + 1",
+        "def _warm_up(self): a(1, (2, 3))",
+        "A_SECONDS = 6.0",
+        "def check_integrity(self):\n    a = b + 1",
     ],
 )
 def test_what_no_test_should_depend_on_is_left_alone(source):
@@ -98,7 +114,17 @@ def test_what_no_test_should_depend_on_is_left_alone(source):
 
 
 @pytest.mark.parametrize(
-    "source", ["a = b()\nc.d = e()", "a = b()\na.c()", "a()\nlog.info('x')", "'text'\na()"]
+    "source",
+    [
+        "a = b()\nc.d = e()",
+        "a = b()\na.c()",
+        "a()\nlog.info('x')",
+        "a()\n_log_pages(b)",
+        "'text'\na()",
+        "a.set(b)\nc.labels(d).inc()",
+        "prefetch_line(a, b)\na.c()",
+        "super().__init__(a)\nself.b = b",
+    ],
 )
 def test_statements_whose_order_cannot_matter_are_not_swapped(source):
     assert _mutants(source, "swapped statements") == []
@@ -128,6 +154,17 @@ def test_a_draw_is_the_seed_s_and_uniform_over_the_sites(tmp_path):
     assert files(7) == files(7)
     counts = Counter(path for seed in range(200) for path in files(seed))
     assert 60 < counts["server/turret_server/few.py"] < 140
+
+
+def test_the_devices_of_tensors_are_drawn_with_what_a_gpu_runs(tmp_path):
+    kernels = tmp_path / "server" / "turret_server" / "kernels"
+    for name, source in (("ops.py", "x = torch.ones(a, device=b)\n"), ("gpu/nf4.py", "x = f(a, b=c)\n")):
+        (kernels / name).parent.mkdir(parents=True, exist_ok=True)
+        (kernels / name).write_text(source)
+    assert draw(tmp_path, ["server"], count=9, seed=0, gpu=False) == ([], 0)
+    mutants, num_sites = draw(tmp_path, ["server"], count=9, seed=0, gpu=True)
+    assert num_sites == 2
+    assert {mutant.site.kind for mutant in mutants} == {"dropped device", "dropped keyword"}
 
 
 def test_generated_files_are_no_modules_and_gpus_have_a_class_of_their_own(tmp_path):

@@ -38,7 +38,7 @@ from turret_server.kernels.cpu.llvm.vectors import (
     load_span,
     maximum,
     multiply,
-    prefetch,
+    prefetch_line,
     reduce_add,
     reduce_max,
     rint,
@@ -53,8 +53,9 @@ from turret_server.kernels.ops import AttentionBatch, AttentionParams
 _ROWS = 64  # that one thread takes at a time
 _TILE = 4  # rows, and vectors of positions, whose products are in registers together
 _POSITIONS = _TILE * LANES
-_AHEAD = 32  # positions between the transposition and the prefetch: pages defeat the CPU's own prefetcher
-_LINE = 32  # elements, at most those of a cache line
+# Positions between the transposition and the prefetch: pages defeat the CPU's own prefetcher.
+_PREFETCH_AHEAD = 32
+_PREFETCH_LINE = 32  # elements, at most those of a cache line
 _NO_WINDOW = 1 << 40
 _MIN_TANH = np.float32(-40)  # tanh is −1 from there down, and exp(−2x) stays finite
 _NO_SINKS = np.empty(0, np.float32)
@@ -251,14 +252,20 @@ def _locate(block_table: Any, pages: Any, head_dim: int, low: int, high: int) ->
 def _transpose_keys(transposed: Any, kv: Any, keys_N: Any, head_dim: int, value_offset: int) -> None:
     """Tile by tile of positions: the vectors of the first pair of features, of the second, and so on."""
     for n in range(0, len(keys_N), LANES):
-        for later in range(min(n + _AHEAD, len(keys_N)), min(n + _AHEAD + LANES, len(keys_N))):
-            for line in range(0, 2 * _LINE, _LINE):
-                prefetch(kv, (keys_N[later],), line)
-                prefetch(kv, (keys_N[later],), value_offset + line)
+        _prefetch_positions(kv, keys_N, n + _PREFETCH_AHEAD, value_offset)
         at = n // _POSITIONS * _POSITIONS * head_dim + n % _POSITIONS // LANES * PAIR_WIDTH
         for feature in range(0, head_dim, PAIR_WIDTH):
             target = (transposed, at + feature // 2 * _TILE * PAIR_WIDTH, _TILE * PAIR_WIDTH)
             transpose(target, (kv, keys_N, n, feature), head_dim - feature)
+
+
+@compiled
+def _prefetch_positions(kv: Any, keys_N: Any, start: int, value_offset: int) -> None:
+    """The keys and values of a vector of positions, as far as there are so many."""
+    for n in range(min(start, len(keys_N)), min(start + LANES, len(keys_N))):
+        for line in range(0, 2 * _PREFETCH_LINE, _PREFETCH_LINE):
+            prefetch_line(kv, (keys_N[n],), line)
+            prefetch_line(kv, (keys_N[n],), value_offset + line)
 
 
 @compiled
@@ -305,7 +312,7 @@ def _softmax(scores_N: Any, position: int, bounds: Any, params: Any, head: int) 
     top = broadcast(reduce_max(largest))
     if len(sinks_H):
         top = maximum(top, broadcast(sinks_H[head]))
-    total = zeros(1)[0]
+    (total,) = zeros(1)
     for n in range(0, len(scores_N), LANES):
         weights = _exp(subtract(load(scores_N, (n,), 0)[0], top))
         total = add(total, weights)

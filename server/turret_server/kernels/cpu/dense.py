@@ -14,10 +14,10 @@ import torch
 from turret_server.kernels.cpu.llvm.jit import as_array, compiled
 from turret_server.kernels.cpu.llvm.pairs import PAIR_WIDTH, dot_rows
 from turret_server.kernels.cpu.llvm.parallel import run_parallel
-from turret_server.kernels.cpu.llvm.vectors import prefetch, reduce_add, zeros
+from turret_server.kernels.cpu.llvm.vectors import prefetch_line, reduce_add, zeros
 
 _TILE = 4  # rows, and tokens, whose products are in registers together
-_AHEAD = 4  # rows between the product and the prefetch
+_PREFETCH_AHEAD = 4  # rows between the product and the prefetch
 
 
 def is_supported(weight_OI: torch.Tensor) -> bool:
@@ -74,8 +74,8 @@ def _tile_starts(start: int, count: int, stride: int) -> Any:
 def _products(sums: Any, x: Any, rows: Any, width: int) -> Any:
     """Every token times every row of the weight, as (array, starts); `sums` are one zero vector a product."""
     weight, starts = rows
-    ahead = min(_AHEAD * width, len(weight) * width - starts[0] - 4 * width)
+    prefetch_ahead = min(_PREFETCH_AHEAD * width, len(weight) * width - starts[0] - 4 * width)
     for i in range(0, width, PAIR_WIDTH):
-        prefetch(weight, starts, i + ahead)
+        prefetch_line(weight, starts, i + prefetch_ahead)
         sums = dot_rows(sums, x, rows, i)
     return reduce_add(sums)

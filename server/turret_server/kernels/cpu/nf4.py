@@ -37,11 +37,11 @@ from turret_server.kernels.cpu.llvm.vectors import (
     accumulate_scaled,
     load,
     load_span,
+    prefetch_line,
     store_span,
     strided,
     zeros,
 )
-from turret_server.kernels.cpu.llvm.vectors import prefetch as prefetch_line
 from turret_server.kernels.ops import NF4Weight, PackedNF4Weight
 
 PREFETCH_RUN = 512  # elements that one prefetch offset stands for
@@ -58,7 +58,7 @@ _TILE = 5 if HAS_WIDE_REGISTERS else 6  # tokens of many, whose sums fill the re
 _LEFT = 4 if HAS_WIDE_REGISTERS else 2  # tokens of many that go through as few do, rather than in a tile
 _FEW = 4  # tokens of few, whose sums leave registers to dequantise in
 _SUMS, _SUMS_OF_FEW, _SUMS_OF_TWO = _TILE * _PART, _FEW * _PART, 2 * _PART
-_LINE = 64  # bytes of a cache line
+_PREFETCH_LINE = 64  # bytes of a cache line
 
 
 class _Block(NamedTuple):
@@ -160,7 +160,7 @@ def _linear_blocks(worker: int, workers: int, arguments: Any) -> None:
     sums_TC = np.empty((min(num_tokens, _TOKENS), _COLUMNS), np.float32)
     values = np.empty(_DEPTH * _COLUMNS, code.dtype)
     table = load_pairs(code, 0, 1)
-    own_N = offsets_N[len(offsets_N) * worker // workers : len(offsets_N) * (worker + 1) // workers]
+    prefetch_N = offsets_N[len(offsets_N) * worker // workers : len(offsets_N) * (worker + 1) // workers]
     for block in range(start, end):
         for first in range(0, num_tokens, _TOKENS):
             tokens = min(_TOKENS, num_tokens - first)
@@ -168,19 +168,18 @@ def _linear_blocks(worker: int, workers: int, arguments: Any) -> None:
             for depth in range(0, num_in, _DEPTH):
                 at = block * num_in + depth
                 if first == 0:
-                    done, total = at - start * num_in, (end - start) * num_in
-                    low, high = len(own_N) * done // total, len(own_N) * (done + _DEPTH) // total
-                    _prefetch(arena, own_N, low, high)
+                    _prefetch_part(arena, prefetch_N, at - start * num_in, (end - start) * num_in)
                 weights = _Block(words, at // _GROUP * _WORDS, table, absmax_JLC, at)
                 _add_products((sums_TC, tokens), (x_TI, first * num_in + depth), weights, values)
             _write((y_TO, first, block * _COLUMNS), sums_TC, tokens)
 
 
 @compiled
-def _prefetch(arena: Any, offsets_N: Any, low: int, high: int) -> None:
-    """The runs from low up to high: a part after each block, so that memory is busy all the time."""
+def _prefetch_part(arena: Any, offsets_N: Any, done: int, total: int) -> None:
+    """The runs' part that the next block is of all blocks, so that memory is busy all the time."""
+    low, high = len(offsets_N) * done // total, len(offsets_N) * (done + _DEPTH) // total
     for n in range(low, high):
-        for line in range(0, PREFETCH_RUN, _LINE // arena.itemsize):
+        for line in range(0, PREFETCH_RUN, _PREFETCH_LINE // arena.itemsize):
             prefetch_line(arena, (offsets_N[n],), line)
 
 

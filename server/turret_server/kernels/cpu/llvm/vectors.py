@@ -147,7 +147,7 @@ def load_masked(_: Any, array: Any, starts: Any, index: Any, count: Any) -> Any:
 
 
 @_intrinsic
-def prefetch(_: Any, array: Any, starts: Any, index: Any) -> Any:
+def prefetch_line(_: Any, array: Any, starts: Any, index: Any) -> Any:
     """Prefetches the cache line at start + index, for each of a tuple of starts."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
