@@ -22,6 +22,7 @@ from peft import (
 from safetensors.torch import load_file
 
 from turret_adapters.errors import AdapterFormatError
+from turret_adapters.formats import peft
 from turret_adapters.formats.kinds import KINDS
 from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights, HostAdapter
@@ -295,11 +296,25 @@ def test_revision_is_the_digest_of_both_files(
 
 
 def test_progress_is_the_place_of_each_tensor_before_it_is_read(
-    sound: dict[str, Any], base: BaseSpec, weights: BaseWeights, tmp_path: Path
+    sound: dict[str, Any],
+    base: BaseSpec,
+    weights: BaseWeights,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    files, seen = sound["LORA"], []
+    files, seen, read, read_tensor = sound["LORA"], [], [], peft.read_tensor
+
+    def reading(*arguments: Any) -> torch.Tensor:
+        read.append(arguments)
+        return read_tensor(*arguments)
+
+    def progress(done: int, total: int | None) -> None:
+        assert len(read) == len(seen)
+        seen.append((done, total))
+
+    monkeypatch.setattr(peft, "read_tensor", reading)
     folder = files.write(tmp_path)
-    read_adapter(folder, base, weights, lambda done, total: seen.append((done, total)))
+    read_adapter(folder, base, weights, progress)
     tensors = load_file(folder / "adapter_model.safetensors").values()
     done = [done for done, _ in seen]
     assert {total for _, total in seen} == {(folder / "adapter_model.safetensors").stat().st_size}

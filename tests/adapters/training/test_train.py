@@ -159,3 +159,10 @@ def test_the_peak_of_memory_is_in_bytes(monkeypatch):
     status = "VmPeak:\t   9 kB\nVmHWM:\t   3 kB\nVmRSS:\t   2 kB\n"
     monkeypatch.setattr(train.Path, "read_text", lambda _: status)
     assert train._peak_resident_bytes() == 3 << 10
+
+
+def test_a_peak_that_lags_behind_is_no_growth(monkeypatch):
+    memory = train._PeakMemory(torch.device("cpu"))
+    memory._before = 5
+    monkeypatch.setattr(train, "_peak_resident_bytes", lambda: 3)
+    assert memory.growth() == 0

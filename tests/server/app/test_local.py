@@ -163,3 +163,8 @@ def test_its_libraries_print_nothing_when_they_are_imported():
 def test_the_package_has_no_other_attributes():
     with pytest.raises(AttributeError, match="nothing"):
         turret_server.nothing  # noqa: B018
+
+
+def test_the_package_has_no_other_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'RemoteClient'"):
+        _ = turret_server.RemoteClient

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -68,7 +69,11 @@ async def test_memory_is_given_back_on_a_thread(monkeypatch):
     assert await found is not threading.main_thread()
 
 
-def test_a_c_library_without_the_function_is_fine(monkeypatch):
+def test_all_that_is_free_is_given_back_and_a_c_library_without_the_function_is_fine(monkeypatch):
     freed_memory._trim()
+    kept: list[int] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=kept.append))
+    freed_memory._trim()
+    assert kept == [0]
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     freed_memory._trim()

@@ -41,6 +41,7 @@ def test_a_step_is_late_after_half_a_minute_and_hangs_after_five(watched):
 
 
 def test_steps_that_follow_each_other_are_never_late_nor_is_an_idle_engine(watched):
+    assert {watched.look() for _ in range(400)} == {Pace.NORMAL}, "it has not begun"
     for _ in range(100):
         assert set(watched.step(1)) == {Pace.NORMAL}
     watched.progress.is_idle = True

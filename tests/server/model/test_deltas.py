@@ -130,5 +130,7 @@ def test_the_offsets_of_an_adapter_go_to_the_device_in_one_copy():
     with Launches() as launches:
         resident = write_slab(arena, host, tuple(range(50)), names)
     assert resident.lora["m19"].parts[Part.LORA_A].offsets_N.device == flat.device
+    token_ids = resident.lora["m19"].token_ids
+    assert (token_ids.device, token_ids.dtype) == (flat.device, torch.long), "also of none"
     computed = [name for name, *_ in launches.trace if "slice" not in name and "split" not in name]
     assert computed == ["aten.lift_fresh.default", "aten._to_copy.default"]

@@ -47,6 +47,7 @@ STRICT = """{{ bos_token }}{% for message in messages %}
 {% endfor %}"""
 AGENT = """{% set ns = namespace(seen=false, self=1) %}
 {% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}
+{{ tool | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}
 {% endfor %}</tools>{% endif %}
 {% for message in messages -%}
 {% if message.role == 'tool' %}<result>{{ message.content }} of {{ message.tool_call_id }}</result>

@@ -4,11 +4,18 @@ from dataclasses import fields, replace
 
 import pytest
 
+from turret_server.engine.admission import TenantLimits
 from turret_server.errors import InvalidRequestError
 from turret_server.serving.chat import Chat, Message, ToolCall, ToolChoice
 from turret_server.serving.request import AdapterRef, GenerationRequest
 from turret_server.serving.request_fields import FIELDS, RequestFields
-from turret_server.serving.validation import check_adapters, check_chat, check_fields, validate
+from turret_server.serving.validation import (
+    check_adapters,
+    check_chat,
+    check_fields,
+    check_num_tokens,
+    validate,
+)
 
 REQUEST = GenerationRequest(prompt="Hello")
 
@@ -170,3 +177,11 @@ def test_a_chat_that_cannot_be_rendered_is_refused_by_the_fields_name(chat, fiel
         validate(GenerationRequest(prompt=chat))
     assert message in str(refused.value)
     assert refused.value.metadata == {"field": field}
+
+
+def test_answers_of_a_call_must_fit_into_its_tenants_queue_together_and_one_alone_always_does(caller_of):
+    few = caller_of(limits=TenantLimits(max_queued_tokens=100))
+    check_num_tokens([101], few)
+    check_num_tokens([60, 40], few)
+    with pytest.raises(InvalidRequestError, match="found 101"):
+        check_num_tokens([60, 41], few)

@@ -172,9 +172,13 @@ def test_tenants_share_cached_prompts_only_where_both_say_so():
         (f'[tenants.acme]\nkeys = "{DIGEST}"', "keys is a list of digests"),
         (f'[tenants.acme]\nkeys = ["{DIGEST}", "secret"]', "keys is a list of digests"),
         (f'[tenants.acme]\nkeys = ["{DIGEST.upper()}"]', "keys is a list of digests"),
+        ("[tenants.acme]\nkeys = [1]", "keys is a list of digests"),
+        ('[tenants.acme]\nuse = "*"', "use is a list of non-empty strings"),
         ("[tenants.acme]\nidentities = [1]", "identities is a list of non-empty strings"),
         ('[tenants.acme]\nidentities = [""]', "identities is a list of non-empty strings"),
         ('[tenants.acme]\nsources = ["adapters"]', "sources is a list of absolute folders"),
+        ('[tenants.acme]\nsources = "/"', "sources is a list of absolute folders"),
+        ("[tenants.acme]\nsources = [1]", "sources is a list of absolute folders"),
         ('[tenants.acme]\nadmin = "yes"', "admin is true or false; found 'yes'"),
         (
             f'[tenants.a]\nkeys = ["{DIGEST}"]\n[tenants.b]\nkeys = ["{DIGEST}"]',
