@@ -33,7 +33,6 @@ class VllmMetrics(Collector):
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._max_adapters = max_adapters
-        self._adapters: Callable[[], RoutedAdapters] = lambda: RoutedAdapters(resident=(), awaited=())
         self._listed = RoutedAdapters(resident=(), awaited=())
         self._changed = time.time()
         self._running = self._waiting = 0

@@ -246,7 +246,7 @@ class FormParser:
         rest = self._held.lstrip()
         if self._open_mark and rest.startswith(self._open_mark):
             return self._after_mark(self._in_reasoning, rest.removeprefix(self._open_mark))
-        if self._open_mark.startswith(rest) and self._open_mark and not self._final:
+        if self._open_mark.startswith(rest) and not self._final:
             return False
         self._state = self._begin_text
         return True
