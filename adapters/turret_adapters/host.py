@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -33,13 +33,14 @@ class ModuleDelta:
 class HostAdapter:
     """An adapter's tensors; each is contiguous and owns its memory.
 
-    `deltas` is keyed by module path. `prefix_kv` is [N, L, 2, K, D], keys then values, the keys without
-    rotary embedding; `prompt_embeddings` is [N, E]. A request for a multitask adapter uses one of `tasks`
-    instead of this adapter.
+    `deltas` is keyed by module path, `head` by the names of its parameters. `prefix_kv` is [N, L, 2, K, D],
+    keys then values, the keys without rotary embedding; `prompt_embeddings` is [N, E]. A request for a
+    multitask adapter uses one of `tasks` instead of this adapter.
     """
 
     spec: AdapterSpec
     deltas: Mapping[str, ModuleDelta]
+    head: Mapping[str, torch.Tensor] = field(default_factory=dict)
     prefix_kv: torch.Tensor | None = None
     prompt_embeddings: torch.Tensor | None = None
     tasks: tuple[HostAdapter, ...] = ()
@@ -49,6 +50,7 @@ class HostAdapter:
         """Bytes of all its tensors."""
         tensors = [rows_NX for delta in self.deltas.values() for rows_NX in delta.rows.values()]
         tensors += [tensor for tensor in (self.prefix_kv, self.prompt_embeddings) if tensor is not None]
+        tensors += self.head.values()
         own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return own + sum(task.num_bytes for task in self.tasks)
 
@@ -64,21 +66,28 @@ class HostAdapter:
                 module: replace(delta, rows={part: rows.pin_memory() for part, rows in delta.rows.items()})
                 for module, delta in self.deltas.items()
             },
+            head={name: tensor.pin_memory() for name, tensor in self.head.items()},
             prefix_kv=lock(self.prefix_kv),
             prompt_embeddings=lock(self.prompt_embeddings),
             tasks=tuple(task.page_locked() for task in self.tasks),
         )
 
 
-def row_groups(deltas: Mapping[str, ModuleDelta]) -> tuple[RowGroup, ...]:
-    """The shapes of an adapter's rows, as the engine plans with them."""
-    return _shared(
-        tuple(
-            RowGroup(module, part, *rows_NX.shape)
-            for module, delta in deltas.items()
-            for part, rows_NX in delta.rows.items()
-        )
-    )
+def row_groups(
+    deltas: Mapping[str, ModuleDelta], head: Mapping[str, torch.Tensor] | None = None
+) -> tuple[RowGroup, ...]:
+    """The shapes of an adapter's rows, as the engine plans with them. A vector of the head has a row for each
+    number, as it may be wider than a page.
+    """
+    rows = [
+        RowGroup(module, part, *rows_NX.shape)
+        for module, delta in deltas.items()
+        for part, rows_NX in delta.rows.items()
+    ]
+    of_head = [
+        RowGroup(name, Part.HEAD, len(tensor), tensor[0].numel()) for name, tensor in (head or {}).items()
+    ]
+    return _shared((*rows, *of_head))
 
 
 @lru_cache(maxsize=1024)

@@ -79,6 +79,7 @@ class Part(Enum):
     BIAS = "bias"  # replaces b: [1, out_features]; of the head [vocabulary, 1]
     WEIGHT = "weight"  # replaces W: of a norm [1, hidden]; of embedding and head [vocabulary, hidden]
     TOKENS = "tokens"  # replaces rows of embedding or head: [tokens, hidden]
+    HEAD = "head"  # a parameter of the head, of which the module is the name: as many rows as its first size
 
 
 class ModuleKind(Enum):
@@ -111,7 +112,14 @@ class BaseSpec:
 
     `modules` maps the path of every adaptable module (`model.layers.0.self_attn.q_proj`) to its shape, in the
     model's order. In a tied model, head and embedding share their weight. `left_out` are the paths of the
-    modules of a multimodal model that are not part of its language model.
+    modules of a multimodal model that are not part of its language model. An encoder generates no text, and
+    its attention looks to both sides.
+
+    `heads` has the parameters of the head for each task that the base can do: names and shapes, in which 0
+    stands for the number of labels. Those in `head_weights` are in the base's checkpoint, and `head` is its
+    own head, if it was saved with one. The base model is the module `prefix` of what is served, and one of
+    `task_prefixes` in transformers' classes for these tasks. `takes_prefix` is whether it takes keys and
+    values that stand before the first token.
     """
 
     name_or_path: str
@@ -122,6 +130,13 @@ class BaseSpec:
     modules: Mapping[str, ModuleShape]
     tied: bool = False
     left_out: tuple[str, ...] = ()
+    is_encoder: bool = False
+    heads: Mapping[HeadTask, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    head_weights: tuple[str, ...] = ()
+    head: HeadSpec | None = None
+    prefix: str = ""
+    task_prefixes: tuple[str, ...] = ()
+    takes_prefix: bool = True
 
     @property
     def kv_width(self) -> int:

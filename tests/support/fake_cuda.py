@@ -133,13 +133,14 @@ class StreamedDevice(FakeDevice):
         self._readers: dict[str, int] = {}  # the last launch that read an adapter
         cpu = torch.device("cpu")
         base = SimpleNamespace(of_kind=lambda *_: {})
-        loaded = SimpleNamespace(base=base, device=cpu, dtype=torch.float32, vocab_size=1)
+        loaded = SimpleNamespace(base=base, device=cpu, dtype=torch.float32, vocab_size=1, encoder=None)
         self.runner = ModelRunner(loaded, self.arena, self, Unsampled())
         self.runner.close()
         self.runner._loaders = SimpleNamespace(submit=self._jobs.append)
         self.runner._streams = CudaStreams(torch.device("cuda", 1))
         self.runner._forward = self._forward
         self.runner._score = lambda *_: StepResult(token_ids={})
+        self.runner._pool = lambda *_: StepResult(token_ids={})
 
     def tensors(self, revision: str) -> HostAdapter:
         spec = self._specs[revision]
@@ -181,7 +182,7 @@ class StreamedDevice(FakeDevice):
         self.runner.run(step)
         return super().run(step)
 
-    def _forward(self, batch: Batch, _: list[int]) -> torch.Tensor:
+    def _forward(self, batch: Batch, *_: object) -> torch.Tensor:
         """Launches one use of the pages of every context and of the adapters' rows."""
         attention, size = batch.attention, self.block_size
         pages: set[int] = set()

@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoraConfig, Trainable
 from turret_adapters.host import BaseWeights, HostAdapter, ModuleDelta
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
-A, B, GAIN, INPUT_GAIN, BIAS, WEIGHT, TOKENS = Part
+A, B, GAIN, INPUT_GAIN, BIAS, WEIGHT, TOKENS, _HEAD = Part
 TASK = {"task_type": "CAUSAL_LM"}
 
 

@@ -37,7 +37,7 @@ COMMON: Mapping[str, Policy] = {
     "peft_type": Use.READ,
     "peft_version": Use.INERT,
     "revision": Use.INERT,
-    "task_type": ("CAUSAL_LM",),
+    "task_type": Use.READ,
 }
 
 

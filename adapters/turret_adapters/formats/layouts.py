@@ -17,7 +17,7 @@ from turret_adapters.formats.experts import Place, check_pairs, join_halves, lin
 from turret_adapters.formats.fields import show
 from turret_adapters.formats.files import CONFIG_NAME
 from turret_adapters.formats.kind import Content
-from turret_adapters.formats.tensors import MODULE_PREFIX
+from turret_adapters.formats.tensors import MODULE_PREFIX, PROMPT_KEY
 from turret_adapters.host import BaseWeights, ModuleDelta
 from turret_adapters.spec import BaseSpec, ModuleKind, ModuleShape, Part
 
@@ -113,9 +113,17 @@ def _names_in_file(keys: Sequence[str], base: BaseSpec) -> Mapping[str, str]:
     unknown = [key for key in keys if key.startswith(MODULE_PREFIX) and not _names_one_of(own, key)]
     if not unknown:
         return own
-    others = [_renamed(base, *layout) for layout in _LAYOUTS]
-    best = max(others, key=lambda names: sum(_names_one_of(names, key) for key in keys))
+    others = [_renamed(base, *layout) for layout in _LAYOUTS] if not base.is_encoder else []
+    if PROMPT_KEY not in keys:  # beside it, peft leaves out the module around the model
+        others += [_under(base, prefix) for prefix in ("", *(f"{each}." for each in base.task_prefixes))]
+    best = max(others, key=lambda names: sum(_names_one_of(names, key) for key in keys), default=own)
     return best if any(_names_one_of(best, key) for key in unknown) else own
+
+
+def _under(base: BaseSpec, prefix: str) -> dict[str, str]:
+    """As the modules of the base model are called without a head, or in one of the classes for tasks."""
+    own = f"{base.prefix}." if base.prefix else ""
+    return {prefix + path.removeprefix(own): path for path in base.modules}
 
 
 def _check_parts(keys: Iterable[str], base: BaseSpec) -> None:

@@ -7,6 +7,7 @@ defines each kind of adapter.
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from turret_adapters.formats.files import (
     refuse_other_tensors,
     resolve,
 )
+from turret_adapters.formats.heads import plan_head
 from turret_adapters.formats.kind import Content, Kind
 from turret_adapters.formats.kinds import CONVERTIBLE, KINDS
 from turret_adapters.formats.layouts import layout_of_file
@@ -38,7 +40,7 @@ from turret_adapters.formats.replaced import own_vocabulary
 from turret_adapters.formats.tensors import Entry, match_entries, read_header, read_tensor
 from turret_adapters.formats.tokenizer import check_rows, digest_of_template, digest_of_tokens
 from turret_adapters.host import BaseWeights, HostAdapter, row_groups
-from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixSpec
+from turret_adapters.spec import AdapterSpec, BaseSpec, PrefixKind, PrefixSpec
 
 
 def read_adapter(
@@ -104,8 +106,10 @@ def _read_folder(
             named = named.resized(vocab_size)
         if tokenizer:
             check_rows(tokenizer, named.vocab_size)
+        head = plan_head(fields, named, entries)
         plan = kind.plan(fields, named)
-        keys = match_entries(entries, plan.expected, named)
+        expected = {**plan.expected, **(head.expected if head else {})}
+        keys = match_entries(entries, expected, named)
         digest.update(header)
         tensors: dict[str, torch.Tensor] = {}
         for entry, key in zip(entries, keys, strict=True):
@@ -113,12 +117,13 @@ def _read_folder(
             _add_tensor(tensors, key, entry, read_tensor(file, entry, digest))
     if tokenizer:
         digest.update(head_of(TOKENIZER_NAME, len(tokenizer)) + tokenizer)
+    parameters = head.build(tensors) if head else {}
     content = layout.content(plan.build(tensors, layout.weights(weights)))
     spec = AdapterSpec(
         revision=digest.hexdigest()[:REVISION_LENGTH],
         method=kind.method,
-        rows=row_groups(content.deltas),
-        prefix=_prefix_spec(content),
+        rows=row_groups(content.deltas, parameters),
+        prefix=_prefix_spec(content, base),
         max_rank=content.max_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         file_bytes=len(config_bytes) + size + len(tokenizer),
@@ -127,8 +132,9 @@ def _read_folder(
         vocab_size=vocab_size,
         tokenizer=digest_of_tokens(tokenizer),
         chat_template=digest_of_template(tokenizer),
+        head=head.spec if head else None,
     )
-    return _host_adapter(spec, content)
+    return _host_adapter(spec, content, parameters)
 
 
 def _add_tensor(tensors: dict[str, torch.Tensor], key: str, entry: Entry, tensor: torch.Tensor) -> None:
@@ -140,14 +146,15 @@ def _add_tensor(tensors: dict[str, torch.Tensor], key: str, entry: Entry, tensor
     tensors[key] = tensor
 
 
-def _host_adapter(spec: AdapterSpec, content: Content) -> HostAdapter:
+def _host_adapter(spec: AdapterSpec, content: Content, head: Mapping[str, torch.Tensor]) -> HostAdapter:
     return HostAdapter(
         spec=spec,
         deltas=content.deltas,
+        head=head,
         prefix_kv=content.prefix_kv,
         prompt_embeddings=content.prompt_embeddings,
         tasks=tuple(
-            HostAdapter(spec=spec.of_task(task), deltas=content.deltas, prompt_embeddings=rows_NE)
+            HostAdapter(spec=spec.of_task(task), deltas=content.deltas, head=head, prompt_embeddings=rows_NE)
             for task, rows_NE in enumerate(content.tasks)
         ),
     )
@@ -169,7 +176,11 @@ def _parse_config(data: bytes) -> tuple[Kind, Fields]:
     return KINDS[peft_type], fields
 
 
-def _prefix_spec(content: Content) -> PrefixSpec | None:
+def _prefix_spec(content: Content, base: BaseSpec) -> PrefixSpec | None:
     if content.prefix_kind is None:
         return None
-    return PrefixSpec(num_virtual_tokens=content.num_virtual_tokens, kind=content.prefix_kind)
+    return PrefixSpec(
+        num_virtual_tokens=content.num_virtual_tokens,
+        kind=content.prefix_kind,
+        per_request=base.is_encoder and content.prefix_kind is PrefixKind.EMBEDDING,
+    )

@@ -26,6 +26,7 @@ MAX_DIMENSIONS = 8
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MODULE_PREFIX = "base_model.model."
 PROMPT_PREFIX = "base_model."
+PROMPT_KEY = "prompt_embeddings"
 LENGTH_BYTES = 8
 # Under which peft loads an adapter unless told otherwise.
 _ADAPTER_NAME = "default"
@@ -95,13 +96,13 @@ def match_entries(entries: list[Entry], expected: Mapping[str, Expected], base: 
     """Compares the tensors of a header with those to expect from the config and the base model.
 
     Returns:
-        For each tensor the key by which it is expected. peft accepts a few other keys, see `_saved_key`.
+        For each tensor the key by which it is expected. peft accepts a few other keys, see `saved_key`.
 
     Raises:
         AdapterFormatError: a tensor is missing or unexpected, or its shape contradicts the config.
         AdapterBaseError: a shape or a path contradicts the base model.
     """
-    keys = [entry.key if entry.key in expected else _saved_key(entry.key) for entry in entries]
+    keys = [entry.key if entry.key in expected else saved_key(entry.key) for entry in entries]
     unexpected = [entry.key for entry, key in zip(entries, keys, strict=True) if key not in expected]
     if unexpected:
         raise _unexpected(unexpected, base)
@@ -117,7 +118,7 @@ def match_entries(entries: list[Entry], expected: Mapping[str, Expected], base: 
     return keys
 
 
-def _saved_key(key: str) -> str:
+def saved_key(key: str) -> str:
     """The key that peft saves for one that it also loads: that of a model's state dict, in which an adapter
     named "default" stands in the key, and DoRA's vector is a module's weight.
     """

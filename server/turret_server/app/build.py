@@ -114,7 +114,8 @@ def build(
     runner.check()
     runner.warm_up(config.max_batch_requests)
     routing = _vllm_metrics(config, loaded, arena) if config.vllm_metrics else None
-    engine = _make_engine(config, runner, arena, access.tenants, _on_stats(arena, metrics, routing))
+    on_stats = _on_stats(arena, metrics, routing)
+    engine = _make_engine(config, runner, loaded, arena, access.tenants, on_stats)
     cleanup = stack.enter_context(closing(CleanupWorker()))
     revisions = Revisions(engine=engine, registry=registry, library=library, cleanup=cleanup)
     lifecycle = AdapterLifecycle(
@@ -280,6 +281,12 @@ def _load_model(config: ServerConfig) -> tuple[LoadedModel, Arena]:
     loaded = load_model(
         config.model, device=device, dtype=dtype, cache=config.cache, max_context=config.max_context
     )
+    if loaded.encoder and config.max_batch_tokens < loaded.context.tokens:
+        raise ConfigError(
+            f"--max-batch-tokens {config.max_batch_tokens}: expected at least the model's context of "
+            f"{loaded.context.tokens} tokens, as an encoder computes a text in one step; give more, or a "
+            "lower --max-context"
+        )
     graphs = graph_bytes(loaded, config.max_batch_requests)
     num_bytes = arena_bytes(config.memory, device, graphs=graphs)
     arena = Arena(loaded.base, num_bytes, dtype=dtype, device=device)
@@ -324,6 +331,7 @@ def _source_policy(config: ServerConfig) -> Policy:
 def _make_engine(
     config: ServerConfig,
     runner: ModelRunner,
+    loaded: LoadedModel,
     arena: Arena,
     tenants: TenantsFile,
     on_stats: Callable[[EngineStats], None],
@@ -342,6 +350,7 @@ def _make_engine(
         tenants=tenants.limits,
         max_adapter_pages=partial(_max_adapter_pages, tenants, arena.page_bytes),
         on_stats=on_stats,
+        bidirectional=loaded.base.is_encoder,
     )
 
 

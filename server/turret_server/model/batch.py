@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turret_adapters.spec import HeadTask
 from turret_server.engine.step import VIRTUAL_TOKEN, SequenceStep, Step
 from turret_server.kernels import AttentionBatch
 from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas, Segment
+from turret_server.model.encoder import Encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,10 @@ class Batch:
     samples, and all that have `targets`. `sampled` are the sequences that sample a token, `scored` those with
     targets and the rows of these; `sampled_S` are the rows of the sampled, or None if that are all.
 
-    Segments of `deltas` index the batch, those of `head_deltas` index `logits_R`. `virtual` lists the tokens
-    that take an adapter's prompt embedding: (index, revision, row).
+    Segments of `deltas` index the batch, those of `head_deltas` index `logits_R`, or on an encoder the texts
+    for SEQ_CLS heads. `virtual` lists the tokens
+    that take an adapter's prompt embedding: (index, revision, row). `pooled` are the sequences whose hidden
+    states are wanted, and where their tokens are. `token_type_ids_T` is None if all are 0.
     """
 
     token_ids_T: torch.Tensor
@@ -39,6 +43,8 @@ class Batch:
     scored: tuple[tuple[SequenceStep, slice], ...]
     logits_R: torch.Tensor
     virtual: tuple[tuple[int, str, int], ...]
+    pooled: tuple[tuple[SequenceStep, slice], ...] = ()
+    token_type_ids_T: torch.Tensor | None = None
 
 
 def make_batch(
@@ -48,8 +54,11 @@ def make_batch(
     *,
     block_size: int,
     device: torch.device,
+    encoder: Encoder | None = None,
 ) -> Batch:
-    """Packs a step. `resident` are the adapters with rows in the arena, by revision."""
+    """Packs a step. `resident` are the adapters with rows in the arena, by revision; `encoder` is set if the
+    model is one.
+    """
     sequences = sorted(step.sequences, key=lambda sequence: sequence.adapters)
     starts_Q = np.array([sequence.start for sequence in sequences])
     counts_Q = np.array([len(sequence.token_ids) for sequence in sequences])
@@ -59,8 +68,14 @@ def make_batch(
     sequence_T = np.repeat(np.arange(len(sequences)), counts_Q)
     positions_T = np.arange(bounds[-1]) + (starts_Q - bounds[:-1])[sequence_T]
     samples_Q = np.array([sequence.sampling is not None for sequence in sequences])
-    # Targets are those of all tokens, or of all but the last, which samples.
-    rows_Q = np.array([len(each.token_ids) if each.targets else bool(each.sampling) for each in sequences])
+    # Targets are those of all tokens, or of all but the last, which samples. For an encoder's pooler, a text
+    # has one row.
+    rows_Q = np.array(
+        [
+            len(each.token_ids) if each.targets else bool(each.sampling or (encoder and _classifies(each)))
+            for each in sequences
+        ]
+    )
     row_bounds = np.concatenate([[0], np.cumsum(rows_Q)])
 
     def to_device(array: NDArray[np.int64]) -> torch.Tensor:
@@ -68,7 +83,11 @@ def make_batch(
 
     return Batch(
         token_ids_T=to_device(token_ids_T.clip(min=0)),
-        positions_T=to_device(positions_T),
+        positions_T=to_device(
+            positions_T
+            if encoder is None or encoder.padding_id is None
+            else _after_padding(positions_T, token_ids_T, sequences, bounds, encoder.padding_id)
+        ),
         attention=AttentionBatch(
             query_bounds=torch.from_numpy(bounds),
             context_lengths_Q=torch.from_numpy(starts_Q + counts_Q),
@@ -90,7 +109,47 @@ def make_batch(
             (int(index), sequences[sequence_T[index]].prompt or "", int(positions_T[index]))
             for index in np.flatnonzero(token_ids_T == VIRTUAL_TOKEN)
         ),
+        pooled=tuple(
+            (each, slice(start, start + len(each.token_ids)))
+            for each, start in zip(sequences, bounds.tolist(), strict=False)
+            if each.pooling
+        ),
+        token_type_ids_T=to_device(_token_types(sequences, bounds))
+        if any(each.token_type_ids for each in sequences)
+        else None,
     )
+
+
+def _classifies(sequence: SequenceStep) -> bool:
+    return sequence.pooling is not None and sequence.pooling.task is HeadTask.SEQ_CLS
+
+
+def _token_types(sequences: list[SequenceStep], bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    types_T = np.zeros(bounds[-1], np.int64)
+    for each, start, end in zip(sequences, bounds, bounds[1:], strict=False):
+        if each.token_type_ids:
+            types_T[start:end] = each.token_type_ids
+    return types_T
+
+
+def _after_padding(
+    positions_T: NDArray[np.int64],
+    token_ids_T: NDArray[np.int64],
+    sequences: list[SequenceStep],
+    bounds: NDArray[np.int64],
+    padding_id: int,
+) -> NDArray[np.int64]:
+    """Positions as RoBERTa numbers them: from after the padding token, which has its own number wherever it
+    stands in a text; not beside virtual tokens, where the model sees embeddings only.
+    """
+    is_padding_T = token_ids_T == padding_id
+    for each, start, end in zip(sequences, bounds, bounds[1:], strict=False):
+        if each.prompt is not None:
+            is_padding_T[start:end] = False
+    before_T = np.cumsum(is_padding_T)
+    counts = np.diff(bounds)
+    before_T -= np.repeat((before_T - is_padding_T)[bounds[:-1]], counts)
+    return np.where(is_padding_T, padding_id, positions_T + padding_id + 1 - before_T)
 
 
 def _block_tables(sequences: list[SequenceStep], num_pages_Q: NDArray[np.int64]) -> NDArray[np.int64]:

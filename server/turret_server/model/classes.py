@@ -1,4 +1,4 @@
-"""The transformers class with which a model is computed: a decoder of text, and nothing else.
+"""The transformers class with which a model is computed: a decoder of text, or an encoder without a head.
 
 Multimodal models become language models: their towers and projectors are taken out before any weight is read,
 so that these are neither read nor held. What remains keeps its paths, by which adapters name their modules.
@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,12 +21,21 @@ from transformers import (
 from turret_server.errors import UnsupportedModelError
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration is an encoder: its type can fill masks, and it is no decoder."""
+    is_other = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    return not is_other and type(config) in AutoModelForMaskedLM._model_mapping  # noqa: SLF001
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class for models of this configuration.
 
     Raises:
-        UnsupportedModelError: transformers has none that generates text.
+        UnsupportedModelError: transformers has none that generates text or encodes it.
     """
+    if is_encoder(config):
+        found: type[PreTrainedModel] = AutoModel._model_mapping[type(config)]  # noqa: SLF001
+        return found
     is_multimodal = "text_config" in config.sub_configs
     autos = (AutoModelForMultimodalLM, AutoModelForCausalLM) if is_multimodal else (AutoModelForCausalLM,)
     for auto in autos:
@@ -32,8 +43,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         if found is not None:
             return _language_model(found) if is_multimodal else found
     raise UnsupportedModelError(
-        f"{config.model_type} models are not supported: transformers has no causal language model of this "
-        "type",
+        f"{config.model_type} models are not supported: transformers has no causal language model and no "
+        "encoder of this type",
         model=config.model_type,
     )
 

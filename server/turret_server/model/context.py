@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from turret_server.kernels import AttentionBatch, Ops
 from turret_server.model.arena import Arena
@@ -21,7 +23,8 @@ class StepContext:
     """`deltas` are the adapters' changes for the step's tokens, `head_deltas` those for tokens whose logits
     are computed.
 
-    `attention_calls` collects the layer of every call of the attention.
+    `attention_calls` collects the layer of every call of the attention, `hidden_states` what the base model
+    returns, [T, hidden].
     """
 
     ops: Ops
@@ -30,6 +33,7 @@ class StepContext:
     deltas: DeltaBatch | None
     head_deltas: DeltaBatch | None
     attention_calls: list[int]
+    hidden_states: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Slot(threading.local):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from turret_adapters.host import HostAdapter
-from turret_adapters.spec import Part, slab_layout
+from turret_adapters.spec import Part, RowGroup, slab_layout
 from turret_server.kernels import LoraRows
 from turret_server.model.arena import Arena
 
@@ -52,10 +52,12 @@ class ResidentDeltas:
     """One adapter's changes, by module.
 
     `lora` are LoRA rows of linears, which one op applies for all adapters of a step; `others` is the rest.
+    `head` are the parameters of its head, by name: rows and shape.
     """
 
     lora: Mapping[str, ResidentDelta]
     others: Mapping[str, ResidentDelta]
+    head: Mapping[str, tuple[ResidentRows, torch.Size]] = field(default_factory=dict)
 
 
 _LORA = frozenset({Part.LORA_A, Part.LORA_B})
@@ -73,7 +75,7 @@ def write_slab(
     layout = slab_layout(adapter.spec.rows, size)
     offsets, counts = [np.empty(0, np.int64)], []
     for group, runs in zip(adapter.spec.rows, layout.runs, strict=True):
-        rows_NX, done = adapter.deltas[group.module].rows[group.part], 0
+        rows_NX, done = _rows_of(adapter, group), 0
         for run in runs:
             start = pages[run.offset // size] * size + run.offset % size
             arena.write_rows(start, rows_NX[done : done + run.count])
@@ -83,8 +85,13 @@ def write_slab(
     # One copy: an adapter has hundreds of groups.
     every_offset = torch.from_numpy(np.concatenate(offsets)).to(device)
     parts: dict[str, dict[Part, ResidentRows]] = {}
+    head: dict[str, tuple[ResidentRows, torch.Size]] = {}
     for group, offsets_N in zip(adapter.spec.rows, torch.split(every_offset, counts), strict=True):
-        parts.setdefault(group.module, {})[group.part] = ResidentRows(offsets_N, group.width)
+        rows = ResidentRows(offsets_N, group.width)
+        if group.part is Part.HEAD:
+            head[group.module] = rows, adapter.head[group.module].shape
+        else:
+            parts.setdefault(group.module, {})[group.part] = rows
     deltas = {
         name: ResidentDelta(
             adapter.deltas[name].scaling,
@@ -101,7 +108,14 @@ def write_slab(
         others={
             name: delta for name, delta in deltas.items() if name not in linears or delta.parts.keys() - _LORA
         },
+        head=head,
     )
+
+
+def _rows_of(adapter: HostAdapter, group: RowGroup) -> torch.Tensor:
+    if group.part is Part.HEAD:
+        return adapter.head[group.module].reshape(group.count, group.width)
+    return adapter.deltas[group.module].rows[group.part]
 
 
 @dataclass(frozen=True, slots=True)

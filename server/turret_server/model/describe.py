@@ -6,10 +6,8 @@ The model is built on torch's meta device, which has shapes and no numbers, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -28,8 +26,8 @@ from turret_server.model import attention, gate, load
 from turret_server.model.adapted import adapt_modules
 from turret_server.model.classes import model_class
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts
-
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+from turret_server.model.heads import read_head_weights
+from turret_server.model.tensor_files import files_of_tensors
 
 
 def describe_model(name_or_path: str) -> BaseSpec:
@@ -48,7 +46,8 @@ def describe_model(name_or_path: str) -> BaseSpec:
     ops = cast("Ops", SimpleNamespace(pack_nf4=_not_packed))
     adapt_experts(model, ops)
     adapt_modules(model, ops)
-    return load.base_spec(name_or_path, model)
+    head_weights = read_head_weights(name_or_path, config, load.heads_of(model))
+    return load.base_spec(name_or_path, model, config, head_weights)
 
 
 def _quantise_shapes(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -119,16 +118,4 @@ class CheckpointWeights:
 
     @cached_property
     def _file_of(self) -> Mapping[str, str]:
-        index = self._find(_INDEX)
-        if index:
-            files: Mapping[str, str] = json.loads(Path(index).read_text())["weight_map"]
-            return files
-        whole = self._find(_WHOLE)
-        if not whole:
-            return {}
-        with safe_open(whole, "pt") as tensors:
-            return dict.fromkeys(tensors.keys(), _WHOLE)
-
-    def _find(self, file: str) -> str | None:
-        found: str | None = cached_file(self._name_or_path, file, _raise_exceptions_for_missing_entries=False)
-        return found
+        return files_of_tensors(self._name_or_path)

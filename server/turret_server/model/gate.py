@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from turret_server.errors import UnsupportedModelError
+from turret_server.model.classes import is_encoder
 from turret_server.model.experts import EXPERT_MODELS, EXPERTS_METHOD, has_experts, is_stacked
 
 _NF4 = "bitsandbytes NF4"
@@ -83,8 +84,8 @@ def _method(quantization: dict[str, Any]) -> str:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuses attention that looks at later tokens, and stacked weights, which would stay unquantised and
-    unreachable for adapters.
+    """Refuses attention of a decoder that looks at later tokens, or of an encoder that does not; and stacked
+    weights, which would stay unquantised and unreachable for adapters.
 
     The model may be on the meta device.
 
@@ -92,8 +93,16 @@ def check_model(model: PreTrainedModel) -> None:
         UnsupportedModelError: names the model type and the first such module or parameter.
     """
     model_type = model.config.model_type
+    encodes = is_encoder(model.config)
     for name, module in model.named_modules():
-        if getattr(module, "is_causal", None) is False:
+        is_causal = getattr(module, "is_causal", None)
+        if encodes and is_causal:
+            raise UnsupportedModelError(
+                f"{model_type} models are not supported: {name} does not look at later tokens; use an "
+                "encoder of another type",
+                model=model_type,
+            )
+        if is_causal is False and not encodes:
             raise UnsupportedModelError(
                 f"{model_type} models are not supported: {name} looks at later tokens, as an encoder does; "
                 "use a decoder (is_decoder in config.json, for a model that can be either)",

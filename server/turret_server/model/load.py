@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,22 +35,27 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from turret_adapters.formats.files import TOKENIZER_FILES
 from turret_adapters.formats.tokenizer import BaseTokenizer
-from turret_adapters.spec import BaseSpec
+from turret_adapters.spec import BaseSpec, HeadTask
 from turret_adapters.store.disk import make_private
 from turret_server.errors import ConfigError, UnsupportedModelError
 from turret_server.kernels import Ops, has_avx512bf16, select_ops
 from turret_server.model import attention, gate, rope
 from turret_server.model.adapted import AdaptedLinear, adapt_modules, base_modules
 from turret_server.model.checkpoint import check_type, reading
-from turret_server.model.classes import left_out, model_class
+from turret_server.model.classes import is_encoder, left_out, model_class
+from turret_server.model.context import current_step
+from turret_server.model.encoder import Encoder, first_position, prepare_encoder, takes_prefix
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts, is_stacked
+from turret_server.model.heads import Shapes, head_shapes, own_head, read_head_weights, task_prefixes
 from turret_server.model.rope import ContextLength
 from turret_server.model.streams import on_device
+from turret_server.model.tensor_files import files_of_tensors
 
 log = logging.getLogger(__name__)
 
 # Of NVIDIA's Ampere, the first GPUs that multiply bfloat16.
 _MIN_CAPABILITY = (8, 0)
+_POOLER_OPTION = "add_pooling_layer"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
@@ -63,6 +70,8 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     context: ContextLength
+    encoder: Encoder | None
+    head_weights: Mapping[str, torch.Tensor]
     vocab_size: int
     stop_token_ids: frozenset[int]
 
@@ -128,7 +137,8 @@ def check_fits(name_or_path: str, num_bytes: int, device: torch.device) -> None:
 def weight_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """About as many bytes as a model on the meta device takes when it is loaded."""
     head = model.get_output_embeddings()
-    linears = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - {head.weight}
+    kept = set() if head is None else {head.weight}
+    linears = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} - kept
     total = 0.0
     for name, parameter in model.named_parameters():
         is_quantised = parameter in linears or is_stacked(name)
@@ -158,7 +168,7 @@ def load_model(
     ops: Ops | None = None,
     max_context: int | None = None,
 ) -> LoadedModel:
-    """Loads a causal language model with its linears in NF4 and with the server's attention.
+    """Loads a decoder or an encoder with its linears in NF4 and with the server's attention.
 
     Raises:
         UnsupportedModelError: the gate refuses its architecture or its quantisation.
@@ -169,10 +179,10 @@ def load_model(
         check_gpu(device)
     attention.register()
     config = read_config(name_or_path)
-    context = rope.context_length(config, max_context)
     tokenizer = read_tokenizer(name_or_path)
     meta = meta_model(name_or_path, config)
     gate.check_model(meta)
+    context = rope.context_length(config, max_context, first_position=first_position(meta))
     if device.type == "cuda":
         check_fits(name_or_path, weight_bytes(meta, dtype), device)
     # After the gate: kernels are compiled at their first use on a machine, which takes a minute.
@@ -182,18 +192,25 @@ def load_model(
         adapt_experts(model, ops)
         adapt_modules(model, ops)
     rope.fix(model)
-    model.generation_config = _generation_config(name_or_path, model)
+    encoder = prepare_encoder(model) if is_encoder(config) else None
+    if encoder is None:
+        model.generation_config = _generation_config(name_or_path, model)
+        model.base_model.register_forward_hook(_keep_states)
+    with reading(name_or_path, "its head"):
+        head_weights = read_head_weights(name_or_path, config, heads_of(model))
     if device.type == "cpu":
         _copy_from_file(model)
     _return_freed_memory()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        base=base_spec(name_or_path, model),
+        base=base_spec(name_or_path, model, config, head_weights),
         ops=ops,
         device=device,
         dtype=dtype,
         context=context,
+        encoder=encoder,
+        head_weights={name: weight.to(device, dtype) for name, weight in head_weights.items()},
         vocab_size=model.get_input_embeddings().weight.shape[0],
         stop_token_ids=_stop_token_ids(model, tokenizer.live),
     )
@@ -267,12 +284,24 @@ def _load_quantised(
 
 
 def _from_pretrained(name_or_path: str, config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    model, found = model_class(config).from_pretrained(
+    kind = model_class(config)
+    if _POOLER_OPTION in inspect.signature(kind).parameters and not _has_pooler(name_or_path):
+        options = {**options, _POOLER_OPTION: False}
+    model, found = kind.from_pretrained(
         name_or_path, **options, output_loading_info=True, ignore_mismatched_sizes=True
     )
     _check_weights(model, found)
     check_attention(model)
     return model.requires_grad_(requires_grad=False)
+
+
+def _has_pooler(name_or_path: str) -> bool:
+    """Whether a checkpoint has an encoder's pooler; those that were trained to fill masks have none."""
+    return any("pooler" in name.split(".") for name in files_of_tensors(name_or_path))
+
+
+def _keep_states(module: nn.Module, inputs: object, output: Any) -> None:  # noqa: ARG001 (part of the hook)
+    current_step().hidden_states.append(output[0][0])
 
 
 def _check_weights(model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -380,10 +409,17 @@ def _generation_config(name_or_path: str, model: PreTrainedModel) -> GenerationC
         return GenerationConfig.from_pretrained(Path(found).parent)
 
 
-def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
-    """What adapters must know of a model whose modules are adapted."""
+def base_spec(
+    name_or_path: str, model: PreTrainedModel, of_checkpoint: PreTrainedConfig, head_weights: Collection[str]
+) -> BaseSpec:
+    """What adapters must know of a model whose modules are adapted. Its checkpoint has these parameters of
+    heads, and a configuration that names the class with which it was saved.
+    """
     config = model.config.get_text_config(decoder=True)
     num_heads = config.num_attention_heads
+    output = model.get_output_embeddings()
+    heads, own = heads_of(model), own_head(of_checkpoint)
+    has_own = own is not None and own.task in heads and heads[own.task].keys() <= set(head_weights)
     return BaseSpec(
         name_or_path=name_or_path,
         hidden_size=config.hidden_size,
@@ -391,14 +427,27 @@ def base_spec(name_or_path: str, model: PreTrainedModel) -> BaseSpec:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         modules=base_modules(model),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied=output is not None and output.weight is model.get_input_embeddings().weight,
         left_out=left_out(model),
+        is_encoder=is_encoder(model.config),
+        heads=heads,
+        head_weights=tuple(sorted(head_weights)),
+        head=own if has_own else None,
+        prefix="" if is_encoder(model.config) else model.base_model_prefix,
+        task_prefixes=task_prefixes(model.config),
+        takes_prefix=takes_prefix(model),
     )
+
+
+def heads_of(model: PreTrainedModel) -> dict[HeadTask, Shapes]:
+    """The parameters of the heads that a base model can have."""
+    return head_shapes(model.config, has_pooler=getattr(model, "pooler", None) is not None)
 
 
 def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The end-of-sequence tokens of the generation config and the tokenizer's."""
-    found = model.generation_config.eos_token_id if model.generation_config else None
+    config = getattr(model, "generation_config", None)  # an encoder has none
+    found = config.eos_token_id if config else None
     listed = found if isinstance(found, list) else [found]
     return frozenset(each for each in (*listed, tokenizer.eos_token_id) if each is not None)
 

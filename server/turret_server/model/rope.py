@@ -26,8 +26,9 @@ class ContextLength:
     note: str = ""
 
 
-def context_length(config: PreTrainedConfig, wanted: int | None) -> ContextLength:
-    """The length of the model's context, or `wanted` if it is shorter.
+def context_length(config: PreTrainedConfig, wanted: int | None, first_position: int = 0) -> ContextLength:
+    """The length of the context of a model that numbers positions from the first on, or `wanted` if it is
+    shorter.
 
     Raises:
         ConfigError: `wanted` is longer.
@@ -40,7 +41,7 @@ def context_length(config: PreTrainedConfig, wanted: int | None) -> ContextLengt
             "max_position_embeddings, the length of their context; use a model of another type",
             model=config.model_type,
         )
-    found = ContextLength(text.max_position_embeddings)
+    found = ContextLength(text.max_position_embeddings - first_position)
     for parameters in _parameters(text):
         rope_type, tokens = parameters.get("rope_type"), text.max_position_embeddings
         if rope_type == "longrope":

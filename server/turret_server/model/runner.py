@@ -24,12 +24,13 @@ from turret_server.model.adjustment import to_device
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
 from turret_server.model.context import StepContext, step_context
-from turret_server.model.deltas import GatheredRows, ResidentDeltas, write_slab
+from turret_server.model.deltas import DeltaBatch, GatheredRows, ResidentDeltas, write_slab
 from turret_server.model.experts import has_experts
 from turret_server.model.load import LoadedModel
 from turret_server.model.logprobs import score, unpack
+from turret_server.model.pooler import Pooler
 from turret_server.model.sampler import Sampler, not_finite
-from turret_server.model.self_check import check_model
+from turret_server.model.self_check import check_encoder, check_model
 from turret_server.model.streams import make_streams
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ModelRunner:
         self._linears = loaded.base.of_kind(ModuleKind.LINEAR, ModuleKind.EXPERT)
         self._deltas: dict[str, ResidentDeltas] = {}
         self._gathered = GatheredRows()
+        self._pooler = Pooler(loaded, arena)
         self._prompts: dict[str, torch.Tensor] = {}
         self._graphs: DecodeGraphs | None = None
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
@@ -109,7 +111,8 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: the model computes something else.
         """
-        check_model(
+        check = check_model if self._loaded.encoder is None else check_encoder
+        check(
             self._loaded.model,
             self._all_logits,
             num_layers=self._loaded.base.num_layers,
@@ -174,12 +177,23 @@ class ModelRunner:
         if self._graphs and (decoded := self._graphs.run(step)):
             return self._sample(*decoded)
         batch = self._batch(step)
-        logits_RV = self._forward(batch, [])
+        states: list[torch.Tensor] = []
+        logits_RV = self._forward(batch, [], states)
         result = StepResult(token_ids={})
         if batch.sampled:
             logits_SV = logits_RV if batch.sampled_S is None else logits_RV[batch.sampled_S]
             result = self._sample(logits_SV, batch.sampled)
-        return self._score(logits_RV, batch.scored, result) if batch.scored else result
+        if batch.scored:
+            result = self._score(logits_RV, batch.scored, result)
+        return self._pool(states, batch, result) if batch.pooled else result
+
+    @torch.inference_mode()
+    def _pool(self, states: list[torch.Tensor], batch: Batch, result: StepResult) -> StepResult:
+        """The result with the numbers of pooling requests."""
+        [states_TE] = states
+        with step_context(self._context(batch, batch.head_deltas, [])):
+            rows, errors = self._pooler.pool(states_TE, batch.pooled, self._deltas)
+        return replace(result, rows=rows, errors={**result.errors, **errors})
 
     def _filling(self, step: Step) -> Step:
         """The step, while the tokens that the forms of answers allow are computed beside it."""
@@ -262,7 +276,7 @@ class ModelRunner:
     def _all_logits(
         self, prompts: Sequence[Sequence[int]], parts: Sequence[slice] | None = None
     ) -> tuple[torch.Tensor, list[int]]:
-        """Computes prompts on the first pages. See `self_check.Compute`."""
+        """Computes prompts on the first pages; hidden states on an encoder. See `self_check.Compute`."""
         sequences, pages = [], count()
         for index, token_ids in enumerate(prompts):
             table = tuple(islice(pages, -(-len(token_ids) // self._arena.block_size)))
@@ -277,8 +291,10 @@ class ModelRunner:
         batch = self._batch(Step(sequences=tuple(sequences)))
         every_token = torch.arange(len(batch.token_ids_T), device=self._loaded.device)
         attention_calls: list[int] = []
+        states: list[torch.Tensor] = []
         with _errors_of_the_device(), self._streams.step():
-            return self._forward(replace(batch, logits_R=every_token), attention_calls), attention_calls
+            logits_TV = self._forward(replace(batch, logits_R=every_token), attention_calls, states)
+        return logits_TV if self._loaded.encoder is None else states[0], attention_calls
 
     @torch.inference_mode()
     def _copy(self, adapter: HostAdapter, slab_pages: tuple[int, ...], prefix_pages: tuple[int, ...]) -> None:
@@ -301,30 +317,43 @@ class ModelRunner:
             self._gathered,
             block_size=self._arena.block_size,
             device=self._loaded.device,
+            encoder=self._loaded.encoder,
         )
 
-    @torch.inference_mode()
-    def _forward(self, batch: Batch, attention_calls: list[int]) -> torch.Tensor:
-        """Logits of the tokens for which the batch wants them, [R, vocabulary]."""
-        model = self._loaded.model
-        context = StepContext(
+    def _context(self, batch: Batch, deltas: DeltaBatch | None, attention_calls: list[int]) -> StepContext:
+        return StepContext(
             ops=self._loaded.ops,
             arena=self._arena,
             attention=batch.attention,
-            deltas=batch.deltas,
+            deltas=deltas,
             head_deltas=batch.head_deltas,
             attention_calls=attention_calls,
         )
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch, attention_calls: list[int], states: list[torch.Tensor]) -> torch.Tensor:
+        """Logits of the tokens for which the batch wants them, [R, vocabulary]; none on an encoder. Adds the
+        hidden states, [T, hidden], to `states`.
+        """
+        model, encoder = self._loaded.model, self._loaded.encoder
+        context = self._context(batch, batch.deltas, attention_calls)
         with step_context(context):
+            inputs: dict[str, torch.Tensor] = {"position_ids": batch.positions_T[None]}
             if batch.virtual:
-                inputs = {"inputs_embeds": self._embed(batch)}
+                inputs["inputs_embeds"] = self._embed(batch)
             else:
-                inputs = {"input_ids": batch.token_ids_T[None]}
-            output = model(
-                **inputs, position_ids=batch.positions_T[None], use_cache=False, logits_to_keep=batch.logits_R
-            )
-        logits_RV: torch.Tensor = output.logits[0]
-        return logits_RV
+                inputs["input_ids"] = batch.token_ids_T[None]
+            if encoder is None:
+                logits_RV: torch.Tensor = model(
+                    **inputs, use_cache=False, logits_to_keep=batch.logits_R
+                ).logits[0]
+                states += context.hidden_states
+                return logits_RV
+            if batch.token_type_ids_T is not None:
+                inputs["token_type_ids"] = batch.token_type_ids_T[None]
+            states_TE: torch.Tensor = model(**inputs).last_hidden_state[0]
+        states.append(states_TE)
+        return states_TE[:0]
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Token embeddings, with prompt embeddings for virtual tokens, as peft passes them to the model."""

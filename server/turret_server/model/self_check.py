@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ def check_model(
         )
     if not eager_TV.isfinite().all():
         raise refuse(
-            f"the logits of a first prompt are not finite in {str(eager_TV.dtype).removeprefix('torch.')}; "
+            f"the logits of a first prompt are not finite in {_name(eager_TV.dtype)}; "
             "use another --dtype, such as bfloat16, or a checkpoint whose weights are finite"
         )
     expected = (eager_TV[: halves[-1]], eager_TV[halves[-1] :])
@@ -87,6 +87,73 @@ def check_model(
                 f"the logits of a prompt's {step} step, beside another, differ from those with transformers' "
                 f"eager attention by {difference:.2g} standard deviations; use a model of another type"
             )
+
+
+def check_encoder(
+    model: PreTrainedModel, compute: Compute, *, num_layers: int, lengths: tuple[int, int]
+) -> None:
+    """Compares a short random text, beside another, with transformers on the same weights, with eager
+    attention and positions of its own.
+
+    Args:
+        model: an encoder whose modules are adapted.
+        compute: computes batches with it; hidden states instead of logits.
+        num_layers: its layers with attention.
+        lengths: tokens of the text and of the other; 0 if there is no room for another.
+
+    Raises:
+        UnsupportedModelError: it computes something else, or fails.
+    """
+
+    def refuse(why: str) -> UnsupportedModelError:
+        model_type = model.config.model_type
+        return UnsupportedModelError(f"{model_type} models are not supported: {why}", model=model_type)
+
+    text, other = _prompts(model.get_input_embeddings().weight.shape[0], *lengths)
+    try:
+        found_TE, calls = compute([each for each in (other, text) if each])
+        with _eager_attention(model), _own_positions(model):
+            expected_TE, _ = compute([text])
+    except (MemoryError, DeviceLostError):
+        raise
+    except Exception as error:
+        raise refuse(
+            f"a first text failed with {type(error).__name__}: {error}; use a model of another type"
+        ) from error
+    if sorted(calls) != list(range(num_layers)):
+        raise refuse(
+            f"of {num_layers} layers, {len(set(calls))} call the attention function, {len(calls)} times; use "
+            "a model in which every layer does once"
+        )
+    if not expected_TE.isfinite().all():
+        raise refuse(
+            f"the hidden states of a first text are not finite in {_name(expected_TE.dtype)}; use another "
+            "--dtype, such as bfloat16, or a checkpoint whose weights are finite"
+        )
+    difference = _difference(found_TE[-len(text) :], expected_TE)
+    if not difference <= _TOLERANCES[found_TE.dtype]:
+        raise refuse(
+            f"the hidden states of a text, beside another, differ from those of transformers with eager "
+            f"attention by {difference:.2g} standard deviations; use a model of another type"
+        )
+
+
+@contextmanager
+def _own_positions(model: PreTrainedModel) -> Iterator[None]:
+    """The model numbers the positions of a text itself within the block."""
+
+    def drop(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, {name: each for name, each in options.items() if name != "position_ids"}
+
+    hook = model.register_forward_pre_hook(drop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _prompts(vocab_size: int, first: int, second: int) -> tuple[list[int], list[int]]:

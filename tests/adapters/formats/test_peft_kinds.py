@@ -20,7 +20,7 @@ from turret_adapters.formats.peft import read_adapter
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, Method, ModuleKind, Part, PrefixKind
 
-A, B, GAIN, INPUT_GAIN, BIAS, WEIGHT, TOKENS = Part
+A, B, GAIN, INPUT_GAIN, BIAS, WEIGHT, TOKENS, _HEAD = Part
 NEOX = ["query_key_value", "dense_4h_to_h"]
 # family, config, and the parts that must be found
 CASES: dict[str, tuple[str, Callable[[], Any], set[Part]]] = {

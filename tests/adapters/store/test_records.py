@@ -113,6 +113,13 @@ def test_a_reader_differs_by_every_property_of_the_base_and_by_the_version(
         "modules": {"m": replace(shape, has_bias=True)},
         "tied": True,
         "left_out": ("vision_tower",),
+        "is_encoder": True,
+        "heads": {HeadTask.SEQ_CLS: {"score.weight": (0, 8)}},
+        "head_weights": ("score.weight",),
+        "head": HeadSpec(task=HeadTask.SEQ_CLS, labels=("a",)),
+        "prefix": "model",
+        "task_prefixes": ("bert",),
+        "takes_prefix": False,
     }
     assert others.keys() == {field.name for field in fields(base)}
     found = [reader_of(base), *(reader_of(replace(base, **{name: value})) for name, value in others.items())]

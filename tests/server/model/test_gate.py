@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
@@ -53,16 +54,22 @@ def test_families_that_would_go_wrong_in_silence_are_refused_by_name(config, why
 @pytest.mark.parametrize(
     "config", [BertConfig(num_hidden_layers=1), RobertaConfig(num_hidden_layers=1)], ids=["bert", "roberta"]
 )
-def test_attention_that_looks_at_later_tokens_is_refused(config):
+def test_attention_of_a_decoder_looks_back_and_that_of_an_encoder_to_both_sides(config):
     check(config)
     with torch.device("meta"):
+        encoder = AutoModel.from_config(config)
+        check_model(encoder)
+        encoder.config.is_decoder = True
         with pytest.raises(
             UnsupportedModelError, match=f"{config.model_type} .*looks at later tokens"
         ) as found:
-            check_model(AutoModelForCausalLM.from_config(config))
+            check_model(encoder)
         assert found.value.metadata["model"] == config.model_type
-        config.is_decoder = True
-        check_model(AutoModelForCausalLM.from_config(config))
+        decoder = AutoModelForCausalLM.from_config(config)
+        check_model(decoder)
+        decoder.config.is_decoder = False
+        with pytest.raises(UnsupportedModelError, match="does not look at later tokens"):
+            check_model(decoder)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "youtu", "minicpm3"])

@@ -236,8 +236,8 @@ def test_a_prompt_is_scored_beside_what_is_sampled(runner, sampler):
 def test_a_prompt_whose_logits_are_not_finite_fails_alone(runner, monkeypatch):
     forward = runner._forward
 
-    def broken(batch, calls):
-        logits_RV = forward(batch, calls).clone()
+    def broken(*arguments):
+        logits_RV = forward(*arguments).clone()
         logits_RV[1] = torch.nan
         return logits_RV
 

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, DiffLlamaConfig, DiffLlamaForCausalLM
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM
 
 from support.models import VOCAB_SIZE
 from support.tokenizers import save_tokenizer
 from turret_server.engine.step import DeviceLostError
 from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
-from turret_server.model import gate
 from turret_server.model.arena import Arena
 from turret_server.model.context import current_step
 from turret_server.model.load import load_model
@@ -48,28 +47,16 @@ def test_a_model_that_is_computed_as_by_transformers_passes(base_of, quantised_c
     assert runner._loaded.model.config._attn_implementation == "turret"
 
 
-def test_attention_that_looks_at_later_tokens_is_found(tmp_path, monkeypatch):
+def test_attention_that_looks_at_later_tokens_is_found(base_of, quantised_cache):
     """Past the gate, as with a family that it does not know."""
-    config = BertConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = BertLMHeadModel(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(3)
-    model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
-    monkeypatch.setattr(gate, "check_model", lambda _: None)
+    runner = load(base_of("llama"), quantised_cache)
+    for layer in runner._loaded.model.model.layers:
+        layer.self_attn.is_causal = False
     with pytest.raises(
-        UnsupportedModelError, match=r"bert models.*a prompt's first step, .* differ.*standard"
+        UnsupportedModelError, match=r"llama models.*a prompt's first step, .* differ.*standard"
     ) as refused:
-        load(tmp_path / "model", tmp_path / "cache").check()
-    assert refused.value.metadata["model"] == "bert"
+        runner.check()
+    assert refused.value.metadata["model"] == "llama"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret_adapters.errors import AdapterBaseError
-from turret_adapters.formats.fields import COMMON, REFUSED, Fields, Policy, Use, refusal
+from turret_adapters.formats.fields import COMMON, Fields, Policy, Use, refusal
 from turret_adapters.formats.files import CONFIG_NAME, MAX_TENSORS_BYTES
 from turret_adapters.formats.kind import Content, Kind, Tensors, check_finite
 from turret_adapters.formats.replaced import Replaced, plan_copies
-from turret_adapters.formats.tensors import WIDTH, Expected
+from turret_adapters.formats.tensors import PROMPT_KEY, WIDTH, Expected
 from turret_adapters.host import BaseWeights
 from turret_adapters.spec import BaseSpec, Method, PrefixKind
 
@@ -24,13 +24,12 @@ MAX_VIRTUAL_TOKENS = 4096
 MAX_TASKS = 1024
 MAX_TASK_RANK = 512
 
-_KEY = "prompt_embeddings"
 _COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 _FLOAT_BYTES = 4
 
 _FIELDS: Mapping[str, Policy] = {
     **COMMON,
-    "modules_to_save": REFUSED,
+    "modules_to_save": Use.READ,
     "num_attention_heads": Use.READ,
     "num_layers": Use.READ,
     "num_transformer_submodules": (1,),
@@ -58,12 +57,12 @@ class PrefixPlan:
     def expected(self) -> Mapping[str, Expected]:
         return {
             **self.replaced.expected,
-            _KEY: Expected((self.num_virtual_tokens, self.base.kv_width), (None, WIDTH)),
+            PROMPT_KEY: Expected((self.num_virtual_tokens, self.base.kv_width), (None, WIDTH)),
         }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
         base = self.base
-        kv_NLTHD = tensors[_KEY].view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
+        kv_NLTHD = tensors[PROMPT_KEY].view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
         return Content(
             deltas=self.replaced.rows(tensors, weights).deltas(),
             prefix_kind=PrefixKind.KEY_VALUE,
@@ -84,7 +83,7 @@ class PromptPlan:
     def expected(self) -> Mapping[str, Expected]:
         return {
             **self.replaced.expected,
-            _KEY: Expected((self.num_virtual_tokens, self.base.hidden_size), (None, WIDTH)),
+            PROMPT_KEY: Expected((self.num_virtual_tokens, self.base.hidden_size), (None, WIDTH)),
         }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
@@ -92,7 +91,7 @@ class PromptPlan:
             deltas=self.replaced.rows(tensors, weights).deltas(),
             prefix_kind=PrefixKind.EMBEDDING,
             num_virtual_tokens=self.num_virtual_tokens,
-            prompt_embeddings=tensors[_KEY],
+            prompt_embeddings=tensors[PROMPT_KEY],
         )
 
 
@@ -111,24 +110,31 @@ class MultitaskPlan:
         hidden = self.base.hidden_size
         return {
             **self.replaced.expected,
-            _KEY: Expected((self.num_virtual_tokens, hidden), (None, WIDTH)),
+            PROMPT_KEY: Expected((self.num_virtual_tokens, hidden), (None, WIDTH)),
             _COLS: Expected((self.num_tasks, self.num_virtual_tokens, self.rank), (None, None, None)),
             _ROWS: Expected((self.num_tasks, self.rank, hidden), (None, None, WIDTH)),
         }
 
     def build(self, tensors: Tensors, weights: BaseWeights) -> Content:
-        shared_NE = tensors[_KEY].float()
+        shared_NE = tensors[PROMPT_KEY].float()
         cols_SNR, rows_SRE = tensors[_COLS].float(), tensors[_ROWS].float()
         tasks = [shared_NE * (cols_NR @ rows_RE) for cols_NR, rows_RE in zip(cols_SNR, rows_SRE, strict=True)]
         return Content(
             deltas=self.replaced.rows(tensors, weights).deltas(),
             prefix_kind=PrefixKind.EMBEDDING,
             num_virtual_tokens=self.num_virtual_tokens,
-            tasks=tuple(check_finite(_KEY, task_NE) for task_NE in tasks),
+            tasks=tuple(check_finite(PROMPT_KEY, task_NE) for task_NE in tasks),
         )
 
 
 def _plan_prefix(fields: Fields, base: BaseSpec) -> PrefixPlan:
+    _check_saved(fields)
+    if not base.takes_prefix:
+        raise AdapterBaseError(
+            f"{CONFIG_NAME}: expected a method that peft runs on the base model {base.name_or_path!r}, which "
+            "takes no keys and values before the first token, found PREFIX_TUNING (train the adapter with "
+            "another method)"
+        )
     num_virtual_tokens = fields.integer("num_virtual_tokens", most=MAX_VIRTUAL_TOKENS)
     # peft overwrites the last two with the key-value heads' for this method.
     _check_base(
@@ -142,6 +148,7 @@ def _plan_prefix(fields: Fields, base: BaseSpec) -> PrefixPlan:
 
 
 def _plan_prompt(fields: Fields, base: BaseSpec) -> PromptPlan:
+    _check_saved(fields)
     num_virtual_tokens = fields.integer("num_virtual_tokens", most=MAX_VIRTUAL_TOKENS)
     _check_base(
         fields, base, num_layers=base.num_layers, num_attention_heads=None, token_dim=base.hidden_size
@@ -165,6 +172,12 @@ def _plan_multitask(fields: Fields, base: BaseSpec) -> MultitaskPlan:
         rank=rank,
         replaced=prompt.replaced,
     )
+
+
+def _check_saved(fields: Fields) -> None:
+    """Only a head is saved whole beside virtual tokens; `heads` checks that it is in the file."""
+    if fields.get("task_type") in (None, "CAUSAL_LM") and fields.get("modules_to_save"):
+        raise fields.refusal("modules_to_save", "empty, since it is not supported")
 
 
 def _check_base(fields: Fields, base: BaseSpec, **expected: int | None) -> None:
