@@ -69,6 +69,13 @@ def test_a_store_that_was_closed_is_opened_again(tmp_path: Path) -> None:
         store.close()
 
 
+def test_the_lock_file_has_this_process_in_the_place_of_any_before(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_bytes(b"9" * 20)
+    store = AdapterStore(tmp_path)
+    assert (tmp_path / "lock").read_text() == str(os.getpid())
+    store.close()
+
+
 def test_what_is_in_the_lock_file_is_shown_only_if_it_is_a_process(tmp_path: Path) -> None:
     store = AdapterStore(tmp_path)
     (tmp_path / "lock").write_bytes(b"\xff\n; stop \x1b[2J")

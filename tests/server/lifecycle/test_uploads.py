@@ -295,6 +295,19 @@ async def test_archives_are_received_a_few_at_a_time(receiver, archive, monkeypa
         await receiver.receive_archive("poet", bytes_of(archive), len(archive), tenant())
 
 
+async def test_the_disk_is_waited_for_on_threads_of_its_own(receiver, sent, archive, monkeypatch):
+    used, run = [], uploads.run_to_completion
+
+    async def noted(call, **options):
+        used.append(options.get("executor"))
+        return await run(call, **options)
+
+    monkeypatch.setattr(uploads, "run_to_completion", noted)
+    await receive(receiver, sent.parts())
+    await receiver.receive_archive("bard", bytes_of(archive), len(archive), tenant())
+    assert set(used) == {receiver._threads}
+
+
 async def test_an_archive_needs_the_permission_to_load(receiver, archive):
     with pytest.raises(AdapterNotFoundError):
         await receiver.receive_archive(
