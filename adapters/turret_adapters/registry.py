@@ -423,7 +423,8 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
     """Checks that adapters, given with their names and weights, work together in one request.
 
     LoRAs add up, each with its weight (peft's `add_weighted_adapter(combination_type="cat")`); prefixes are
-    joined. An adapter with a vocabulary of its own is alone, and tokenizers must be the same.
+    joined, unless one's embeddings are computed with each text, as on an encoder. An adapter with a
+    vocabulary or a head of its own is alone, and tokenizers must be the same.
 
     Raises:
         AdapterCompositionError: they do not.
@@ -442,6 +443,13 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
                 f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a LoRA is scaled, "
                 f"found {weight:g}"
             )
+    prefixes = {name: spec.prefix for name, spec, _ in named if spec.prefix}
+    per_request = [name for name, prefix in prefixes.items() if prefix.per_request]
+    if per_request and sum(spec.prefix is not None for _, spec, _ in named) > 1:
+        raise AdapterCompositionError(
+            f"adapter {per_request[0]!r}: expected no other adapter with virtual tokens beside it, as an "
+            "encoder computes its embeddings with the text; request them separately"
+        )
     if len({spec.tokenizer for _, spec, _ in named if spec.tokenizer}) > 1:
         raise AdapterCompositionError(
             "expected adapters with one tokenizer in a request, found adapters whose folders have different "

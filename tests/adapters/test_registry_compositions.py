@@ -14,7 +14,7 @@ from turret_adapters.errors import (
 )
 from turret_adapters.host import HostAdapter
 from turret_adapters.registry import Named
-from turret_adapters.spec import TASK_MARK, Part, RowGroup
+from turret_adapters.spec import TASK_MARK, Part, PrefixKind, RowGroup
 
 
 @pytest.fixture
@@ -79,6 +79,9 @@ def test_prefixes_of_one_request_become_one_in_their_order(registry):
         ([Named("poet"), Named("activated")], "'activated' .* request this one alone"),
         ([Named("prefix", 0.5)], "'prefix' .* expected weight 1"),
         ([Named("gain", 0.5)], "'gain' .* expected weight 1"),
+        ([Named("prefix"), Named("prompt")], "'prompt': expected no other adapter with virtual tokens"),
+        ([Named("prompt"), Named("prompt")], "'prompt': expected no other adapter with virtual tokens"),
+        ([Named("poet"), Named("classifier")], "'classifier' .* request this one alone"),
     ],
 )
 def test_an_invalid_composition_is_refused_by_name_and_pins_nothing(registry, named, said):
@@ -88,6 +91,10 @@ def test_an_invalid_composition_is_refused_by_name_and_pins_nothing(registry, na
     registry.publish("gain", HostAdapter(spec=gain, deltas={}))
     activated = make_spec("4", slab_pages=1, invocation=(7,))
     registry.publish("activated", HostAdapter(spec=activated, deltas={}))
+    prompt = make_spec("5", num_virtual=2, kind=PrefixKind.EMBEDDING, per_request=True)
+    registry.publish("prompt", HostAdapter(spec=prompt, deltas={}))
+    head = replace(make_spec("6"), rows=(RowGroup("score.weight", Part.HEAD, 2, 4),))
+    registry.publish("classifier", HostAdapter(spec=head, deltas={}))
     with pytest.raises(AdapterCompositionError, match=said):
         registry.acquire(named)
     assert {status.active_requests for status in registry.statuses()} == {0}

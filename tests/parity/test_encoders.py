@@ -23,6 +23,7 @@ from support.encoders import (
     save_base,
     save_task_adapter,
 )
+from support.running import submit, wait
 from support.tokenizers import VOCAB_SIZE
 from turret_adapters.registry import Named
 from turret_server.app.assembly import assemble
@@ -128,9 +129,10 @@ def test_alone(
 
 
 def test_mixed_in_one_batch(parts: Parts, adapters) -> None:
-    """To the bit what each gets alone."""
+    """To the bit what each gets alone; a decoder writes meanwhile."""
     cases = [*adapters, None]
     asked = texts(3 * len(cases), seed=3)
+    writing = [] if parts.loaded.base.is_encoder else [submit(parts, text) for text in asked[:5]]
     running = []
     for index, text in enumerate(asked):
         case = cases[index % len(cases)]
@@ -139,3 +141,8 @@ def test_mixed_in_one_batch(parts: Parts, adapters) -> None:
         running.append((text, named, params, pool(parts, text, *named, params=params)))
     for text, named, params, one in running:
         assert torch.equal(pool(parts, text, *named, params=params).numbers, one.numbers)
+    for one in writing:
+        wait(one)
+        alone = submit(parts, one.prompt)
+        wait(alone)
+        assert one.token_ids == alone.token_ids

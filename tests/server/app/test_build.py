@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import trustme
 from prometheus_client import CollectorRegistry
 
 from support.adapter_files import write_folder
+from support.encoders import save_base
 from support.prompts import until
 from support.running import RecordingSampler
 from turret.v1 import prompts_pb2, prompts_pb2_grpc
@@ -419,3 +421,22 @@ async def test_requests_are_traced_only_on_demand(monkeypatch: pytest.MonkeyPatc
                 await log.finish(record, "stop")
             assert len(traced) == expected
     assert traced[1:] == ["m ends"]
+
+
+def test_a_step_must_hold_the_context_of_an_encoder(tmp_path, quantised_cache):
+    base = save_base("bert", tmp_path / "bert")
+    config = ServerConfig(
+        model=str(base),
+        max_batch_tokens=100,
+        memory="8MiB",
+        cache=quantised_cache,
+        store=tmp_path / "store",
+        device="cpu",
+    )
+    with (
+        pytest.raises(ConfigError, match=r"--max-batch-tokens 100: expected at least .* 128 tokens"),
+        assemble(config),
+    ):
+        pass
+    with assemble(replace(config, max_context=100)):
+        pass
