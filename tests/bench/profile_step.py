@@ -32,7 +32,7 @@ from turret_server.kernels.cpu import attention as cpu_attention
 from turret_server.kernels.cpu import dense as cpu_dense
 from turret_server.kernels.cpu import lora as cpu_lora
 from turret_server.kernels.cpu import nf4 as cpu_nf4
-from turret_server.kernels.cpu import ops as cpu_ops
+from turret_server.kernels.cpu import pointwise as cpu_pointwise
 from turret_server.kernels.cpu.cores import claim_cores
 from turret_server.model.adapted import AdaptedLinear
 
@@ -42,7 +42,9 @@ KERNELS: dict[str, tuple[Any, str]] = {
     "LoRAs": (cpu_lora, "_lora_add"),
     "attention": (cpu_attention, "_attend"),
     "head": (cpu_dense, "_linear"),
-    "norms": (cpu_ops, "_rms_norm"),
+    "norms": (cpu_pointwise, "_rms_norm"),
+    "SwiGLU": (cpu_pointwise, "_silu_multiply"),
+    "rotary embedding": (cpu_pointwise, "_rotate"),
 }
 BATCHES = (1, 8, 32)
 TOKENS = (1, 4, 8, 16, 20, 32, 64, 128, 256, 512)

@@ -87,6 +87,8 @@ def run_every_op(dtype, head_dims):
     for num_tokens in (1, 64, 65):
         ops.nf4_linear(torch.randn(num_tokens, 512, dtype=dtype), packed)
     ops.rms_norm(torch.randn(3, 512, dtype=dtype), torch.randn(512, dtype=dtype), 1e-5)
+    ops.silu_multiply(*torch.randn(2, 3, 512, dtype=dtype))
+    ops.rotate(torch.randn(3, 4, 64, dtype=dtype), *torch.randn(2, 3, 64, dtype=dtype))
     arena, rows = lora(dtype, 512, 128, [(0, 1, 16), (1, 40, 5)], device=CPU)
     ops.lora_add(torch.randn(40, 128, dtype=dtype), torch.randn(40, 512, dtype=dtype), arena, rows)
     gather(StepRows.empty(3, 2, CPU), torch.zeros(2, 4, dtype=torch.int32), torch.zeros(8, 3).long())

@@ -7,7 +7,8 @@ context.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -45,8 +46,9 @@ class LoraRows:
 
     Segment s has tokens token_starts[s] … token_ends[s] - 1 and rows row_bounds[s] … row_bounds[s + 1] - 1.
     Row r reads A at a_offsets[r] and B at b_offsets[r], element offsets in the arena, and is scaled by
-    weights[r]. Compared by identity: while a batch decodes, every step has the same object, so an
-    implementation can cache what it derives from it.
+    weights[r]. Segment s changes out features columns[s][0] … columns[s][1] - 1, all if `columns` is empty;
+    segments that change different ones may have the same tokens, see `Ops.group`. Compared by identity: while
+    a batch decodes, every step has the same object, so an implementation can cache what it derives from it.
     """
 
     token_starts: tuple[int, ...]
@@ -55,6 +57,7 @@ class LoraRows:
     a_offsets_R: torch.Tensor
     b_offsets_R: torch.Tensor
     weights_R: torch.Tensor
+    columns: tuple[tuple[int, int], ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +120,21 @@ class Ops(Protocol):
         rows: LoraRows | None,
     ) -> torch.Tensor:
         """`nf4_linear` followed by `lora_add` if there are rows, [T, O]."""
+
+    def group(
+        self, weights: Sequence[NF4Weight | PackedNF4Weight]
+    ) -> tuple[PackedNF4Weight, list[PackedNF4Weight]] | None:
+        """Weights of one number of in features as one, their out features side by side, and each of them
+        again, in that one's memory. None where one product is not faster than one of each, or has other bits.
+        """
+
+    def silu_multiply(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        """Gate · sigmoid(gate), rounded to the dtype, times up, [T, I]; rows may lie apart."""
+
+    def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        """Rotary embedding (arXiv 2104.09864) by halves: x · cos + (−second half, first half) · sin, each
+        product rounded to the dtype, [T, H, D]; tokens may lie apart.
+        """
 
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch

@@ -6,6 +6,8 @@ share a key-value head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
@@ -35,9 +37,10 @@ class ReferenceOps:
         for segment, (start, end) in enumerate(zip(rows.token_starts, rows.token_ends, strict=True)):
             segment_rows = slice(rows.row_bounds[segment], rows.row_bounds[segment + 1])
             a_RI = _gather_rows(arena, rows.a_offsets_R[segment_rows], x_TI.shape[1])
-            b_RO = _gather_rows(arena, rows.b_offsets_R[segment_rows], y_TO.shape[1])
+            first, last = rows.columns[segment] if rows.columns else (0, y_TO.shape[1])
+            b_RO = _gather_rows(arena, rows.b_offsets_R[segment_rows], last - first)
             shrunk_TR = (x_TI[start:end].float() @ a_RI.T) * rows.weights_R[segment_rows]
-            y_TO[start:end] += (shrunk_TR @ b_RO).to(y_TO.dtype)
+            y_TO[start:end, first:last] += (shrunk_TR @ b_RO).to(y_TO.dtype)
 
     def adapted_linear(
         self,
@@ -50,6 +53,16 @@ class ReferenceOps:
         if rows is not None:
             self.lora_add(y_TO, x_TI, arena, rows)
         return y_TO
+
+    def group(self, weights: Sequence[NF4Weight | PackedNF4Weight]) -> None:
+        """None: bitsandbytes' layout of several weights cannot be joined."""
+
+    def silu_multiply(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(gate_TI) * up_TI
+
+    def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        first, second = x_THD.chunk(2, dim=-1)
+        return x_THD * cos_TD[:, None] + torch.cat((-second, first), dim=-1) * sin_TD[:, None]
 
     def write_kv(
         self,

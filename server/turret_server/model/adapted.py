@@ -5,6 +5,9 @@ Each computes the base's output for the whole batch, and then the changes of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
@@ -42,12 +45,16 @@ class AdaptedLinear(Adapted):
         super().__init__(name, _shape(ModuleKind.LINEAR, in_features, out_features, bias))
         self.weight = weight
         self.bias = bias
+        self.group: LinearGroup | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = current_step()
         x_TI = x.reshape(-1, self.shape.in_features)
-        if step.deltas is None:
-            y_TO = self._product(x_TI, step)
+        grouped = None if self.group is None else self.group.output(self, x, step)
+        if grouped is not None:
+            y_TO = grouped if self.bias is None else grouped + self.bias
+        elif step.deltas is None:
+            y_TO = _product(x_TI, self.weight, step)
             if self.bias is not None:
                 y_TO += self.bias
         else:
@@ -58,22 +65,55 @@ class AdaptedLinear(Adapted):
         changes = deltas.changes(self.name)
         if changes:
             x_TI = _scale(x_TI, self.name, Part.INPUT_GAIN, step, deltas)
-        y_TO = self._product(x_TI, step, deltas.lora(self.name))
+        y_TO = _product(x_TI, self.weight, step, deltas.lora(self.name))
         if not changes:
             return y_TO if self.bias is None else y_TO + self.bias
         y_TO = _scale(y_TO, self.name, Part.GAIN, step, deltas)
         return _add_bias(y_TO, self.name, self.bias, step, deltas)
 
-    def _product(self, x_TI: torch.Tensor, step: StepContext, rows: LoraRows | None = None) -> torch.Tensor:
-        """The weight's product, and what the LoRA rows add to it."""
-        if isinstance(self.weight, torch.Tensor):
-            y_TO = step.ops.linear(x_TI, self.weight)
-            if rows is not None:
-                step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
-            return y_TO
-        if rows is None:
-            return step.ops.nf4_linear(x_TI, self.weight)
-        return step.ops.adapted_linear(x_TI, self.weight, step.arena.flat, rows)
+
+class LinearGroup:
+    """Quantised linears that the model calls one after another with the same input: the first computes the
+    product of all.
+    """
+
+    def __init__(self, linears: Sequence[AdaptedLinear], weight: PackedNF4Weight) -> None:
+        self._linears = linears
+        self._names = tuple(each.name for each in linears)
+        self._weight = weight
+        self._sizes = [each.shape.out_features for each in linears]
+        self._columns = tuple(pairwise(accumulate(self._sizes, initial=0)))
+        # The input, and the outputs of linears that are still to be called.
+        self._computed: tuple[torch.Tensor, dict[AdaptedLinear, torch.Tensor]] | None = None
+        for each in linears:
+            each.group = self
+
+    def output(self, linear: AdaptedLinear, x: torch.Tensor, step: StepContext) -> torch.Tensor | None:
+        """A linear's output without its bias, [T, O]; None if it must compute it itself."""
+        deltas = step.deltas
+        if deltas is not None and any(map(deltas.changes, self._names)):
+            return None
+        if linear is self._linears[0]:
+            self._computed = x, self._compute(x, step)
+        if self._computed is None or self._computed[0] is not x:
+            self._dissolve()
+            return None
+        outputs = self._computed[1]
+        y_TO = outputs.pop(linear)
+        if not outputs:
+            self._computed = None
+        return y_TO
+
+    def _compute(self, x: torch.Tensor, step: StepContext) -> dict[AdaptedLinear, torch.Tensor]:
+        rows = None if step.deltas is None else step.deltas.grouped_lora(self._names, self._columns)
+        y_TO = _product(x.reshape(-1, x.shape[-1]), self._weight, step, rows)
+        return dict(zip(self._linears, torch.split(y_TO, self._sizes, dim=1), strict=True))
+
+    def _dissolve(self) -> None:
+        """The model calls them with other inputs: each computes its own from now on."""
+        self._computed = None
+        for each in self._linears:
+            each.group = None
 
 
 class AdaptedHead(Adapted):
@@ -197,6 +237,23 @@ def _shape(kind: ModuleKind, in_features: int, out_features: int, bias: torch.Te
     return ModuleShape(
         kind=kind, in_features=in_features, out_features=out_features, has_bias=bias is not None
     )
+
+
+def _product(
+    x_TI: torch.Tensor,
+    weight: NF4Weight | PackedNF4Weight | torch.Tensor,
+    step: StepContext,
+    rows: LoraRows | None = None,
+) -> torch.Tensor:
+    """The weight's product, and what the LoRA rows add to it."""
+    if isinstance(weight, torch.Tensor):
+        y_TO = step.ops.linear(x_TI, weight)
+        if rows is not None:
+            step.ops.lora_add(y_TO, x_TI, step.arena.flat, rows)
+        return y_TO
+    if rows is None:
+        return step.ops.nf4_linear(x_TI, weight)
+    return step.ops.adapted_linear(x_TI, weight, step.arena.flat, rows)
 
 
 def _scale(x_TX: torch.Tensor, name: str, part: Part, step: StepContext, deltas: DeltaBatch) -> torch.Tensor:

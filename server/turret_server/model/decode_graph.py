@@ -196,7 +196,7 @@ class _StaticDeltas(DeltaBatch):
 
     def __init__(self, rows: dict[str, TiledRows]) -> None:
         super().__init__((), GatheredRows())
-        self._rows = dict(rows)
+        self._rows.update(rows)
 
 
 def scratch_bytes(loaded: LoadedModel, max_sequences: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from itertools import accumulate, pairwise
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -142,6 +143,10 @@ class _Gathered:
     weights_R: torch.Tensor
 
 
+# By a linear, or by those of a group.
+_Rows: TypeAlias = dict[str | tuple[str, ...], LoraRows | None]
+
+
 class _Combination:
     """The gathered rows of a sequence of segments' adapters.
 
@@ -156,10 +161,10 @@ class _Combination:
         self.changed = frozenset(
             module for segment in segments for adapter, _ in segment.adapters for module in adapter.others
         )
-        self._rows: OrderedDict[tuple[tuple[int, int], ...], dict[str, LoraRows | None]] = OrderedDict()
+        self._rows: OrderedDict[tuple[tuple[int, int], ...], _Rows] = OrderedDict()
 
-    def rows(self, segments: Sequence[Segment]) -> dict[str, LoraRows | None]:
-        """By module, for segments with these bounds; the caller adds to it."""
+    def rows(self, segments: Sequence[Segment]) -> _Rows:
+        """By module or modules, for segments with these bounds; the caller adds to it."""
         return _cached(self._rows, tuple((each.start, each.end) for each in segments), dict, self._CACHED)
 
 
@@ -204,6 +209,13 @@ class DeltaBatch:
         if module not in self._rows:
             self._rows[module] = self._rows_of(module)
         return self._rows[module]
+
+    def grouped_lora(self, modules: tuple[str, ...], columns: tuple[tuple[int, int], ...]) -> LoraRows | None:
+        """The LoRA rows of linears whose outputs are these columns of one, or None if there are none."""
+        if modules not in self._rows:
+            found = [(self.lora(module), own) for module, own in zip(modules, columns, strict=True)]
+            self._rows[modules] = _joined([(rows, own) for rows, own in found if rows is not None])
+        return self._rows[modules]
 
     def changes(self, module: str) -> bool:
         """Whether an adapter of the step changes the module by more than LoRA rows of a linear."""
@@ -260,3 +272,20 @@ class DeltaBatch:
             b_offsets_R=torch.cat(b_offsets),
             weights_R=torch.cat(weights),
         )
+
+
+def _joined(parts: Sequence[tuple[LoraRows, tuple[int, int]]]) -> LoraRows | None:
+    """The rows of all parts, each of which changes its own columns."""
+    if not parts:
+        return None
+    rows = [each for each, _ in parts]
+    counts = [high - low for each in rows for low, high in pairwise(each.row_bounds)]
+    return LoraRows(
+        token_starts=sum((each.token_starts for each in rows), ()),
+        token_ends=sum((each.token_ends for each in rows), ()),
+        row_bounds=tuple(accumulate(counts, initial=0)),
+        a_offsets_R=torch.cat([each.a_offsets_R for each in rows]),
+        b_offsets_R=torch.cat([each.b_offsets_R for each in rows]),
+        weights_R=torch.cat([each.weights_R for each in rows]),
+        columns=tuple(own for each, own in parts for _ in each.token_starts),
+    )

@@ -46,6 +46,7 @@ from turret_server.model.classes import is_encoder, left_out, model_class
 from turret_server.model.context import current_step
 from turret_server.model.encoder import Encoder, first_position, prepare_encoder, takes_prefix
 from turret_server.model.experts import ExpertsConfig, adapt_experts, has_experts, is_stacked
+from turret_server.model.fused import fuse
 from turret_server.model.heads import Shapes, head_shapes, own_head, read_head_weights, task_prefixes
 from turret_server.model.rope import ContextLength
 from turret_server.model.streams import on_device
@@ -191,6 +192,7 @@ def load_model(
         model = _load_quantised(name_or_path, config, device, dtype, cache)
         adapt_experts(model, ops)
         adapt_modules(model, ops)
+        fuse(model, ops)
     rope.fix(model)
     encoder = prepare_encoder(model) if is_encoder(config) else None
     if encoder is None:

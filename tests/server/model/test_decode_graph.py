@@ -175,6 +175,24 @@ def test_what_is_recorded_waits_for_nothing_and_stays_on_the_device(
     assert ({"_gather", "_shrink", "_expand"} <= kernels) == has_lora
 
 
+@pytest.mark.parametrize(("has_lora", "most"), [(False, 21), (True, 35)])
+def test_so_many_kernels_are_launched_for_a_layer(has_lora, most, base_of, quantised_cache):
+    """Without what the model launches once, for positions, embedding and head."""
+    loaded = on_meta(
+        load_model(
+            str(base_of("llama")), device=DEVICE, dtype=torch.float32, cache=quantised_cache, ops=GpuOps()
+        )
+    )
+    arena = Arena(loaded.base, 2**22, dtype=torch.float32, device=torch.device("meta"))
+    graphs = DecodeGraphs(loaded, arena, max_sequences=8, record=again)
+    with Launches() as launches:
+        graphs._forward(4, has_lora=has_lora)
+    in_layers = {"_multiply", "_shrink", "_expand", "_rms_norm", "_rotate", "_silu_multiply", "write_tokens"}
+    in_layers |= {"attend_tile", "combine_splits", "aten.add.Tensor", "aten.silu.default", "aten.neg.default"}
+    found = [name for name, *_ in launches.trace if name in in_layers]
+    assert len(found) - 1 <= most * loaded.base.num_layers  # the norm before the head
+
+
 @pytest.mark.parametrize("max_sequences", [24, 128])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_what_graphs_take_is_known_before_the_arena_is_taken(family, max_sequences, base_of, quantised_cache):

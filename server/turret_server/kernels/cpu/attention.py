@@ -10,14 +10,13 @@ For shape suffixes see `ops.py`. Arrays without letters are flat.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from turret_server.kernels.cpu.llvm.jit import as_array, compiled
+from turret_server.kernels.cpu.llvm.jit import as_array, as_rows, compiled
 from turret_server.kernels.cpu.llvm.pairs import (
     HAS_BF16_DOT,
     PAIR_WIDTH,
@@ -32,8 +31,8 @@ from turret_server.kernels.cpu.llvm.vectors import (
     add,
     broadcast,
     divide,
+    exp,
     fma_outer,
-    ldexp,
     load,
     load_span,
     maximum,
@@ -41,11 +40,9 @@ from turret_server.kernels.cpu.llvm.vectors import (
     prefetch_line,
     reduce_add,
     reduce_max,
-    rint,
     store,
     store_span,
     subtract,
-    zero_if_less,
     zeros,
 )
 from turret_server.kernels.ops import AttentionBatch, AttentionParams
@@ -89,8 +86,8 @@ def write_kv(
     kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
 ) -> None:
     """See `ops.Ops`."""
-    new = as_array(key_TKD.flatten(1)), as_array(value_TKD.flatten(1))
-    _write_kv(_flat(kv_P2BKD), kv_P2BKD.stride()[:2], *new, _arrays(batch)[3:])
+    new = as_rows(key_TKD.flatten(1)), as_rows(value_TKD.flatten(1))
+    _write_kv(_flat(kv_P2BKD), kv_P2BKD.stride()[:2], new, key_TKD[0].numel(), _arrays(batch)[3:])
 
 
 def paged_attention(
@@ -137,16 +134,18 @@ def _flat(kv_P2BKD: torch.Tensor) -> Any:
 
 
 @compiled
-def _write_kv(kv: Any, strides: Any, key_TX: Any, value_TX: Any, places: Any) -> None:
-    """`strides` are (page to page, keys to values), `places` the (pages, slots) of the tokens."""
+def _write_kv(kv: Any, strides: Any, new: Any, width: int, places: Any) -> None:
+    """`strides` are (page to page, keys to values), `new` the rows of keys and those of values, so wide, and
+    `places` the (pages, slots) of the tokens.
+    """
     page_stride, value_offset = strides
+    (keys, key_stride), (values, value_stride) = new
     pages_T, slots_T = places
-    width = key_TX.shape[1]
-    for token in range(len(key_TX)):
-        key = pages_T[token] * page_stride + slots_T[token] * width
-        value = key + value_offset
-        kv[key : key + width] = key_TX[token]
-        kv[value : value + width] = value_TX[token]
+    for token in range(len(pages_T)):
+        at = pages_T[token] * page_stride + slots_T[token] * width
+        kv[at : at + width] = keys[token * key_stride : token * key_stride + width]
+        at += value_offset
+        kv[at : at + width] = values[token * value_stride : token * value_stride + width]
 
 
 @compiled
@@ -293,7 +292,7 @@ def _cap(scores_N: Any, softcap: Any) -> None:
     one, two = broadcast(np.float32(1)), broadcast(np.float32(2))
     for n in range(0, len(scores_N), LANES):
         x = maximum(divide(load(scores_N, (n,), 0)[0], broadcast(softcap)), broadcast(_MIN_TANH))
-        tanh = subtract(divide(two, add(_exp(multiply(x, broadcast(np.float32(-2)))), one)), one)
+        tanh = subtract(divide(two, add(exp(multiply(x, broadcast(np.float32(-2)))), one)), one)
         store(scores_N, n, multiply(tanh, broadcast(softcap)))
 
 
@@ -314,34 +313,14 @@ def _softmax(scores_N: Any, position: int, bounds: Any, params: Any, head: int) 
         top = maximum(top, broadcast(sinks_H[head]))
     (total,) = zeros(1)
     for n in range(0, len(scores_N), LANES):
-        weights = _exp(subtract(load(scores_N, (n,), 0)[0], top))
+        weights = exp(subtract(load(scores_N, (n,), 0)[0], top))
         total = add(total, weights)
         store(scores_N, n, weights)
     total = broadcast(reduce_add((total,))[0])
     if len(sinks_H):
-        total = add(total, _exp(subtract(broadcast(sinks_H[head]), top)))
+        total = add(total, exp(subtract(broadcast(sinks_H[head]), top)))
     for n in range(0, len(scores_N), LANES):
         store(scores_N, n, divide(load(scores_N, (n,), 0)[0], total))
-
-
-_MIN_EXP = np.float32(-87.0)
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)  # few enough bits that integral multiples are exact
-_LN2_LOW = np.float32(-2.12194440e-4)
-_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7, -1, -1))
-
-
-@compiled
-def _exp(x: Any) -> Any:
-    """Lanewise exponential of numbers up to 88, with a relative error of 2e-7; zero below −87."""
-    clamped = maximum(x, broadcast(_MIN_EXP))
-    power = rint(multiply(clamped, broadcast(_LOG2E)))
-    high, low = broadcast(_LN2_HIGH), broadcast(_LN2_LOW)
-    rest = subtract(subtract(clamped, multiply(power, high)), multiply(power, low))
-    value = broadcast(_TAYLOR[0])
-    for coefficient in _TAYLOR[1:]:
-        value = add(multiply(value, rest), broadcast(coefficient))
-    return zero_if_less(ldexp(value, power), x, broadcast(_MIN_EXP))
 
 
 @compiled

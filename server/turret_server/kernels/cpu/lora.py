@@ -9,7 +9,9 @@ For shape suffixes see `ops.py`. Arrays without letters are flat.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,53 +50,74 @@ class _Tile(NamedTuple):
 
 def lora_add(y_TO: Any, x_TI: Any, arena: Any, rows: LoraRows) -> None:
     """`Ops.lora_add` on arrays."""
-    _lora_add(y_TO, x_TI, arena, _arrays(rows))
+    _lora_add(y_TO, x_TI, arena, _arrays(rows, y_TO.shape[1]))
 
 
 @lru_cache(maxsize=2048)
 def prefetch_offsets(rows: LoraRows, in_features: int, out_features: int, run: int) -> Any:
     """The rows, cut into runs of `run` elements: where each begins, in the order of reading."""
-    starts = [
-        (offsets_R[:, None] + torch.arange(0, width, run)).flatten()
-        for offsets_R, width in ((rows.a_offsets_R, in_features), (rows.b_offsets_R, out_features))
-    ]
+    starts = [(rows.a_offsets_R[:, None] + torch.arange(0, in_features, run)).flatten()]
+    for (first, last), segment in zip(_columns(rows, out_features), _row_slices(rows), strict=True):
+        offsets_R = rows.b_offsets_R[segment]
+        starts.append((offsets_R[:, None] + torch.arange(0, last - first, run)).flatten())
     return torch.cat(starts).numpy()
 
 
+def _columns(rows: LoraRows, out_features: int) -> Sequence[tuple[int, int]]:
+    return rows.columns or ((0, out_features),) * len(rows.token_starts)
+
+
+def _row_slices(rows: LoraRows) -> list[slice]:
+    return [slice(*each) for each in pairwise(rows.row_bounds)]
+
+
 @lru_cache(maxsize=2048)
-def _arrays(rows: LoraRows) -> tuple[Any, ...]:
-    """The kernel's view of the rows. Kept: a decode step of a 1.1 B model asks for that of 154 linears."""
-    segments_S4 = np.array(
-        (rows.token_starts, rows.token_ends, rows.row_bounds[:-1], rows.row_bounds[1:]), np.int64
+def _arrays(rows: LoraRows, out_features: int) -> tuple[Any, ...]:
+    """The kernel's view of the rows. Kept: a decode step of a 1.1 B model asks for that of 88 products."""
+    columns = _columns(rows, out_features)
+    # Segments that change the same out features have different tokens, and share shrunk columns.
+    widest: dict[tuple[int, int], int] = {}
+    for each, (first, last) in zip(columns, pairwise(rows.row_bounds), strict=True):
+        widest[each] = max(widest.get(each, 0), last - first)
+    begins = dict(zip(widest, accumulate(widest.values(), initial=0), strict=False))
+    segments_S7 = np.array(
+        (
+            rows.token_starts,
+            rows.token_ends,
+            rows.row_bounds[:-1],
+            rows.row_bounds[1:],
+            *zip(*columns, strict=True),
+            [begins[each] for each in columns],
+        ),
+        np.int64,
     ).T.copy()
-    return segments_S4, rows.a_offsets_R.numpy(), rows.b_offsets_R.numpy(), rows.weights_R.numpy()
+    offsets = rows.a_offsets_R.numpy(), rows.b_offsets_R.numpy()
+    return segments_S7, sum(widest.values()), *offsets, rows.weights_R.numpy()
 
 
 @compiled
 def _lora_add(y_TO: Any, x_TI: Any, arena: Any, rows: Any) -> None:
-    segments_S4, a_offsets_R, b_offsets_R, weights_R = rows
-    max_rank = 0
-    for segment in range(len(segments_S4)):
-        max_rank = max(max_rank, segments_S4[segment, 3] - segments_S4[segment, 2])
-    shrunk_TR = np.empty((len(y_TO), max_rank), np.float32)
-    run_parallel(_shrink, (shrunk_TR, x_TI, arena, (segments_S4, a_offsets_R, weights_R)))
-    run_parallel(_expand, (y_TO, shrunk_TR, arena, (segments_S4, b_offsets_R)))
+    segments_S7, num_shrunk, a_offsets_R, b_offsets_R, weights_R = rows
+    shrunk_TR = np.empty((len(y_TO), num_shrunk), np.float32)
+    run_parallel(_shrink, (shrunk_TR, x_TI, arena, (segments_S7, a_offsets_R, weights_R)))
+    run_parallel(_expand, (y_TO, shrunk_TR, arena, (segments_S7, b_offsets_R)))
 
 
 @compiled
 def _shrink(worker: int, workers: int, arguments: Any) -> None:
     """This worker's part of shrunk[t, r] = weights[r] · (A_r · x[t]), with r counted from the segment's first
-    row.
+    row on, in its columns of `shrunk`.
     """
-    shrunk_TR, x_TI, arena, (segments_S4, a_offsets_R, weights_R) = arguments
+    shrunk_TR, x_TI, arena, (segments_S7, a_offsets_R, weights_R) = arguments
     item = 0
-    for segment in range(len(segments_S4)):
-        start, end, first, last = segments_S4[segment]
+    for segment in range(len(segments_S7)):
+        start, end, first, last, _, _, column = segments_S7[segment]
         for block in range(start, end, _BLOCK):
             for row in range(first, last, _TILE):
                 if item % workers == worker:
                     tile = _Tile(block, min(block + _BLOCK, end), row, last)
-                    _shrink_tile((shrunk_TR, row - first), x_TI, arena, (a_offsets_R, weights_R), tile)
+                    target = shrunk_TR, column + row - first
+                    _shrink_tile(target, x_TI, arena, (a_offsets_R, weights_R), tile)
                 item += 1
 
 
@@ -151,27 +174,31 @@ def _dots(sums: Any, a: Any, b: Any, width: int) -> Any:
 @compiled
 def _expand(worker: int, workers: int, arguments: Any) -> None:
     """This worker's part of y[t] += Σ_r shrunk[t, r] · B_r."""
-    y_TO, shrunk_TR, arena, (segments_S4, b_offsets_R) = arguments
-    width = y_TO.shape[1]
-    columns = max(_MIN_COLUMNS, -(-width // (workers * SPAN)) * SPAN)
+    y_TO, shrunk_TR, arena, (segments_S7, b_offsets_R) = arguments
     item = 0
-    for segment in range(len(segments_S4)):
-        start, end, first, last = segments_S4[segment]
+    for segment in range(len(segments_S7)):
+        start, end, first, last, low, high, shrunk = segments_S7[segment]
+        width = high - low
+        columns = max(_MIN_COLUMNS, -(-width // (workers * SPAN)) * SPAN)
         for block in range(start, end, _BLOCK):
             for column in range(0, width, columns):
                 if item % workers == worker:
                     tile = _Tile(block, min(end, block + _BLOCK), first, last)
                     for at in range(column, min(column + columns, width), SPAN):
-                        _expand_span((y_TO, at), shrunk_TR, arena, b_offsets_R, tile)
+                        rows = arena, b_offsets_R, at
+                        _expand_span((y_TO, low + at, width - at), (shrunk_TR, shrunk), rows, tile)
                 item += 1
 
 
 @compiled
-def _expand_span(target: Any, shrunk_TR: Any, arena: Any, offsets_R: Any, tile: Any) -> None:
-    """One span of columns, for a block of tokens. `target` is (y, first column)."""
-    y_TO, column = target
+def _expand_span(target: Any, shrunk: Any, rows: Any, tile: Any) -> None:
+    """One span of columns, for a block of tokens. `target` is (y, first column, at most so many), `shrunk`
+    (array, the segment's first column), `rows` (arena, offsets, first element).
+    """
+    y_TO, column, count = target
+    shrunk_TR, own = shrunk
+    arena, offsets_R, first = rows
     width = y_TO.shape[1]
-    count = width - column
     rank = tile.last - tile.first
     token = tile.start
     while token < tile.end:
@@ -180,12 +207,12 @@ def _expand_span(target: Any, shrunk_TR: Any, arena: Any, offsets_R: Any, tile: 
             sums = zeros(16)
             for row in range(rank):
                 scales = (
-                    broadcast(shrunk_TR[token, row]),
-                    broadcast(shrunk_TR[token + 1, row]),
-                    broadcast(shrunk_TR[token + 2, row]),
-                    broadcast(shrunk_TR[token + 3, row]),
+                    broadcast(shrunk_TR[token, own + row]),
+                    broadcast(shrunk_TR[token + 1, own + row]),
+                    broadcast(shrunk_TR[token + 2, own + row]),
+                    broadcast(shrunk_TR[token + 3, own + row]),
                 )
-                sums = fma_outer(sums, scales, load_span(arena, offsets_R[tile.first + row] + column, count))
+                sums = fma_outer(sums, scales, load_span(arena, offsets_R[tile.first + row] + first, count))
             _add_to(y_TO, into, sums[0:4], count)
             _add_to(y_TO, into + width, sums[4:8], count)
             _add_to(y_TO, into + 2 * width, sums[8:12], count)
@@ -194,8 +221,8 @@ def _expand_span(target: Any, shrunk_TR: Any, arena: Any, offsets_R: Any, tile: 
         else:
             sums_of_one = zeros(4)
             for row in range(rank):
-                scale = (broadcast(shrunk_TR[token, row]),)
-                b = load_span(arena, offsets_R[tile.first + row] + column, count)
+                scale = (broadcast(shrunk_TR[token, own + row]),)
+                b = load_span(arena, offsets_R[tile.first + row] + first, count)
                 sums_of_one = fma_outer(sums_of_one, scale, b)
             _add_to(y_TO, into, sums_of_one, count)
             token += 1

@@ -12,6 +12,8 @@ Shapes: J blocks of out features, L quantisation blocks of a row, C the 64 out f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -100,6 +102,24 @@ def pack(weight: NF4Weight, dtype: torch.dtype) -> NF4Weight | PackedNF4Weight:
         in_features=weight.in_features,
         out_features=weight.out_features,
     )
+
+
+def group(
+    weights: Sequence[NF4Weight | PackedNF4Weight],
+) -> tuple[PackedNF4Weight, list[PackedNF4Weight]] | None:
+    """See `ops.Ops`: blocks of out features follow each other, so each weight must have whole ones."""
+    packed = [each for each in weights if isinstance(each, PackedNF4Weight)]
+    if len(packed) < len(weights) or any(each.out_features % _COLUMNS for each in packed):
+        return None
+    joined = replace(
+        packed[0],
+        data=torch.cat([each.data for each in packed]),
+        absmax=torch.cat([each.absmax for each in packed]),
+        out_features=sum(each.out_features for each in packed),
+    )
+    blocks = [len(each.data) for each in packed]
+    parts = zip(packed, torch.split(joined.data, blocks), torch.split(joined.absmax, blocks), strict=True)
+    return joined, [replace(each, data=data, absmax=absmax) for each, data, absmax in parts]
 
 
 def _words(codes_OI: torch.Tensor, num_blocks: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""The ops for CPUs, in numba, for bfloat16 and float32; and RMSNorm, which no other file needs."""
+"""The ops for CPUs, in numba, for bfloat16 and float32."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,26 +15,13 @@ from turret_server.kernels.cpu import attention as cpu_attention
 from turret_server.kernels.cpu import dense as cpu_dense
 from turret_server.kernels.cpu import lora as cpu_lora
 from turret_server.kernels.cpu import nf4 as cpu_nf4
-from turret_server.kernels.cpu.llvm.jit import as_array, compiled
-from turret_server.kernels.cpu.llvm.parallel import THREADS, run_parallel
-from turret_server.kernels.cpu.llvm.vectors import (
-    LANES,
-    broadcast,
-    fma_outer,
-    load,
-    load_masked,
-    multiply,
-    reduce_add,
-    store,
-    store_masked,
-    zeros,
-)
+from turret_server.kernels.cpu import pointwise as cpu_pointwise
+from turret_server.kernels.cpu.llvm.jit import as_array
+from turret_server.kernels.cpu.llvm.parallel import THREADS
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 from turret_server.kernels.reference import ReferenceOps
 
 log = logging.getLogger(__name__)
-
-_MANY = 64  # tokens for which RMSNorm wakes the other threads
 
 
 class CpuOps:
@@ -65,10 +53,7 @@ class CpuOps:
         return self._reference.linear(x_TI, weight_OI)
 
     def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
-        x_TI = x_TI.contiguous()
-        y_TI = torch.empty_like(x_TI)
-        _rms_norm(as_array(y_TI), as_array(x_TI), as_array(weight_I), epsilon)
-        return y_TI
+        return cpu_pointwise.rms_norm(x_TI, weight_I, epsilon)
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         cpu_lora.lora_add(as_array(y_TO), as_array(x_TI.contiguous()), self._array_of(arena), rows)
@@ -101,6 +86,17 @@ class CpuOps:
             self._arena = arena, as_array(arena)
         return self._arena[1]
 
+    def group(
+        self, weights: Sequence[NF4Weight | PackedNF4Weight]
+    ) -> tuple[PackedNF4Weight, list[PackedNF4Weight]] | None:
+        return cpu_nf4.group(weights)
+
+    def silu_multiply(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        return cpu_pointwise.silu_multiply(gate_TI, up_TI)
+
+    def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        return cpu_pointwise.rotate(x_THD, cos_TD, sin_TD)
+
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
     ) -> None:
@@ -121,47 +117,9 @@ class CpuOps:
         self.write_kv(kv, token, token, batch)
         self.paged_attention(token, kv, batch, AttentionParams(1.0, None, None, None))
         self.rms_norm(token[0], token[0, 0], 0.0)
+        self.silu_multiply(token[0], token[0])
+        wide = torch.zeros(1, 1, 64, dtype=dtype)
+        self.rotate(wide, wide[0], wide[0])
         self.linear(torch.ones(1, 64, dtype=dtype), torch.ones(1, 64, dtype=dtype))
         data, state = quantize_4bit(torch.ones(64, 64, dtype=dtype), quant_type="nf4")
         self.nf4_linear(torch.ones(1, 64, dtype=dtype), self.pack_nf4(NF4Weight(data, state, 64, 64)))
-
-
-@compiled
-def _rms_norm(y_TI: Any, x_TI: Any, weight_I: Any, epsilon: float) -> None:
-    """RMSNorm (arXiv 1910.07467) in one pass over memory, where torch takes six."""
-    arguments = (y_TI, x_TI, weight_I, np.float32(epsilon))
-    if len(x_TI) < _MANY:
-        _rms_norm_tokens(0, 1, arguments)
-    else:
-        run_parallel(_rms_norm_tokens, arguments)
-
-
-@compiled
-def _rms_norm_tokens(worker: int, workers: int, arguments: Any) -> None:
-    """This worker's tokens."""
-    y_TI, x_TI, weight_I, epsilon = arguments
-    num_tokens, width = x_TI.shape
-    full = width - width % LANES
-    for token in range(num_tokens * worker // workers, num_tokens * (worker + 1) // workers):
-        start = token * width
-        squares = zeros(1)
-        for i in range(0, full, LANES):
-            x = load(x_TI, (start,), i)
-            squares = fma_outer(squares, x, x)
-        if full < width:
-            x = load_masked(x_TI, (start,), full, width - full)
-            squares = fma_outer(squares, x, x)
-        mean = reduce_add(squares)[0] / np.float32(width)
-        scale = broadcast(np.float32(1) / np.sqrt(mean + epsilon))
-        for i in range(0, full, LANES):
-            # Stored and loaded again: x̂ is rounded to the dtype before it is weighted.
-            store(y_TI, start + i, multiply(load(x_TI, (start,), i)[0], scale))
-            rounded = load(y_TI, (start,), i)[0]
-            store(y_TI, start + i, multiply(rounded, load(weight_I, (0,), i)[0]))
-        if full < width:
-            rest = width - full
-            x = load_masked(x_TI, (start,), full, rest)
-            store_masked(y_TI, start + full, multiply(x[0], scale), rest)
-            rounded = load_masked(y_TI, (start,), full, rest)[0]
-            weighted = multiply(rounded, load_masked(weight_I, (0,), full, rest)[0])
-            store_masked(y_TI, start + full, weighted, rest)

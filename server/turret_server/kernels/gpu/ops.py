@@ -1,15 +1,15 @@
-"""The ops for GPUs, in Triton; and RMSNorm, which no other file needs."""
+"""The ops for GPUs, in Triton."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import triton
-import triton.language as tl
 
 from turret_server.kernels.gpu import attention as gpu_attention
 from turret_server.kernels.gpu import lora as gpu_lora
 from turret_server.kernels.gpu import nf4 as gpu_nf4
-from turret_server.kernels.gpu.jit import kernel
+from turret_server.kernels.gpu import pointwise as gpu_pointwise
 from turret_server.kernels.ops import AttentionBatch, AttentionParams, LoraRows, NF4Weight, PackedNF4Weight
 from turret_server.kernels.reference import ReferenceOps
 
@@ -34,13 +34,7 @@ class GpuOps:
         return self._reference.linear(x_TI, weight_OI)
 
     def rms_norm(self, x_TI: torch.Tensor, weight_I: torch.Tensor, epsilon: float) -> torch.Tensor:
-        x_TI = x_TI.contiguous()
-        num_rows, width = x_TI.shape
-        y_TI = torch.empty_like(x_TI, dtype=torch.promote_types(x_TI.dtype, weight_I.dtype))
-        padded = triton.next_power_of_2(width)
-        num_warps = max(1, min(8, padded // 256))
-        _rms_norm[(num_rows,)](y_TI, x_TI, weight_I, epsilon, width, WHOLE=padded, num_warps=num_warps)
-        return y_TI
+        return gpu_pointwise.rms_norm(x_TI, weight_I, epsilon)
 
     def lora_add(self, y_TO: torch.Tensor, x_TI: torch.Tensor, arena: torch.Tensor, rows: LoraRows) -> None:
         gpu_lora.lora_add(y_TO, x_TI, arena, rows)
@@ -56,6 +50,17 @@ class GpuOps:
         if rows is not None:
             self.lora_add(y_TO, x_TI, arena, rows)
         return y_TO
+
+    def group(self, weights: Sequence[NF4Weight | PackedNF4Weight]) -> None:
+        """None: the parts of a sum follow from a weight's shape, so a group's product has other bits than its
+        weights'.
+        """
+
+    def silu_multiply(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
+        return gpu_pointwise.silu_multiply(gate_TI, up_TI)
+
+    def rotate(self, x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+        return gpu_pointwise.rotate(x_THD, cos_TD, sin_TD)
 
     def write_kv(
         self, kv_P2BKD: torch.Tensor, key_TKD: torch.Tensor, value_TKD: torch.Tensor, batch: AttentionBatch
@@ -73,23 +78,3 @@ class GpuOps:
             self._tiles = batch, heads, tiles
         tiles = self._tiles[2]
         return gpu_attention.attend(query_THD, kv_P2BKD, batch.block_tables_QM, tiles, params)
-
-
-@kernel()
-def _rms_norm(
-    y_TI: tl.tensor,
-    x_TI: tl.tensor,
-    weight_I: tl.tensor,
-    epsilon: tl.tensor,
-    width: tl.tensor,
-    WHOLE: tl.constexpr,
-) -> None:
-    """A row to a program; its sum does not depend on the other rows."""
-    start = tl.program_id(0).to(tl.int64) * width
-    column = tl.arange(0, WHOLE)
-    inside = column < width
-    stored = tl.load(x_TI + start + column, inside, 0.0)
-    x = stored.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / width + epsilon)
-    weight = tl.load(weight_I + column, inside, 0.0).to(tl.float32)
-    tl.store(y_TI + start + column, (x * scale).to(stored.dtype).to(tl.float32) * weight, inside)

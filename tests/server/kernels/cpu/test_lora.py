@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -83,6 +84,42 @@ def test_a_token_gets_the_same_whoever_shares_the_step(dtype):
             )
             CpuOps(dtype).lora_add(alone, x[token : token + 1], arena, own)
             assert torch.equal(alone[0], together[token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
+def test_linears_side_by_side_get_the_bits_of_each_alone(dtype, segments):
+    num_in, sizes = 200, {(0, 328): segments, (328, 392): segments[1:], (392, 1000): segments}
+    own = {columns: lora(dtype, num_in, columns[1] - columns[0], part) for columns, part in sizes.items()}
+    ends = [0, *(len(arena) for arena, _ in own.values())]
+    x, y = torch.randn(165, num_in, dtype=dtype), torch.randn(165, 1000, dtype=dtype)
+    expected = y.clone()
+    starts, all_rows = [sum(ends[: index + 1]) for index in range(len(own))], []
+    for (low, high), (arena, rows) in own.items():
+        alone = y[:, low:high].contiguous()
+        CpuOps(dtype).lora_add(alone, x, arena, rows)
+        expected[:, low:high] = alone
+        all_rows.append(((low, high), rows))
+    counts = [high - low for _, rows in all_rows for low, high in pairwise(rows.row_bounds)]
+    together = LoraRows(
+        token_starts=sum((rows.token_starts for _, rows in all_rows), ()),
+        token_ends=sum((rows.token_ends for _, rows in all_rows), ()),
+        row_bounds=tuple(accumulate(counts, initial=0)),
+        a_offsets_R=torch.cat(
+            [rows.a_offsets_R + at for at, (_, rows) in zip(starts, all_rows, strict=True)]
+        ),
+        b_offsets_R=torch.cat(
+            [rows.b_offsets_R + at for at, (_, rows) in zip(starts, all_rows, strict=True)]
+        ),
+        weights_R=torch.cat([rows.weights_R for _, rows in all_rows]),
+        columns=tuple(columns for columns, rows in all_rows for _ in rows.token_starts),
+    )
+    arena = torch.cat([arena for arena, _ in own.values()])
+    by_reference = y.clone()
+    ReferenceOps().lora_add(by_reference, x, arena, together)
+    CpuOps(dtype).lora_add(y, x, arena, together)
+    assert torch.equal(y, expected)
+    assert_close(y, by_reference, dtype, num_in)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

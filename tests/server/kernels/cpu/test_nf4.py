@@ -51,6 +51,26 @@ def test_a_rows_product_does_not_depend_on_the_other_rows(dtype):
             assert torch.equal(ops.nf4_linear(x[some], packed), together[some])
 
 
+@each_dtype
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_a_group_and_its_parts_have_the_bits_of_each_alone(dtype, num_tokens):
+    ops, x = OPS[dtype], torch.randn(num_tokens, 192, dtype=dtype)
+    alone = [ops.pack_nf4(weight(size, 192)) for size in (128, 64, 320)]
+    group, parts = ops.group(alone)
+    expected = [ops.nf4_linear(x, each) for each in alone]
+    assert torch.equal(ops.nf4_linear(x, group), torch.cat(expected, dim=1))
+    assert all(torch.equal(ops.nf4_linear(x, each), own) for each, own in zip(parts, expected, strict=True))
+    memory = group.data.untyped_storage().data_ptr()
+    assert {each.data.untyped_storage().data_ptr() for each in parts} == {memory}
+
+
+@each_dtype
+def test_weights_that_are_not_whole_blocks_or_not_packed_are_no_group(dtype):
+    packed = OPS[dtype].pack_nf4(weight(64, 64))
+    assert OPS[dtype].group([packed, OPS[dtype].pack_nf4(weight(72, 64))]) is None
+    assert OPS[dtype].group([packed, weight(64, 64)]) is None
+
+
 @pytest.mark.parametrize("num_threads", [2, 5])
 @pytest.mark.parametrize("num_tokens", [1, 300])
 @pytest.mark.parametrize("out_features", [64, 320])

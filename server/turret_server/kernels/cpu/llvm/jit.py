@@ -35,3 +35,14 @@ def compiled(function: _Function) -> _Function:
 def as_array(tensor: torch.Tensor) -> Any:
     """A numpy view of a contiguous tensor, bfloat16 as uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def as_rows(tensor_TX: torch.Tensor) -> tuple[Any, int]:
+    """The memory from the first row's beginning to the last one's end, and how far apart rows begin. Each row
+    is contiguous.
+    """
+    if tensor_TX.stride(1) != 1:
+        tensor_TX = tensor_TX.contiguous()
+    distance = tensor_TX.stride(0)
+    size = (len(tensor_TX) - 1) * distance + tensor_TX.shape[1] if len(tensor_TX) else 0
+    return as_array(tensor_TX.as_strided((size,), (1,))), distance

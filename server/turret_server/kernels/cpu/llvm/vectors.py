@@ -8,9 +8,11 @@ uint16, which is converted on load and store. Indices are not checked.
 # ruff: noqa: ARG001 (numba fixes the signatures)
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.datamodel.models import PrimitiveModel
@@ -99,6 +101,9 @@ class Memory:
             operands = (pointer, ir.Constant(_I32, self.alignment), lane_mask(self.builder, count))
             call(self.builder, f"llvm.masked.store.{self._name}", ir.VoidType(), value, *operands)
 
+    def rounded(self, value: Any) -> Any:
+        return self._to_float32(self._from_float32(value))
+
     def _to_float32(self, value: Any) -> Any:
         if not self.is_bf16:
             return value
@@ -171,6 +176,17 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
 def store_masked(_: Any, array: Any, index: Any, value: Any, count: Any) -> Any:
     """Like `store`, but writes only the first `count` elements."""
     return types.none(array, types.intp, value, types.intp), _store
+
+
+@_intrinsic
+def rounded(_: Any, array: Any, value: Any) -> Any:
+    """The lanes, rounded to the elements of the array."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        memory = Memory(context, builder, signature.args[0], arguments[0])
+        return memory.rounded(arguments[1])
+
+    return vector(array, value), generate
 
 
 @_intrinsic
@@ -367,6 +383,26 @@ def zero_if_less(_: Any, value: Any, x: Any, limit: Any) -> Any:
         )
 
     return vector(value, x, limit), generate
+
+
+_MIN_EXP = np.float32(-87.0)
+_LOG2E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)  # few enough bits that integral multiples are exact
+_LN2_LOW = np.float32(-2.12194440e-4)
+_TAYLOR = tuple(np.float32(1 / math.factorial(n)) for n in range(7, -1, -1))
+
+
+@compiled
+def exp(x: Any) -> Any:
+    """Lanewise exponential of numbers up to 88, with a relative error of 2e-7; zero below −87."""
+    clamped = maximum(x, broadcast(_MIN_EXP))
+    power = rint(multiply(clamped, broadcast(_LOG2E)))
+    high, low = broadcast(_LN2_HIGH), broadcast(_LN2_LOW)
+    rest = subtract(subtract(clamped, multiply(power, high)), multiply(power, low))
+    value = broadcast(_TAYLOR[0])
+    for coefficient in _TAYLOR[1:]:
+        value = add(multiply(value, rest), broadcast(coefficient))
+    return zero_if_less(ldexp(value, power), x, broadcast(_MIN_EXP))
 
 
 @compiled
