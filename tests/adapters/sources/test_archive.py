@@ -99,6 +99,14 @@ def test_what_is_not_one_adapter_is_refused(kind: str, members: Members, found: 
         unpacked(kind, KINDS[kind](members))
 
 
+def test_a_compressed_archive_has_at_most_so_many_bytes_inside() -> None:
+    data = make_tar(ADAPTER)
+    size = len(gzip.decompress(data))
+    assert unpacked("poet.tar.gz", data, size) == files()
+    with pytest.raises(SourceTooLargeError, match=f"at most {size - 1} bytes in the archive"):
+        unpacked("poet.tar.gz", data, size - 1)
+
+
 def test_a_folder_of_a_file_s_name_is_no_file() -> None:
     with pytest.raises(AdapterSourceError, match="in one folder"):
         unpacked("poet.zip", make_zip([(f"{CONFIG_NAME}/", b""), (TENSORS_NAME, b"")]))

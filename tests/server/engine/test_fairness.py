@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 
 import pytest
@@ -232,3 +233,14 @@ def test_the_order_holds_everybody_once_and_each_tenant_in_its_own(arrivals, dat
     for tenant in "abc":
         orders = [sequence.order for sequence in ordered if sequence.tenant == tenant]
         assert orders == sorted(orders)
+
+
+def test_a_lead_is_over_those_of_whom_nothing_runs_though_they_wait_with_their_adapters_loaded():
+    queue = queue_of()
+    first = {tenant: waiting(queue, tenant) for tenant in ("loading", "ready", "behind", "running")}
+    for tenant, cost in (("ahead", 100.0), ("loading", 10.0), ("ready", 40.0), ("behind", 30.0)):
+        queue.charge(tenant, cost)
+    assert queue.lead("ahead", {"ahead"}) == -math.inf
+    for tenant in ("ready", "behind", "running"):
+        first[tenant].job.times.found_adapters(0.0)
+    assert queue.lead("ahead", {"ahead", "running"}) == 70.0

@@ -235,8 +235,10 @@ async def test_a_stream_ends_when_its_key_is_taken_away(open_door, tenants):
 
 async def test_bodies_have_a_size(door, monkeypatch):
     monkeypatch.setattr(gate, "MAX_MESSAGE_BYTES", 100)
-    refused = await door.post(COMPLETIONS, {"prompt": "x" * 100})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+    async with door.client() as client:
+        for method, path in (("POST", COMPLETIONS), ("PUT", "/v1/adapters/pirate")):
+            refused = await client.request(method, path, json={"prompt": "x" * 100})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
     connection = Connection(door.app)  # which does not say how large its body will be
     for _ in range(2):
         connection.give(b" " * 60, more=True)
