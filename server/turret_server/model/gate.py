@@ -42,6 +42,8 @@ def check_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
             "transformers does not let their attention be replaced (_can_set_attn_implementation is False); "
             "use a model that takes attn_implementation"
         )
+    if not hasattr(text, "num_attention_heads"):
+        raise refuse("their layers have no attention heads; use a model in which every layer is attention")
     if other := set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES:
         raise refuse(
             f"found layers of type {', '.join(sorted(other))}; supported are "

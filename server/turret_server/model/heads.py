@@ -161,8 +161,6 @@ def _make(config: PreTrainedConfig, task: HeadTask, num_labels: int) -> tuple[Pr
     """A head without numbers, and what stands for its base model."""
     config = copy.deepcopy(config)
     config.num_labels = _NUM_BOUNDS if task is HeadTask.QUESTION_ANS else num_labels
-    # A text is without padding: its last token is the last.
-    config.get_text_config().pad_token_id = None
     kind = _AUTOS[task]._model_mapping[type(config)]  # noqa: SLF001
     with torch.device("meta"):
         head = kind._from_config(config)  # noqa: SLF001

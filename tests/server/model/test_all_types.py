@@ -1,24 +1,30 @@
-"""Every causal language model of transformers, small and random: computed right, or refused by name.
+"""Every decoder and encoder of transformers, small and random: computed right, or refused by name.
 
 Types whose configuration does not become small with the usual names of sizes are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
+from support.encoders import TaskOracle
 from support.oracle import Oracle
 from support.tokenizers import VOCAB_SIZE, save_tokenizer
 from turret_server.errors import UnsupportedModelError
 from turret_server.kernels import ReferenceOps
 from turret_server.model.arena import Arena
+from turret_server.model.classes import is_encoder
 from turret_server.model.load import load_model
 from turret_server.model.runner import ModelRunner
 from turret_server.model.sampler import Sampler
@@ -56,7 +62,7 @@ def candidates(model_type: str) -> Iterator[dict[str, Any]]:
     yield {"num_hidden_layers": 2}
 
 
-def small(model_type: str) -> PreTrainedConfig:
+def small(model_type: str, auto: Any) -> PreTrainedConfig:
     try:
         tries = [*candidates(model_type)]
     except StrictDataclassError as error:
@@ -66,7 +72,7 @@ def small(model_type: str) -> PreTrainedConfig:
         try:
             config = AutoConfig.for_model(model_type, **sizes)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = auto.from_config(config)
         except Exception as error:  # noqa: BLE001 -- each type has its own
             why = f"{type(error).__name__}: {error}"
             continue
@@ -77,46 +83,83 @@ def small(model_type: str) -> PreTrainedConfig:
     pytest.skip(f"not small: {why}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-def test_a_type_is_computed_as_by_transformers_or_refused_by_name(model_type, tmp_path):
-    config = small(model_type)
+def save(config: PreTrainedConfig, auto: Any, folder: Path) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = auto.from_config(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
                 parameter.mul_(12.0 if VOCAB_SIZE in parameter.shape else 3.0)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tmp_path / "model")
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def check(config: PreTrainedConfig, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
     refusal = None
     try:
-        found_TV, expected_TV = compute(tmp_path)
+        found, expected = compute()
     except UnsupportedModelError as error:
         refusal = error
     if refusal is None:
-        assert (found_TV - expected_TV).abs().max() < 1e-3 * expected_TV.std()
+        assert (found - expected).abs().max() < 1e-3 * expected.std()
     else:
         assert str(refusal).startswith(f"{config.model_type} models are not supported: ")
         assert refusal.metadata == {"model": config.model_type}
 
 
-def compute(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a prompt's second half, computed in a second step, and those of transformers."""
-    model = folder / "model"
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_a_type_is_computed_as_by_transformers_or_refused_by_name(model_type, tmp_path):
+    config = small(model_type, AutoModelForCausalLM)
+    if is_encoder(config):
+        pytest.skip("it is computed as an encoder")
+    save(config, AutoModelForCausalLM, tmp_path / "model")
+    check(config, lambda: logits(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+def test_an_encoder_is_computed_as_by_transformers_or_refused_by_name(model_type, tmp_path):
+    config = small(model_type, AutoModel)
+    if not is_encoder(config):
+        pytest.skip("it is no encoder")
+    save(config, AutoModel, tmp_path / "model")
+    check(config, lambda: states(tmp_path))
+
+
+def running(folder: Path) -> ModelRunner:
     loaded = load_model(
-        str(model), device=CPU, dtype=torch.float32, cache=folder / "cache", ops=ReferenceOps()
+        str(folder / "model"), device=CPU, dtype=torch.float32, cache=folder / "cache", ops=ReferenceOps()
     )
     page = Arena(loaded.base, 1, dtype=loaded.dtype, device=CPU).page_bytes
     runner = ModelRunner(
         loaded, Arena(loaded.base, 16 * page, dtype=loaded.dtype, device=CPU), None, Sampler()
     )
     runner.check()
+    return runner
+
+
+def prompt_of(runner: ModelRunner) -> list[int]:
     random = torch.Generator().manual_seed(1)
-    prompt = torch.randint(3, min(300, loaded.vocab_size), (45,), generator=random).tolist()
+    return torch.randint(3, min(300, runner._loaded.vocab_size), (45,), generator=random).tolist()
+
+
+def logits(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a prompt's second half, computed in a second step, and those of transformers."""
+    runner = running(folder)
+    prompt = prompt_of(runner)
     runner._all_logits([prompt], [slice(0, 25)])
     found_TV, _ = runner._all_logits([prompt], [slice(25, 45)])
-    [expected_TV] = Oracle(model, {}).logits(None, [(prompt[:26], prompt[26:])])
+    [expected_TV] = Oracle(folder / "model", {}).logits(None, [(prompt[:26], prompt[26:])])
     return found_TV[:-1], expected_TV
+
+
+def states(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden states of a text, computed after another, and those of transformers."""
+    runner = running(folder)
+    text = prompt_of(runner)
+    found_TE, _ = runner._all_logits([text[:9], text])
+    [expected_TE] = TaskOracle(folder / "model").numbers("FEATURE_EXTRACTION", None, [text])
+    return found_TE[9:], expected_TE
