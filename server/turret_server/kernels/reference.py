@@ -55,7 +55,7 @@ class ReferenceOps:
         return y_TO
 
     def group(self, weights: Sequence[NF4Weight | PackedNF4Weight]) -> None:
-        """None: bitsandbytes' layout of several weights cannot be joined."""
+        """None: weights in bitsandbytes' layout are multiplied one by one."""
 
     def silu_multiply(self, gate_TI: torch.Tensor, up_TI: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(gate_TI) * up_TI

@@ -209,6 +209,31 @@ def test_another_rotation_is_left_alone(function):
     assert not fused._is_rotation(function)
 
 
+class Gates(LlamaMLP):
+    """With adapted linears, as in a loaded model."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__(LlamaConfig(hidden_size=64, intermediate_size=64))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, AdaptedLinear(name, torch.randn(64, 64), None))
+        self.act_fn = activation
+
+
+class Heads(nn.Module):
+    def forward(self, *arguments):
+        return apply_rotary_pos_emb(*arguments)
+
+
+@pytest.mark.parametrize("is_recognised", [True, False])
+def test_only_what_is_recognised_is_computed_by_an_op(is_recognised, monkeypatch):
+    gates, heads = Gates(nn.SiLU() if is_recognised else nn.GELU()), Heads()
+    if not is_recognised:
+        monkeypatch.setitem(globals(), "apply_rotary_pos_emb", lambda query, key, *_: (query, key))
+    fused._fuse_gate(gates)
+    fused._fuse_rotation(heads)
+    assert ["forward" in vars(module) for module in (gates, heads)] == [is_recognised] * 2
+
+
 def test_what_the_op_does_not_rotate_the_models_own_function_does():
     rotate = fused._rotation(apply_rotary_pos_emb)
     query, key = torch.randn(1, 4, 3, 64), torch.randn(1, 2, 3, 64)
