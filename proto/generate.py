@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -181,9 +181,18 @@ def generate(root: Path) -> dict[str, str]:
     requests = read_fields(descriptors, "inference.proto", "GenerateRequest")
     adapters = read_fields(descriptors, "inference.proto", "AdapterRef")
     pins = read_fields(descriptors, "prompts.proto", "PinPromptRequest")
+    batches = read_fields(descriptors, "pooling.proto", "TextBatch")
+    embeddings = read_fields(descriptors, "pooling.proto", "EmbedRequest")
+    others = {
+        "ADAPTER_FIELDS": adapters,
+        "PIN_FIELDS": pins,
+        "BATCH_FIELDS": batches,
+        "EMBED_FIELDS": embeddings,
+    }
+    ruled = {name: [field for field in fields if field.rule] for name, fields in others.items()}
     files = {
-        SERVER_FIELDS: server_fields(requests, adapters, pins),
-        CLIENT_OPTIONS: client_options(requests, adapters),
+        SERVER_FIELDS: server_fields(requests, {"FIELDS": requests} | ruled),
+        CLIENT_OPTIONS: client_options(requests, adapters, batches),
         CLI_OPTIONS: cli_options(requests),
         SYNC_CLIENT: sync_source((root / ASYNC_CLIENT).read_text()),
     }
@@ -275,8 +284,8 @@ def _field(field: Any, options: Any, comment: str, value_type: Any) -> Field:
     )
 
 
-def server_fields(requests: Sequence[Field], adapters: Sequence[Field], pins: Sequence[Field]) -> str:
-    """The dataclass of the request's fields and the tables that the server validates with."""
+def server_fields(requests: Sequence[Field], tables: Mapping[str, Sequence[Field]]) -> str:
+    """The dataclass of a generation's fields and the tables, by name, that the server validates with."""
     lines = [
         f'"""The fields of a request and their bounds. {GENERATED_BY.format("proto/turret/v1")}"""',
         "from collections.abc import Mapping",
@@ -306,13 +315,9 @@ def server_fields(requests: Sequence[Field], adapters: Sequence[Field], pins: Se
         "class RequestFields:",
         *_docstring("The scalar fields of a generation request.", requests),
         *(field.declaration() for field in requests),
-        "",
-        *_rules_table("FIELDS", requests),
-        "",
-        *_rules_table("ADAPTER_FIELDS", [field for field in adapters if field.rule]),
-        "",
-        *_rules_table("PIN_FIELDS", [field for field in pins if field.rule]),
     ]
+    for name, fields in tables.items():
+        lines += ["", *_rules_table(name, fields)]
     return "\n".join(lines) + "\n"
 
 
@@ -324,10 +329,10 @@ def _rules_table(name: str, fields: Sequence[Field]) -> Iterator[str]:
     yield "})"
 
 
-def client_options(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
+def client_options(requests: Sequence[Field], adapters: Sequence[Field], batches: Sequence[Field]) -> str:
     """The keyword arguments of the client's generating methods, and the adapter reference."""
     lines = [
-        f'"""The options of a generation. {GENERATED_BY.format("proto/turret/v1")}"""',
+        f'"""The options of calls. {GENERATED_BY.format("proto/turret/v1")}"""',
         "from collections.abc import Mapping, Sequence",
         "from dataclasses import dataclass",
         "from typing import TypeAlias, TypedDict",
@@ -339,14 +344,20 @@ def client_options(requests: Sequence[Field], adapters: Sequence[Field]) -> str:
         "",
         "AdapterArgument: TypeAlias = str | AdapterRef | Sequence[str | AdapterRef] | None",
         "",
-        "class GenerationOptions(TypedDict, total=False):",
-        *_docstring("Keyword arguments of `generate` and `stream`; all are optional.", requests, _ADAPTER),
-        "    adapter: AdapterArgument",
+        *_options("GenerationOptions", "`generate` and `stream`", requests),
+        "",
+        *_options("BatchOptions", "`embed`, `classify`, `tag` and `score`", batches),
     ]
-    for field in requests:
-        annotation = field.annotation("Sequence[{}]").removesuffix(" | None")
-        lines.append(f"    {field.name}: {annotation} | None")
     return "\n".join(lines) + "\n"
+
+
+def _options(name: str, methods: str, fields: Sequence[Field]) -> Iterator[str]:
+    yield f"class {name}(TypedDict, total=False):"
+    yield from _docstring(f"Keyword arguments of {methods}; all are optional.", fields, _ADAPTER)
+    yield "    adapter: AdapterArgument"
+    for field in fields:
+        annotation = field.annotation("Sequence[{}]").removesuffix(" | None")
+        yield f"    {field.name}: {annotation} | None"
 
 
 def cli_options(requests: Sequence[Field]) -> str:

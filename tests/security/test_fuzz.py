@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from security.conftest import CLEAN, EVIL, answer_of
-from turret.v1 import adapters_pb2, inference_pb2, model_pb2, prompts_pb2
+from turret.v1 import adapters_pb2, inference_pb2, model_pb2, pooling_pb2, prompts_pb2
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 METHODS = [
@@ -26,6 +26,7 @@ METHODS = [
         (adapters_pb2, "AdapterService"),
         (prompts_pb2, "PromptService"),
         (model_pb2, "ModelService"),
+        (pooling_pb2, "PoolingService"),
     )
     for method in file.DESCRIPTOR.services_by_name[service].methods
 ]

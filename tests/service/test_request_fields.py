@@ -26,6 +26,8 @@ from turret.v1 import (
     chat_pb2,
     inference_pb2,
     inference_pb2_grpc,
+    pooling_pb2,
+    pooling_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
     rules_pb2,
@@ -45,6 +47,7 @@ CHECKED = {
     "text": "",
     "token_ids": inference_pb2.TokenIds(ids=[VOCAB_SIZE]),
     "name": "not a name",
+    "pooling": 99,
 }
 # Every value of the type is allowed.
 UNBOUNDED = {
@@ -54,6 +57,8 @@ UNBOUNDED = {
     "include_stop",
     "skip_special_tokens",
     "json_object",
+    "truncate",
+    "normalize",
 }
 # Texts in a language of their own, by what stands before and after characters of no meaning.
 LANGUAGES = {"json_schema": ('{"type": "boolean", "title": "', '"}'), "grammar": ('start: "ab" //', "")}
@@ -79,6 +84,10 @@ def requests() -> dict[str, Any]:
     return {
         "generate": inference_pb2.GenerateRequest(token_ids=prompt, adapters=adapters, max_tokens=8, seed=1),
         "pin": prompts_pb2.PinPromptRequest(name="rules", token_ids=prompt, adapters=adapters),
+        "batch": pooling_pb2.TextBatch(inputs=[pooling_pb2.Input(token_ids=prompt)], adapters=adapters),
+        "embed": pooling_pb2.EmbedRequest(
+            batch=pooling_pb2.TextBatch(inputs=[pooling_pb2.Input(token_ids=prompt)])
+        ),
     }
 
 
@@ -88,6 +97,7 @@ class Door:
 
     generating: Any
     prompts: Any
+    pooling: Any
     jobs: list[Any]
     tokenizer: Tokenizer
 
@@ -95,6 +105,10 @@ class Door:
         """The answer to a request."""
         if isinstance(message, inference_pb2.GenerateRequest):
             return self.generating.Generate(message)
+        if isinstance(message, pooling_pb2.TextBatch):
+            message = pooling_pb2.EmbedRequest(batch=message)
+        if isinstance(message, pooling_pb2.EmbedRequest):
+            return self.pooling.Embed(message)
         return self.prompts.PinPrompt(message)
 
     def effect(self, message: Any) -> tuple[Any, ...]:
@@ -103,8 +117,13 @@ class Door:
         job = self.jobs.pop()
         self.jobs.clear()  # those of other answers
         parts = {field.name: getattr(job, field.name) for field in fields(job) if field.name not in OWN}
-        generated = isinstance(answer, inference_pb2.GenerateResponse)
-        return parts, answer.text if generated else answer.prompt.name
+        match answer:
+            case inference_pb2.GenerateResponse():
+                return parts, answer.text
+            case pooling_pb2.EmbedResponse():
+                return parts, [list(each.values) for each in answer.embeddings]
+            case _:
+                return parts, answer.prompt.name
 
     def refusal(self, message: Any) -> tuple[grpc.StatusCode, str]:
         """The status of a request that is refused, and the field that its error names."""
@@ -144,6 +163,7 @@ def door(base_of, adapter_of, quantised_cache, tmp_path_factory) -> Iterator[Doo
         yield Door(
             inference_pb2_grpc.InferenceServiceStub(channel),
             prompts_pb2_grpc.PromptServiceStub(channel),
+            pooling_pb2_grpc.PoolingServiceStub(channel),
             jobs,
             served.parts.loaded.tokenizer.live.backend_tokenizer,
         )
@@ -249,6 +269,7 @@ def with_value(message: Any, field: Any, value: Any) -> Any:
 FIELDS = [(kind, field) for kind, message in requests().items() for field in message.DESCRIPTOR.fields]
 SCALARS = [(kind, field) for kind, field in FIELDS if not field.message_type]
 RULED = [(kind, field) for kind, field in SCALARS if list(just_outside(field))]
+WITH_ADAPTERS = [kind for kind, field in FIELDS if field.name == "adapters"]
 REF_FIELDS = list(inference_pb2.AdapterRef.DESCRIPTOR.fields)
 
 
@@ -273,20 +294,36 @@ def test_every_field_reaches_the_engine(door, kind, field, monkeypatch):
     base = with_routing_key(base)
     if field.name == "add_special_tokens":  # to a text, if the tokenizer adds any
         monkeypatch.setattr(door.tokenizer, "post_processor", ADDING)
-        base = with_value(base, base.DESCRIPTOR.fields_by_name["text"], OTHER_TEXT)
+        base = with_text(base, OTHER_TEXT)
+    if field.name == "truncate":
+        base = with_text(base, OTHER_TEXT * 20)
+        assert door.refusal(base) == (grpc.StatusCode.INVALID_ARGUMENT, "")
+        assert door.effect(with_value(base, field, value=True))
+        return
     text = door.effect(base)[1]
     values = {
         "text": OTHER_TEXT,
         "token_ids": inference_pb2.TokenIds(ids=TOKENS[::-1]),
         "chat": chat_pb2.Chat(messages=[chat_pb2.ChatMessage(role="user", content=[OTHER_TEXT])]),
         "adapters": [inference_pb2.AdapterRef(name="multitask", task=1)],
-        "stop": [text[2:4] or "x"],
+        "stop": [text[2:4] or "x"] if isinstance(text, str) else [],
+        "inputs": [pooling_pb2.Input(text=OTHER_TEXT)],
+        "batch": pooling_pb2.TextBatch(inputs=[pooling_pb2.Input(text=OTHER_TEXT)]),
+        "pooling": pooling_pb2.POOLING_CLS,
+        "normalize": False,
         "logit_bias": {5: 1.0},
     }
     value = values.get(field.name)
     if value is None:
         value = other_than(field, getattr(base, field.name))
     assert door.effect(with_value(base, field, value)) != door.effect(base)
+
+
+def with_text(message: Any, text: str) -> Any:
+    fields = message.DESCRIPTOR.fields_by_name
+    if "inputs" in fields:
+        return with_value(message, fields["inputs"], [pooling_pb2.Input(text=text)])
+    return with_value(message, fields["text"], text)
 
 
 def with_routing_key(message: Any) -> Any:
@@ -296,7 +333,7 @@ def with_routing_key(message: Any) -> Any:
 
 
 @pytest.mark.parametrize("field", REF_FIELDS, ids=ids)
-@pytest.mark.parametrize("kind", requests())
+@pytest.mark.parametrize("kind", WITH_ADAPTERS)
 def test_every_field_of_an_adapter_reaches_the_engine(door, kind, field):
     refs = {
         "name": [{"name": "split"}, {"name": "multitask", "task": 0}],
@@ -337,7 +374,7 @@ def test_the_bounds_themselves_are_accepted(door, kind, field):
 
 
 @pytest.mark.parametrize("field", REF_FIELDS, ids=ids)
-@pytest.mark.parametrize("kind", requests())
+@pytest.mark.parametrize("kind", WITH_ADAPTERS)
 def test_an_adapters_field_outside_of_its_range_is_refused(door, kind, field):
     adapters = requests()[kind].DESCRIPTOR.fields_by_name["adapters"]
     values = list(just_outside(field))
@@ -349,7 +386,7 @@ def test_an_adapters_field_outside_of_its_range_is_refused(door, kind, field):
         assert refused == (grpc.StatusCode.INVALID_ARGUMENT, named), value
 
 
-@pytest.mark.parametrize("kind", requests())
+@pytest.mark.parametrize("kind", WITH_ADAPTERS)
 def test_too_many_adapters_are_refused(door, kind):
     base = requests()[kind]
     adapters = base.DESCRIPTOR.fields_by_name["adapters"]

@@ -14,7 +14,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from support.prompts import LONG, PROMPT, until
 from support.serving import serving
-from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, prompts_pb2_grpc
+from turret.v1 import (
+    adapters_pb2_grpc,
+    inference_pb2_grpc,
+    model_pb2_grpc,
+    pooling_pb2_grpc,
+    prompts_pb2_grpc,
+)
 from turret_client import (
     AdapterState,
     Client,
@@ -100,6 +106,7 @@ METHODS = [
         "AdapterService": adapters_pb2_grpc.AdapterServiceServicer,
         "PromptService": prompts_pb2_grpc.PromptServiceServicer,
         "ModelService": model_pb2_grpc.ModelServiceServicer,
+        "PoolingService": pooling_pb2_grpc.PoolingServiceServicer,
     }.items()
     for method in vars(servicer)
     if method[0].isupper()
@@ -127,7 +134,7 @@ def test_no_method_answers_who_is_not_known(served, method, metadata):
 
 
 def test_there_are_methods_to_try():
-    assert len(METHODS) >= 10
+    assert len(METHODS) >= 14
 
 
 def test_the_refusal_says_what_to_do(served, monkeypatch):

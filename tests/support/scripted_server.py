@@ -19,6 +19,8 @@ from turret.v1 import (
     inference_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    pooling_pb2,
+    pooling_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
@@ -78,6 +80,28 @@ MODEL = model_pb2.Model(
         max_adapters=8, max_messages=9, max_tools=10, max_queued_requests=11, max_queued_tokens=12
     ),
 )
+EMBEDDINGS = pooling_pb2.EmbedResponse(
+    embeddings=[pooling_pb2.Embedding(values=[0.5, -1.0]), pooling_pb2.Embedding(values=[0.0, 2.0])],
+    revision="r1",
+    usage=USAGE,
+)
+CLASSES = pooling_pb2.ClassifyResponse(
+    classifications=[pooling_pb2.Classification(scores=[0.25, 0.75], logits=[-1.0, 1.5])],
+    labels=["bad", "good"],
+    problem=pooling_pb2.PROBLEM_SINGLE_LABEL,
+    revision="r1",
+    usage=USAGE,
+)
+TAGS = pooling_pb2.TagResponse(
+    texts=[
+        pooling_pb2.TaggedText(
+            tokens=[pooling_pb2.TaggedToken(token_id=7, label="B-PER", score=0.5, start=4, end=7)],
+            spans=[pooling_pb2.Span(label="PER", score=0.5, start=4, end=7, text="Ada", in_second=True)],
+        )
+    ],
+    revision="r1",
+    usage=USAGE,
+)
 RULES = prompts_pb2.PinnedPrompt(name="rules", revision="r1", prompt_tokens=40)
 
 
@@ -108,6 +132,7 @@ class ScriptedServer(
     adapters_pb2_grpc.AdapterServiceServicer,
     prompts_pb2_grpc.PromptServiceServicer,
     model_pb2_grpc.ModelServiceServicer,
+    pooling_pb2_grpc.PoolingServiceServicer,
 ):
     """Returns the constants above.
 
@@ -151,6 +176,7 @@ class ScriptedServer(
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
         prompts_pb2_grpc.add_PromptServiceServicer_to_server(self, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
+        pooling_pb2_grpc.add_PoolingServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Self:
@@ -184,6 +210,22 @@ class ScriptedServer(
     def Detokenize(self, request, context):
         self._begin(request, context)
         return model_pb2.DetokenizeResponse(text="<s>ab")
+
+    def Embed(self, request, context):
+        self._begin(request, context)
+        return EMBEDDINGS
+
+    def Classify(self, request, context):
+        self._begin(request, context)
+        return CLASSES
+
+    def Tag(self, request, context):
+        self._begin(request, context)
+        return TAGS
+
+    def Score(self, request, context):
+        self._begin(request, context)
+        return pooling_pb2.ScoreResponse(scores=[0.25, 0.75], revision="r1", usage=USAGE)
 
     def LoadAdapter(self, request, context):
         self._begin(request, context)

@@ -15,6 +15,8 @@ from turret.v1 import (
     inference_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    pooling_pb2,
+    pooling_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
@@ -33,6 +35,14 @@ from turret_client._messages import (
     pinned_prompt_from,
     tokenize_request,
 )
+from turret_client._pooling import (
+    batch_of,
+    classifications_from,
+    embed_request,
+    embeddings_from,
+    scores_from,
+    tags_from,
+)
 from turret_client._status import call_scope
 from turret_client._upload import AdapterFolder, num_bytes
 from turret_client.errors import CancelledError, TurretError
@@ -43,8 +53,20 @@ if TYPE_CHECKING:
     from turret.v1 import inference_pb2
     from turret_client._channel import ConnectionOptions, Metadata
     from turret_client._chat import ChatGenerationOptions, ChatMessages, ChatOptions
-    from turret_client._options import AdapterArgument, GenerationOptions
-    from turret_client._results import Adapter, Chunk, Download, Generation, Model, PinnedPrompt
+    from turret_client._options import AdapterArgument, BatchOptions, GenerationOptions
+    from turret_client._pooling import Input
+    from turret_client._results import (
+        Adapter,
+        Chunk,
+        Classifications,
+        Download,
+        Embeddings,
+        Generation,
+        Model,
+        PinnedPrompt,
+        Scores,
+        Tags,
+    )
 
 _PAGE_SIZE = 1000  # the largest that servers allow
 _Request = TypeVar("_Request")
@@ -91,6 +113,7 @@ class AsyncClient:
         self._adapters = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         self._prompts = prompts_pb2_grpc.PromptServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._pooling = pooling_pb2_grpc.PoolingServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -189,6 +212,81 @@ class AsyncClient:
         Arguments and errors are those of `chat`; the iteration raises the errors.
         """
         return self._chunks(chat_request(messages, options), timeout)
+
+    async def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
+        **options: Unpack[BatchOptions],
+    ) -> Embeddings:
+        """Returns a vector of each input.
+
+        Args:
+            inputs: Each is a text, a pair of texts, or token ids that are used unchanged.
+            pooling: How the states of tokens become a vector, one of `Pooling`. None is as the model's files
+                for sentence-transformers say; else the mean on encoders, the last token on decoders.
+            normalize: Scale vectors to length 1. None is as those files say, else True.
+            dimensions: Numbers of each vector, for models that were trained to be cut; None is all.
+            timeout: Deadline of the call in seconds; None is none.
+            **options: Adapter and the rest; see `BatchOptions`.
+
+        Raises:
+            InvalidArgumentError: A field is out of its range, or an input exceeds the context; see
+                `truncate`.
+            NotFoundError: The adapter does not exist.
+            FailedPreconditionError: The model cannot do it, or the request does not fit into its memory.
+            ResourceExhaustedError: The tenant's queue is full or a quota is used up; see `retry_after`.
+            DeadlineExceededError: `timeout` passed.
+        """
+        batch = batch_of(inputs, options)
+        request = embed_request(batch, pooling, normalize=normalize, dimensions=dimensions)
+        return embeddings_from(await self._answer(self._pooling.Embed, request, timeout=timeout))
+
+    async def classify(
+        self,
+        inputs: Sequence[Input],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
+        **options: Unpack[BatchOptions],
+    ) -> Classifications:
+        """Returns the class of each input, by the head of the adapter or of the model.
+
+        Arguments and errors are those of `embed`. FailedPreconditionError also: there is no head for it.
+        """
+        request = pooling_pb2.ClassifyRequest(batch=batch_of(inputs, options))
+        return classifications_from(await self._answer(self._pooling.Classify, request, timeout=timeout))
+
+    async def tag(
+        self,
+        inputs: Sequence[Input],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
+        **options: Unpack[BatchOptions],
+    ) -> Tags:
+        """Returns the label of each token of the inputs, and spans of tokens with the same label.
+
+        Arguments and errors are those of `embed`. FailedPreconditionError also: there is no head for it.
+        """
+        request = pooling_pb2.TagRequest(batch=batch_of(inputs, options))
+        return tags_from(await self._answer(self._pooling.Tag, request, timeout=timeout))
+
+    async def score(
+        self,
+        inputs: Sequence[Input],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 -- the call's gRPC deadline
+        **options: Unpack[BatchOptions],
+    ) -> Scores:
+        """Returns the score of each pair of texts, by a head with one label, as rerankers have.
+
+        Arguments and errors are those of `embed`. FailedPreconditionError also: there is no head for it.
+        """
+        request = pooling_pb2.ScoreRequest(batch=batch_of(inputs, options))
+        return scores_from(await self._answer(self._pooling.Score, request, timeout=timeout))
 
     async def model(self) -> Model:
         """Returns what the server serves, and the limits of the tenant's requests."""

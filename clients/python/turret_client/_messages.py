@@ -135,7 +135,7 @@ def generate_request(
             known = ", ".join(GenerationOptions.__annotations__)
             raise TypeError(f"unknown option {name!r}; the options are {known}")
     request = message_of(inference_pb2.GenerateRequest, **options)
-    request.adapters.extend(_adapter_refs(adapter))
+    request.adapters.extend(adapter_refs(adapter))
     if isinstance(prompt, chat_pb2.Chat):
         request.chat.CopyFrom(prompt)
     else:
@@ -146,7 +146,7 @@ def generate_request(
 def tokenize_request(
     prompt: str | chat_pb2.Chat, *, adapter: AdapterArgument, add_special_tokens: bool | None
 ) -> model_pb2.TokenizeRequest:
-    refs = _adapter_refs(adapter)
+    refs = adapter_refs(adapter)
     options: dict[str, Any] = {"chat": prompt} if isinstance(prompt, chat_pb2.Chat) else {"text": prompt}
     return message_of(
         model_pb2.TokenizeRequest, adapters=refs, add_special_tokens=add_special_tokens, **options
@@ -154,14 +154,14 @@ def tokenize_request(
 
 
 def detokenize_request(token_ids: Sequence[int], *, adapter: AdapterArgument) -> model_pb2.DetokenizeRequest:
-    return message_of(model_pb2.DetokenizeRequest, token_ids=token_ids, adapters=_adapter_refs(adapter))
+    return message_of(model_pb2.DetokenizeRequest, token_ids=token_ids, adapters=adapter_refs(adapter))
 
 
 def pin_request(
     name: str, prompt: str | Sequence[int], *, adapter: AdapterArgument, **options: Any
 ) -> prompts_pb2.PinPromptRequest:
     request = message_of(prompts_pb2.PinPromptRequest, name=name, **options)
-    request.adapters.extend(_adapter_refs(adapter))
+    request.adapters.extend(adapter_refs(adapter))
     _set_prompt(request, prompt)
     return request
 
@@ -184,7 +184,7 @@ def _set_prompt(
     )
 
 
-def _adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
+def adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
     if adapter is None:
         return []
     named = adapter if isinstance(adapter, Iterable) and not isinstance(adapter, str) else [adapter]
@@ -204,7 +204,7 @@ def generation_from(response: inference_pb2.GenerateResponse) -> Generation:
         text=response.text,
         token_ids=tuple(response.token_ids),
         finish_reason=_FINISH_REASONS.get(response.finish_reason, FinishReason.UNSPECIFIED),
-        usage=_usage_from(response.usage),
+        usage=usage_from(response.usage),
         revision=response.revision,
         choices=tuple(map(_choice_from, response.choices)),
         logprobs=_logprobs_from(response.logprobs),
@@ -256,7 +256,7 @@ def chunk_from(response: inference_pb2.GenerateStreamResponse) -> Chunk:
             if response.finish_reason
             else None
         ),
-        usage=_usage_from(response.usage) if response.HasField("usage") else None,
+        usage=usage_from(response.usage) if response.HasField("usage") else None,
         index=response.index,
         logprobs=_logprobs_from(response.logprobs),
         prompt_logprobs=_logprobs_from(response.prompt_logprobs),
@@ -345,7 +345,7 @@ def model_from(message: model_pb2.Model) -> Model:
     )
 
 
-def _usage_from(message: inference_pb2.Usage) -> Usage:
+def usage_from(message: inference_pb2.Usage) -> Usage:
     return Usage(
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,

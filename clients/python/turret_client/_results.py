@@ -37,6 +37,117 @@ class Usage:
     generated_tokens: int
 
 
+class Pooling(StrEnum):
+    """How the hidden states of a text's tokens become its vector."""
+
+    CLS = "cls"
+    """The first token."""
+    MEAN = "mean"
+    WEIGHTED_MEAN = "weighted_mean"
+    """The mean, weighted by the position from 1."""
+    LAST = "last"
+
+
+class Problem(StrEnum):
+    """What the scores of labels are."""
+
+    UNSPECIFIED = "unspecified"
+    """A problem unknown to this version of the client."""
+    SINGLE_LABEL = "single_label"
+    """Probabilities of which exactly one label is right."""
+    MULTI_LABEL = "multi_label"
+    """Each the probability of one label."""
+    REGRESSION = "regression"
+    """Numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector of each input, in their order. `revision` is the adapter's; empty for the base model."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """`label` is the one with the highest score; `scores` and `logits` are by label."""
+
+    label: str
+    scores: dict[str, float]
+    logits: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """The score of `label`."""
+        return self.scores[self.label]
+
+
+@dataclass(frozen=True, slots=True)
+class Classifications:
+    """The class of each input, in their order. `revision` is as in `Embeddings`."""
+
+    results: tuple[Classification, ...]
+    problem: Problem
+    usage: Usage
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedToken:
+    """A token, its likeliest label, and the label's probability.
+
+    `start` and `end` are the token's characters in its text: the first, and the one after the last. Both are
+    0 in inputs of token ids. `in_second` is whether it belongs to the second text of a pair.
+    """
+
+    token_id: int
+    label: str
+    score: float
+    start: int
+    end: int
+    in_second: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens that follow each other with the same label, and their text. `score` is the mean of theirs."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
+    in_second: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedText:
+    """The tokens of an input without special tokens, and spans without tokens labelled "O"."""
+
+    tokens: tuple[TaggedToken, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags of each input, in their order. `revision` is as in `Embeddings`."""
+
+    texts: tuple[TaggedText, ...]
+    usage: Usage
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The score of each input from 0 to 1, in their order. `revision` is as in `Embeddings`."""
+
+    scores: tuple[float, ...]
+    usage: Usage
+    revision: str
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """The log probability of a token, given all tokens before it.

@@ -22,6 +22,7 @@ from turret_server.app.assembly import Access
 from turret_server.app.budgets import arena_bytes, host_bytes, log_gpu_memory, max_adapter_bytes
 from turret_server.config import NAME_MARK, ServerConfig
 from turret_server.engine.loop import Engine, EngineStats
+from turret_server.engine.pooling import Pooling
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
 from turret_server.kernels.cpu.cores import release_cores
@@ -59,6 +60,7 @@ from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model import Model, ModelService
 from turret_server.serving.model_info import ModelInfo
+from turret_server.serving.pooling import PoolingService, Texts
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.structured import Grammars
 from turret_server.serving.tokens import TokenService
@@ -80,6 +82,7 @@ class Parts:
     generation: GenerationService
     prompts: PromptService
     tokens: TokenService
+    pooling: PoolingService
     model: ModelService
     administration: AdapterAdministration
     watches: AdapterWatches
@@ -136,7 +139,7 @@ def build(
         routing.register(metrics, administration.routed)
     lazy = LazyAdapters(lifecycle, registry, config.lazy_source) if config.lazy_source else None
     chats = stack.enter_context(closing(_chat_templates(config, loaded, library)))
-    generation, prompts, tokens = _make_services(
+    generation, prompts, tokens, pooling = _make_services(
         engine,
         registry,
         library,
@@ -161,6 +164,7 @@ def build(
         generation=generation,
         prompts=prompts,
         tokens=tokens,
+        pooling=pooling,
         model=ModelService(_about_model(config, loaded, chats)),
         administration=administration,
         watches=watches,
@@ -182,7 +186,7 @@ def _make_services(
     usage: UsageMetrics,
     request_log: RequestLog,
     chats: ChatTemplates,
-) -> tuple[GenerationService, PromptService, TokenService]:
+) -> tuple[GenerationService, PromptService, TokenService, PoolingService]:
     """The services that prepare prompts."""
     model = ModelInfo(
         max_context=loaded.context.tokens,
@@ -215,6 +219,19 @@ def _make_services(
         ),
         PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
         TokenService(jobs),
+        PoolingService(
+            engine=engine, jobs=jobs, model=model, texts=_about_texts(loaded), request_log=request_log
+        ),
+    )
+
+
+def _about_texts(loaded: LoadedModel) -> Texts:
+    return Texts(
+        base=loaded.base,
+        takes_pairs=loaded.encoder is not None and loaded.encoder.num_token_types > 1,
+        pad_token_id=loaded.model.config.pad_token_id,
+        pooling=Pooling.MEAN if loaded.encoder else Pooling.LAST,
+        normalize=True,
     )
 
 

@@ -16,6 +16,7 @@ from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.local import LocalChannel, Methods
 from turret_server.rpc.model import ModelServicer
+from turret_server.rpc.pooling import PoolingServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer, add_servicers
 from turret_server.rpc.tls import credentials
@@ -36,12 +37,13 @@ def make_channel(parts: Parts, loop: asyncio.AbstractEventLoop) -> Any:
 
 def _servicers(
     parts: Parts,
-) -> tuple[InferenceServicer, AdapterServicer, PromptServicer, ModelServicer]:
+) -> tuple[InferenceServicer, AdapterServicer, PromptServicer, ModelServicer, PoolingServicer]:
     return (
         InferenceServicer(parts.generation),
         AdapterServicer(parts.administration),
         PromptServicer(parts.prompts),
         ModelServicer(parts.model, parts.tokens),
+        PoolingServicer(parts.pooling),
     )
 
 

@@ -36,6 +36,7 @@ class RequestRecord:
     arrived: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     job: Job | None = None
+    prompt_tokens: int = 0
     adapters: tuple[str, ...] = ()
     revisions: tuple[str, ...] = ()
     submitted: float | None = None
@@ -47,11 +48,12 @@ class RequestRecord:
     finish_reason: str = ""
     error: Exception | None = None
 
-    def begin(self, job: Job, pins: Sequence[tuple[str, AdapterSpec]]) -> None:
-        """The engine has accepted the job with these adapters: from now on the request has a line in the
-        usage log, however it ends.
+    def begin(self, job: Job, pins: Sequence[tuple[str, AdapterSpec]], prompt_tokens: int) -> None:
+        """The engine has accepted the request, of which this is the first job, with these adapters: from now
+        on the request has a line in the usage log, however it ends.
         """
         self.job = job
+        self.prompt_tokens = prompt_tokens
         self.adapters = tuple(name for name, _ in pins)
         self.revisions = tuple(spec.revision for _, spec in pins)
         self.about = job.about
@@ -81,10 +83,6 @@ class RequestRecord:
             self.metrics.queue.observe(self.queue_seconds)
             self.metrics.duration.observe(self.ended - self.arrived)
             self.metrics.cached_tokens.inc(self.cached_tokens)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return len(self.job.prompt_token_ids) if self.job else 0
 
     @property
     def queue_seconds(self) -> float | None:

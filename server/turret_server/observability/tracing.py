@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from turret_server.engine.request import PromptPin, Request
+from turret_server.engine.request import Job, PoolingRequest, PromptPin, Request
 from turret_server.observability.request_log import RequestRecord
 
 _PROPAGATOR = TraceContextTextMapPropagator()
@@ -53,7 +53,7 @@ class RequestSpans:
     def __call__(self, record: RequestRecord) -> None:
         """Export the spans of a request that has ended, below the caller's span if the call names one."""
         assert record.ended is not None
-        operation = "pin_prompt" if isinstance(record.job, PromptPin) else "text_completion"
+        operation = _operation(record.job)
         # The wall clock is read once, so that phases keep their order when it jumps.
         offset = time.time() - time.monotonic()
         span = self._tracer.start_span(
@@ -80,6 +80,15 @@ class RequestSpans:
 def _parent(record: RequestRecord) -> contexts.Context:
     carrier = {key: str(value) for key, value in record.caller.metadata if key in _FROM_CALLER}
     return _PROPAGATOR.extract(carrier, contexts.Context())
+
+
+def _operation(job: Job | None) -> str:
+    """In the words of OpenTelemetry's conventions for generative AI, where they have one."""
+    if isinstance(job, PromptPin):
+        return "pin_prompt"
+    if isinstance(job, PoolingRequest):
+        return "classification" if job.params.task else "embeddings"
+    return "text_completion"
 
 
 def _attributes(record: RequestRecord) -> Mapping[str, AttributeValue]:

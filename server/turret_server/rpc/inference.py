@@ -49,7 +49,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 response.prompt_logprobs.extend(map(_logprob, chunk.prompt_logprobs))
                 last = chunk
         assert last.usage
-        response.usage.CopyFrom(_usage(last.usage))
+        response.usage.CopyFrom(usage_message(last.usage))
         response.revision = last.revision
         first = choices[0]
         response.MergeFrom(
@@ -163,7 +163,7 @@ def _message_of(chunk: Chunk) -> inference_pb2.GenerateStreamResponse:
         finish_reason=_FINISH_REASONS[chunk.finish_reason]
         if chunk.finish_reason
         else inference_pb2.FINISH_REASON_UNSPECIFIED,
-        usage=_usage(chunk.usage) if chunk.usage else None,
+        usage=usage_message(chunk.usage) if chunk.usage else None,
         **_stop(chunk),
     )
 
@@ -183,7 +183,7 @@ def _logprob(found: TokenLogprob) -> inference_pb2.TokenLogprob:
     )
 
 
-def _usage(usage: Usage) -> inference_pb2.Usage:
+def usage_message(usage: Usage) -> inference_pb2.Usage:
     return inference_pb2.Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,

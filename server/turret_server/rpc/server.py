@@ -17,6 +17,8 @@ from turret.v1 import (
     inference_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    pooling_pb2,
+    pooling_pb2_grpc,
     prompts_pb2,
     prompts_pb2_grpc,
 )
@@ -61,6 +63,7 @@ _SERVICES = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     prompts_pb2.DESCRIPTOR.services_by_name["PromptService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    pooling_pb2.DESCRIPTOR.services_by_name["PoolingService"].full_name,
 )
 
 
@@ -71,6 +74,7 @@ class RpcServer:
         adapters: adapters_pb2_grpc.AdapterServiceServicer,
         prompts: prompts_pb2_grpc.PromptServiceServicer,
         model: model_pb2_grpc.ModelServiceServicer,
+        pooling: pooling_pb2_grpc.PoolingServiceServicer,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
         calls: RunningCalls,
         state: Health,
@@ -83,7 +87,7 @@ class RpcServer:
         self._credentials = credentials
         most = ("grpc.max_allowed_incoming_connections", max_connections)
         self._server = grpc.aio.server(interceptors=interceptors, options=(*_OPTIONS, most))
-        add_servicers(inference, adapters, prompts, model, self._server)
+        add_servicers(inference, adapters, prompts, model, pooling, self._server)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         _add_reflection([*_SERVICES, health.SERVICE_NAME], self._server)
@@ -145,6 +149,7 @@ def add_servicers(
     adapters: adapters_pb2_grpc.AdapterServiceServicer,
     prompts: prompts_pb2_grpc.PromptServiceServicer,
     model: model_pb2_grpc.ModelServiceServicer,
+    pooling: pooling_pb2_grpc.PoolingServiceServicer,
     server: Any,
 ) -> None:
     """Register the methods of all services of this project with a server."""
@@ -152,6 +157,7 @@ def add_servicers(
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
     prompts_pb2_grpc.add_PromptServiceServicer_to_server(prompts, server)
     model_pb2_grpc.add_ModelServiceServicer_to_server(model, server)
+    pooling_pb2_grpc.add_PoolingServiceServicer_to_server(pooling, server)
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # the stubs are behind

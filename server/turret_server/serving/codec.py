@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from turret_adapters.formats.tokenizer import OwnTokenizer
@@ -15,6 +16,18 @@ from turret_server.errors import PromptTooLongError
 _ANCHOR = "a"
 # Longer texts are counted in pieces of this many characters before they are tokenised as a whole.
 PIECE_CHARACTERS = 1 << 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """The tokens of a text or of a pair of texts. `type_ids` tell these apart as the model's tokenizer does.
+    `spans` are the tokens' characters: which text, the first, and the one after the last; None for tokens of
+    no text. Both are empty for inputs of token ids, `type_ids` also if all are 0.
+    """
+
+    token_ids: tuple[int, ...]
+    type_ids: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int, int] | None, ...] = ()
 
 
 class TextCodec:
@@ -57,26 +70,79 @@ class TextCodec:
             del token_ids[0]
         return token_ids
 
-    def _check_length(self, text: str, max_tokens: int, context_note: str) -> None:
-        """Count the tokens of a long text piece by piece, up to twice as many as fit.
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        max_tokens: int,
+        *,
+        add_special_tokens: bool,
+        truncate: bool,
+        context_note: str,
+    ) -> Encoded:
+        """The tokens of one text or of a pair, see `encode`. With `truncate` texts lose tokens at their ends
+        until all fit, the longer one of a pair first.
 
-        Tokenising takes hundreds of times the memory of the text, so what does not fit must be found before.
-        A piece may have more tokens than it has within the whole text, but only at its two ends.
+        Raises:
+            PromptTooLongError: a text is far longer than `max_tokens`, and shall not be cut.
+        """
+        if truncate:
+            texts = [self._beginning(text, max_tokens) for text in texts]
+        else:
+            for text in texts:
+                self._check_length(text, max_tokens, context_note)
+        first, second = (*texts, None)[:2]
+        assert first is not None
+        found = self._tokenizer.encode(first, second, add_special_tokens=add_special_tokens)
+        if truncate and len(found) > max_tokens:
+            found = self._truncated(texts, max_tokens, add_special_tokens=add_special_tokens)
+        begin = int(add_special_tokens and found.ids[:2] == [self._bos_token_id] * 2)
+        sources = [
+            None if source is None else (source, *offsets)
+            for source, offsets in zip(found.sequence_ids, found.offsets, strict=True)
+        ]
+        return Encoded(
+            token_ids=tuple(found.ids[begin:]),
+            type_ids=tuple(found.type_ids[begin:]) if any(found.type_ids) else (),
+            spans=tuple(sources[begin:]),
+        )
+
+    def _truncated(self, texts: Sequence[str], max_tokens: int, *, add_special_tokens: bool) -> Encoding:
+        parts = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        special = self._tokenizer.num_special_tokens_to_add(len(texts) == 2) if add_special_tokens else 0
+        room = max(max_tokens - special, 0)
+        shorter, *longer = sorted(parts, key=len)
+        if longer:
+            shorter.truncate(min(len(shorter), room // 2))
+        (longer or [shorter])[0].truncate(room - len(shorter) * bool(longer))
+        first, second = (*parts, None)[:2]
+        assert first is not None
+        return self._tokenizer.post_process(first, second, add_special_tokens=add_special_tokens)
+
+    def _check_length(self, text: str, max_tokens: int, context_note: str) -> None:
+        if len(self._beginning(text, max_tokens)) < len(text):
+            raise PromptTooLongError(
+                f"the model's context has {max_tokens} tokens{context_note}; the prompt of {len(text)} "
+                "characters takes more than twice as many; shorten it",
+                max_context=max_tokens,
+                max_tokens=1,
+            )
+
+    def _beginning(self, text: str, max_tokens: int) -> str:
+        """The text, or a beginning of it that has more than twice as many tokens as fit.
+
+        Tokenising takes hundreds of times the memory of the text, so what does not fit must be found before:
+        a long text is counted piece by piece. A piece may have more tokens than it has within the whole text,
+        but only at its two ends.
         """
         if len(text) <= max_tokens:
-            return
+            return text
         num_tokens = 0
         for start in range(0, len(text), PIECE_CHARACTERS):
             piece = text[start : start + PIECE_CHARACTERS]
             num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False).ids)
             if num_tokens > 2 * max_tokens:
-                raise PromptTooLongError(
-                    f"the model's context has {max_tokens} tokens{context_note}; the prompt of {len(text)} "
-                    "characters takes more than twice as many; shorten it",
-                    max_context=max_tokens,
-                    prompt_tokens=num_tokens,
-                    max_tokens=1,
-                )
+                return text[: start + PIECE_CHARACTERS]
+        return text
 
     def with_special_tokens(self) -> TextCodec:
         """One that decodes special tokens to their texts."""

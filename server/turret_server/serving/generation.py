@@ -68,7 +68,7 @@ class GenerationService:
                 outputs: Outputs[Chunk] = Outputs()
                 grammar = await self._grammar(request, prepared)
                 jobs = self._jobs_of(request, prepared, grammar, record, outputs)
-                check_num_tokens([job.num_tokens for job in jobs], caller)
+                check_num_tokens([job.num_tokens for job in jobs], caller, "n")
                 with self._jobs.submit(prepared, jobs, record, self._engine.submit):
                     reasons: list[FinishReason] = []
                     while len(reasons) < len(jobs):

@@ -103,22 +103,31 @@ class Outputs(Generic[_Item]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A request whose adapters are leased and whose prompt is tokenised. `fields` are those of its job,
-    besides its sink; `answers` says how the answers to a chat are read, if they are more than text.
-    """
+class Leased:
+    """A request whose adapters are leased, and the vocabulary that it has with them."""
 
     caller: Caller
     lease: Lease
     vocabulary: Vocabulary
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(spec.num_virtual_tokens for spec, _ in self.lease.uses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Leased):
+    """A request whose prompt is tokenised as well. `fields` are those of its job, besides its sink; `answers`
+    says how the answers to a chat are read, if they are more than text.
+    """
+
     fields: JobFields
     answers: AnswerFormat | None = None
 
     @property
     def num_context(self) -> int:
         """Tokens of the prompt, and virtual tokens of the adapters."""
-        virtual = sum(use.spec.num_virtual_tokens for use in self.fields["adapters"])
-        return len(self.fields["prompt_token_ids"]) + virtual
+        return len(self.fields["prompt_token_ids"]) + self.num_virtual_tokens
 
 
 class Jobs:
@@ -150,22 +159,13 @@ class Jobs:
         self._request_ids = itertools.count(1)
 
     @asynccontextmanager
-    async def prepare(
-        self,
-        request: GenerationRequest | PinRequest,
-        adapters: Sequence[Named],
-        caller: Caller,
-        routing_key: str | None = None,
-    ) -> AsyncIterator[Prepared]:
-        """Lease the adapters and tokenise the prompt. Requests with the same `routing_key` use the same
-        revision of an adapter whose traffic is split, those with "" a random one, and with None the current
-        one.
+    async def lease(
+        self, adapters: Sequence[Named], caller: Caller, routing_key: str | None = None
+    ) -> AsyncIterator[Leased]:
+        """Lease adapters. Requests with the same `routing_key` use the same revision of an adapter whose
+        traffic is split, those with "" a random one, and with None the current one.
 
         Raises:
-            InvalidRequestError: a token is not in the vocabulary.
-            ChatTemplateError: the chat template refuses the chat.
-            NoChatTemplateError: there is none.
-            PromptTooLongError: the prompt does not fit into the context.
             AdapterError: an adapter does not exist, or its use is invalid.
         """
         tenant, named = caller.tenant, list(adapters)
@@ -177,26 +177,54 @@ class Jobs:
         try:
             if named:
                 logs.bind(adapter="+".join(each.name for each in named), revision=lease.revision)
-            specs = [spec for _, spec in lease.pins]
-            vocabulary = await self._vocabularies.of(specs)
+            vocabulary = await self._vocabularies.of([spec for _, spec in lease.pins])
+            yield Leased(caller=caller, lease=lease, vocabulary=vocabulary)
+        finally:
+            self._registry.release(lease)
+
+    @asynccontextmanager
+    async def prepare(
+        self,
+        request: GenerationRequest | PinRequest,
+        adapters: Sequence[Named],
+        caller: Caller,
+        routing_key: str | None = None,
+    ) -> AsyncIterator[Prepared]:
+        """Lease the adapters, see `lease`, and tokenise the prompt.
+
+        Raises:
+            InvalidRequestError: a token is not in the vocabulary.
+            ChatTemplateError: the chat template refuses the chat.
+            NoChatTemplateError: there is none.
+            PromptTooLongError: the prompt does not fit into the context.
+            AdapterError: an adapter does not exist, or its use is invalid.
+        """
+        async with self.lease(adapters, caller, routing_key) as leased:
+            lease, vocabulary = leased.lease, leased.vocabulary
             prompt, adds_special_tokens, answers = request.prompt, request.add_special_tokens, None
             if isinstance(prompt, Chat):
+                specs = [spec for _, spec in lease.pins]
                 rendered = await self._chats.render(prompt, specs, vocabulary.special_tokens)
                 # The template has written those that belong there.
                 prompt, adds_special_tokens, answers = rendered.prompt, False, rendered.answers
             token_ids = await self._tokenise(prompt, vocabulary, add_special_tokens=adds_special_tokens)
-            fields = JobFields(
-                request_id=next(self._request_ids),
-                prompt_token_ids=token_ids,
-                adapters=tuple(AdapterUse(spec, weight) for spec, weight in lease.uses),
-                deadline=request.deadline,
-                tenant=tenant.name,
-                # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
-                cache_salt=f"{tenant.cache_domain}/{request.cache_salt}",
-            )
+            fields = self.fields(leased, token_ids, request.deadline, request.cache_salt)
             yield Prepared(caller=caller, lease=lease, vocabulary=vocabulary, fields=fields, answers=answers)
-        finally:
-            self._registry.release(lease)
+
+    def fields(
+        self, leased: Leased, token_ids: tuple[int, ...], deadline: float | None, cache_salt: str
+    ) -> JobFields:
+        """Of a job with this prompt."""
+        tenant = leased.caller.tenant
+        return JobFields(
+            request_id=self.next_id(),
+            prompt_token_ids=token_ids,
+            adapters=tuple(AdapterUse(spec, weight) for spec, weight in leased.lease.uses),
+            deadline=deadline,
+            tenant=tenant.name,
+            # The domain keeps tenants apart whatever salt they choose: no tenant's name has a slash.
+            cache_salt=f"{tenant.cache_domain}/{cache_salt}",
+        )
 
     def next_id(self) -> int:
         """The id of another job, besides that of a prepared request's first."""
@@ -205,26 +233,24 @@ class Jobs:
     @contextmanager
     def submit(
         self,
-        prepared: Prepared,
+        leased: Leased,
         jobs: Sequence[_Job],
         record: RequestRecord,
         begin: Callable[[_Job], None],
     ) -> Iterator[None]:
-        """Charge the quota and hand the jobs, all for the same prompt, to the engine with `begin`; those that
-        have not ended at the end of the block are cancelled.
+        """Charge the quota and hand the jobs to the engine with `begin`; those that have not ended at the end
+        of the block are cancelled.
 
         Raises:
             QuotaExceededError: the tenant has used its quota.
             TurretError: the engine refuses a job.
         """
-        tenant, pins, first = prepared.caller.tenant, prepared.lease.pins, jobs[0]
+        tenant, pins = leased.caller.tenant, leased.lease.pins
         max_tokens = sum(job.max_tokens for job in jobs)
-        with (
-            self._quotas.charge(tenant, len(first.prompt_token_ids), max_tokens) as charge,
-            self._begun(jobs, begin),
-        ):
+        num_prompt = sum(job.num_tokens for job in jobs) - max_tokens
+        with self._quotas.charge(tenant, num_prompt, max_tokens) as charge, self._begun(jobs, begin):
             charge.begin()
-            record.begin(first, pins)
+            record.begin(jobs[0], pins, num_prompt)
             try:
                 yield
             finally:
@@ -244,6 +270,13 @@ class Jobs:
             for job in begun:
                 self._engine.cancel(job.request_id)
 
+    async def tokenising(self, encode: Callable[[], _Item], num_characters: int) -> _Item:
+        """Run `encode` in a thread: a long text takes a while, and streams go on meanwhile. Short ones do not
+        wait for long ones.
+        """
+        executor = self._tokenisers if num_characters > PIECE_CHARACTERS else None
+        return await asyncio.get_running_loop().run_in_executor(executor, encode)
+
     async def _lease(self, named: list[Named]) -> Lease:
         if self._lazy:
             await self._lazy.ensure_loaded(each.name for each in named)
@@ -257,7 +290,6 @@ class Jobs:
     ) -> tuple[int, ...]:
         assert prompt is not None, "validated"
         if isinstance(prompt, str):
-            # In a thread: a long text takes a while, and other streams go on meanwhile.
             encode = partial(
                 vocabulary.codec.encode,
                 prompt,
@@ -265,9 +297,7 @@ class Jobs:
                 add_special_tokens=add_special_tokens,
                 context_note=self._model.context_note,
             )
-            # Short ones do not wait for long ones.
-            executor = self._tokenisers if len(prompt) > PIECE_CHARACTERS else None
-            token_ids = tuple(await asyncio.get_running_loop().run_in_executor(executor, encode))
+            token_ids = tuple(await self.tokenising(encode, len(prompt)))
         else:
             self._model.check_room(len(prompt))
             token_ids = tuple(prompt)

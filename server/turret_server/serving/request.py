@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from turret_adapters.spec import Problem
+from turret_server.engine.pooling import Pooling as Pooling  # noqa: PLC0414 -- for the doors
 from turret_server.serving.chat import Chat, ToolCallDelta
 from turret_server.serving.request_fields import RequestFields
 
@@ -108,3 +114,115 @@ class PinnedPrompt:
     name: str
     revision: str
     prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPair:
+    """Two texts that are one input."""
+
+    first: str
+    second: str
+
+
+Input: TypeAlias = str | Sequence[int] | TextPair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextBatch:
+    """Inputs of one call, of which vectors, classes, tags or scores are wanted. With `truncate` those that
+    are too long are cut; the other fields are as in `GenerationRequest`.
+    """
+
+    inputs: Sequence[Input | None]
+    adapters: Sequence[AdapterRef] = ()
+    truncate: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+    routing_key: str = ""
+    add_special_tokens: bool = True
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedRequest:
+    """Vectors of a batch, of the first `dimensions` numbers if that is not 0. None is as the model has it."""
+
+    batch: TextBatch
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    dimensions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """What all answers to a batch have: the revision of the adapters, and the usage of all inputs."""
+
+    revision: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings(Pooled):
+    """[N, dimensions], float32."""
+
+    vectors: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes(Pooled):
+    """`logits` and `scores` are [N, labels]; scores are what the problem makes of the logits."""
+
+    labels: tuple[str, ...]
+    problem: Problem
+    logits: NDArray[np.float64]
+    scores: NDArray[np.float64]
+
+    def label(self, index: int) -> str:
+        """The label of an input with the highest score."""
+        return self.labels[int(self.scores[index].argmax())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores(Pooled):
+    """[N], from 0 to 1."""
+
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaggedToken:
+    """A token, its likeliest label and the label's probability. `source` is the text that it is of (1 is the
+    second of a pair), `start` and `end` are its characters there; all are 0 in inputs of token ids.
+    """
+
+    token_id: int
+    label: str
+    score: float
+    source: int = 0
+    start: int = 0
+    end: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Tokens that follow each other with the same label. `score` is the mean of theirs."""
+
+    label: str
+    score: float
+    source: int
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaggedText:
+    tokens: tuple[TaggedToken, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tags(Pooled):
+    """Of each input its tokens and spans."""
+
+    texts: tuple[TaggedText, ...]

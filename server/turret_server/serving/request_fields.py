@@ -167,3 +167,17 @@ PIN_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
         "cache_salt": FieldRule(max_length=128),
     }
 )
+
+BATCH_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
+    {
+        "priority": FieldRule(min=-10, max=10),
+        "cache_salt": FieldRule(max_length=128),
+        "routing_key": FieldRule(max_length=128),
+    }
+)
+
+EMBED_FIELDS: Mapping[str, FieldRule] = MappingProxyType(
+    {
+        "dimensions": FieldRule(min=0),
+    }
+)

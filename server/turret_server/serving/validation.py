@@ -14,8 +14,14 @@ from turret_adapters.registry import Named
 from turret_server.errors import InvalidRequestError
 from turret_server.lifecycle.revisions import check_revision
 from turret_server.serving.chat import Chat, Message, ToolChoice
-from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest
-from turret_server.serving.request_fields import ADAPTER_FIELDS, FIELDS, PIN_FIELDS, FieldRule
+from turret_server.serving.request import AdapterRef, GenerationRequest, PinRequest, TextBatch
+from turret_server.serving.request_fields import (
+    ADAPTER_FIELDS,
+    BATCH_FIELDS,
+    FIELDS,
+    PIN_FIELDS,
+    FieldRule,
+)
 from turret_server.serving.structured import form_of
 from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.tenants import check_name
@@ -58,6 +64,23 @@ def _check_together(request: GenerationRequest) -> None:
     form_of(request)
 
 
+def validate_batch(batch: TextBatch) -> list[Named]:
+    """Check all fields of a batch of texts; returns its adapters for the registry.
+
+    Raises:
+        InvalidRequestError: a field is invalid.
+    """
+    check_fields(batch, BATCH_FIELDS)
+    if not batch.inputs:
+        raise InvalidRequestError("the batch has no inputs; give at least one", field="inputs")
+    for number, each in enumerate(batch.inputs):
+        if each is None:
+            raise InvalidRequestError(
+                f"inputs[{number}] is empty; set text, token_ids or pair", field="inputs"
+            )
+    return check_adapters(batch.adapters)
+
+
 def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
     """Check that the answers of one call, which are queued together, fit into the tenant's queue.
 
@@ -73,9 +96,9 @@ def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
         )
 
 
-def check_num_tokens(nums_tokens: Sequence[int], caller: Caller) -> None:
-    """Check that several answers with so many tokens each, prompt and `max_tokens`, fit into the tenant's
-    queue together. One alone always does.
+def check_num_tokens(nums_tokens: Sequence[int], caller: Caller, field: str) -> None:
+    """Check that several answers with so many tokens each, prompt and `max_tokens`, or several inputs of a
+    batch, fit into the tenant's queue together. One alone always does.
 
     Raises:
         InvalidRequestError: they do not, however empty the queue is.
@@ -83,9 +106,9 @@ def check_num_tokens(nums_tokens: Sequence[int], caller: Caller) -> None:
     most, found = caller.tenant.limits.max_queued_tokens, sum(nums_tokens)
     if len(nums_tokens) > 1 and found > most:
         raise InvalidRequestError(
-            f"the answers of a call have at most {most} tokens together, as many as its tenant may queue; "
-            f"found {found}; lower n or max_tokens",
-            field="n",
+            f"a call has at most {most} tokens, as many as its tenant may queue; "
+            f"found {found}; lower n or max_tokens, or send several calls",
+            field=field,
         )
 
 

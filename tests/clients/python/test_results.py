@@ -7,7 +7,7 @@ import re
 import pytest
 
 from support import scripted_server as script
-from turret.v1 import adapters_pb2, inference_pb2, prompts_pb2
+from turret.v1 import adapters_pb2, inference_pb2, pooling_pb2, prompts_pb2
 from turret_adapters.formats.files import digest_of_folder
 from turret_client import (
     Adapter,
@@ -18,13 +18,22 @@ from turret_client import (
     AsyncClient,
     Choice,
     Chunk,
+    Classification,
+    Classifications,
     Client,
     Download,
+    Embeddings,
     FinishReason,
     Generation,
     GenerationOptions,
     InvalidArgumentError,
     PinnedPrompt,
+    Problem,
+    Scores,
+    Span,
+    TaggedText,
+    TaggedToken,
+    Tags,
     TokenLogprob,
     TrafficSplit,
     Usage,
@@ -407,3 +416,59 @@ def test_both_clients_take_the_same_arguments():
     assert methods == [name for name in vars(AsyncClient) if not name.startswith("_")]
     for method in methods:
         assert parameters(Client, method) == parameters(AsyncClient, method)
+
+
+BATCH_OPTIONS = {
+    "adapter": "pirate",
+    "truncate": True,
+    "priority": 2,
+    "cache_salt": "salt",
+    "routing_key": "user",
+    "add_special_tokens": False,
+}
+
+
+def test_inputs_and_options_of_a_batch_are_sent(call, server):
+    inputs = ["one", ("one", "two"), [3, 4], (5,)]
+    call("embed", inputs, pooling="mean", normalize=False, dimensions=8, **BATCH_OPTIONS)
+    call("classify", inputs, **BATCH_OPTIONS)
+    embed, classify = server.requests
+    batch = pooling_pb2.TextBatch(
+        inputs=[
+            pooling_pb2.Input(text="one"),
+            pooling_pb2.Input(pair=pooling_pb2.TextPair(first="one", second="two")),
+            pooling_pb2.Input(token_ids=inference_pb2.TokenIds(ids=[3, 4])),
+            pooling_pb2.Input(token_ids=inference_pb2.TokenIds(ids=[5])),
+        ],
+        adapters=[inference_pb2.AdapterRef(name="pirate", weight=1)],
+        **{name: value for name, value in BATCH_OPTIONS.items() if name != "adapter"},
+    )
+    assert embed == pooling_pb2.EmbedRequest(
+        batch=batch, pooling=pooling_pb2.POOLING_MEAN, normalize=False, dimensions=8
+    )
+    assert classify == pooling_pb2.ClassifyRequest(batch=batch)
+
+
+def test_what_is_not_given_of_a_batch_is_not_set(call, server):
+    call("embed", ["one"])
+    [sent] = server.requests
+    assert sent == pooling_pb2.EmbedRequest(
+        batch=pooling_pb2.TextBatch(inputs=[pooling_pb2.Input(text="one")])
+    )
+
+
+def test_numbers_of_texts_are_read(call):
+    usage = Usage(prompt_tokens=3, cached_tokens=2, generated_tokens=4)
+    assert call("embed", ["one"]) == Embeddings(((0.5, -1.0), (0.0, 2.0)), usage, "r1")
+    classes = call("classify", ["one"])
+    assert classes == Classifications(
+        (Classification("good", {"bad": 0.25, "good": 0.75}, {"bad": -1.0, "good": 1.5}),),
+        Problem.SINGLE_LABEL,
+        usage,
+        "r1",
+    )
+    assert classes.results[0].score == 0.75
+    token = TaggedToken(7, "B-PER", 0.5, 4, 7)
+    span = Span("PER", 0.5, 4, 7, "Ada", in_second=True)
+    assert call("tag", ["one"]) == Tags((TaggedText((token,), (span,)),), usage, "r1")
+    assert call("score", [("one", "two")]) == Scores((0.25, 0.75), usage, "r1")

@@ -29,6 +29,7 @@ from turret_server.tenancy.auth import Caller
 from turret_server.tenancy.tenants import Tenant
 
 CALLER = Caller(tenant=Tenant(name="acme", limits=TenantLimits()), request_id="request-1")
+PROMPT_TOKENS = 3
 PINS = (("pirate", make_spec("3f9a", slab_pages=1)), ("formal", make_spec("77aa", slab_pages=1)))
 
 
@@ -88,7 +89,7 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
 ):
     caplog.set_level(logging.INFO)
     async with request_log.follow(CALLER) as record:
-        record.begin(job(), PINS)
+        record.begin(job(), PINS, PROMPT_TOKENS)
         record.job.times.started = record.submitted + 0.25
         record.token(2, record.arrived + 0.5, None)
         record.token(2, record.arrived + 0.75, record.arrived + 0.5)
@@ -127,7 +128,7 @@ async def test_an_answered_request_is_counted_logged_written_and_traced(
 
 async def test_the_first_end_counts(request_log, written):
     async with request_log.follow(CALLER) as record:
-        record.begin(job(), PINS)
+        record.begin(job(), PINS, PROMPT_TOKENS)
         await request_log.finish(record, "stop")
         ended_at = record.ended
         await request_log.finish(record, "length")
@@ -138,7 +139,7 @@ async def test_the_first_end_counts(request_log, written):
 async def test_ids_of_the_usage_log_are_the_servers_own(request_log, written):
     for _ in range(2):
         async with request_log.follow(CALLER) as record:
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             await request_log.finish(record, "stop")
     assert len({line["id"] for line in written()}) == 2
     assert {line["request_id"] for line in written()} == {"request-1"}
@@ -171,7 +172,7 @@ async def test_an_error_is_the_end_and_what_is_ours_is_an_error_of_the_log(
 
     async def fail():
         async with request_log.follow(CALLER) as record:
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             raise error
 
     with pytest.raises(type(error)):
@@ -203,7 +204,7 @@ async def test_a_call_that_its_deadline_ended_is_told_from_one_that_its_client_c
         async with request_log.follow(CALLER, deadline) as record:
             if deadline is not None:
                 record.arrived = deadline - allowed
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             begun.set()
             await asyncio.Event().wait()
 
@@ -223,7 +224,7 @@ async def test_a_client_that_closes_its_answer_cancels_it_unless_it_has_the_end(
 ):
     async def answer():
         async with request_log.follow(CALLER) as record:
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             if finished:
                 await request_log.finish(record, "stop")
             yield record
@@ -246,7 +247,7 @@ async def test_while_the_usage_log_cannot_be_written_nothing_begins(request_log,
 async def test_without_a_usage_log_and_traces_requests_are_counted(metrics, value):
     log = RequestLog(metrics)
     async with log.follow(CALLER) as record:
-        record.begin(job(), PINS)
+        record.begin(job(), PINS, PROMPT_TOKENS)
         await log.finish(record, "stop")
     assert value("turret_requests_total", outcome="ok") == 1
 
@@ -272,7 +273,7 @@ async def test_the_line_of_the_log_has_the_fields_of_its_job(request_log, caplog
                 about={"tenant": "acme", "adapter": "pirate"},
             )
             async with request_log.follow(CALLER) as record:
-                record.begin(pinned, PINS)
+                record.begin(pinned, PINS, PROMPT_TOKENS)
                 await request_log.finish(record, "pinned")
         with logs.about({"tenant": "bolt"}):
             # One that the engine never had is logged with the fields of its call.
@@ -291,7 +292,7 @@ def test_times_are_parts_of_the_request(metrics):
     record.ended = 20.0
     assert record.queue_seconds is None
     assert record.log_fields() == {"finish_reason": "", "seconds": 10.0}
-    record.job, record.submitted = job(), 11.0
+    record.job, record.submitted, record.prompt_tokens = job(), 11.0, PROMPT_TOKENS
     # It never started: it waited until its end.
     assert record.queue_seconds == 9.0
     record.job.times.started = 13.5
@@ -327,7 +328,7 @@ async def test_a_request_whose_line_cannot_be_written_fails_at_its_end(metrics, 
 
     async def serve():
         async with log.follow(CALLER) as record:
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             await log.finish(record, "stop")
 
     with pytest.raises(UsageLogFailedError):
@@ -345,7 +346,7 @@ async def test_a_cancelled_task_whose_line_cannot_be_written_is_cancelled(metric
 
     async def serve():
         async with log.follow(CALLER) as record:
-            record.begin(job(), PINS)
+            record.begin(job(), PINS, PROMPT_TOKENS)
             begun.set()
             await asyncio.Event().wait()
 

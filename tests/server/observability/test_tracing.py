@@ -56,6 +56,7 @@ def job_of(kind=Request, times=None):
 def record_of(**fields):
     """A request that arrived at 10 and ended at 20."""
     known = {
+        "prompt_tokens": 3,
         "caller": CALLER,
         "metrics": RequestMetrics(CollectorRegistry()),
         "about": {"tenant": "acme", "number": 3},

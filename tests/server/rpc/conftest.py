@@ -11,7 +11,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, prompts_pb2_grpc
+from turret.v1 import (
+    adapters_pb2_grpc,
+    inference_pb2_grpc,
+    model_pb2_grpc,
+    pooling_pb2_grpc,
+    prompts_pb2_grpc,
+)
 from turret_server.doors.health import Health
 from turret_server.doors.running import RunningCalls
 from turret_server.engine.admission import TenantLimits
@@ -19,6 +25,7 @@ from turret_server.rpc.adapters import AdapterServicer
 from turret_server.rpc.calls import CallInterceptor
 from turret_server.rpc.inference import InferenceServicer
 from turret_server.rpc.model import ModelServicer
+from turret_server.rpc.pooling import PoolingServicer
 from turret_server.rpc.prompts import PromptServicer
 from turret_server.rpc.server import RpcServer
 from turret_server.tenancy.auth import Authenticator
@@ -46,6 +53,10 @@ class Door:
     @property
     def model(self) -> Any:
         return model_pb2_grpc.ModelServiceStub(self.channel)
+
+    @property
+    def pooling(self) -> Any:
+        return pooling_pb2_grpc.PoolingServiceStub(self.channel)
 
     @property
     def health(self) -> Any:
@@ -79,6 +90,7 @@ async def open_door() -> AsyncIterator[Callable[..., Awaitable[Door]]]:
             prompts: Any = None,
             model: Any = None,
             tokens: Any = None,
+            pooling: Any = None,
             administration: Any = None,
             tenants: TenantsFile | None = None,
             credentials: grpc.ServerCredentials | None = None,
@@ -91,6 +103,7 @@ async def open_door() -> AsyncIterator[Callable[..., Awaitable[Door]]]:
                 AdapterServicer(administration),
                 PromptServicer(prompts),
                 ModelServicer(model, tokens),
+                PoolingServicer(pooling),
                 interceptors=[CallInterceptor(authenticator, calls)],
                 calls=calls,
                 state=Health(),

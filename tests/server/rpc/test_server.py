@@ -16,18 +16,18 @@ from turret_server.rpc.server import LIVENESS
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SERVICES = [f"turret.v1.{name}Service" for name in ("Inference", "Adapter", "Prompt", "Model")]
+SERVICES = [f"turret.v1.{name}Service" for name in ("Inference", "Adapter", "Prompt", "Model", "Pooling")]
 
 
 async def test_services_are_ready_from_ready_to_drain_and_the_process_lives_all_the_time(door):
     async def statuses():
         return [await door.status(service) for service in ("", *SERVICES, LIVENESS)]
 
-    assert await statuses() == [NOT_SERVING] * 5 + [SERVING]
+    assert await statuses() == [NOT_SERVING] * 6 + [SERVING]
     await door.server.ready()
-    assert await statuses() == [SERVING] * 6
+    assert await statuses() == [SERVING] * 7
     await door.server.drain()
-    assert await statuses() == [NOT_SERVING] * 5 + [SERVING]
+    assert await statuses() == [NOT_SERVING] * 6 + [SERVING]
 
 
 async def test_services_are_ready_only_while_the_engine_is_and_the_process_lives_unless_it_hangs(door):
@@ -38,17 +38,17 @@ async def test_services_are_ready_only_while_the_engine_is_and_the_process_lives
     watch = door.health.Watch(health_pb2.HealthCheckRequest(service=LIVENESS))
     assert (await watch.read()).status == SERVING
     await door.server.judge_engine(responsive=False, alive=True)
-    assert await statuses() == [NOT_SERVING] * 5 + [SERVING]
+    assert await statuses() == [NOT_SERVING] * 6 + [SERVING]
     await door.server.judge_engine(responsive=False, alive=False)
-    assert await statuses() == [NOT_SERVING] * 6
+    assert await statuses() == [NOT_SERVING] * 7
     assert (await watch.read()).status == NOT_SERVING
     watch.cancel()
     await door.server.judge_engine(responsive=True, alive=True)
-    assert await statuses() == [SERVING] * 6
+    assert await statuses() == [SERVING] * 7
     # A server that drains stays so, however its engine does.
     await door.server.drain()
     await door.server.judge_engine(responsive=True, alive=True)
-    assert await statuses() == [NOT_SERVING] * 5 + [SERVING]
+    assert await statuses() == [NOT_SERVING] * 6 + [SERVING]
 
 
 async def test_a_server_that_drains_refuses_new_calls(open_door):
@@ -157,7 +157,7 @@ async def test_the_health_is_known_before_the_port_is_open(door, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(server, "_server", opened)
         assert await server.start("127.0.0.1:0") == 7
-    assert found == [NOT_SERVING] * 5 + [SERVING]
+    assert found == [NOT_SERVING] * 6 + [SERVING]
 
 
 async def test_a_server_that_drains_refuses_calls_before_it_says_so(door, monkeypatch):

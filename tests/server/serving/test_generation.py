@@ -591,7 +591,7 @@ async def test_answers_with_more_tokens_than_the_tenant_may_queue_are_refused(se
     few = caller_of(limits=TenantLimits(max_queued_tokens=100))
     services.engine.answer(codec.encode("a fox", 64))
     request = replace(REQUEST, n=2, temperature=1.0, max_tokens=60)
-    with pytest.raises(InvalidRequestError, match="at most 100 tokens together"):
+    with pytest.raises(InvalidRequestError, match="at most 100 tokens"):
         await services.generate(request, few)
     assert services.engine.jobs == []
     assert await services.generate(replace(request, max_tokens=40), few)

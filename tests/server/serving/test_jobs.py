@@ -242,8 +242,12 @@ class Record:
         self.begun = []
         self.generated_tokens = generated
 
-    def begin(self, job, pins):
+    def begin(self, job, pins, prompt_tokens):  # noqa: ARG002
         self.begun.append((job.request_id, [name for name, _ in pins]))
+
+
+def of_same_prompt(job, request_id):
+    return replace(job, request_id=request_id, leader=job.request_id)
 
 
 def generation(prepared, max_tokens=10):
@@ -304,7 +308,7 @@ async def test_a_job_that_the_engine_refuses_costs_nothing_and_leaves_nothing(se
 async def test_several_jobs_pay_for_their_prompt_once_and_for_every_answer(services, caller_of):
     caller = caller_of(tokens_per_minute=33)
     async with services.jobs.prepare(REQUEST, [], caller) as prepared:
-        jobs = [generation(prepared), replace(generation(prepared), request_id=services.jobs.next_id())]
+        jobs = [generation(prepared), of_same_prompt(generation(prepared), services.jobs.next_id())]
         with (
             services.jobs.submit(prepared, jobs, Record(generated=7), services.engine.submit),
             pytest.raises(QuotaExceededError, match="has 10 of its 33 tokens"),
@@ -329,7 +333,7 @@ async def test_if_the_engine_refuses_one_of_several_jobs_none_is_left(services, 
         services.engine.submit(job)
 
     async with services.jobs.prepare(REQUEST, [], caller) as prepared:
-        jobs = [generation(prepared), replace(generation(prepared), request_id=services.jobs.next_id())]
+        jobs = [generation(prepared), of_same_prompt(generation(prepared), services.jobs.next_id())]
         with (
             pytest.raises(QueueFullError),
             services.jobs.submit(prepared, jobs, Record(), begin),

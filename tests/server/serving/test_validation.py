@@ -181,7 +181,7 @@ def test_a_chat_that_cannot_be_rendered_is_refused_by_the_fields_name(chat, fiel
 
 def test_answers_of_a_call_must_fit_into_its_tenants_queue_together_and_one_alone_always_does(caller_of):
     few = caller_of(limits=TenantLimits(max_queued_tokens=100))
-    check_num_tokens([101], few)
-    check_num_tokens([60, 40], few)
+    check_num_tokens([101], few, "n")
+    check_num_tokens([60, 40], few, "n")
     with pytest.raises(InvalidRequestError, match="found 101"):
-        check_num_tokens([60, 41], few)
+        check_num_tokens([60, 41], few, "n")
