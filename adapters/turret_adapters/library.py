@@ -24,8 +24,15 @@ from turret_adapters.errors import (
     SourceUnavailableError,
     StoreBusyError,
 )
-from turret_adapters.formats.files import TOKENIZER_FILES, TOKENIZER_NAME, Progress, no_progress
-from turret_adapters.formats.peft import read_adapter, read_changes
+from turret_adapters.formats.files import (
+    LABELS_NAME,
+    OPTIONAL_FILES,
+    TOKENIZER_NAME,
+    Progress,
+    no_progress,
+)
+from turret_adapters.formats.labels import read_labels
+from turret_adapters.formats.peft import read_adapter, read_kept
 from turret_adapters.formats.tokenizer import BaseTokenizer, OwnTokenizer, chat_template_of
 from turret_adapters.host import BaseWeights, HostAdapter
 from turret_adapters.sources.archive import archive_name, unpack
@@ -144,12 +151,15 @@ class AdapterLibrary:
             yield adapter
 
     def _keep_changes(self, folder: Path) -> None:
-        """Replaces the files of an adapter's tokenizer by what they change of the base's."""
-        changes = self._tokenizer.changes(folder)
-        for name in TOKENIZER_FILES:
+        """Replaces the files of an adapter's tokenizer by what they change of the base's, and the
+        configuration of its model by the names of the head's outputs.
+        """
+        kept = {TOKENIZER_NAME: self._tokenizer.changes(folder), LABELS_NAME: read_labels(folder)}
+        for name in OPTIONAL_FILES:
             (folder / name).unlink(missing_ok=True)
-        if changes:
-            (folder / TOKENIZER_NAME).write_bytes(changes)
+        for name, data in kept.items():
+            if data:
+                (folder / name).write_bytes(data)
 
     def tokenizer(self, revision: str) -> OwnTokenizer:
         """The tokenizer of a revision that has one of its own.
@@ -159,7 +169,7 @@ class AdapterLibrary:
             RevisionCorruptError: its tokenizer is damaged.
         """
         with _repairable(revision):
-            return self._tokenizer.changed(read_changes(self.store.path(revision)))
+            return self._tokenizer.changed(read_kept(self.store.path(revision), TOKENIZER_NAME))
 
     def chat_template(self, revision: str) -> str | dict[str, str] | None:
         """The chat template of a revision that has one of its own, or several by their names.
@@ -169,7 +179,7 @@ class AdapterLibrary:
             RevisionCorruptError: its tokenizer is damaged.
         """
         with _repairable(revision):
-            return chat_template_of(read_changes(self.store.path(revision)))
+            return chat_template_of(read_kept(self.store.path(revision), TOKENIZER_NAME))
 
     def _check_interrupted(self) -> None:
         if self._interrupted.is_set():

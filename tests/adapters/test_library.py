@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from turret_adapters.host import BaseWeights
 from turret_adapters.library import AdapterLibrary
 from turret_adapters.sources.fetch import Download
 from turret_adapters.sources.policy import Policy
-from turret_adapters.spec import BaseSpec
+from turret_adapters.spec import AdapterSpec, BaseSpec, HeadTask
 from turret_adapters.store.names import Names, Ownership
 from turret_adapters.store.store import AdapterStore
 from turret_adapters.store.uploads import Upload
@@ -395,6 +396,77 @@ def test_a_library_that_stops_looks_at_no_source(library: AdapterLibrary, tmp_pa
         library.fetch(str(tmp_path / "absent")),
     ):
         pass
+    library.close()
+
+
+@pytest.fixture
+def classifier(sound: dict[str, Any], tmp_path: Path) -> Path:
+    files = sound["LORA"]
+    files.fields["task_type"] = "SEQ_CLS"
+    files.tensors["base_model.model.score.weight"] = torch.ones(2, 32)
+    return files.write(tmp_path / "classifier")
+
+
+@pytest.fixture
+def classifying(library: AdapterLibrary, base: BaseSpec) -> AdapterLibrary:
+    library._base = replace(base, heads={HeadTask.SEQ_CLS: {"score.weight": (0, 32)}})
+    return library
+
+
+def fetched(library: AdapterLibrary, folder: Path) -> AdapterSpec:
+    with library.fetch(str(folder)) as adapter:
+        library.publish(folder.name, adapter, str(folder))
+    return adapter.spec
+
+
+def test_the_labels_of_a_head_are_kept_and_make_a_revision_of_their_own(
+    classifying: AdapterLibrary, kept: AdapterStore, classifier: Path
+) -> None:
+    without = fetched(classifying, classifier)
+    assert without.head
+    assert without.head.labels == ("LABEL_0", "LABEL_1")
+    config = {"id2label": {"0": "no", "1": "yes"}, "architectures": ["BertForSequenceClassification"]}
+    (classifier / "config.json").write_text(json.dumps(config))
+    found = fetched(classifying, classifier)
+    assert found.revision != without.revision
+    assert {path.name for path in kept.path(found.revision).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "turret_labels.json",
+    }
+    for head in (found.head, classifying.read(found.revision).spec.head):
+        assert head
+        assert head.labels == ("no", "yes")
+    [recorded] = [spec for spec in classifying.recorded().values() if spec.revision == found.revision]
+    assert recorded == found
+    (classifier / "config.json").write_text(json.dumps({**config, "transformers_version": "5.0.0"}))
+    assert fetched(classifying, classifier).revision == found.revision
+    classifying.close()
+
+
+def test_labels_of_another_head_leave_nothing_behind(
+    classifying: AdapterLibrary, kept: AdapterStore, classifier: Path
+) -> None:
+    (classifier / "config.json").write_text(json.dumps({"id2label": {"0": "no"}}))
+    with (
+        pytest.raises(AdapterFormatError, match=r"to have 2 labels.*found 1"),
+        classifying.fetch(str(classifier)),
+    ):
+        pass
+    assert kept.revisions() == {}
+    classifying.close()
+
+
+def test_without_a_head_a_configuration_changes_no_revision_and_is_not_kept(
+    library: AdapterLibrary, kept: AdapterStore, folder: Path
+) -> None:
+    before = fetched(library, folder).revision
+    (folder / "config.json").write_text("no JSON")
+    assert fetched(library, folder).revision == before
+    assert {path.name for path in kept.path(before).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     library.close()
 
 

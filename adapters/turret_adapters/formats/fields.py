@@ -6,6 +6,7 @@ is refused, naming the field.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Mapping
 from enum import Enum
@@ -136,6 +137,12 @@ def parse_object(data: bytes, file_name: str) -> dict[str, Any]:
     return value
 
 
+def parse_file(data: bytes, file_name: str) -> dict[str, Any]:
+    """`parse_object` of a file that people edit."""
+    # Editors on Windows begin a file in UTF-8 with a mark.
+    return parse_object(data.removeprefix(codecs.BOM_UTF8), file_name)
+
+
 def integer(field: str, value: object, most: int | None) -> int:
     """Returns a positive integer.
 
@@ -158,9 +165,9 @@ def number(field: str, value: object) -> float:
     return float(value)
 
 
-def refusal(field: str, value: object, expected: str) -> AdapterFormatError:
+def refusal(field: str, value: object, expected: str, file_name: str = CONFIG_NAME) -> AdapterFormatError:
     """The error for a config field with another value than expected."""
-    return AdapterFormatError(f"{CONFIG_NAME}: expected {show(field)} to be {expected}, found {show(value)}")
+    return AdapterFormatError(f"{file_name}: expected {show(field)} to be {expected}, found {show(value)}")
 
 
 def show(value: object) -> str:

@@ -29,18 +29,27 @@ TOKENIZER_FILES = (
 )
 # In the folder of a revision, instead of them: what they change of the base model's.
 TOKENIZER_NAME = "turret_tokenizer.json"
+# What transformers saves of a model with a head, and in the folder of a revision, instead of it: the names of
+# the head's outputs.
+LABELS_FILE = "config.json"
+LABELS_NAME = "turret_labels.json"
+OPTIONAL_FILES = (*TOKENIZER_FILES, LABELS_FILE)
+KEPT_FILES = (TOKENIZER_NAME, LABELS_NAME)
 _TENSOR_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 _SHARD = re.compile(r"-\d+-of-\d+\.")
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 8 << 30
 MAX_TOKENIZER_BYTES = 4 << 20
+MAX_LABELS_BYTES = 4 << 20
 MAX_FILE_BYTES = {
     CONFIG_NAME: MAX_CONFIG_BYTES,
     TENSORS_NAME: MAX_TENSORS_BYTES,
     TOKENIZER_NAME: MAX_TOKENIZER_BYTES,
     **dict.fromkeys(TOKENIZER_FILES, MAX_TOKENIZER_BYTES),
     TOKENIZER_FILES[0]: 64 << 20,
+    LABELS_FILE: MAX_LABELS_BYTES,
+    LABELS_NAME: MAX_LABELS_BYTES,
 }
 CHUNK_BYTES = 1 << 20
 REVISION_LENGTH = 32
@@ -68,14 +77,14 @@ def digest_of_folder(folder: Path) -> str:
     """The digest of an adapter's files: 64 hexadecimal digits, the first `REVISION_LENGTH` of which are the
     revision. `peft.read_adapter` computes the same from the bytes that it reads.
 
-    After the tensors come the files of a tokenizer, if there are any, in the order of their names, each
-    after its `head_of`.
+    After the tensors come the other files, if there are any, in the order of their names, each after its
+    `head_of`.
 
     Raises:
         OSError: a file is missing or unreadable.
     """
     digest = config_digest((folder / CONFIG_NAME).read_bytes())
-    for name in (TENSORS_NAME, *sorted({TOKENIZER_NAME, *TOKENIZER_FILES})):
+    for name in (TENSORS_NAME, *sorted({*KEPT_FILES, *OPTIONAL_FILES})):
         if name == TENSORS_NAME or (folder / name).exists():
             with (folder / name).open("rb", buffering=0) as file:
                 if name != TENSORS_NAME:
@@ -86,7 +95,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def head_of(name: str, size: int) -> bytes:
-    """What stands in a digest before a file of a tokenizer."""
+    """What stands in a digest before a file that an adapter may lack."""
     return f"{name} {size}\n".encode()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from turret_adapters.errors import AdapterFormatError
 from turret_adapters.formats.fields import Fields, show
+from turret_adapters.formats.labels import parse_labels
 from turret_adapters.formats.tensors import MODULE_PREFIX, PROMPT_PREFIX, WIDTH, Entry, Expected, saved_key
 from turret_adapters.spec import BaseSpec, HeadSpec, HeadTask, Problem
 
@@ -35,11 +36,13 @@ class HeadPlan:
         return {name: tensors[key] for key, name in self.names.items()}
 
 
-def plan_head(fields: Fields, base: BaseSpec, entries: Sequence[Entry]) -> HeadPlan | None:
-    """The head of an adapter's task; None if it has none.
+def plan_head(fields: Fields, base: BaseSpec, entries: Sequence[Entry], labels: bytes) -> HeadPlan | None:
+    """The head of an adapter's task, with outputs named as in what `read_labels` returned; None if it has
+    none.
 
     Raises:
-        AdapterFormatError: the base model cannot do the task, or the file lacks the head.
+        AdapterFormatError: the base model cannot do the task, the file lacks the head, or the labels are
+            those of another one.
     """
     task = _task(fields, base)
     if task is None:
@@ -71,7 +74,7 @@ def plan_head(fields: Fields, base: BaseSpec, entries: Sequence[Entry]) -> HeadP
             f"tensor {show(next(iter(names)))}: expected 1 to {MAX_LABELS} labels, found {num_labels}"
         )
     return HeadPlan(
-        spec=_spec(task, num_labels),
+        spec=_spec(task, num_labels, labels),
         names=names,
         expected={
             key: Expected(
@@ -100,8 +103,9 @@ def _parameter(key: str) -> str:
     return ".".join(part for part in name.split(".") if part != _TRAINED)
 
 
-def _spec(task: HeadTask, num_labels: int) -> HeadSpec:
+def _spec(task: HeadTask, num_labels: int, labels: bytes) -> HeadSpec:
     if task is HeadTask.QUESTION_ANS:
         return HeadSpec(task=task, labels=("start", "end"))
-    problem = Problem.REGRESSION if task is HeadTask.SEQ_CLS and num_labels == 1 else Problem.SINGLE_LABEL
-    return HeadSpec(task=task, labels=tuple(f"LABEL_{index}" for index in range(num_labels)), problem=problem)
+    names, problem = parse_labels(labels, num_labels)
+    default = Problem.REGRESSION if task is HeadTask.SEQ_CLS and num_labels == 1 else Problem.SINGLE_LABEL
+    return HeadSpec(task=task, labels=names, problem=problem or default)

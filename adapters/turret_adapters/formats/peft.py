@@ -6,7 +6,6 @@ defines each kind of adapter.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from pathlib import Path
 import torch
 
 from turret_adapters.errors import AdapterFormatError, AdapterSourceError
-from turret_adapters.formats.fields import Fields, parse_object, refusal, show
+from turret_adapters.formats.fields import Fields, parse_file, refusal, show
 from turret_adapters.formats.files import (
     CONFIG_NAME,
+    LABELS_NAME,
     MAX_CONFIG_BYTES,
+    MAX_FILE_BYTES,
     MAX_TENSORS_BYTES,
-    MAX_TOKENIZER_BYTES,
     REVISION_LENGTH,
     TENSORS_NAME,
     TOKENIZER_NAME,
@@ -49,6 +49,7 @@ def read_adapter(
     weights: BaseWeights,
     progress: Progress = no_progress,
     tokenizer: bytes | None = None,
+    labels: bytes | None = None,
 ) -> HostAdapter:
     """Reads an adapter that peft saved.
 
@@ -59,6 +60,7 @@ def read_adapter(
         progress: called before each tensor with the bytes read and in total.
         tokenizer: what the adapter's tokenizer changes, see `BaseTokenizer.changes`; None for what the folder
             of a revision says.
+        labels: what its head's outputs are called, see `read_labels`; None as above.
 
     Raises:
         AdapterSourceError: there is no readable adapter at `path`.
@@ -66,36 +68,43 @@ def read_adapter(
         AdapterBaseError: the files were made for another base model.
     """
     try:
-        return _read_folder(resolve(str(path)), base, weights, progress, tokenizer)
+        return _read_folder(resolve(str(path)), base, weights, progress, tokenizer, labels)
     except OSError as error:
         raise AdapterSourceError(
             f"{str(error.filename or path)!r}: expected a readable file, found {describe(error)}"
         ) from error
 
 
-def read_changes(folder: Path) -> bytes:
-    """What the tokenizer of a revision changes, from its folder; empty if it has none of its own.
+def read_kept(folder: Path, name: str) -> bytes:
+    """One of `KEPT_FILES` in the folder of a revision; empty if it has none.
 
     Raises:
         AdapterSourceError: the file is too large, or not a regular file.
         OSError: it is unreadable.
     """
     try:
-        with open_inside(folder, TOKENIZER_NAME, MAX_TOKENIZER_BYTES) as (file, size):
+        with open_inside(folder, name, MAX_FILE_BYTES[name]) as (file, size):
             return file.read(size)
     except FileNotFoundError:
         return b""
 
 
 def _read_folder(
-    folder: Path, base: BaseSpec, weights: BaseWeights, progress: Progress, tokenizer: bytes | None
+    folder: Path,
+    base: BaseSpec,
+    weights: BaseWeights,
+    progress: Progress,
+    tokenizer: bytes | None,
+    labels: bytes | None,
 ) -> HostAdapter:
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         config_bytes = file.read(size)
     kind, fields = _parse_config(config_bytes)
     refuse_other_tensors(folder)
     if tokenizer is None:
-        tokenizer = read_changes(folder)
+        tokenizer = read_kept(folder, TOKENIZER_NAME)
+    if labels is None:
+        labels = read_kept(folder, LABELS_NAME)
     digest = config_digest(config_bytes)
     with open_inside(folder, TENSORS_NAME, MAX_TENSORS_BYTES) as (file, size):
         header, entries = read_header(file, size)
@@ -106,7 +115,7 @@ def _read_folder(
             named = named.resized(vocab_size)
         if tokenizer:
             check_rows(tokenizer, named.vocab_size)
-        head = plan_head(fields, named, entries)
+        head = plan_head(fields, named, entries, labels)
         plan = kind.plan(fields, named)
         expected = {**plan.expected, **(head.expected if head else {})}
         keys = match_entries(entries, expected, named)
@@ -115,8 +124,9 @@ def _read_folder(
         for entry, key in zip(entries, keys, strict=True):
             progress(entry.begin, size)
             _add_tensor(tensors, key, entry, read_tensor(file, entry, digest))
-    if tokenizer:
-        digest.update(head_of(TOKENIZER_NAME, len(tokenizer)) + tokenizer)
+    for name, kept in ((LABELS_NAME, labels), (TOKENIZER_NAME, tokenizer)):
+        if kept:
+            digest.update(head_of(name, len(kept)) + kept)
     parameters = head.build(tensors) if head else {}
     content = layout.content(plan.build(tensors, layout.weights(weights)))
     spec = AdapterSpec(
@@ -126,7 +136,7 @@ def _read_folder(
         prefix=_prefix_spec(content, base),
         max_rank=content.max_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
-        file_bytes=len(config_bytes) + size + len(tokenizer),
+        file_bytes=len(config_bytes) + size + len(tokenizer) + len(labels),
         invocation_tokens=content.invocation_tokens,
         num_tasks=len(content.tasks),
         vocab_size=vocab_size,
@@ -161,8 +171,7 @@ def _host_adapter(spec: AdapterSpec, content: Content, head: Mapping[str, torch.
 
 
 def _parse_config(data: bytes) -> tuple[Kind, Fields]:
-    # Editors on Windows begin a file in UTF-8 with a mark.
-    values = parse_object(data.removeprefix(codecs.BOM_UTF8), CONFIG_NAME)
+    values = parse_file(data, CONFIG_NAME)
     peft_type = values.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         hint = (

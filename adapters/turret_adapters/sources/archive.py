@@ -27,8 +27,8 @@ from turret_adapters.errors import AdapterError, AdapterSourceError, SourceTooLa
 from turret_adapters.formats.files import (
     CHUNK_BYTES,
     CONFIG_NAME,
+    OPTIONAL_FILES,
     TENSORS_NAME,
-    TOKENIZER_FILES,
     write_whole,
 )
 from turret_adapters.sources.intake import Intake
@@ -37,7 +37,6 @@ MAX_MEMBERS = 1000
 SUFFIXES = (".zip", ".tar.gz", ".tgz")
 
 _BEGINNINGS = {b"PK": "archive.zip", b"\x1f\x8b": "archive.tar.gz"}
-_FILES = (CONFIG_NAME, TENSORS_NAME, *TOKENIZER_FILES)
 
 # The libraries read directories and long names at once; a valid archive of two files has less of them.
 _MAX_READ = 4 << 20
@@ -59,7 +58,7 @@ class Member:
 
 
 def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> None:
-    """Reads an adapter's two files from an archive, and those of its tokenizer if it has any.
+    """Reads an adapter's files from an archive.
 
     Args:
         archive: a seekable file.
@@ -74,8 +73,16 @@ def unpack(archive: IO[bytes], name: str, intake: Intake, max_bytes: int) -> Non
     """
     members = _zip_members if name.endswith(".zip") else _tar_members
     with _translated(name), members(archive, intake.folder, max_bytes) as found:
-        for wanted, member in _choose(name, found).items():
-            intake.take(wanted, _chunks(name, member), member.size)
+        chosen = _choose(name, found)
+
+        def take(wanted: str) -> None:
+            intake.take(wanted, _chunks(name, chosen[wanted]), chosen[wanted].size)
+
+        for wanted in (CONFIG_NAME, TENSORS_NAME):
+            take(wanted)
+        for wanted in intake.optional_files:
+            if wanted in chosen:
+                take(wanted)
 
 
 def archive_name(archive: IO[bytes]) -> str:
@@ -94,7 +101,7 @@ def archive_name(archive: IO[bytes]) -> str:
 
 def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
     chosen: dict[str, Member] = {}
-    tokenizers: dict[tuple[PurePosixPath, str], Member] = {}
+    optional: dict[tuple[PurePosixPath, str], Member] = {}
     for number, member in enumerate(members, 1):
         if number > MAX_MEMBERS:
             raise SourceTooLargeError(f"{name}: expected at most {MAX_MEMBERS} members, found more")
@@ -108,8 +115,8 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
                 f"{name}: expected files and folders, found a link, device or encrypted file "
                 f"{member.path[:200]!r}"
             )
-        if path.name in TOKENIZER_FILES and not member.is_folder:
-            tokenizers[path.parent, path.name] = member
+        if path.name in OPTIONAL_FILES and not member.is_folder:
+            optional[path.parent, path.name] = member
         if path.name in (CONFIG_NAME, TENSORS_NAME) and not member.is_folder:
             if path.name in chosen:
                 raise AdapterSourceError(f"{name}: expected one {path.name}, found several")
@@ -121,8 +128,7 @@ def _choose(name: str, members: Iterable[Member]) -> dict[str, Member]:
             f"{name}: expected {CONFIG_NAME} and {TENSORS_NAME} in one folder, found {found}"
         )
     [folder] = folders
-    chosen |= {file: member for (parent, file), member in tokenizers.items() if parent == folder}
-    return {wanted: chosen[wanted] for wanted in _FILES if wanted in chosen}
+    return chosen | {file: member for (parent, file), member in optional.items() if parent == folder}
 
 
 @contextmanager

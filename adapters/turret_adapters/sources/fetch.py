@@ -14,7 +14,6 @@ from turret_adapters.errors import SourceTooLargeError
 from turret_adapters.formats.files import (
     CONFIG_NAME,
     TENSORS_NAME,
-    TOKENIZER_FILES,
     Progress,
     no_progress,
     refuse_other_tensors,
@@ -28,7 +27,7 @@ from turret_adapters.sources.policy import Deadline, Policy
 
 
 def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_progress) -> None:
-    """Fetches an adapter's two files, and those of its tokenizer if there are any.
+    """Fetches an adapter's two files, those of its tokenizer, and of a head its labels, if there are any.
 
     Args:
         source: a folder of this machine (a path that is absolute or begins with a dot), `owner/name` or
@@ -54,7 +53,7 @@ def fetch(source: str, folder: Path, policy: Policy, progress: Progress = no_pro
         intake = Intake(folder, policy.max_bytes, _until(deadline, progress))
         for name in (CONFIG_NAME, TENSORS_NAME):
             intake.copy(real, name)
-        for name in TOKENIZER_FILES:
+        for name in intake.optional_files:
             if (real / name).exists():
                 intake.copy(real, name)
         return
@@ -88,7 +87,7 @@ def _take_folder(url: str, intake: Intake, policy: Policy, deadline: Deadline) -
             with source.get(urlunsplit(file_parts)) as body:
                 intake.take(name, body.chunks, body.size)
 
-        take_files(take)
+        take_files(intake, take)
 
 
 def _take_archive(url: str, intake: Intake, policy: Policy, deadline: Deadline, progress: Progress) -> None:

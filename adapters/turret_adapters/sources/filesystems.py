@@ -42,7 +42,7 @@ def hub_url(source: str) -> str | None:
 
 
 def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
-    """Reads the two files from a folder.
+    """Reads an adapter's files from a folder.
 
     Args:
         url: of the folder; the policy allows it.
@@ -68,7 +68,7 @@ def take_from_fsspec(url: str, intake: Intake, deadline: Deadline) -> None:
         with file:
             intake.take(name, _chunks(url, file, deadline), size)
 
-    take_files(take)
+    take_files(intake, take)
 
 
 def _open(url: str) -> tuple[Any, str]:

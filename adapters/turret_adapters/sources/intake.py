@@ -14,6 +14,7 @@ from turret_adapters.formats.files import (
     CHUNK_BYTES,
     CONFIG_NAME,
     MAX_FILE_BYTES,
+    OPTIONAL_FILES,
     TENSORS_NAME,
     TOKENIZER_FILES,
     Progress,
@@ -21,19 +22,20 @@ from turret_adapters.formats.files import (
     open_inside,
     write_whole,
 )
+from turret_adapters.formats.labels import has_labels
 
 _FICLONE = 0x40049409  # linux/fs.h
 
 
-def take_files(take: Callable[[str], None]) -> None:
-    """Calls `take` for each file of an adapter. A tokenizer's files may be missing.
+def take_files(intake: Intake, take: Callable[[str], None]) -> None:
+    """Calls `take`, which writes with the intake, for each file of an adapter.
 
     Raises:
         AdapterSourceError: `take` raises it for a file that must be there.
     """
     for name in (CONFIG_NAME, TENSORS_NAME):
         take(name)
-    for name in TOKENIZER_FILES:
+    for name in intake.optional_files:
         with suppress(AdapterSourceError):
             take(name)
 
@@ -46,6 +48,12 @@ class Intake:
         self._max_bytes = max_bytes
         self._progress = progress
         self._done = 0
+
+    @property
+    def optional_files(self) -> tuple[str, ...]:
+        """The files that the adapter may lack, once its config is written."""
+        config = (self.folder / CONFIG_NAME).read_bytes()
+        return OPTIONAL_FILES if has_labels(config) else TOKENIZER_FILES
 
     def take(self, name: str, chunks: Iterable[bytes], size: int | None) -> None:
         """Writes a file from chunks of bytes. `size` is the size that the source announces, if it does.

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME, TOKENIZER_FILES, TOKENIZER_NAME
+from turret_adapters.formats.files import CONFIG_NAME, KEPT_FILES, OPTIONAL_FILES, TENSORS_NAME
 from turret_adapters.spec import (
     AdapterSpec,
     BaseSpec,
@@ -59,7 +59,7 @@ def settled_marks_of(folder: Path) -> str:
 
 def _stats(folder: Path) -> list[os.stat_result]:
     found = []
-    for name in (CONFIG_NAME, TENSORS_NAME, TOKENIZER_NAME, *TOKENIZER_FILES):
+    for name in (CONFIG_NAME, TENSORS_NAME, *KEPT_FILES, *OPTIONAL_FILES):
         try:
             found.append((folder / name).stat())
         except OSError:

@@ -23,8 +23,8 @@ from turret_adapters.formats.files import (
     MAX_CONFIG_BYTES,
     MAX_FILE_BYTES,
     MAX_TENSORS_BYTES,
+    OPTIONAL_FILES,
     TENSORS_NAME,
-    TOKENIZER_FILES,
     digest_of_folder,
     write_whole,
 )
@@ -168,9 +168,9 @@ class Uploads:
         if (least := min([size, *tokenizer.values()])) < 0:
             raise UploadError(f"size: expected a number of bytes, found {least}")
         for name, num_bytes in tokenizer.items():
-            if name not in TOKENIZER_FILES:
+            if name not in OPTIONAL_FILES:
                 raise UploadError(
-                    f"tokenizer: expected files named {', '.join(TOKENIZER_FILES)}, found {name[:80]!r}"
+                    f"tokenizer: expected files named {', '.join(OPTIONAL_FILES)}, found {name[:80]!r}"
                 )
             if num_bytes > MAX_FILE_BYTES[name]:
                 raise SourceTooLargeError(

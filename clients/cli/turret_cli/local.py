@@ -54,11 +54,13 @@ def read_adapter(path: Path, model: str, base: BaseSpec) -> HostAdapter:
     """The adapter in the folder, validated against the base model."""
     from turret_adapters.formats import peft  # noqa: PLC0415
     from turret_adapters.formats.files import resolve  # noqa: PLC0415
+    from turret_adapters.formats.labels import read_labels  # noqa: PLC0415
     from turret_server.model.describe import CheckpointWeights  # noqa: PLC0415
     from turret_server.model.load import read_tokenizer  # noqa: PLC0415
 
-    weights = CheckpointWeights(model, base)
-    return peft.read_adapter(path, base, weights, tokenizer=read_tokenizer(model).changes(resolve(str(path))))
+    weights, folder = CheckpointWeights(model, base), resolve(str(path))
+    tokenizer = read_tokenizer(model).changes(folder)
+    return peft.read_adapter(path, base, weights, tokenizer=tokenizer, labels=read_labels(folder))
 
 
 def format_range(values: Iterable[int]) -> str:

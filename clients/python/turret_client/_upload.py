@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# What the outputs of a head are called, for adapters of these tasks.
+LABELS_FILE = "config.json"
+LABELED_TASKS = ("SEQ_CLS", "TOKEN_CLS")
 
 _CHUNK_BYTES = 1 << 20
 _LENGTH_BYTES = 8
@@ -52,7 +56,8 @@ class AdapterFolder:
         config = (self.path / CONFIG_NAME).read_bytes()
         digest = hashlib.sha256(len(config).to_bytes(_LENGTH_BYTES, "little") + config)
         sizes = {}
-        for name in [TENSORS_NAME, *sorted(name for name in TOKENIZER_FILES if (self.path / name).exists())]:
+        optional = sorted(name for name in _optional_files(config) if (self.path / name).exists())
+        for name in [TENSORS_NAME, *optional]:
             with (self.path / name).open("rb") as file:
                 sizes[name] = os.fstat(file.fileno()).st_size
                 if name != TENSORS_NAME:
@@ -95,6 +100,15 @@ class AdapterFolder:
     def report(self, done: int, size: int) -> None:
         if self.progress is not None:
             self.progress(done, size)
+
+
+def _optional_files(config: bytes) -> tuple[str, ...]:
+    """The files that a folder may lack. A broken config is the server's to refuse."""
+    try:
+        has_labels = json.loads(config.decode("utf-8-sig")).get("task_type") in LABELED_TASKS
+    except (ValueError, AttributeError, RecursionError):
+        has_labels = False
+    return (*TOKENIZER_FILES, LABELS_FILE) if has_labels else TOKENIZER_FILES
 
 
 def num_bytes(start: adapters_pb2.UploadStart) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from turret_adapters.formats.files import CONFIG_NAME, TENSORS_NAME, TOKENIZER_FILES
+from turret_adapters.formats.files import CONFIG_NAME, OPTIONAL_FILES, TENSORS_NAME
 from turret_server.lifecycle.publishing import AdapterLifecycle
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class FolderWatch:
 
 
 def _signature(folder: Path) -> Signature:
-    return tuple(_file_signature(folder / name) for name in (CONFIG_NAME, TENSORS_NAME, *TOKENIZER_FILES))
+    return tuple(_file_signature(folder / name) for name in (CONFIG_NAME, TENSORS_NAME, *OPTIONAL_FILES))
 
 
 def _file_signature(path: Path) -> tuple[int, int, int] | None:

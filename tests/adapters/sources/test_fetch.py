@@ -76,7 +76,10 @@ def test_a_folder_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> N
     assert seen == [(len(CONFIG), len(CONFIG)), (len(CONFIG) + 7, len(CONFIG) + 7)]
 
 
-@pytest.mark.parametrize("kind", ["folder", "web", "archive", "file system"])
+SOURCES = ("folder", "web", "archive", "file system")
+
+
+@pytest.mark.parametrize("kind", SOURCES)
 def test_a_tokenizer_comes_from_any_source(kind: str, web: Web, store: AdapterStore, tmp_path: Path) -> None:
     """The template is where it may be missing, and another folder's tokenizer is none of the adapter's."""
     pages = {
@@ -86,6 +89,33 @@ def test_a_tokenizer_comes_from_any_source(kind: str, web: Web, store: AdapterSt
         "poet/chat_template.jinja": b"template",
         "tokenizer_config.json": b"another's",
     }
+    found = fetched_from(kind, pages, web, store, tmp_path)
+    assert found == {name.removeprefix("poet/"): data for name, data in pages.items() if "poet/" in name}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("task", "taken"), [("SEQ_CLS", True), ("TOKEN_CLS", True), ("CAUSAL_LM", False), ("QUESTION_ANS", False)]
+)
+def test_the_labels_of_a_head_come_from_any_source_and_without_a_head_the_file_stays_there(
+    *, kind: str, task: str, taken: bool, web: Web, store: AdapterStore, tmp_path: Path
+) -> None:
+    pages = {
+        "poet/adapter_config.json": json.dumps({"task_type": task}).encode(),
+        "poet/adapter_model.safetensors": b"tensors",
+        "poet/config.json": b"labels",
+        "config.json": b"another's",
+    }
+    found = fetched_from(kind, pages, web, store, tmp_path)
+    assert found.pop("config.json", None) == (b"labels" if taken else None)
+    assert found.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert ("/poet/config.json" in web.asked) == (taken and kind == "web")
+
+
+def fetched_from(
+    kind: str, pages: dict[str, bytes], web: Web, store: AdapterStore, tmp_path: Path
+) -> dict[str, bytes]:
+    """The files that are fetched of the adapter in the folder `poet`."""
     source, policy = f"{web.url}/poet", Policy(urls=(web.url,), networks=LOOPBACK)
     if kind == "folder":
         source, policy = str(tmp_path / "poet"), Policy(roots=(tmp_path,))
@@ -102,14 +132,15 @@ def test_a_tokenizer_comes_from_any_source(kind: str, web: Web, store: AdapterSt
         web.pages["/poet.zip"] = data.getvalue()
         source = f"{web.url}/poet.zip"
     else:
-        source, policy = "memory://tokens/poet", Policy(urls=("memory://tokens",))
+        # All tests share the memory.
+        root = tmp_path.name
+        source, policy = f"memory://{root}/poet", Policy(urls=(f"memory://{root}",))
         memory = fsspec.filesystem("memory")
         for name, content in pages.items():
-            memory.pipe(f"/tokens/{name}", content)
+            memory.pipe(f"/{root}/{name}", content)
     with store.staging() as staged:
         fetch(source, staged, policy)
-        found = {path.name: path.read_bytes() for path in staged.iterdir()}
-    assert found == {name.removeprefix("poet/"): data for name, data in pages.items() if "poet/" in name}
+        return {path.name: path.read_bytes() for path in staged.iterdir()}
 
 
 def test_an_archive_on_the_web(web: Web, policy: Policy, store: AdapterStore) -> None:

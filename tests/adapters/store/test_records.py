@@ -149,6 +149,15 @@ def test_a_change_of_either_file_shows(folder: Path, name: str) -> None:
     assert marks_of(folder) == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "turret_tokenizer.json", "turret_labels.json"]
+)
+def test_a_file_that_may_be_missing_shows(folder: Path, name: str) -> None:
+    before = marks_of(folder)
+    (folder / name).write_bytes(b"bytes")
+    assert marks_of(folder) not in (before, "")
+
+
 def test_what_changed_a_moment_ago_is_not_settled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert settled_marks_of(folder) == ""
     monkeypatch.setattr(records, "SETTLED_SECONDS", -60.0)

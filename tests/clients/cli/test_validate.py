@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from transformers import AutoTokenizer
 
 from support.adapters import KINDS
+from support.encoders import save_task_adapter
 from support.models import FAMILIES
 from turret_adapters.errors import AdapterError
 from turret_adapters.formats.peft import read_adapter
@@ -176,6 +177,18 @@ def test_a_vocabulary_and_a_tokenizer_of_its_own_are_told(turret, base_of, adapt
     tokenizer.save_pretrained(folder)
     refused = turret("adapters", "validate", folder, "--model", base_of("llama"))
     assert (refused.exit_code, "below 323, the rows of the embedding" in refused.stderr) == (1, True)
+
+
+def test_a_head_and_its_labels_are_told(turret, base_of, adapter_of, tmp_path):
+    folder = save_task_adapter("lora", "SEQ_CLS", "llama", base_of("llama"), tmp_path / "classifier")
+    told = turret("adapters", "validate", folder, "--model", base_of("llama")).stdout
+    head = r"head +SEQ_CLS, single_label_classification\nlabels +"
+    assert re.search(rf"{head}LABEL_0, LABEL_1, LABEL_2\n", told)
+    (folder / "config.json").write_text(json.dumps({"id2label": dict(enumerate("abc"))}))
+    told = turret("adapters", "validate", folder, "--model", base_of("llama")).stdout
+    assert re.search(rf"{head}a, b, c\n", told)
+    told = turret("adapters", "validate", adapter_of("llama", "lora"), "--model", base_of("llama")).stdout
+    assert re.search(r"head +-\nlabels +-\n", told)
 
 
 def test_a_model_that_is_not_there_or_not_served_is_refused(turret, adapter_of, tmp_path):

@@ -106,6 +106,12 @@ def test_a_folder_that_changes_is_loaded_again(settle, recorder, folder):
     assert recorder.done == [("there", b"behind")]
 
 
+def test_a_folder_whose_labels_change_is_loaded_again(settle, recorder, folder):
+    (folder / "there" / "config.json").write_text("{}")
+    settle()
+    assert recorder.done == [("there", b"before")]
+
+
 def test_a_folder_that_is_replaced_as_a_whole_is_loaded_and_never_forgotten(watch, settle, recorder, folder):
     shutil.rmtree(folder / "there")
     watch.scan()
