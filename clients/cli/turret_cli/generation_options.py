@@ -61,8 +61,8 @@ GENERATION_OPTIONS = {
         default=0,
         show_default=True,
         metavar="N",
-        help="Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of "
-        "waiting. It does not affect other tenants.",
+        help="Priority among the waiting requests of the same tenant: those with a higher one are served"
+        " earlier. Each step counts as 10 seconds of waiting. It does not affect other tenants.",
     ),
     "cache_salt": click.option(
         "--cache-salt",

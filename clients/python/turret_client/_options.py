@@ -42,8 +42,9 @@ class GenerationOptions(TypedDict, total=False):
             tokens. Default: chosen by the server.
         stop: Stop strings: generation ends before the first of them. One that is the text of a special token,
             such as `</s>`, ends the generation at that token. At most 16, each 1 to 256 characters.
-        priority: Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of
-            waiting. It does not affect other tenants. From -10 to 10. Default: 0.
+        priority: Priority among the waiting requests of the same tenant: those with a higher one are served
+            earlier. Each step counts as 10 seconds of waiting. It does not affect other tenants. From -10 to
+            10. Default: 0.
         cache_salt: Salt of the prefix cache. Only requests with the same salt share cached blocks of the
             prompt, which prevents others from learning past prompts from response times. At most 128
             characters.
@@ -131,8 +132,9 @@ class BatchOptions(TypedDict, total=False):
             the base model.
         truncate: Cut texts that are longer than the context at their end, the longer one of a pair first.
             Without it they are refused. Default: False.
-        priority: Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of
-            waiting. It does not affect other tenants. From -10 to 10. Default: 0.
+        priority: Priority among the waiting requests of the same tenant: those with a higher one are served
+            earlier. Each step counts as 10 seconds of waiting. It does not affect other tenants. From -10 to
+            10. Default: 0.
         cache_salt: Salt of the prefix cache, which decoders use. Only requests with the same salt share
             cached blocks, which prevents others from learning past inputs from response times. At most 128
             characters.

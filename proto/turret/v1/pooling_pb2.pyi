@@ -148,8 +148,8 @@ class TextBatch(_message.Message):
     refused.
     """
     priority: _builtins.int
-    """Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of waiting. It does not
-    affect other tenants.
+    """Priority among the waiting requests of the same tenant: those with a higher one are served earlier. Each step
+    counts as 10 seconds of waiting. It does not affect other tenants.
     """
     cache_salt: _builtins.str
     """Salt of the prefix cache, which decoders use. Only requests with the same salt share cached blocks, which

@@ -58,7 +58,7 @@ class StopSignals:
 
     def _abort_start(self) -> None:
         self._aborted = True
-        log.info("stopped before the server was ready")
+        log.info("stopping before the server is ready")
         raise SystemExit(0)
 
 

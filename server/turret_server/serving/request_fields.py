@@ -41,8 +41,9 @@ class RequestFields:
             tokens. Default: chosen by the server.
         stop: Stop strings: generation ends before the first of them. One that is the text of a special token,
             such as `</s>`, ends the generation at that token. At most 16, each 1 to 256 characters.
-        priority: Priority among the waiting requests of the same tenant. Each step counts as 10 seconds of
-            waiting. It does not affect other tenants. From -10 to 10. Default: 0.
+        priority: Priority among the waiting requests of the same tenant: those with a higher one are served
+            earlier. Each step counts as 10 seconds of waiting. It does not affect other tenants. From -10 to
+            10. Default: 0.
         cache_salt: Salt of the prefix cache. Only requests with the same salt share cached blocks of the
             prompt, which prevents others from learning past prompts from response times. At most 128
             characters.

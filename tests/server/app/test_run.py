@@ -106,7 +106,7 @@ def test_a_signal_ends_a_server_whose_model_is_loading(number, tmp_path):
         server.send_signal(number)
         _, log = server.communicate(timeout=HANG_S)
     assert server.returncode == 0
-    assert log.splitlines()[-1].endswith("stopped before the server was ready")
+    assert log.splitlines()[-1].endswith("stopping before the server is ready")
 
 
 @pytest.mark.slow

@@ -33,7 +33,11 @@ class CpuOps:
         self._reference = ReferenceOps()
         self._arena: tuple[torch.Tensor, Any] | None = None
         started = time.perf_counter()
-        log.info("CPU kernels for %s on %d threads: the first start compiles them", dtype, THREADS)
+        log.info(
+            "CPU kernels for %s on %d threads: the first start compiles them, which takes about a minute",
+            dtype,
+            THREADS,
+        )
         self._warm_up(dtype)
         log.info("CPU kernels: ready in %.1f s", time.perf_counter() - started)
 
