@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from support.encoders import NUM_LABELS, TaskOracle, save_base, save_task_adapter
+from support.encoders import TaskOracle, save_marked_base, save_task_adapter
 from support.serving import serving
 from turret_client import (
     Client,
@@ -31,15 +30,7 @@ CASES = [("lora", "SEQ_CLS"), ("prefix", "SEQ_CLS"), ("lora", "TOKEN_CLS"), ("lo
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A BERT whose tokenizer marks texts and pairs as BERT's own does."""
-    folder = save_base("bert", tmp_path_factory.mktemp("bert"))
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
-    tokenizer.save(path)
-    return folder
+    return save_marked_base(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +40,7 @@ def adapters(base, tmp_path_factory) -> dict[str, Path]:
         f"{kind}-{task}": save_task_adapter(kind, task, "bert", base, folder / f"{kind}-{task}")
         for kind, task in CASES
     }
-    labels, NUM_LABELS["SEQ_CLS"] = NUM_LABELS["SEQ_CLS"], 1
-    try:
-        found["ranker"] = save_task_adapter("lora", "SEQ_CLS", "bert", base, folder / "ranker")
-    finally:
-        NUM_LABELS["SEQ_CLS"] = labels
+    found["ranker"] = save_task_adapter("lora", "SEQ_CLS", "bert", base, folder / "ranker", num_labels=1)
     return found
 
 
@@ -141,16 +128,12 @@ def test_a_tag_of_the_second_text_says_so(client):
         assert "".join(span.text for span in spans) == text
 
 
-def test_a_score_is_the_sigmoid_of_the_only_logit(client, base, adapters):
+def test_a_score_is_the_sigmoid_of_the_only_logit(client, base, adapters, oracle):
     encoded = Tokenizer.from_file(str(base / "tokenizer.json")).encode(*PAIR)
-    oracle = TaskOracle(base)
-    labels, NUM_LABELS["SEQ_CLS"] = NUM_LABELS["SEQ_CLS"], 1
-    try:
-        [logits] = oracle.numbers(
-            "SEQ_CLS", adapters["ranker"], [encoded.ids], token_type_ids=torch.tensor([encoded.type_ids])
-        )
-    finally:
-        NUM_LABELS["SEQ_CLS"] = labels
+    types = torch.tensor([encoded.type_ids])
+    [logits] = oracle.numbers(
+        "SEQ_CLS", adapters["ranker"], [encoded.ids], num_labels=1, token_type_ids=types
+    )
     found = client.score([PAIR, PAIR[::-1]], adapter="ranker").scores
     assert found[0] == pytest.approx(float(logits.sigmoid()), abs=TOLERANCE)
     assert found[1] != pytest.approx(found[0], abs=TOLERANCE)

@@ -26,6 +26,8 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -194,14 +196,29 @@ def save_base(family: str, folder: Path) -> Path:
     return folder
 
 
-def save_task_adapter(kind: str, task: str, family: str, base: Path, folder: Path) -> Path:
+def save_marked_base(folder: Path) -> Path:
+    """A BERT whose tokenizer marks texts and pairs as BERT's own does."""
+    save_base("bert", folder)
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save(path)
+    return folder
+
+
+def save_task_adapter(
+    kind: str, task: str, family: str, base: Path, folder: Path, num_labels: int | None = None
+) -> Path:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = names_of(family)
         config = KINDS[kind](names, task)
         config.modules_to_save = [*names.saved.get(task, ())] or None
-        model = get_peft_model(AUTOS[task].from_pretrained(base, num_labels=NUM_LABELS[task]), config)
+        num_labels = num_labels or NUM_LABELS[task]
+        model = get_peft_model(AUTOS[task].from_pretrained(base, num_labels=num_labels), config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and any(f"{head}." in name for head in HEADS):
@@ -219,7 +236,12 @@ class TaskOracle:
         self._base = base
 
     def numbers(
-        self, task: str, adapter: Path | None, texts: Sequence[Sequence[int]], **inputs: Any
+        self,
+        task: str,
+        adapter: Path | None,
+        texts: Sequence[Sequence[int]],
+        num_labels: int | None = None,
+        **inputs: Any,
     ) -> list[torch.Tensor]:
         """[1, labels] or [T, labels] of each text; for FEATURE_EXTRACTION its hidden states, [T, hidden]."""
         config = quantization(torch.float32)
@@ -229,7 +251,7 @@ class TaskOracle:
             warnings.simplefilter("ignore")
             model = AUTOS[task].from_pretrained(
                 self._base,
-                num_labels=NUM_LABELS[task],
+                num_labels=num_labels or NUM_LABELS[task],
                 quantization_config=config,
                 dtype=torch.float32,
                 attn_implementation="eager",

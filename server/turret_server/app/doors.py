@@ -71,6 +71,7 @@ def make_doors(parts: Parts, config: ServerConfig) -> tuple[RpcServer, WebServer
     services = Services(
         generation=parts.generation,
         tokens=parts.tokens,
+        pooling=parts.pooling,
         administration=parts.administration,
         health=state,
         names=ModelNames(base=parts.model.model.name, max_context=parts.model.model.max_context),

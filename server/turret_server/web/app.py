@@ -14,6 +14,7 @@ from turret_server.doors.health import Health
 from turret_server.doors.running import RunningCalls
 from turret_server.lifecycle.administration import AdapterAdministration
 from turret_server.serving.generation import GenerationService
+from turret_server.serving.pooling import PoolingService
 from turret_server.serving.tokens import TokenService
 from turret_server.tenancy.auth import Authenticator
 from turret_server.web.adapters import (
@@ -30,6 +31,7 @@ from turret_server.web.docs import Docs, Operation
 from turret_server.web.gate import Gate
 from turret_server.web.models import DetokenizeBody, Models, Status, TokenizeBody
 from turret_server.web.names import ModelNames
+from turret_server.web.pooling import ClassifyBody, EmbeddingBody, RerankBody, ScoreBody, TextNumbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Services:
 
     generation: GenerationService
     tokens: TokenService
+    pooling: PoolingService
     administration: AdapterAdministration
     health: Health
     names: ModelNames
@@ -81,10 +84,18 @@ def _operations(services: Services) -> list[Operation]:
     chat = ChatCompletions(services.generation, services.names)
     completions = Completions(services.generation, services.tokens, services.names)
     models = Models(services.administration, services.tokens, services.names)
+    texts = TextNumbers(services.pooling, services.names)
     adapters, status = Adapters(services.administration), Status(services.health)
     return [
         Operation("POST", "/v1/chat/completions", chat.create, ChatBody),
         Operation("POST", "/v1/completions", completions.create, CompletionBody),
+        Operation("POST", "/v1/embeddings", texts.embed, EmbeddingBody),
+        Operation("POST", "/classify", texts.classify, ClassifyBody),
+        Operation("POST", "/score", texts.score, ScoreBody),
+        Operation("POST", "/v1/score", texts.score, ScoreBody),
+        Operation("POST", "/rerank", texts.rerank, RerankBody),
+        Operation("POST", "/v1/rerank", texts.rerank, RerankBody),
+        Operation("POST", "/v2/rerank", texts.rerank, RerankBody),
         Operation("GET", "/v1/models", models.list),
         Operation("GET", "/v1/models/{model:path}", models.get),
         Operation("POST", "/tokenize", models.tokenize, TokenizeBody),
@@ -110,6 +121,7 @@ def _operations(services: Services) -> list[Operation]:
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
     raise HTTPException(
         404,
-        f"{scope['method']} {scope['path'][:200]} is not served; /v1/chat/completions, /v1/completions and "
-        "/v1/models are, with /tokenize, /detokenize and /v1/adapters; /docs lists all",
+        f"{scope['method']} {scope['path'][:200]} is not served; /v1/chat/completions, /v1/completions, "
+        "/v1/embeddings and /v1/models are, with /classify, /score, /v1/rerank, /tokenize, /detokenize and "
+        "/v1/adapters; /docs lists all",
     )

@@ -58,12 +58,22 @@ class Generation:
 class Door:
     """The application, and what it stands before."""
 
-    def __init__(self, *, generation=None, tokens=None, administration=None, tenants=None, origins=()):
+    def __init__(
+        self,
+        *,
+        generation=None,
+        tokens=None,
+        pooling=None,
+        administration=None,
+        tenants=None,
+        origins=(),
+    ):
         self.generation = generation or Generation()
         self.calls, self.health = RunningCalls(), Health(is_ready=True)
         services = Services(
             generation=self.generation,
             tokens=tokens,
+            pooling=pooling,
             administration=administration or SimpleNamespace(),
             health=self.health,
             names=ModelNames(base="base", max_context=256, created=1),

@@ -313,7 +313,7 @@ async def test_a_browser_is_told_what_a_page_may_do(open_door):
 
 
 async def test_paths_that_do_not_exist_name_those_that_do(door):
-    for path in ("/v1/responses", "/v1/embeddings", "/v1/audio/speech", "/nothing", "/v1/completions/"):
+    for path in ("/v1/responses", "/v1/images/edits", "/v1/audio/speech", "/nothing", "/v1/completions/"):
         refused = await door.post(path, {})
         assert refused.status_code == 404
         assert path in refused.json()["error"]["message"]
