@@ -213,18 +213,22 @@ class ScriptedServer(
 
     def Embed(self, request, context):
         self._begin(request, context)
+        self._hold_or_fail(context)
         return EMBEDDINGS
 
     def Classify(self, request, context):
         self._begin(request, context)
+        self._hold_or_fail(context)
         return CLASSES
 
     def Tag(self, request, context):
         self._begin(request, context)
+        self._hold_or_fail(context)
         return TAGS
 
     def Score(self, request, context):
         self._begin(request, context)
+        self._hold_or_fail(context)
         return pooling_pb2.ScoreResponse(scores=[0.25, 0.75], revision="r1", usage=USAGE)
 
     def LoadAdapter(self, request, context):

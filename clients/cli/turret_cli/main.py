@@ -18,6 +18,7 @@ from turret_cli.generate import generate
 from turret_cli.prompts import prompts
 from turret_cli.serve import serve
 from turret_cli.tenants import tenants
+from turret_cli.texts import classify, embed, score, tag
 from turret_cli.validate import validate
 from turret_client import InternalError, TurretError
 
@@ -66,11 +67,12 @@ Exit status: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C.
 def main() -> None:
     """One frozen 4-bit base model, thousands of hot-swappable peft adapters.
 
-    `turret serve` runs a server; `chat`, `generate`, `adapters`, `prompts` and `bench` talk to a running one.
+    `turret serve` runs a server; `chat`, `generate`, `embed`, `classify`, `tag`, `score`, `adapters`,
+    `prompts` and `bench` talk to a running one.
     """
 
 
-for command in (serve, chat, generate, adapters, prompts, bench, tenants):
+for command in (serve, chat, generate, embed, classify, tag, score, adapters, prompts, bench, tenants):
     main.add_command(command)
 for command in (validate, convert):
     adapters.add_command(command)
