@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from support.encoders import TaskOracle, save_marked_base, save_task_adapter
+from support.encoders import TaskOracle, save_base, save_marked_base, save_task_adapter
 from support.serving import serving
 from turret_client import (
     Client,
@@ -240,3 +244,59 @@ def test_unknown_options_and_poolings_are_refused(client):
         client.embed(TEXTS, pooling="max")
     with pytest.raises(InvalidArgumentError, match="dimensions is at most 64"):
         client.embed(TEXTS, dimensions=65)
+
+
+def test_a_classifier_is_swapped_under_load_without_a_wrong_label(client, served, adapters, base, tmp_path):
+    """Each answer has the numbers of the revision that it names."""
+    other = save_task_adapter("p-tuning-v2", "SEQ_CLS", "bert", base, tmp_path / "other")
+    folders = [adapters["lora-SEQ_CLS"], other]
+    client.load_adapter("swapped", str(folders[0]))
+    expected = {}
+    for folder in folders:
+        revision = client.load_adapter("swapped", str(folder)).revision
+        expected[revision] = client.classify(TEXTS, adapter="swapped").results
+    assert len(expected) == 2
+    stop, seen, wrong = threading.Event(), Counter(), []
+
+    def ask() -> None:
+        with Client(served.address) as own:
+            while not stop.is_set():
+                found = own.classify(TEXTS, adapter="swapped")
+                seen[found.revision] += 1
+                if found.results != expected[found.revision]:
+                    wrong.append(found)
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(ask) for _ in range(4)]
+        for number in range(12):
+            before = sum(seen.values())
+            client.load_adapter("swapped", str(folders[number % 2]))
+            while sum(seen.values()) < before + 4 and not any(each.done() for each in running):
+                time.sleep(0.01)
+        stop.set()
+        for each in running:
+            each.result()
+    assert wrong == []
+    assert set(seen) == set(expected)
+
+
+def test_a_decoder_writes_classifies_and_embeds_in_one_batch(tmp_path, quantised_cache):
+    base = save_base("llama", tmp_path / "base")
+    adapter = save_task_adapter("lora", "SEQ_CLS", "llama", base, tmp_path / "classes")
+    config = ServerConfig(
+        model=str(base), dtype="float32", device="cpu", memory="16MiB", cache=quantised_cache
+    )
+    with serving(config) as served, Client(served.address) as client:
+        client.load_adapter("classes", str(adapter))
+        calls = [
+            lambda: client.generate(TEXTS[0], max_tokens=20).token_ids,
+            lambda: client.classify(TEXTS, adapter="classes").results,
+            lambda: client.embed(TEXTS).vectors,
+            lambda: client.embed(TEXTS, pooling="mean").vectors,
+        ]
+        alone = [call() for call in calls]
+        with ThreadPoolExecutor(len(calls) * 3) as pool:
+            mixed = list(pool.map(lambda call: call(), calls * 3))
+        assert mixed == alone * 3
+        assert client.embed(TEXTS, pooling="last").vectors == alone[2]
+        served.parts.engine.check_integrity()

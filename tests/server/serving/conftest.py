@@ -18,7 +18,9 @@ from support.tokenizers import VOCAB_SIZE, make_tokenizer
 from turret_adapters.formats.tokenizer import OwnTokenizer
 from turret_adapters.host import HostAdapter
 from turret_adapters.registry import AdapterRegistry
+from turret_adapters.spec import BaseSpec, HeadTask
 from turret_server.engine.admission import TenantLimits
+from turret_server.engine.pooling import Pooling
 from turret_server.engine.request import FinishReason, Job, Output, PromptPin
 from turret_server.errors import TurretError
 from turret_server.observability.metrics import RequestMetrics
@@ -29,6 +31,7 @@ from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
+from turret_server.serving.pooling import PoolingService, Texts
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import Chunk, GenerationRequest
 from turret_server.serving.structured import Grammars
@@ -43,6 +46,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 MODEL = ModelInfo(max_context=64, block_size=4)
+BASE = BaseSpec(
+    name_or_path="",
+    modules={},
+    hidden_size=2,
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=2,
+    heads={HeadTask.SEQ_CLS: {"score.weight": (0, 2)}},
+)
 
 
 @pytest.fixture(scope="package")
@@ -141,6 +153,7 @@ class Services:
     generation: GenerationService
     prompts: PromptService
     tokens: TokenService
+    pooling: PoolingService
     usage: UsageEntries
     metrics: CollectorRegistry
 
@@ -158,7 +171,9 @@ class Services:
 
 @pytest.fixture
 def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> Iterator[Services]:
-    """With the LoRAs `poet` and `bard`, and the prefixes `first`, of two virtual tokens, and `second`."""
+    """With the LoRAs `poet`, `bard` and `judge`, which has a head, and the prefixes `first` and `second` of
+    two virtual tokens.
+    """
     engine, registry, metrics, usage = (
         ScriptedEngine(),
         AdapterRegistry(),
@@ -171,6 +186,8 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
         spec = make_spec(revision, num_virtual=2)
         prefix = torch.zeros(2, 1, 2, 1, 1)
         registry.publish(name, HostAdapter(spec=spec, deltas={}, prefix_kv=prefix))
+    judge = make_spec("5" * 32, slab_pages=1, head=HeadTask.SEQ_CLS)
+    registry.publish("judge", HostAdapter(spec=judge, deltas={}))
     revisions = EarlierRevisions(registry)
     base = Vocabulary(codec=codec, size=VOCAB_SIZE, stop_token_ids=frozenset({1}))
     vocabularies = Vocabularies(base, own_tokenizer)
@@ -190,7 +207,11 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
         engine=engine, jobs=jobs, model=MODEL, grammars=Grammars(base), request_log=log
     )
     prompts = PromptService(engine=engine, registry=registry, jobs=jobs, model=MODEL, request_log=log)
-    yield Services(engine, registry, revisions, jobs, generation, prompts, TokenService(jobs), usage, metrics)
+    texts = Texts(base=BASE, takes_pairs=False, pad_token_id=2, pooling=Pooling.MEAN, normalize=True)
+    pooling = PoolingService(engine=engine, jobs=jobs, model=MODEL, texts=texts, request_log=log)
+    yield Services(
+        engine, registry, revisions, jobs, generation, prompts, TokenService(jobs), pooling, usage, metrics
+    )
     chats.close()
 
 

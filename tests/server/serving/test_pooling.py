@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+from array import array
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,8 +12,18 @@ from transformers import TokenClassificationPipeline
 
 from support.tokenizers import make_tokenizer
 from turret_adapters.spec import Problem
+from turret_server.engine.admission import TenantLimits
+from turret_server.engine.pooling import Rows
+from turret_server.engine.request import FinishReason as EngineEnd
+from turret_server.engine.request import Output
+from turret_server.errors import (
+    InvalidRequestError,
+    OutOfMemoryError,
+    PromptTooLongError,
+    QuotaExceededError,
+)
 from turret_server.serving.pooling import _scores, _spans
-from turret_server.serving.request import TaggedToken
+from turret_server.serving.request import AdapterRef, EmbedRequest, TaggedToken, TextBatch, Usage
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC", "B-", "I"]
 TOKENIZER = make_tokenizer()
@@ -62,3 +76,103 @@ def test_a_span_ends_with_its_text():
 
 def test_token_ids_have_no_spans():
     assert _spans([TaggedToken(token_id=5, label="I-PER", score=0.5)], []) == []
+
+
+ROWS = Output(finish_reason=EngineEnd.POOLED, rows=Rows(2, array("d", [3.0, 4.0])), cached_tokens=2)
+
+
+@pytest.fixture
+def computed(services):
+    services.engine.outputs = [ROWS]
+    return services
+
+
+async def test_inputs_become_jobs_of_one_request(computed, admin):
+    batch = TextBatch(
+        inputs=[[5, 6], [7]],
+        adapters=[AdapterRef(name="poet")],
+        priority=3,
+        cache_salt="salt",
+        deadline=12.0,
+    )
+    found = await computed.pooling.embed(EmbedRequest(batch=batch), admin)
+    assert found.vectors.tolist() == pytest.approx(np.array([[0.6, 0.8]] * 2))
+    assert found.usage == Usage(prompt_tokens=3, cached_tokens=4, generated_tokens=0)
+    assert found.revision == "1" * 32
+    jobs = computed.engine.jobs
+    assert [job.prompt_token_ids for job in jobs] == [(5, 6), (7,)]
+    assert len({job.request_id for job in jobs}) == 2
+    assert {(job.priority, job.cache_salt, job.deadline) for job in jobs} == {(3, "acme/salt", 12.0)}
+    [entry] = computed.usage.entries
+    assert (entry["prompt_tokens"], entry["cached_tokens"], entry["finish_reason"]) == (3, 4, "pooled")
+    assert computed.used("acme", "poet", "prompt") == 3
+    assert computed.count("ok") == 1
+    assert computed.registry.status("poet").active_requests == 0
+
+
+async def test_results_are_in_the_order_of_the_inputs(services, admin):
+    request = replace(request_of([[5], [6]]), normalize=False)
+    task = asyncio.create_task(services.pooling.embed(request, admin))
+    first, second = [await services.engine.arrivals.get() for _ in range(2)]
+    for job, value in ((second, 2.0), (first, 1.0)):
+        job.sink(Output(finish_reason=EngineEnd.POOLED, rows=Rows(2, array("d", [value, 0.0]))))
+    assert (await task).vectors[:, 0].tolist() == [1.0, 2.0]
+
+
+async def test_a_call_that_is_cancelled_cancels_its_jobs(services, admin):
+    task = asyncio.create_task(services.pooling.embed(request_of([[5], [6]], "poet"), admin))
+    jobs = [await services.engine.arrivals.get() for _ in range(2)]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert {each for kind, each in services.engine.calls if kind == "cancel"} == {
+        job.request_id for job in jobs
+    }
+    assert services.registry.status("poet").active_requests == 0
+
+
+async def test_an_input_that_fails_ends_the_call_and_the_others(services, admin):
+    services.engine.outputs = [Output(finish_reason=EngineEnd.FAILED, error=OutOfMemoryError("no memory"))]
+    with pytest.raises(OutOfMemoryError):
+        await services.pooling.embed(request_of([[5], [6]]), admin)
+    assert len([kind for kind, _ in services.engine.calls if kind == "cancel"]) == 2
+    assert services.count("out_of_memory") == 1
+
+
+async def test_all_inputs_are_charged_together(computed, caller_of):
+    caller = caller_of(tokens_per_minute=5)
+    await computed.pooling.embed(request_of([[5, 6], [7]]), caller)
+    with pytest.raises(QuotaExceededError):
+        await computed.pooling.embed(request_of([[5, 6], [7]]), caller)
+    await computed.pooling.embed(request_of([[5, 6]]), caller)
+
+
+async def test_more_tokens_than_the_tenant_may_queue_are_refused(computed, caller_of):
+    caller = caller_of(limits=TenantLimits(max_queued_tokens=3, max_queued_requests=2))
+    await computed.pooling.embed(request_of([[5, 6], [7]]), caller)
+    with pytest.raises(InvalidRequestError, match="at most 3 tokens"):
+        await computed.pooling.embed(request_of([[5, 6], [7, 8]]), caller)
+    with pytest.raises(InvalidRequestError, match="at most 2 answers"):
+        await computed.pooling.embed(request_of([[5]] * 3), caller)
+    assert len(computed.engine.jobs) == 2
+
+
+async def test_a_decoders_head_reads_the_last_token_before_the_padding(computed, admin):
+    batch = TextBatch(inputs=[[5, 2, 6, 2, 2], [2, 2]], adapters=[AdapterRef(name="judge")])
+    await computed.pooling.classify(batch, admin)
+    assert [job.prompt_token_ids for job in computed.engine.jobs] == [(5, 2, 6), (2,)]
+    await computed.pooling.embed(request_of([[5, 2]]), admin)
+    assert computed.engine.jobs[-1].prompt_token_ids == (5, 2)
+
+
+async def test_an_input_may_fill_the_context_beside_virtual_tokens(computed, admin):
+    await computed.pooling.embed(request_of([[5] * 62], "first"), admin)
+    with pytest.raises(PromptTooLongError, match=r"inputs\[0\]: "):
+        await computed.pooling.embed(request_of([[5] * 63], "first"), admin)
+    cut = TextBatch(inputs=[[5] * 90], adapters=[AdapterRef(name="first")], truncate=True)
+    await computed.pooling.embed(EmbedRequest(batch=cut), admin)
+    assert [len(job.prompt_token_ids) for job in computed.engine.jobs] == [62, 62]
+
+
+def request_of(inputs, *adapters):
+    return EmbedRequest(batch=TextBatch(inputs=inputs, adapters=[AdapterRef(name=name) for name in adapters]))
