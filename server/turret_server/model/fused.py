@@ -19,7 +19,12 @@ from turret_server.model.adapted import AdaptedLinear, LinearGroup
 from turret_server.model.context import current_step
 
 # Linears of one module that families call one after another with the same input.
-_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+)
 _ROTATION = "apply_rotary_pos_emb"
 
 

@@ -49,43 +49,25 @@ def check_model(
     Raises:
         UnsupportedModelError: it computes something else, or fails.
     """
-
-    def refuse(why: str) -> UnsupportedModelError:
-        model_type = model.config.model_type
-        return UnsupportedModelError(f"{model_type} models are not supported: {why}", model=model_type)
-
     prompt, other = _prompts(model.get_input_embeddings().weight.shape[0], *lengths)
     prompts = [each for each in (other, prompt) if each]  # what leaks, leaks to those behind
     halves = [len(each) // 2 for each in prompts]
-    try:
+    with _failure_refuses(model, "prompt"):
         first_TV, calls = compute(prompts, [slice(0, half) for half in halves])
         ends = [slice(half, len(each)) for half, each in zip(halves, prompts, strict=True)]
         second_TV, _ = compute(prompts, ends)
         with _eager_attention(model):
             eager_TV, _ = compute([prompt])
-    except (MemoryError, DeviceLostError):
-        raise
-    except Exception as error:
-        raise refuse(
-            f"a first prompt failed with {type(error).__name__}: {error}; use a model of another type"
-        ) from error
-    if sorted(calls) != list(range(num_layers)):
-        raise refuse(
-            f"of {num_layers} layers, {len(set(calls))} call the attention function, {len(calls)} times; use "
-            "a model in which every layer does once"
-        )
-    if not eager_TV.isfinite().all():
-        raise refuse(
-            f"the logits of a first prompt are not finite in {_name(eager_TV.dtype)}; "
-            "use another --dtype, such as bfloat16, or a checkpoint whose weights are finite"
-        )
+    _check_calls(model, calls, num_layers)
+    _check_finite(model, eager_TV, "logits of a first prompt")
     expected = (eager_TV[: halves[-1]], eager_TV[halves[-1] :])
     for found_TV, expected_TV, step in zip((first_TV, second_TV), expected, ("first", "second"), strict=True):
         difference = _difference(found_TV[-len(expected_TV) :], expected_TV)
         if not difference <= _TOLERANCES[found_TV.dtype]:
-            raise refuse(
+            raise _refusal(
+                model,
                 f"the logits of a prompt's {step} step, beside another, differ from those with transformers' "
-                f"eager attention by {difference:.2g} standard deviations; use a model of another type"
+                f"eager attention by {difference:.2g} standard deviations; use a model of another type",
             )
 
 
@@ -104,37 +86,55 @@ def check_encoder(
     Raises:
         UnsupportedModelError: it computes something else, or fails.
     """
-
-    def refuse(why: str) -> UnsupportedModelError:
-        model_type = model.config.model_type
-        return UnsupportedModelError(f"{model_type} models are not supported: {why}", model=model_type)
-
     text, other = _prompts(model.get_input_embeddings().weight.shape[0], *lengths)
-    try:
+    with _failure_refuses(model, "text"):
         found_TE, calls = compute([each for each in (other, text) if each])
         with _eager_attention(model), _own_positions(model):
             expected_TE, _ = compute([text])
+    _check_calls(model, calls, num_layers)
+    _check_finite(model, expected_TE, "hidden states of a first text")
+    difference = _difference(found_TE[-len(text) :], expected_TE)
+    if not difference <= _TOLERANCES[found_TE.dtype]:
+        raise _refusal(
+            model,
+            f"the hidden states of a text, beside another, differ from those of transformers with eager "
+            f"attention by {difference:.2g} standard deviations; use a model of another type",
+        )
+
+
+def _refusal(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    model_type = model.config.model_type
+    return UnsupportedModelError(f"{model_type} models are not supported: {why}", model=model_type)
+
+
+@contextmanager
+def _failure_refuses(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """An error within the block becomes a refusal of the model, unless it is the machine's."""
+    try:
+        yield
     except (MemoryError, DeviceLostError):
         raise
     except Exception as error:
-        raise refuse(
-            f"a first text failed with {type(error).__name__}: {error}; use a model of another type"
+        raise _refusal(
+            model, f"a first {what} failed with {type(error).__name__}: {error}; use a model of another type"
         ) from error
+
+
+def _check_calls(model: PreTrainedModel, calls: Sequence[int], num_layers: int) -> None:
     if sorted(calls) != list(range(num_layers)):
-        raise refuse(
+        raise _refusal(
+            model,
             f"of {num_layers} layers, {len(set(calls))} call the attention function, {len(calls)} times; use "
-            "a model in which every layer does once"
+            "a model in which every layer does once",
         )
-    if not expected_TE.isfinite().all():
-        raise refuse(
-            f"the hidden states of a first text are not finite in {_name(expected_TE.dtype)}; use another "
-            "--dtype, such as bfloat16, or a checkpoint whose weights are finite"
-        )
-    difference = _difference(found_TE[-len(text) :], expected_TE)
-    if not difference <= _TOLERANCES[found_TE.dtype]:
-        raise refuse(
-            f"the hidden states of a text, beside another, differ from those of transformers with eager "
-            f"attention by {difference:.2g} standard deviations; use a model of another type"
+
+
+def _check_finite(model: PreTrainedModel, numbers: torch.Tensor, what: str) -> None:
+    if not numbers.isfinite().all():
+        raise _refusal(
+            model,
+            f"the {what} are not finite in {_name(numbers.dtype)}; use another --dtype, such as bfloat16, or "
+            "a checkpoint whose weights are finite",
         )
 
 
