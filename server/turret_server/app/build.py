@@ -22,7 +22,6 @@ from turret_server.app.assembly import Access
 from turret_server.app.budgets import arena_bytes, host_bytes, log_gpu_memory, max_adapter_bytes
 from turret_server.config import NAME_MARK, ServerConfig
 from turret_server.engine.loop import Engine, EngineStats
-from turret_server.engine.pooling import Pooling
 from turret_server.engine.scheduler import Limits
 from turret_server.errors import ConfigError
 from turret_server.kernels.cpu.cores import release_cores
@@ -230,8 +229,9 @@ def _about_texts(loaded: LoadedModel) -> Texts:
         base=loaded.base,
         takes_pairs=loaded.encoder is not None and loaded.encoder.num_token_types > 1,
         pad_token_id=loaded.model.config.pad_token_id,
-        pooling=Pooling.MEAN if loaded.encoder else Pooling.LAST,
-        normalize=True,
+        pooling=loaded.vectors.pooling,
+        normalize=loaded.vectors.normalize,
+        refusal=loaded.vectors.refusal,
     )
 
 

@@ -49,6 +49,7 @@ from turret_server.model.experts import ExpertsConfig, adapt_experts, has_expert
 from turret_server.model.fused import fuse
 from turret_server.model.heads import Shapes, head_shapes, own_head, read_head_weights, task_prefixes
 from turret_server.model.rope import ContextLength
+from turret_server.model.sentence_transformers import VectorDefaults, read_vector_defaults
 from turret_server.model.streams import on_device
 from turret_server.model.tensor_files import files_of_tensors
 
@@ -72,6 +73,7 @@ class LoadedModel:
     dtype: torch.dtype
     context: ContextLength
     encoder: Encoder | None
+    vectors: VectorDefaults
     head_weights: Mapping[str, torch.Tensor]
     vocab_size: int
     stop_token_ids: frozenset[int]
@@ -181,6 +183,7 @@ def load_model(
     attention.register()
     config = read_config(name_or_path)
     tokenizer = read_tokenizer(name_or_path)
+    vectors = read_vector_defaults(name_or_path, is_encoder=is_encoder(config))
     meta = meta_model(name_or_path, config)
     gate.check_model(meta)
     context = rope.context_length(config, max_context, first_position=first_position(meta))
@@ -212,6 +215,7 @@ def load_model(
         dtype=dtype,
         context=context,
         encoder=encoder,
+        vectors=vectors,
         head_weights={name: weight.to(device, dtype) for name, weight in head_weights.items()},
         vocab_size=model.get_input_embeddings().weight.shape[0],
         stop_token_ids=_stop_token_ids(model, tokenizer.live),
