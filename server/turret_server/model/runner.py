@@ -20,6 +20,7 @@ from turret_server.engine.request import Logprob
 from turret_server.engine.step import DeviceLostError, SequenceStep, Step, StepResult
 from turret_server.kernels import LoraRows, ReferenceOps
 from turret_server.kernels.cpu.cores import claim_cores
+from turret_server.kernels.cpu.waiting import Waiting
 from turret_server.model.adjustment import to_device
 from turret_server.model.arena import Arena
 from turret_server.model.batch import Batch, make_batch
@@ -100,10 +101,12 @@ class ModelRunner:
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
         self._fillers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-form")
         self._streams = make_streams(loaded.device)
+        self._waiting = Waiting()
 
     def close(self) -> None:
         self._loaders.shutdown(cancel_futures=True)
         self._fillers.shutdown(cancel_futures=True)
+        self._waiting.close()
 
     def check(self) -> None:
         """Compares a first prompt with transformers' own attention; also warms the kernels.
@@ -171,6 +174,7 @@ class ModelRunner:
 
     def _run(self, step: Step) -> StepResult:
         claim_cores()
+        self._waiting.adjust()
         for copy in step.copies:
             self._arena.copy_page(copy.source, copy.target)
         step = self._filling(step)
