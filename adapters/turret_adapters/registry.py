@@ -384,7 +384,9 @@ class AdapterRegistry:
     def _not_found(self, name: str, error: str = "") -> AdapterNotFoundError:
         if error:
             return AdapterNotFoundError(f"adapter {name!r} could not be loaded", name=name, why=error)
-        return AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
+        return AdapterNotFoundError(
+            f"no adapter is loaded under the name {name!r}; load it, or list those that are"
+        )
 
     def _let_go(self, revision: str) -> None:
         """Counts one need of a revision less, and drops it with the last."""

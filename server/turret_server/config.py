@@ -220,7 +220,8 @@ class ServerConfig:
         metadata=_about(
             Group.MODEL,
             "DIR",
-            "Load every subfolder of DIR at the start, as the adapter of that name.",
+            "Load every subfolder of DIR at the start, as the adapter of that name, whatever the name served "
+            "before.",
             _FOLDER,
         ),
     )

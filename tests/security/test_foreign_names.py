@@ -64,7 +64,7 @@ def test_a_foreign_name_is_answered_like_one_that_is_not_there(channel, place, g
         (
             grpc.StatusCode.NOT_FOUND,
             "ADAPTER_NOT_FOUND",
-            "no adapter is loaded under the name 'NAME'",
+            "no adapter is loaded under the name 'NAME'; load it, or list those that are",
         )
     }
 

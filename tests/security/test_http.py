@@ -203,11 +203,12 @@ def test_what_belongs_to_others_does_not_exist(web):
     for model in ("good-lora", "good-lora@00000000", "nobody"):
         refused = web.post(COMPLETIONS, json=REQUEST | {"model": model})
         name = model.partition("@")[0]
+        unknown = f"no adapter is loaded under the name {name!r}; load it, or list those that are"
         assert refused.status_code == 404
-        assert refused.json()["error"]["message"] == f"no adapter is loaded under the name {name!r}"
+        assert refused.json()["error"]["message"] == unknown
         for answer in (web.get(f"/v1/models/{name}"), web.delete(f"/v1/adapters/{name}")):
             assert answer.status_code == 404
-            assert answer.json()["error"]["message"] == f"no adapter is loaded under the name {name!r}"
+            assert answer.json()["error"]["message"] == unknown
     listed = [each["id"] for each in web.get("/v1/models").json()["data"]]
     assert "good-lora" not in listed
     assert "good-lora" not in [each["name"] for each in web.get("/v1/adapters").json()["adapters"]]

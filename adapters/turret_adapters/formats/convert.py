@@ -90,7 +90,7 @@ def _check_type(folder: Path) -> None:
     with open_inside(folder, CONFIG_NAME, MAX_CONFIG_BYTES) as (file, size):
         peft_type = parse_object(file.read(size), CONFIG_NAME).get("peft_type")
     if not isinstance(peft_type, str) or peft_type in KINDS:
-        raise refusal("peft_type", peft_type, "a method that is not served directly")
+        raise refusal("peft_type", peft_type, "LOHA or LOKR; what is served needs no conversion")
     if not (folder / TENSORS_NAME).exists():  # peft would load a pickle instead
         raise AdapterSourceError(f"{str(folder)!r}: expected a folder with {TENSORS_NAME}, found none")
 

@@ -67,7 +67,8 @@ def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entr
     most = min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES)
     if length > most:
         raise AdapterFormatError(
-            f"{TENSORS_NAME}: expected a safetensors header of at most {most} bytes, found {length} bytes"
+            f"{TENSORS_NAME}: expected a safetensors header of at most {max(most, 0)} bytes, found {length} "
+            "bytes; the file may be incomplete, copy it again"
         )
     header = file.read(length)
     table = parse_object(header, TENSORS_NAME)
@@ -87,7 +88,7 @@ def read_header(file: BufferedReader, file_bytes: int) -> tuple[bytes, list[Entr
     if end != file_bytes - LENGTH_BYTES - length:
         raise AdapterFormatError(
             f"{TENSORS_NAME}: expected {end} bytes of tensors, "
-            f"found {file_bytes - LENGTH_BYTES - length} bytes"
+            f"found {file_bytes - LENGTH_BYTES - length} bytes; the file may be incomplete, copy it again"
         )
     return length_bytes + header, entries
 

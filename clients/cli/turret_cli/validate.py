@@ -103,6 +103,7 @@ def _dtypes(path: Path) -> list[str]:
 def _describe(found: dict[str, Any]) -> str:
     page = f"{format_size(found['page_bytes'])} in {found['page_dtype']}"
     lines = {
+        "result": "a server would load it",
         "method": found["method"],
         "revision": found["revision"],
         "modules": ", ".join(f"{count} {kind}" for kind, count in found["modules"].items()) or "-",

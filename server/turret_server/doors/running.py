@@ -61,7 +61,9 @@ class RunningCalls:
             ShuttingDownError: the server drains, or ended the call.
         """
         if self._refusing:
-            raise ShuttingDownError("the server is shutting down; send the call to another")
+            raise ShuttingDownError(
+                "the server is shutting down; send the call to another server, or again later"
+            )
         task = asyncio.current_task()
         assert task, "every call is a task of its own"
         self._running.add(task)

@@ -68,7 +68,10 @@ def reading(name_or_path: str, what: str) -> Iterator[None]:
     except Exception as error:  # transformers and the libraries below it raise anything for a broken file
         found = f"found {what} unreadable: {_one_line(error)}"
         if is_offline and isinstance(error, OSError):
-            found = "no such folder, the hub does not answer, and its cache has no such model; check the name"
+            found = (
+                "no such folder, the hub does not answer, and its cache has no such model; check the name "
+                "and the network, or give a folder"
+            )
         raise _refused(name_or_path, found) from error
 
 

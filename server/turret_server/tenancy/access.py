@@ -36,7 +36,9 @@ def check_use(tenant: Tenant, names: Iterable[str]) -> None:
     """
     for name in names:
         if not tenant.may_use(name):
-            raise AdapterNotFoundError(f"no adapter is loaded under the name {name!r}")
+            raise AdapterNotFoundError(
+                f"no adapter is loaded under the name {name!r}; load it, or list those that are"
+            )
 
 
 def check_change(tenant: Tenant, name: str) -> None:

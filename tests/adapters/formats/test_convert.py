@@ -135,7 +135,9 @@ def test_the_error_of_a_smaller_rank_is_measured(original, convert, base_of):
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix"])
 def test_what_is_served_as_it_is_is_refused(kind, adapter_of, convert, tmp_path):
-    with pytest.raises(AdapterFormatError, match="'peft_type' to be a method that is not served directly"):
+    with pytest.raises(
+        AdapterFormatError, match="'peft_type' to be LOHA or LOKR; what is served needs no conversion"
+    ):
         convert(adapter_of("llama", kind))
     assert not list(tmp_path.iterdir())
 

@@ -345,6 +345,7 @@ async def opened(access: Access, client: grpc.ChannelCredentials | None = None) 
         model=None,
         tokens=None,
         prompts=prompts,
+        pooling=None,
         administration=None,
     )
     server, _ = make_doors(parts, config(http=None))

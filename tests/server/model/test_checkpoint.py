@@ -268,7 +268,10 @@ def test_without_the_hub_a_model_comes_from_the_cache_after_one_attempt(
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     else:
         hub.pages[f"/api/models/{HUB_ID}"] = lambda call: call.answer(503)
-    expected = "no such folder, the hub does not answer, and its cache has no such model; check the name"
+    expected = (
+        "no such folder, the hub does not answer, and its cache has no such model; check the name and the "
+        "network, or give a folder"
+    )
     assert refused(HUB_ID, tmp_path) == expected
     assert [record.message.partition(" (")[0] for record in caplog.records] == ["the hub does not answer"]
     repo = tmp_path / "hub" / "models--owner--model"
