@@ -442,8 +442,8 @@ def check_composition(named: Sequence[tuple[str, AdapterSpec, float]]) -> None:
             )
         if weight != 1 and not (spec.rows and additive):
             raise AdapterCompositionError(
-                f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a LoRA is scaled, "
-                f"found {weight:g}"
+                f"adapter {name!r} ({spec.method.value}): expected weight 1, since only a plain LoRA is "
+                f"scaled, found {weight:g}"
             )
     prefixes = {name: spec.prefix for name, spec, _ in named if spec.prefix}
     per_request = [name for name, prefix in prefixes.items() if prefix.per_request]

@@ -6,6 +6,7 @@ import httpx
 import numpy as np
 import pytest
 from openai import BadRequestError, OpenAI
+from safetensors.torch import load_file, save_file
 
 from support.encoders import save_marked_base, save_task_adapter
 from support.serving import serving
@@ -60,8 +61,12 @@ ENDPOINTS = [
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, quantised_cache):
-    base = save_marked_base(tmp_path_factory.mktemp("bert"))
+def base(tmp_path_factory):
+    return save_marked_base(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def served(base, tmp_path_factory, quantised_cache):
     config = ServerConfig(
         model=str(base),
         dtype="float32",
@@ -171,6 +176,38 @@ def test_documents_are_ordered_by_their_scores(web, client, path):
     [best] = web.post(path, json=request | {"top_n": 1, "return_documents": False}).json()["results"]
     assert best["index"] == order[0]
     assert "document" not in best
+
+
+def test_documents_are_ordered_where_their_scores_are_the_same(served, web, tmp_path, base):
+    folder = save_task_adapter("lora", "SEQ_CLS", "bert", base, tmp_path / "sure", num_labels=1)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    sure = {name: each * (1000 if "classifier" in name else 1) for name, each in tensors.items()}
+    save_file(sure, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    served.parts.lifecycle.load("sure", str(folder))
+    with Client(served.address) as client:
+        texts = [f"the fox {word}" for word in ("jumps", "there", "dog", "these", "over", "lazy", "quick")]
+        found = client.score([("fox", text) for text in texts], adapter="sure")
+    assert len({*found.scores}) < len({*found.logits}) == len(texts)
+    answer = web.post("/v1/rerank", json={"model": "sure", "query": "fox", "documents": texts}).json()
+    order = sorted(range(len(texts)), key=lambda index: -found.logits[index])
+    assert [each["index"] for each in answer["results"]] == order
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/embeddings", {"input": [[1], []]}, "input"),
+        ("/v1/embeddings", {"input": "a", "priority": 11}, "priority"),
+        ("/v1/embeddings", {"input": "a", "model": "classes@zzz"}, "model"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 65}, "dimensions"),
+        ("/score", {"text_1": "a", "text_2": [], "model": "ranker"}, "text_2"),
+        ("/v1/rerank", {"query": "a", "documents": ["b" * 999], "model": "ranker"}, "documents"),
+    ],
+)
+def test_an_error_names_the_field_of_the_body(web, path, body, param):
+    error = web.post(path, json=body).json()["error"]
+    assert error["param"] == param
+    assert "inputs[" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_text_that_is_too_long_is_refused_or_cut_at_its_end(client, served):
     first = [token for token in short.tokens if not token.in_second]
     assert "".join(TEXTS[0][token.start : token.end] for token in first) == TEXTS[0]
     assert sum(token.in_second for token in both.tokens) == (most - 2) // 2
+    assert client.embed([f"<s>{long}"], truncate=True).usage.prompt_tokens == most
     assert client.embed([[5] * (most + 3)], truncate=True).usage.prompt_tokens == most
 
 

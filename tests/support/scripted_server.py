@@ -229,7 +229,7 @@ class ScriptedServer(
     def Score(self, request, context):
         self._begin(request, context)
         self._hold_or_fail(context)
-        return pooling_pb2.ScoreResponse(scores=[0.25, 0.75], revision="r1", usage=USAGE)
+        return pooling_pb2.ScoreResponse(scores=[0.25, 0.75], logits=[-1.0, 1.0], revision="r1", usage=USAGE)
 
     def LoadAdapter(self, request, context):
         self._begin(request, context)

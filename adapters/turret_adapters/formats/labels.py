@@ -7,6 +7,7 @@ as JSON, in `LABELS_NAME`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,10 @@ def _names(values: Mapping[str, Any]) -> tuple[str, ...] | None:
         # Half of a surrogate pair is valid JSON, and no text.
         if not isinstance(name, str) or name.encode(errors="ignore").decode() != name:
             raise AdapterFormatError(f"{LABELS_FILE}: expected labels that are text, found {show(name)}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise AdapterFormatError(
+            f"{LABELS_FILE}: expected each label in 'id2label' once, found {show(twice[0])} twice"
+        )
     return names
 
 

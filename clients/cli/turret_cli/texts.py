@@ -47,6 +47,8 @@ _SHARED = (
     server_option,
     json_option,
 )
+# Of the texts in a call; servers accept 4 MiB with all that is around them.
+_MAX_BYTES = 3 << 20
 _NO_PAIR = "expected two texts with one tab between them"
 
 
@@ -138,7 +140,8 @@ def tag(texts: Sequence[str], **shared: Any) -> None:
         return client.tag(inputs, **options).texts
 
     def line(found: Any) -> str:
-        return "\t".join(f"{span.label}: {span.text}" for span in found.spans)
+        # One line, whatever is in the text.
+        return "\t".join(f"{span.label}: {' '.join(span.text.split())}" for span in found.spans)
 
     _run(_inputs(texts, shared.pop("file"), pairs=False), results, line, _to_json, **shared)
 
@@ -178,7 +181,7 @@ def _inputs(texts: Sequence[str], file: IO[bytes] | None, *, pairs: bool) -> lis
             raise click.UsageError("Give TEXT or --file, or pipe lines in.")
         try:
             # Only these: a text may have other characters that Unicode takes for line breaks.
-            found = (file or sys.stdin.buffer).read().decode().replace("\r\n", "\n").split("\n")
+            found = (file or sys.stdin.buffer).read().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise click.UsageError(f"The inputs are not UTF-8: {error.reason}.") from error
         if not found[-1]:
@@ -219,8 +222,15 @@ def _run(
 
 
 def _batches(inputs: list[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
-    for start in range(0, len(inputs), size):
-        yield start, inputs[start : start + size]
+    """Parts of the inputs with their positions: at most `size` inputs, and no more text than a call takes."""
+    start = num_bytes = 0
+    for index, each in enumerate(inputs):
+        own = sum(len(text.encode()) for text in (each if isinstance(each, tuple) else (each,)))
+        if index > start and (index - start == size or num_bytes + own > _MAX_BYTES):
+            yield start, inputs[start:index]
+            start, num_bytes = index, 0
+        num_bytes += own
+    yield start, inputs[start:]
 
 
 def _patiently(
@@ -238,6 +248,8 @@ def _patiently(
             time.sleep(error.retry_after)
         except InvalidArgumentError as error:
             named = re.match(r"inputs\[(\d+)\]: ", str(error))
+            if named is None and error.metadata.get("field") == "inputs":
+                raise FailureError(f"{error}, with a lower --batch-size", error.reason) from error
             if named is None:
                 raise
             message = f"input {start + int(named[1]) + 1}: {str(error)[named.end() :]}"

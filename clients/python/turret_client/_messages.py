@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -187,6 +187,11 @@ def _set_prompt(
 def adapter_refs(adapter: AdapterArgument) -> list[inference_pb2.AdapterRef]:
     if adapter is None:
         return []
+    if isinstance(adapter, Mapping):
+        raise invalid_argument(
+            "adapter",
+            "adapter is a name, an AdapterRef, or a list of these; give weights as AdapterRef(weight=)",
+        )
     named = adapter if isinstance(adapter, Iterable) and not isinstance(adapter, str) else [adapter]
     return [_adapter_ref(AdapterRef(name=each) if isinstance(each, str) else each) for each in named]
 

@@ -151,4 +151,9 @@ def _tagged_from(message: pooling_pb2.TaggedText) -> TaggedText:
 
 
 def scores_from(response: pooling_pb2.ScoreResponse) -> Scores:
-    return Scores(scores=tuple(response.scores), usage=usage_from(response.usage), revision=response.revision)
+    return Scores(
+        scores=tuple(response.scores),
+        logits=tuple(response.logits),
+        usage=usage_from(response.usage),
+        revision=response.revision,
+    )

@@ -141,9 +141,13 @@ class Tags:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The score of each input from 0 to 1, in their order. `revision` is as in `Embeddings`."""
+    """The score of each input from 0 to 1, in their order. `revision` is as in `Embeddings`.
+
+    `logits` are those of the head; large ones have the same score.
+    """
 
     scores: tuple[float, ...]
+    logits: tuple[float, ...]
     usage: Usage
     revision: str
 

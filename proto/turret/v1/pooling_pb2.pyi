@@ -549,6 +549,7 @@ class ScoreResponse(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LOGITS_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """As in GenerateResponse."""
     @_builtins.property
@@ -559,16 +560,21 @@ class ScoreResponse(_message.Message):
     def usage(self) -> _inference_pb2.Usage:
         """Of all inputs together."""
 
+    @_builtins.property
+    def logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The head's logits. Large ones have the same score."""
+
     def __init__(
         self,
         *,
         scores: _abc.Iterable[_builtins.float] | None = ...,
         revision: _builtins.str = ...,
         usage: _inference_pb2.Usage | None = ...,
+        logits: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "scores", b"scores", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logits", b"logits", "revision", b"revision", "scores", b"scores", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,6 +107,8 @@ def own_head(config: PreTrainedConfig) -> HeadSpec | None:
             if task is HeadTask.QUESTION_ANS:
                 return HeadSpec(task=task, labels=("start", "end"))
             labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+            if len(set(labels)) < len(labels):  # scores are told apart by them
+                labels = tuple(f"LABEL_{index}" for index in range(config.num_labels))
             is_regression = task is HeadTask.SEQ_CLS and len(labels) == 1
             default = Problem.REGRESSION if is_regression else Problem.SINGLE_LABEL
             return HeadSpec(task=task, labels=labels, problem=Problem(config.problem_type or default))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -42,10 +43,12 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
             **scalars_of(request, ["normalize", "dimensions"]),
         )
         found = await self._service.embed(wanted, caller())
+        # In a thread, as everything here that grows with the inputs: streams go on meanwhile.
+        embeddings = await asyncio.to_thread(
+            lambda: [pooling_pb2.Embedding(values=vector.tolist()) for vector in found.vectors]
+        )
         return pooling_pb2.EmbedResponse(
-            embeddings=[pooling_pb2.Embedding(values=vector.tolist()) for vector in found.vectors],
-            revision=found.revision,
-            usage=usage_message(found.usage),
+            embeddings=embeddings, revision=found.revision, usage=usage_message(found.usage)
         )
 
     async def Classify(
@@ -67,16 +70,18 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
         self, request: pooling_pb2.TagRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pooling_pb2.TagResponse:
         found = await self._service.tag(_batch_of(request.batch, context), caller())
-        return pooling_pb2.TagResponse(
-            texts=map(_tagged, found.texts), revision=found.revision, usage=usage_message(found.usage)
-        )
+        texts = await asyncio.to_thread(lambda: list(map(_tagged, found.texts)))
+        return pooling_pb2.TagResponse(texts=texts, revision=found.revision, usage=usage_message(found.usage))
 
     async def Score(
         self, request: pooling_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pooling_pb2.ScoreResponse:
         found = await self._service.score(_batch_of(request.batch, context), caller())
         return pooling_pb2.ScoreResponse(
-            scores=found.scores.tolist(), revision=found.revision, usage=usage_message(found.usage)
+            scores=found.scores.tolist(),
+            logits=found.logits.tolist(),
+            revision=found.revision,
+            usage=usage_message(found.usage),
         )
 
 

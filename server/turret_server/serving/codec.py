@@ -93,9 +93,9 @@ class TextCodec:
         first, second = (*texts, None)[:2]
         assert first is not None
         found = self._tokenizer.encode(first, second, add_special_tokens=add_special_tokens)
-        if truncate and len(found) > max_tokens:
-            found = self._truncated(texts, max_tokens, add_special_tokens=add_special_tokens)
         begin = int(add_special_tokens and found.ids[:2] == [self._bos_token_id] * 2)
+        if truncate and len(found) > max_tokens + begin:
+            found = self._truncated(texts, max_tokens + begin, add_special_tokens=add_special_tokens)
         sources = [
             None if source is None else (source, *offsets)
             for source, offsets in zip(found.sequence_ids, found.offsets, strict=True)

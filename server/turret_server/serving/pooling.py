@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,16 +150,22 @@ class PoolingService:
         """The score of each input by a head with one label, as cross-encoders have. Raises as `classify`."""
         params = PoolingParams(task=HeadTask.SEQ_CLS)
         found = await self._compute(batch, params, caller, is_score=True)
-        scores = _scores(found.matrix[:, 0], Problem.MULTI_LABEL)
-        return Scores(scores=scores, revision=found.revision, usage=found.usage)
+        logits = found.matrix[:, 0]
+        scores = _scores(logits, Problem.MULTI_LABEL)
+        return Scores(logits=logits, scores=scores, revision=found.revision, usage=found.usage)
 
     async def tag(self, batch: TextBatch, caller: Caller) -> Tags:
         """Labels of each input's tokens, and spans of the same label. Raises as `classify`."""
         found = await self._compute(batch, PoolingParams(task=HeadTask.TOKEN_CLS), caller)
-        texts = tuple(
-            _tagged(each, text, rows, found.labels)
-            for each, text, rows in zip(batch.inputs, found.texts, found.rows, strict=True)
-        )
+
+        def tagged() -> tuple[TaggedText, ...]:
+            return tuple(
+                _tagged(each, text, rows, found.labels)
+                for each, text, rows in zip(batch.inputs, found.texts, found.rows, strict=True)
+            )
+
+        # In a thread: of thousands of tokens it takes a while, and streams go on meanwhile.
+        texts = await asyncio.to_thread(tagged)
         return Tags(texts=texts, revision=found.revision, usage=found.usage)
 
     async def _compute(

@@ -184,8 +184,9 @@ class Classes(Pooled):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores(Pooled):
-    """[N], from 0 to 1."""
+    """Both [N]: the head's logits, and scores from 0 to 1, which no longer tell large logits apart."""
 
+    logits: NDArray[np.float64]
     scores: NDArray[np.float64]
 
 

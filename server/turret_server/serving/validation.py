@@ -88,9 +88,10 @@ def check_num_answers(num_answers: int, caller: Caller, field: str) -> None:
         InvalidRequestError: they do not, however empty the queue is.
     """
     most = caller.tenant.limits.max_queued_requests
+    what = "inputs" if field == "inputs" else "answers"
     if num_answers > most:
         raise InvalidRequestError(
-            f"a call has at most {most} answers, as many as its tenant may queue; found {num_answers}; send "
+            f"a call has at most {most} {what}, as many as its tenant may queue; found {num_answers}; send "
             "several calls",
             field=field,
         )
@@ -107,7 +108,7 @@ def check_num_tokens(nums_tokens: Sequence[int], caller: Caller, field: str) -> 
     if len(nums_tokens) > 1 and found > most:
         raise InvalidRequestError(
             f"a call has at most {most} tokens, as many as its tenant may queue; "
-            f"found {found}; lower n or max_tokens, or send several calls",
+            f"found {found}; {'' if field == 'inputs' else 'lower n or max_tokens, or '}send several calls",
             field=field,
         )
 

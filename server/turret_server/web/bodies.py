@@ -15,6 +15,7 @@ from turret_server.errors import InvalidRequestError
 _LARGE = 64 * 2**10
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Priority = Annotated[int, Field(ge=-10, le=10)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Texts = Annotated[list[str], Field(fail_fast=True)]

@@ -18,7 +18,7 @@ from turret_server.doors.caller import caller, request_id
 from turret_server.errors import InvalidRequestError
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.request import AdapterRef, Chunk, GenerationRequest, Usage
-from turret_server.web.bodies import Body, Int32, Refusal, Texts, TokenIds
+from turret_server.web.bodies import Body, Int32, Priority, Refusal, Texts, TokenIds
 from turret_server.web.gate import DONE, EVENT_STREAM
 from turret_server.web.names import ModelNames
 
@@ -141,7 +141,7 @@ class GenerationBody(Body):
     """Extension: leave special tokens out of the text. Default: true."""
     prompt_logprobs: Int32 | None = None
     """Extension: log probabilities of the prompt's tokens, and of so many others in their places."""
-    priority: Int32 | None = None
+    priority: Priority | None = None
     """Extension: from -10 to 10 among the tenant's waiting requests; lower ones are served earlier."""
     cache_salt: str | None = None
     """Extension: only requests with the same salt share cached blocks of prompts."""

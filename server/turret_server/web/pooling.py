@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from turret_server.doors.caller import caller, request_id
-from turret_server.errors import InvalidRequestError
+from turret_server.errors import InvalidRequestError, PromptTooLongError
 from turret_server.serving.pooling import PoolingService
 from turret_server.serving.request import EmbedRequest, Input, Pooling, TextBatch, TextPair, Usage
-from turret_server.web.bodies import Body, Int32, Refusal, Texts, TokenIds, parse
+from turret_server.web.bodies import Body, Int32, Priority, Refusal, Texts, TokenIds, parse
 from turret_server.web.generation import Head
 from turret_server.web.names import ModelNames
 
@@ -38,7 +43,7 @@ class BatchBody(Body):
     """Extension: cut texts that are longer than the context at their end. Default: they are refused."""
     add_special_tokens: bool | None = None
     """Extension: add the tokenizer's special tokens to texts. Default: true."""
-    priority: Int32 | None = None
+    priority: Priority | None = None
     """Extension: from -10 to 10 among the tenant's waiting requests; lower ones are served earlier."""
     cache_salt: str | None = None
     """Extension: only requests with the same salt share cached blocks on decoders."""
@@ -142,24 +147,25 @@ class TextNumbers:
             normalize=body.normalize,
             dimensions=body.dimensions or 0,
         )
-        found = await self._service.embed(wanted, caller())
+        with _names_of("input"):
+            found = await self._service.embed(wanted, caller())
         in_base64 = body.encoding_format == "base64"
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()
-                if in_base64
-                else vector.tolist(),
-            }
-            for index, vector in enumerate(found.vectors)
-        ]
-        return JSONResponse(self._list(body, "embd", data, found.usage, found.revision))
+
+        def answer() -> Response:
+            data = [
+                {"object": "embedding", "index": index, "embedding": _shown(vector, in_base64=in_base64)}
+                for index, vector in enumerate(found.vectors)
+            ]
+            return JSONResponse(self._list(body, "embd", data, found.usage, found.revision))
+
+        # In a thread: a million numbers take a second, and streams go on meanwhile.
+        return await asyncio.to_thread(answer)
 
     async def classify(self, request: Request) -> Response:
         """Get the label of each text, and the scores of all labels."""
         body = await parse(ClassifyBody, request)
-        found = await self._service.classify(body.batch(body.inputs(), self._names), caller())
+        with _names_of("input"):
+            found = await self._service.classify(body.batch(body.inputs(), self._names), caller())
         data = [
             {
                 "index": index,
@@ -175,7 +181,8 @@ class TextNumbers:
     async def score(self, request: Request) -> Response:
         """Get the score of each pair of texts."""
         body = await parse(ScoreBody, request)
-        found = await self._service.score(body.batch(body.pairs(), self._names), caller())
+        with _names_of("text_2"):
+            found = await self._service.score(body.batch(body.pairs(), self._names), caller())
         data = [
             {"index": index, "object": "score", "score": score}
             for index, score in enumerate(found.scores.tolist())
@@ -187,8 +194,10 @@ class TextNumbers:
         body = await parse(RerankBody, request)
         texts = body.texts()
         pairs = [TextPair(first=body.query, second=text) for text in texts]
-        found = await self._service.score(body.batch(pairs, self._names), caller())
-        order = sorted(range(len(texts)), key=lambda index: -found.scores[index])
+        with _names_of("documents"):
+            found = await self._service.score(body.batch(pairs, self._names), caller())
+        # By logits: large ones have the same score.
+        order = sorted(range(len(texts)), key=lambda index: -found.logits[index])
         with_documents = body.return_documents is not False
         results = [
             {"index": index, "relevance_score": float(found.scores[index])}
@@ -218,6 +227,27 @@ class TextNumbers:
             "usage": _usage(usage),
             "system_fingerprint": revision or None,
         }
+
+
+@contextmanager
+def _names_of(inputs: str) -> Iterator[None]:
+    """Errors within the block name the fields of the body: `inputs` are its texts, and the adapter its model.
+
+    Raises:
+        TurretError: as it is raised within the block, with these names.
+    """
+    try:
+        yield
+    except (InvalidRequestError, PromptTooLongError) as error:
+        names = {"inputs": inputs, "adapters": "model"}
+        known = {key: value for key, value in error.metadata.items() if key != "field"}
+        field = names.get(error.metadata.get("field", "inputs"), error.metadata.get("field"))
+        message = re.sub(r"^inputs(?=\[)", inputs, str(error))
+        raise type(error)(message, field=field, **known) from error
+
+
+def _shown(vector: NDArray[np.float32], *, in_base64: bool) -> Any:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if in_base64 else vector.tolist()
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -110,7 +110,7 @@ def test_files_in_utf_8_may_begin_with_a_mark(write, base, weights):
 
 @pytest.mark.parametrize("num_labels", [0, 2, 4])
 def test_labels_of_another_number_are_refused_with_both_numbers(num_labels, write, base, weights):
-    folder = write({"id2label": {str(index): "x" for index in range(num_labels)}})
+    folder = write({"id2label": {str(index): f"x{index}" for index in range(num_labels)}})
     expected = rf"config\.json: expected 'id2label' to have 3 labels.*found {num_labels} "
     with pytest.raises(AdapterFormatError, match=expected):
         head_of(folder, base, weights)
@@ -130,6 +130,7 @@ def test_labels_of_another_number_are_refused_with_both_numbers(num_labels, writ
         ({"id2label": {"0": "a", "1": 7, "2": "c"}}, "labels that are text, found 7"),
         ({"id2label": {"0": "a", "1": None, "2": "c"}}, "labels that are text, found None"),
         ({"id2label": {"0": "a", "1": "\ud800", "2": "c"}}, r"labels that are text, found '\\ud800'"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "each label in 'id2label' once, found 'a' twice"),
         ({"problem_type": "softmax"}, "'problem_type' to be empty or one of single_label_classification"),
         ({"problem_type": {}}, "'problem_type' to be empty or one of"),
     ],

@@ -133,3 +133,33 @@ def test_a_full_queue_is_waited_for(turret, server, monkeypatch):
     assert waits == [0.5]
     server.failure = script.failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "never", reason="QUOTA_EXCEEDED")
     assert turret("classify", "one").exit_code == 1
+
+
+def test_lines_that_no_call_takes_together_are_sent_in_several(turret, server):
+    long = "x" * (1 << 20)
+    assert turret("embed", stdin=f"{long}\n" * 4 + "a\n").exit_code == 0
+    assert [len(each) for each in texts(server)] == [3, 2]
+
+
+def test_a_byte_order_mark_is_no_text(turret, server):
+    assert turret("embed", stdin=b"\xef\xbb\xbfone\n").exit_code == 0
+    assert texts(server) == [["one"]]
+
+
+def test_a_span_is_on_one_line(turret, monkeypatch):
+    span = pooling_pb2.Span(label="PER", text="Ada\n\tLovelace")
+    tags = pooling_pb2.TagResponse(texts=[pooling_pb2.TaggedText(spans=[span])])
+    monkeypatch.setattr(script, "TAGS", tags)
+    assert turret("tag", "one").stdout == "PER: Ada Lovelace\n"
+
+
+def test_too_large_a_batch_is_told_the_option(turret, server):
+    server.failure = script.failure(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "a call has at most 3 inputs; send several calls",
+        reason="INVALID_REQUEST",
+        metadata={"field": "inputs"},
+    )
+    assert turret("embed", "one").stderr.endswith(
+        "send several calls, with a lower --batch-size (INVALID_REQUEST)\n"
+    )

@@ -471,4 +471,9 @@ def test_numbers_of_texts_are_read(call):
     token = TaggedToken(7, "B-PER", 0.5, 4, 7)
     span = Span("PER", 0.5, 4, 7, "Ada", in_second=True)
     assert call("tag", ["one"]) == Tags((TaggedText((token,), (span,)),), usage, "r1")
-    assert call("score", [("one", "two")]) == Scores((0.25, 0.75), usage, "r1")
+    assert call("score", [("one", "two")]) == Scores((0.25, 0.75), (-1.0, 1.0), usage, "r1")
+
+
+def test_weights_in_a_mapping_are_refused(call):
+    with pytest.raises(InvalidArgumentError, match="a list of these; give weights as AdapterRef"):
+        call("embed", ["one"], adapter={"pirate": 0.5})

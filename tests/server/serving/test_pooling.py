@@ -152,7 +152,7 @@ async def test_more_tokens_than_the_tenant_may_queue_are_refused(computed, calle
     await computed.pooling.embed(request_of([[5, 6], [7]]), caller)
     with pytest.raises(InvalidRequestError, match="at most 3 tokens"):
         await computed.pooling.embed(request_of([[5, 6], [7, 8]]), caller)
-    with pytest.raises(InvalidRequestError, match="at most 2 answers"):
+    with pytest.raises(InvalidRequestError, match="at most 2 inputs"):
         await computed.pooling.embed(request_of([[5]] * 3), caller)
     assert len(computed.engine.jobs) == 2
 
