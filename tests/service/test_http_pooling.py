@@ -19,6 +19,7 @@ COMMON: dict[str, object] = {
     "model": "classes",
     "user": "me",
     "truncate": True,
+    "truncate_prompt_tokens": -1,
     "add_special_tokens": False,
     "priority": 1,
     "cache_salt": "s",
@@ -109,7 +110,7 @@ def test_every_other_field_is_refused_by_its_name(web, path, body, request_):
     for name in (*body.refused, "anything_else"):
         answer = web.post(path, json=request_ | {name: "any"})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
-    assert web.post(path, json=request_ | {"truncate_prompt_tokens": -1}).status_code == 200
+    assert web.post(path, json=request_ | {"truncate_prompt_tokens": 5}).status_code == 400
 
 
 def test_openais_client_gets_the_vectors_of_grpc(served, client):
@@ -193,6 +194,13 @@ def test_documents_are_ordered_where_their_scores_are_the_same(served, web, tmp_
     assert [each["index"] for each in answer["results"]] == order
 
 
+def test_what_is_too_long_is_cut_if_that_is_asked_for(web):
+    long = {"input": "the fox " * 200}
+    assert web.post("/v1/embeddings", json=long).status_code == 400
+    for more in ({"truncate": True}, {"truncate_prompt_tokens": -1}):
+        assert web.post("/v1/embeddings", json=long | more).json()["usage"]["prompt_tokens"] == 128
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -202,6 +210,7 @@ def test_documents_are_ordered_where_their_scores_are_the_same(served, web, tmp_
         ("/v1/embeddings", {"input": "a", "dimensions": 65}, "dimensions"),
         ("/score", {"text_1": "a", "text_2": [], "model": "ranker"}, "text_2"),
         ("/v1/rerank", {"query": "a", "documents": ["b" * 999], "model": "ranker"}, "documents"),
+        ("/v1/rerank", {"query": "b" * 999, "documents": ["a"], "model": "ranker"}, "documents"),
     ],
 )
 def test_an_error_names_the_field_of_the_body(web, path, body, param):

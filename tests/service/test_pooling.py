@@ -204,6 +204,8 @@ def test_requests_for_what_no_head_does_are_refused_by_name(client):
     assert no_head.value.reason == "UNSUPPORTED_TASK"
     with pytest.raises(FailedPreconditionError, match=r"adapter 'lora-TOKEN_CLS' has .* which Tag uses"):
         client.classify(TEXTS, adapter="lora-TOKEN_CLS")
+    with pytest.raises(FailedPreconditionError, match=r"head for QUESTION_ANS, which none of the calls"):
+        client.tag(TEXTS, adapter="lora-QUESTION_ANS")
     with pytest.raises(FailedPreconditionError, match=r"head for SEQ_CLS, which Classify uses"):
         client.tag(TEXTS, adapter="prefix-SEQ_CLS")
     with pytest.raises(FailedPreconditionError, match=r"head with one label.* has 3; use Classify"):

@@ -60,7 +60,8 @@ def read_labels(folder: Path) -> bytes:
             f"{error.filename!r}: expected a readable file, found {describe(error)}"
         ) from error
     found = {name: values[name] for name in ("id2label", "problem_type") if values.get(name) is not None}
-    _names(found), _problem(found)
+    _names(found)
+    _problem(found)
     return json.dumps(found, sort_keys=True).encode() if found else b""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +117,7 @@ def classify(texts: Sequence[str], *, pairs: bool, **shared: Any) -> None:
         return client.classify(inputs, **options).results
 
     def line(found: Any) -> str:
-        return f"{found.label}\t{found.score:.4f}"
+        return f"{_in_line(found.label)}\t{found.score:.4f}"
 
     _run(_inputs(texts, shared.pop("file"), pairs=pairs), results, line, _to_json, **shared)
 
@@ -140,8 +139,7 @@ def tag(texts: Sequence[str], **shared: Any) -> None:
         return client.tag(inputs, **options).texts
 
     def line(found: Any) -> str:
-        # One line, whatever is in the text.
-        return "\t".join(f"{span.label}: {' '.join(span.text.split())}" for span in found.spans)
+        return "\t".join(_in_line(f"{span.label}: {span.text}") for span in found.spans)
 
     _run(_inputs(texts, shared.pop("file"), pairs=False), results, line, _to_json, **shared)
 
@@ -161,12 +159,15 @@ def score(texts: Sequence[str], **shared: Any) -> None:
     if len(texts) == 1:
         raise click.UsageError("Give a text and others to score it with, or --file.")
     file = shared.pop("file")
-    inputs = [(texts[0], other) for other in texts[1:]] if texts and not file else None
+    if texts and not file:
+        first, *others = _inputs(texts, None, pairs=False)
+        inputs = [(first, other) for other in others]
+    else:
+        inputs = _inputs(texts, file, pairs=True)
 
     def results(client: Client, pairs: list[Any], **options: Any) -> Sequence[float]:
         return client.score(pairs, **options).scores
 
-    inputs = inputs or _inputs(texts, file, pairs=True)
     _run(inputs, results, lambda found: f"{found:.4f}", json.dumps, **shared)
 
 
@@ -176,6 +177,8 @@ def _inputs(texts: Sequence[str], file: IO[bytes] | None, *, pairs: bool) -> lis
         raise click.UsageError("Give TEXT or --file, not both.")
     if texts:
         found = [*texts]
+        if any(each != each.encode(errors="ignore").decode() for each in texts):
+            raise click.UsageError("The inputs are not UTF-8.")
     else:
         if file is None and sys.stdin.isatty():
             raise click.UsageError("Give TEXT or --file, or pipe lines in.")
@@ -247,13 +250,19 @@ def _patiently(
                 raise
             time.sleep(error.retry_after)
         except InvalidArgumentError as error:
-            named = re.match(r"inputs\[(\d+)\]: ", str(error))
-            if named is None and error.metadata.get("field") == "inputs":
-                raise FailureError(f"{error}, with a lower --batch-size", error.reason) from error
-            if named is None:
+            message = str(error)
+            if number := error.metadata.get("input"):
+                message = message.replace(f"inputs[{number}]", f"input {start + int(number) + 1}", 1)
+            elif error.metadata.get("field") == "inputs":
+                message += ", with a lower --batch-size"
+            else:
                 raise
-            message = f"input {start + int(named[1]) + 1}: {str(error)[named.end() :]}"
             raise FailureError(message, error.reason) from error
+
+
+def _in_line(text: str) -> str:
+    """Without the line breaks and tabs that separate results."""
+    return " ".join(text.split())
 
 
 def _to_json(result: Any) -> str:

@@ -130,8 +130,9 @@ class BatchOptions(TypedDict, total=False):
     Attributes:
         adapter: Adapter to apply: its name, an `AdapterRef`, or several of either to combine them; None is
             the base model.
-        truncate: Cut texts that are longer than the context at their end, the longer one of a pair first.
-            Without it they are refused. Default: False.
+        truncate: Cut inputs that are longer than the context at their end, the longer text of a pair first;
+            for vectors also those that are longer than the model's files for sentence-transformers say.
+            Without it inputs that are longer than the context are refused. Default: False.
         priority: Priority among the waiting requests of the same tenant: those with a higher one are served
             earlier. Each step counts as 10 seconds of waiting. It does not affect other tenants. From -10 to
             10. Default: 0.

@@ -114,11 +114,11 @@ def classifications_from(response: pooling_pb2.ClassifyResponse) -> Classificati
     labels = tuple(response.labels)
 
     def result(message: pooling_pb2.Classification) -> Classification:
-        scores = dict(zip(labels, message.scores, strict=True))
+        logits = dict(zip(labels, message.logits, strict=True))
         return Classification(
-            label=max(scores, key=lambda label: scores[label]),
-            scores=scores,
-            logits=dict(zip(labels, message.logits, strict=True)),
+            label=max(logits, key=lambda label: logits[label]),  # scores of large ones are the same
+            scores=dict(zip(labels, message.scores, strict=True)),
+            logits=logits,
         )
 
     return Classifications(

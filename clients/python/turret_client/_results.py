@@ -72,7 +72,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """`label` is the one with the highest score; `scores` and `logits` are by label."""
+    """`label` is the one with the highest logit; `scores` and `logits` are by label."""
 
     label: str
     scores: dict[str, float]

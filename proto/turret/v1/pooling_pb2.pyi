@@ -107,7 +107,7 @@ class Input(_message.Message):
     """Text. The model's tokenizer adds its special tokens, see TextBatch.add_special_tokens."""
     @_builtins.property
     def token_ids(self) -> _inference_pb2.TokenIds:
-        """Token ids, used unchanged."""
+        """Token ids, used as they are; a decoder's head passes over padding tokens at the end."""
 
     @_builtins.property
     def pair(self) -> Global___TextPair:
@@ -144,8 +144,9 @@ class TextBatch(_message.Message):
     ROUTING_KEY_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     truncate: _builtins.bool
-    """Cut texts that are longer than the context at their end, the longer one of a pair first. Without it they are
-    refused.
+    """Cut inputs that are longer than the context at their end, the longer text of a pair first; for vectors also
+    those that are longer than the model's files for sentence-transformers say. Without it inputs that are longer than
+    the context are refused.
     """
     priority: _builtins.int
     """Priority among the waiting requests of the same tenant: those with a higher one are served earlier. Each step
@@ -167,7 +168,7 @@ class TextBatch(_message.Message):
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.AdapterRef]:
-        """As in GenerateRequest; at most one of them may have a head."""
+        """As in GenerateRequest; one with a head stands alone."""
 
     def __init__(
         self,
@@ -527,7 +528,7 @@ class ScoreRequest(_message.Message):
     BATCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def batch(self) -> Global___TextBatch:
-        """The inputs are pairs of texts, or token ids."""
+        """The inputs are pairs of texts, for rerankers; or texts or token ids, if the head scores those."""
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class PoolingServiceStub:
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     def __init__(self, channel):
@@ -61,8 +61,8 @@ class PoolingServiceStub:
 
 class PoolingServiceServicer:
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     def Embed(self, request, context):
@@ -128,8 +128,8 @@ def add_PoolingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PoolingService:
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     @staticmethod

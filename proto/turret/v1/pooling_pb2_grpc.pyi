@@ -28,8 +28,8 @@ GRPC_VERSION: str
 
 class PoolingServiceStub:
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     @_typing.overload
@@ -52,8 +52,8 @@ class PoolingServiceStub:
 @_typing.type_check_only
 class PoolingServiceAsyncStub(PoolingServiceStub):
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -72,8 +72,8 @@ class PoolingServiceAsyncStub(PoolingServiceStub):
 
 class PoolingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Computes vectors, classes and tags of texts, with the base model or with adapters. All texts of a call are
-    computed in the same batches as those of other calls, whatever their adapters; a text's numbers do not depend on
-    its batch. Errors are those of InferenceService.
+    computed in the same batches as those of other calls, whatever their adapters; on a CPU a
+    text's numbers do not depend on its batch. Errors are those of InferenceService.
     """
 
     @_abc_1.abstractmethod

@@ -59,7 +59,7 @@ from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model import Model, ModelService
 from turret_server.serving.model_info import ModelInfo
-from turret_server.serving.pooling import PoolingService, Texts
+from turret_server.serving.pooling import PoolingModel, PoolingService
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.structured import Grammars
 from turret_server.serving.tokens import TokenService
@@ -219,18 +219,19 @@ def _make_services(
         PromptService(engine=engine, registry=registry, jobs=jobs, model=model, request_log=request_log),
         TokenService(jobs),
         PoolingService(
-            engine=engine, jobs=jobs, model=model, texts=_about_texts(loaded), request_log=request_log
+            engine=engine, jobs=jobs, model=model, pooling=_pooling_model(loaded), request_log=request_log
         ),
     )
 
 
-def _about_texts(loaded: LoadedModel) -> Texts:
-    return Texts(
+def _pooling_model(loaded: LoadedModel) -> PoolingModel:
+    return PoolingModel(
         base=loaded.base,
         takes_pairs=loaded.encoder is not None and loaded.encoder.num_token_types > 1,
         pad_token_id=loaded.model.config.pad_token_id,
         pooling=loaded.vectors.pooling,
         normalize=loaded.vectors.normalize,
+        max_tokens=loaded.vectors.max_tokens,
         refusal=loaded.vectors.refusal,
     )
 

@@ -101,12 +101,13 @@ class ModelRunner:
         self._loaders = ThreadPoolExecutor(max_workers=_NUM_LOADERS, thread_name_prefix="turret-load")
         self._fillers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turret-form")
         self._streams = make_streams(loaded.device)
-        self._waiting = Waiting()
+        self._waiting = Waiting() if loaded.device.type == "cpu" else None
 
     def close(self) -> None:
         self._loaders.shutdown(cancel_futures=True)
         self._fillers.shutdown(cancel_futures=True)
-        self._waiting.close()
+        if self._waiting:
+            self._waiting.close()
 
     def check(self) -> None:
         """Compares a first prompt with transformers' own attention; also warms the kernels.
@@ -174,7 +175,8 @@ class ModelRunner:
 
     def _run(self, step: Step) -> StepResult:
         claim_cores()
-        self._waiting.adjust()
+        if self._waiting:
+            self._waiting.adjust()
         for copy in step.copies:
             self._arena.copy_page(copy.source, copy.target)
         step = self._filling(step)

@@ -13,7 +13,17 @@ from turret_server.doors.caller import caller
 from turret_server.errors import InvalidRequestError
 from turret_server.rpc.inference import adapters_of, deadline_of, scalars_of, usage_message
 from turret_server.serving.pooling import PoolingService
-from turret_server.serving.request import EmbedRequest, Input, Pooling, TaggedText, TextBatch, TextPair
+from turret_server.serving.request import (
+    Classes,
+    Embeddings,
+    EmbedRequest,
+    Input,
+    Pooling,
+    TaggedText,
+    Tags,
+    TextBatch,
+    TextPair,
+)
 
 _SCALARS = ["truncate", "priority", "cache_salt", "routing_key", "add_special_tokens"]
 _POOLING: dict[int, Pooling | None] = {
@@ -31,6 +41,8 @@ _PROBLEMS = {
 
 
 class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
+    """Answers that grow with the inputs are built in a thread, so that streams go on meanwhile."""
+
     def __init__(self, service: PoolingService) -> None:
         self._service = service
 
@@ -43,35 +55,19 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
             **scalars_of(request, ["normalize", "dimensions"]),
         )
         found = await self._service.embed(wanted, caller())
-        # In a thread, as everything here that grows with the inputs: streams go on meanwhile.
-        embeddings = await asyncio.to_thread(
-            lambda: [pooling_pb2.Embedding(values=vector.tolist()) for vector in found.vectors]
-        )
-        return pooling_pb2.EmbedResponse(
-            embeddings=embeddings, revision=found.revision, usage=usage_message(found.usage)
-        )
+        return await asyncio.to_thread(_embeddings_message, found)
 
     async def Classify(
         self, request: pooling_pb2.ClassifyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pooling_pb2.ClassifyResponse:
         found = await self._service.classify(_batch_of(request.batch, context), caller())
-        return pooling_pb2.ClassifyResponse(
-            classifications=[
-                pooling_pb2.Classification(scores=scores.tolist(), logits=logits.tolist())
-                for scores, logits in zip(found.scores, found.logits, strict=True)
-            ],
-            labels=found.labels,
-            problem=_PROBLEMS[found.problem],
-            revision=found.revision,
-            usage=usage_message(found.usage),
-        )
+        return await asyncio.to_thread(_classes_message, found)
 
     async def Tag(
         self, request: pooling_pb2.TagRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pooling_pb2.TagResponse:
         found = await self._service.tag(_batch_of(request.batch, context), caller())
-        texts = await asyncio.to_thread(lambda: list(map(_tagged, found.texts)))
-        return pooling_pb2.TagResponse(texts=texts, revision=found.revision, usage=usage_message(found.usage))
+        return await asyncio.to_thread(_tags_message, found)
 
     async def Score(
         self, request: pooling_pb2.ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -85,11 +81,38 @@ class PoolingServicer(pooling_pb2_grpc.PoolingServiceServicer):
         )
 
 
+def _embeddings_message(found: Embeddings) -> pooling_pb2.EmbedResponse:
+    return pooling_pb2.EmbedResponse(
+        embeddings=[pooling_pb2.Embedding(values=vector.tolist()) for vector in found.vectors],
+        revision=found.revision,
+        usage=usage_message(found.usage),
+    )
+
+
+def _classes_message(found: Classes) -> pooling_pb2.ClassifyResponse:
+    return pooling_pb2.ClassifyResponse(
+        classifications=[
+            pooling_pb2.Classification(scores=scores.tolist(), logits=logits.tolist())
+            for scores, logits in zip(found.scores, found.logits, strict=True)
+        ],
+        labels=found.labels,
+        problem=_PROBLEMS[found.problem],
+        revision=found.revision,
+        usage=usage_message(found.usage),
+    )
+
+
+def _tags_message(found: Tags) -> pooling_pb2.TagResponse:
+    return pooling_pb2.TagResponse(
+        texts=map(_tagged, found.texts), revision=found.revision, usage=usage_message(found.usage)
+    )
+
+
 def _pooling_of(value: int) -> Pooling | None:
     try:
         return _POOLING[value]
     except KeyError as error:
-        known = ", ".join(f"{number} ({each.value})" for number, each in _POOLING.items() if each)
+        known = ", ".join(sorted(pooling_pb2.Pooling.keys()))
         raise InvalidRequestError(f"pooling is one of {known}; found {value}", field="pooling") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,8 +53,9 @@ _OUTSIDE = "O"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Texts:
-    """What a base does with texts. `pooling` and `normalize` are those of a request that names none, and
+class PoolingModel:
+    """What a base does with texts. `pooling` and `normalize` are those of a request that names none,
+    `max_tokens` is the length to which texts for vectors are cut, if the model's files name one, and
     `refusal` is why the model has no vectors, or "". Tokens of type 1, those of a pair's second text, exist
     if `takes_pairs`; a decoder's head reads the last token that is not `pad_token_id`.
     """
@@ -64,6 +65,7 @@ class Texts:
     pad_token_id: int | None
     pooling: Pooling
     normalize: bool
+    max_tokens: int | None = None
     refusal: str = ""
 
 
@@ -82,7 +84,6 @@ class _Computed:
         assert self.head, "of a task"
         return self.head.labels
 
-    @property
     def matrix(self) -> NDArray[np.float64]:
         """One row of each input."""
         return np.stack([_matrix(rows)[0] for rows in self.rows])
@@ -92,12 +93,12 @@ class PoolingService:
     """Used on one event loop."""
 
     def __init__(
-        self, *, engine: Engine, jobs: Jobs, model: ModelInfo, texts: Texts, request_log: RequestLog
+        self, *, engine: Engine, jobs: Jobs, model: ModelInfo, pooling: PoolingModel, request_log: RequestLog
     ) -> None:
         self._engine = engine
         self._jobs = jobs
         self._model = model
-        self._texts = texts
+        self._pooling = pooling
         self._request_log = request_log
 
     async def embed(self, request: EmbedRequest, caller: Caller) -> Embeddings:
@@ -107,22 +108,26 @@ class PoolingService:
             UnsupportedTaskError: the model's own vectors are not those that the server can compute.
             And the errors of `classify`.
         """
+        params = PoolingParams(pooling=request.pooling or self._pooling.pooling)
+        found = await self._compute(
+            request.batch, params, caller, check=lambda _: self._check_vectors(request)
+        )
+        vectors = found.matrix()[:, : request.dimensions or None]
+        if self._pooling.normalize if request.normalize is None else request.normalize:
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.where(lengths == 0, 1, lengths)
+        return Embeddings(vectors=vectors.astype(np.float32), revision=found.revision, usage=found.usage)
+
+    def _check_vectors(self, request: EmbedRequest) -> None:
         check_fields(request, EMBED_FIELDS)
-        most = self._texts.base.hidden_size
+        most = self._pooling.base.hidden_size
         if request.dimensions > most:
             raise InvalidRequestError(
                 f"dimensions is at most {most}, the size of the model's vectors; found {request.dimensions}",
                 field="dimensions",
             )
-        if self._texts.refusal and request.pooling is None:
-            raise UnsupportedTaskError(self._texts.refusal)
-        params = PoolingParams(pooling=request.pooling or self._texts.pooling)
-        found = await self._compute(request.batch, params, caller)
-        vectors = found.matrix[:, : request.dimensions or most]
-        if self._texts.normalize if request.normalize is None else request.normalize:
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.where(lengths == 0, 1, lengths)
-        return Embeddings(vectors=vectors.astype(np.float32), revision=found.revision, usage=found.usage)
+        if self._pooling.refusal and request.pooling is None:
+            raise UnsupportedTaskError(self._pooling.refusal)
 
     async def classify(self, batch: TextBatch, caller: Caller) -> Classes:
         """The scores of each input's labels.
@@ -137,11 +142,12 @@ class PoolingService:
         """
         found = await self._compute(batch, PoolingParams(task=HeadTask.SEQ_CLS), caller)
         assert found.head
+        logits = found.matrix()
         return Classes(
             labels=found.labels,
             problem=found.head.problem,
-            logits=found.matrix,
-            scores=_scores(found.matrix, found.head.problem),
+            logits=logits,
+            scores=_scores(logits, found.head.problem),
             revision=found.revision,
             usage=found.usage,
         )
@@ -149,8 +155,8 @@ class PoolingService:
     async def score(self, batch: TextBatch, caller: Caller) -> Scores:
         """The score of each input by a head with one label, as cross-encoders have. Raises as `classify`."""
         params = PoolingParams(task=HeadTask.SEQ_CLS)
-        found = await self._compute(batch, params, caller, is_score=True)
-        logits = found.matrix[:, 0]
+        found = await self._compute(batch, params, caller, check=_check_score)
+        logits = found.matrix()[:, 0]
         scores = _scores(logits, Problem.MULTI_LABEL)
         return Scores(logits=logits, scores=scores, revision=found.revision, usage=found.usage)
 
@@ -169,18 +175,20 @@ class PoolingService:
         return Tags(texts=texts, revision=found.revision, usage=found.usage)
 
     async def _compute(
-        self, batch: TextBatch, params: PoolingParams, caller: Caller, *, is_score: bool = False
+        self,
+        batch: TextBatch,
+        params: PoolingParams,
+        caller: Caller,
+        *,
+        check: Callable[[HeadSpec | None], None] = lambda _: None,
     ) -> _Computed:
+        """`check` refuses what the call cannot do with the head."""
         async with self._request_log.follow(caller, batch.deadline) as record:
             adapters = validate_batch(batch)
             check_num_answers(len(batch.inputs), caller, "inputs")
             async with self._jobs.lease(adapters, caller, batch.routing_key) as leased:
                 head = self._head(leased, params.task) if params.task else None
-                if is_score and head and len(head.labels) > 1:
-                    raise UnsupportedTaskError(
-                        f"a score needs a head with one label, as rerankers have; this one has "
-                        f"{len(head.labels)}; use Classify"
-                    )
+                check(head)
                 texts = await self._encode(batch, leased, params.task)
                 outputs: Outputs[tuple[int, Output]] = Outputs()
                 jobs = [
@@ -207,7 +215,7 @@ class PoolingService:
 
     def _head(self, leased: Leased, task: HeadTask) -> HeadSpec:
         """The head for a task: that of the request's adapter, or the base's own."""
-        base = self._texts.base
+        base = self._pooling.base
         # At most one: an adapter with a head is requested alone.
         of_adapters = [(name, spec.head) for name, spec in leased.lease.pins if spec.head]
         whose, head = of_adapters[0] if of_adapters else ("", base.head)
@@ -232,17 +240,18 @@ class PoolingService:
 
         def encode() -> list[Encoded]:
             return [
-                self._encode_input(f"inputs[{number}]", each, batch, leased, task)
+                self._encode_input(number, each, batch, leased, task)
                 for number, each in enumerate(batch.inputs)
             ]
 
         return await self._jobs.tokenising(encode, sum(map(len, texts)))
 
     def _encode_input(
-        self, name: str, given: Input | None, batch: TextBatch, leased: Leased, task: HeadTask | None
+        self, number: int, given: Input | None, batch: TextBatch, leased: Leased, task: HeadTask | None
     ) -> Encoded:
-        """`name` is that of the input in messages."""
         room = self._model.max_context - leased.num_virtual_tokens
+        if task is None and batch.truncate:
+            room = min(room, self._pooling.max_tokens or room)
         try:
             if texts := _texts(given):
                 found = leased.vocabulary.codec.encode_texts(
@@ -259,9 +268,10 @@ class PoolingService:
             self._model.check_room(len(found.token_ids) + leased.num_virtual_tokens, num_generated=0)
             leased.vocabulary.check_token_ids(found.token_ids)
         except PromptTooLongError as error:
-            raise PromptTooLongError(f"{name}: {error}", **error.metadata) from error
+            raise PromptTooLongError(f"inputs[{number}]: {error}", **error.metadata, input=number) from error
         except InvalidRequestError as error:
-            raise InvalidRequestError(f"{name}: {error}", field="inputs") from error
+            message = f"inputs[{number}]: {error}"
+            raise InvalidRequestError(message, field="inputs", input=number) from error
         return found
 
     def _fitted(self, found: Encoded, task: HeadTask | None) -> Encoded:
@@ -269,13 +279,21 @@ class PoolingService:
         decoder's head passes over, as in transformers.
         """
         token_ids, num_tokens = found.token_ids, len(found.token_ids)
-        if task is HeadTask.SEQ_CLS and not self._texts.base.is_encoder:
-            while num_tokens > 1 and token_ids[num_tokens - 1] == self._texts.pad_token_id:
+        if task is HeadTask.SEQ_CLS and not self._pooling.base.is_encoder:
+            while num_tokens > 1 and token_ids[num_tokens - 1] == self._pooling.pad_token_id:
                 num_tokens -= 1
         return Encoded(
             token_ids=token_ids[:num_tokens],
-            type_ids=found.type_ids[:num_tokens] if self._texts.takes_pairs else (),
+            type_ids=found.type_ids[:num_tokens] if self._pooling.takes_pairs else (),
             spans=found.spans[:num_tokens],
+        )
+
+
+def _check_score(head: HeadSpec | None) -> None:
+    if head and len(head.labels) > 1:
+        raise UnsupportedTaskError(
+            f"a score needs a head with one label, as rerankers have; this one has {len(head.labels)}; use "
+            "Classify"
         )
 
 
@@ -297,7 +315,7 @@ async def _all_rows(outputs: Outputs[tuple[int, Output]], num_jobs: int, record:
     found: dict[int, Rows] = {}
     while len(found) < num_jobs:
         index, output = await outputs.get()
-        assert output.rows, "only an error or a cancellation ends without rows"
+        assert output.rows, "only an error ends without rows, or this call's own cancellation"
         found[index] = output.rows
         record.cached_tokens += output.cached_tokens
     return [found[index] for index in range(num_jobs)]

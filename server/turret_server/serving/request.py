@@ -178,8 +178,8 @@ class Classes(Pooled):
     scores: NDArray[np.float64]
 
     def label(self, index: int) -> str:
-        """The label of an input with the highest score."""
-        return self.labels[int(self.scores[index].argmax())]
+        """The likeliest label of an input: by logits, as the scores of large ones are the same."""
+        return self.labels[int(self.logits[index].argmax())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

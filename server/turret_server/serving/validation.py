@@ -76,7 +76,7 @@ def validate_batch(batch: TextBatch) -> list[Named]:
     for number, each in enumerate(batch.inputs):
         if each is None:
             raise InvalidRequestError(
-                f"inputs[{number}] is empty; set text, token_ids or pair", field="inputs"
+                f"inputs[{number}] is empty; set text, token_ids or pair", field="inputs", input=number
             )
     return check_adapters(batch.adapters)
 

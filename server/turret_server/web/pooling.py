@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,13 +49,17 @@ class BatchBody(Body):
     routing_key: Annotated[str, Field(max_length=128)] | None = None
     """Extension: the same as `user`, which it overrides."""
 
+    truncate_prompt_tokens: Literal[-1] | None = None
+    """As `truncate`, in vLLM's words; other lengths than -1, that of the context, are not served."""
+
     refused: ClassVar = {
-        "truncate_prompt_tokens": Refusal("use truncate, which cuts to the context", (-1,)),
         "mm_processor_kwargs": Refusal("the model reads texts alone"),
     }
 
     def batch(self, inputs: Sequence[Input], names: ModelNames) -> TextBatch:
         fields = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
+        if self.truncate_prompt_tokens is not None:
+            fields.setdefault("truncate", True)
         if self.user is not None:
             fields.setdefault("routing_key", self.user)
         if self.priority is not None:
@@ -147,7 +150,7 @@ class TextNumbers:
             normalize=body.normalize,
             dimensions=body.dimensions or 0,
         )
-        with _names_of("input"):
+        with _names_of("input", "input[{}]"):
             found = await self._service.embed(wanted, caller())
         in_base64 = body.encoding_format == "base64"
 
@@ -158,30 +161,34 @@ class TextNumbers:
             ]
             return JSONResponse(self._list(body, "embd", data, found.usage, found.revision))
 
-        # In a thread: a million numbers take a second, and streams go on meanwhile.
+        # In a thread, as the others that grow: a million numbers take a second, and streams go on meanwhile.
         return await asyncio.to_thread(answer)
 
     async def classify(self, request: Request) -> Response:
         """Get the label of each text, and the scores of all labels."""
         body = await parse(ClassifyBody, request)
-        with _names_of("input"):
+        with _names_of("input", "input[{}]"):
             found = await self._service.classify(body.batch(body.inputs(), self._names), caller())
-        data = [
-            {
-                "index": index,
-                "label": found.label(index),
-                "probs": scores.tolist(),
-                "num_classes": len(found.labels),
-            }
-            for index, scores in enumerate(found.scores)
-        ]
-        answer = self._list(body, "classify", data, found.usage, found.revision)
-        return JSONResponse(answer | {"labels": found.labels})
+
+        def answer() -> Response:
+            data = [
+                {
+                    "index": index,
+                    "label": found.label(index),
+                    "probs": scores.tolist(),
+                    "num_classes": len(found.labels),
+                }
+                for index, scores in enumerate(found.scores)
+            ]
+            listed = self._list(body, "classify", data, found.usage, found.revision)
+            return JSONResponse(listed | {"labels": found.labels})
+
+        return await asyncio.to_thread(answer)
 
     async def score(self, request: Request) -> Response:
         """Get the score of each pair of texts."""
         body = await parse(ScoreBody, request)
-        with _names_of("text_2"):
+        with _names_of("text_2", "text_2[{}] with its text_1"):
             found = await self._service.score(body.batch(body.pairs(), self._names), caller())
         data = [
             {"index": index, "object": "score", "score": score}
@@ -194,25 +201,29 @@ class TextNumbers:
         body = await parse(RerankBody, request)
         texts = body.texts()
         pairs = [TextPair(first=body.query, second=text) for text in texts]
-        with _names_of("documents"):
+        with _names_of("documents", "documents[{}] with the query"):
             found = await self._service.score(body.batch(pairs, self._names), caller())
         # By logits: large ones have the same score.
         order = sorted(range(len(texts)), key=lambda index: -found.logits[index])
         with_documents = body.return_documents is not False
-        results = [
-            {"index": index, "relevance_score": float(found.scores[index])}
-            | ({"document": {"text": texts[index]}} if with_documents else {})
-            for index in order[: body.top_n]
-        ]
-        return JSONResponse(
-            {
-                "id": f"rerank-{request_id()}",
-                "model": body.model or self._names.base,
-                "results": results,
-                "usage": _usage(found.usage),
-                "system_fingerprint": found.revision or None,
-            }
-        )
+
+        def answer() -> Response:
+            results = [
+                {"index": index, "relevance_score": float(found.scores[index])}
+                | ({"document": {"text": texts[index]}} if with_documents else {})
+                for index in order[: body.top_n]
+            ]
+            return JSONResponse(
+                {
+                    "id": f"rerank-{request_id()}",
+                    "model": body.model or self._names.base,
+                    "results": results,
+                    "usage": _usage(found.usage),
+                    "system_fingerprint": found.revision or None,
+                }
+            )
+
+        return await asyncio.to_thread(answer)
 
     def _list(
         self, body: BatchBody, prefix: str, data: list[dict[str, Any]], usage: Usage, revision: str
@@ -230,8 +241,9 @@ class TextNumbers:
 
 
 @contextmanager
-def _names_of(inputs: str) -> Iterator[None]:
-    """Errors within the block name the fields of the body: `inputs` are its texts, and the adapter its model.
+def _names_of(field: str, shown: str) -> Iterator[None]:
+    """Errors within the block name the fields of the body: its texts are in `field`, one of them is `shown`
+    with its number, and the adapter is its model.
 
     Raises:
         TurretError: as it is raised within the block, with these names.
@@ -239,11 +251,12 @@ def _names_of(inputs: str) -> Iterator[None]:
     try:
         yield
     except (InvalidRequestError, PromptTooLongError) as error:
-        names = {"inputs": inputs, "adapters": "model"}
-        known = {key: value for key, value in error.metadata.items() if key != "field"}
-        field = names.get(error.metadata.get("field", "inputs"), error.metadata.get("field"))
-        message = re.sub(r"^inputs(?=\[)", inputs, str(error))
-        raise type(error)(message, field=field, **known) from error
+        names = {"inputs": field, "adapters": "model"}
+        own = error.metadata.get("field", "inputs")
+        message = str(error)
+        if number := error.metadata.get("input"):
+            message = message.replace(f"inputs[{number}]", shown.format(number), 1)
+        raise type(error)(message, **{**error.metadata, "field": names.get(own, own)}) from error
 
 
 def _shown(vector: NDArray[np.float32], *, in_base64: bool) -> Any:

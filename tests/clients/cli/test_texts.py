@@ -101,6 +101,8 @@ def test_a_text_is_scored_with_each_of_the_others(turret, server):
         (("score",), "one\ttwo\nthree\n", "Input 2: expected two texts with one tab between them, found 0"),
         (("embed", "--pooling", "max", "one"), "", "cls"),
         (("embed", "--file", "missing.txt"), "", "missing.txt"),
+        (("embed", "\udcff"), "", "not UTF-8"),
+        (("score", "one", "\udcff"), "", "not UTF-8"),
     ],
 )
 def test_wrong_usage_is_explained(turret, server, arguments, stdin, message):
@@ -112,7 +114,10 @@ def test_wrong_usage_is_explained(turret, server, arguments, stdin, message):
 
 def test_an_error_has_the_number_of_the_line(turret, server):
     server.failure = script.failure(
-        grpc.StatusCode.INVALID_ARGUMENT, "inputs[1]: too long", reason="PROMPT_TOO_LONG"
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "inputs[1]: too long",
+        reason="PROMPT_TOO_LONG",
+        metadata={"input": "1"},
     )
     result = turret("embed", stdin="one\ntwo\n")
     assert (result.exit_code, result.stderr) == (1, "error: input 2: too long (PROMPT_TOO_LONG)\n")

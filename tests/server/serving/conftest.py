@@ -31,7 +31,7 @@ from turret_server.serving.codec import TextCodec
 from turret_server.serving.generation import GenerationService
 from turret_server.serving.jobs import Jobs
 from turret_server.serving.model_info import ModelInfo
-from turret_server.serving.pooling import PoolingService, Texts
+from turret_server.serving.pooling import PoolingModel, PoolingService
 from turret_server.serving.prompts import PromptService
 from turret_server.serving.request import Chunk, GenerationRequest
 from turret_server.serving.structured import Grammars
@@ -207,8 +207,8 @@ def services(codec: TextCodec, own_tokenizer: Callable[[str], OwnTokenizer]) -> 
         engine=engine, jobs=jobs, model=MODEL, grammars=Grammars(base), request_log=log
     )
     prompts = PromptService(engine=engine, registry=registry, jobs=jobs, model=MODEL, request_log=log)
-    texts = Texts(base=BASE, takes_pairs=False, pad_token_id=2, pooling=Pooling.MEAN, normalize=True)
-    pooling = PoolingService(engine=engine, jobs=jobs, model=MODEL, texts=texts, request_log=log)
+    model = PoolingModel(base=BASE, takes_pairs=False, pad_token_id=2, pooling=Pooling.MEAN, normalize=True)
+    pooling = PoolingService(engine=engine, jobs=jobs, model=MODEL, pooling=model, request_log=log)
     yield Services(
         engine, registry, revisions, jobs, generation, prompts, TokenService(jobs), pooling, usage, metrics
     )

@@ -176,3 +176,27 @@ async def test_an_input_may_fill_the_context_beside_virtual_tokens(computed, adm
 
 def request_of(inputs, *adapters):
     return EmbedRequest(batch=TextBatch(inputs=inputs, adapters=[AdapterRef(name=name) for name in adapters]))
+
+
+async def test_texts_for_vectors_are_cut_to_the_length_that_the_model_was_trained_with(computed, admin):
+    computed.pooling._pooling = replace(computed.pooling._pooling, max_tokens=5)
+    batch = TextBatch(inputs=[[5] * 9], truncate=True)
+    await computed.pooling.embed(EmbedRequest(batch=batch), admin)
+    await computed.pooling.embed(request_of([[5] * 9]), admin)
+    await computed.pooling.classify(replace(batch, adapters=[AdapterRef(name="judge")]), admin)
+    assert [len(job.prompt_token_ids) for job in computed.engine.jobs] == [5, 9, 9]
+
+
+async def test_the_label_is_the_likeliest_where_scores_are_the_same(computed, admin):
+    computed.engine.outputs = [replace(ROWS, rows=Rows(2, array("d", [800.0, 900.0])))]
+    found = await computed.pooling.classify(
+        TextBatch(inputs=[[5]], adapters=[AdapterRef(name="judge")]), admin
+    )
+    alike = replace(found, scores=np.ones((1, 2)))
+    assert alike.label(0) == "LABEL_1"
+
+
+async def test_a_refusal_is_counted_like_any_other(computed, admin):
+    with pytest.raises(InvalidRequestError, match="dimensions is at most 2"):
+        await computed.pooling.embed(replace(request_of([[5]]), dimensions=3), admin)
+    assert computed.count("invalid_request") == 1

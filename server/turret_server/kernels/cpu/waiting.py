@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # Parts of the time of all cores that other programs use, from which threads sleep, and below which they spin.
 SHARED, OWN = 0.05, 0.02
 _SECONDS = 1.0
+_GAP_SECONDS = 3.0
 _STAT = Path("/proc/stat")
 # Columns of /proc/stat: user, nice, system, irq, softirq, and steal, which other machines have used.
 _BUSY = (1, 2, 3, 6, 7, 8)
@@ -59,6 +60,8 @@ class Waiting:
         busy, own = self._times()
         others = (busy - self._seen[1]) - (own - self._seen[2])
         self._seen = now, busy, own
+        if seconds > _GAP_SECONDS:  # no step for long: what others did then says nothing of now
+            return
         share = others / (seconds * CORES)
         if share > SHARED and self._pool is None:
             self._pool = _IdlePool()

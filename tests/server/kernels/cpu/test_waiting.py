@@ -62,6 +62,17 @@ def test_it_looks_once_a_second(machine):
     waiting.close()
 
 
+def test_what_happened_in_a_long_time_without_a_step_does_not_count(machine):
+    waiting = machine.waiting()
+    machine.passes(60.0, own=0.0, others=0.9)
+    waiting.adjust()
+    assert not waiting.is_sleeping
+    machine.passes(1.0, own=0.1, others=0.9)
+    waiting.adjust()
+    assert waiting.is_sleeping
+    waiting.close()
+
+
 def test_the_systems_times_are_read():
     busy, own = _times()
     end = time.process_time() + 0.3
