@@ -162,8 +162,8 @@ def test_errors_are_the_clients_own(client):
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="lora", prompt=PROMPT, max_tokens=100_000)
     assert refused.value.code == "context_length_exceeded"
-    with pytest.raises(openai.NotFoundError, match="/v1/embeddings is not served; /v1/"):
-        client.embeddings.create(model="lora", input="x")
+    with pytest.raises(openai.NotFoundError, match="/v1/moderations is not served; /v1/"):
+        client.moderations.create(input="x")
     with pytest.raises(openai.NotFoundError, match="/v1/responses is not served; /v1/"):
         client.responses.create(model="lora", input="x")
 
