@@ -228,7 +228,7 @@ def _pooling_model(loaded: LoadedModel) -> PoolingModel:
     return PoolingModel(
         base=loaded.base,
         takes_pairs=loaded.encoder is not None and loaded.encoder.num_token_types > 1,
-        pad_token_id=loaded.model.config.pad_token_id,
+        pad_token_id=getattr(loaded.model.config.get_text_config(), "pad_token_id", None),
         pooling=loaded.vectors.pooling,
         normalize=loaded.vectors.normalize,
         max_tokens=loaded.vectors.max_tokens,

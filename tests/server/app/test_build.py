@@ -20,7 +20,9 @@ import trustme
 from prometheus_client import CollectorRegistry
 
 from support.adapter_files import write_folder
+from support.encoders import FAMILIES as ENCODERS
 from support.encoders import save_base
+from support.models import FAMILIES
 from support.prompts import until
 from support.running import RecordingSampler
 from turret.v1 import prompts_pb2, prompts_pb2_grpc
@@ -36,6 +38,7 @@ from turret_server.app.build import (
     _log_capacity,
     _make_library,
     _max_adapter_pages,
+    _pooling_model,
     _source_policy,
     open_request_log,
 )
@@ -326,6 +329,15 @@ def test_a_store_without_a_size_has_no_limit_and_belongs_to_the_model_that_is_na
         library = _make_library(settings, store, loaded)
         assert library.names._base == "owner/model"
         library.names.close()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
+def test_every_configuration_says_which_token_is_padding_or_that_none_is(family: str) -> None:
+    config = (FAMILIES | ENCODERS)[family]
+    vectors = SimpleNamespace(pooling=None, normalize=True, max_tokens=None, refusal="")
+    loaded = SimpleNamespace(base=None, encoder=None, model=SimpleNamespace(config=config), vectors=vectors)
+    expected = getattr(getattr(config, "text_config", config), "pad_token_id", None)
+    assert _pooling_model(loaded).pad_token_id == expected
 
 
 def access(tmp_path: Path, **parts: object) -> Access:
