@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import threading
 import time
@@ -43,7 +44,7 @@ class Waiting:
         """`times` gives the seconds for which the cores were busy, and those of this process among them."""
         self._times = times or _times
         self._clock = clock
-        self._seen = clock(), *self._times()
+        self._seen = -math.inf, 0.0, 0.0  # the first look has nothing to compare with
         self._pool: _IdlePool | None = None
         self._has_told = False
 
@@ -57,7 +58,10 @@ class Waiting:
         seconds = now - self._seen[0]
         if seconds < _SECONDS:
             return
-        busy, own = self._times()
+        try:
+            busy, own = self._times()
+        except OSError:  # no file can be opened, or there is none: the step goes on
+            return
         others = (busy - self._seen[1]) - (own - self._seen[2])
         self._seen = now, busy, own
         if seconds > _GAP_SECONDS:  # no step for long: what others did then says nothing of now

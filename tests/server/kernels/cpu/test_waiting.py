@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,9 +17,17 @@ class Machine:
 
     def __init__(self) -> None:
         self.now = self.busy = self.own = 0.0
+        self.is_out_of_files = False
 
     def waiting(self) -> Waiting:
-        return Waiting(lambda: (self.busy, self.own), lambda: self.now)
+        waiting = Waiting(self.times, lambda: self.now)
+        waiting.adjust()
+        return waiting
+
+    def times(self) -> tuple[float, float]:
+        if self.is_out_of_files:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.busy, self.own
 
     def passes(self, seconds: float, own: float, others: float) -> None:
         """Time in which each used this part of all cores."""
@@ -68,6 +77,22 @@ def test_what_happened_in_a_long_time_without_a_step_does_not_count(machine):
     waiting.adjust()
     assert not waiting.is_sleeping
     machine.passes(1.0, own=0.1, others=0.9)
+    waiting.adjust()
+    assert waiting.is_sleeping
+    waiting.close()
+
+
+def test_where_no_file_can_be_opened_it_stays_as_it_is(machine):
+    waiting = machine.waiting()
+    machine.passes(1.0, own=0.1, others=0.9)
+    machine.is_out_of_files = True
+    waiting.adjust()
+    assert not waiting.is_sleeping
+    machine.is_out_of_files = False
+    waiting.adjust()
+    assert waiting.is_sleeping
+    machine.passes(1.0, own=0.1, others=0.0)
+    machine.is_out_of_files = True
     waiting.adjust()
     assert waiting.is_sleeping
     waiting.close()
