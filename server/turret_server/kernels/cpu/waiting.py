@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from turret_server.kernels.cpu.cores import CORES
@@ -68,8 +69,9 @@ class Waiting:
             return
         share = others / (seconds * CORES)
         if share > SHARED and self._pool is None:
-            self._pool = _IdlePool()
             self._tell(share)
+            with suppress(RuntimeError):  # no thread can be started: the step goes on
+                self._pool = _IdlePool()
         elif share < OWN:
             self.close()
 

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -96,6 +97,17 @@ def test_where_no_file_can_be_opened_it_stays_as_it_is(machine):
     waiting.adjust()
     assert waiting.is_sleeping
     waiting.close()
+
+
+def test_where_no_thread_can_be_started_threads_spin_on(machine, monkeypatch):
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    waiting = machine.waiting()
+    machine.passes(1.0, own=0.1, others=0.9)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    waiting.adjust()
+    assert not waiting.is_sleeping
 
 
 def test_the_systems_times_are_read():
